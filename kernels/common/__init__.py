@@ -1,0 +1,27 @@
+from .checks import (
+    check_float,
+    check_label_values,
+    check_labels,
+    check_num_valid,
+    check_row_tensor,
+    check_same_device,
+    debug_check_finite,
+)
+from .kd_spec import DIVERGENCES, KDSpec
+from .reduction import check_reduction, combine_row_weights, denominator, valid_rows
+
+__all__ = [
+    "DIVERGENCES",
+    "KDSpec",
+    "check_float",
+    "check_label_values",
+    "check_labels",
+    "check_num_valid",
+    "check_reduction",
+    "check_row_tensor",
+    "check_same_device",
+    "combine_row_weights",
+    "debug_check_finite",
+    "denominator",
+    "valid_rows",
+]

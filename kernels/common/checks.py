@@ -1,0 +1,78 @@
+"""Checks of arguments that several rooms share. Shapes always; values only where that costs no wait."""
+
+import torch
+from torch import Tensor
+
+from .. import env
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}"
+        )
+
+
+def check_row_tensor(
+    name: str, tensor: Tensor | None, rows: tuple[int, ...], like_name: str, like: Tensor
+) -> None:
+    """One value a row: `tensor` has the shape `rows` and lies where `like` lies."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != tuple(rows):
+        raise ValueError(
+            f"{name}: expected shape {tuple(rows)}, the leading dimensions of {like_name}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    check_same_device(name, tensor, like_name, like)
+
+
+def check_labels(labels: Tensor | None, ce_weight: float) -> None:
+    if labels is None:
+        if ce_weight != 0.0:
+            raise ValueError(
+                f"labels: expected a tensor because ce_weight is {ce_weight}, got None"
+            )
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+
+
+def check_label_values(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
+    """Labels in [0, vocab_size) or ignore_index. Runs on a CPU, and on a GPU under MODXFER_DEBUG=1."""
+    if labels is None or labels.numel() == 0 or not (labels.device.type == "cpu" or env.debug()):
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bad.any():
+        raise ValueError(
+            f"labels: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, "
+            f"got {labels[bad][0].item()}"
+        )
+
+
+def debug_check_finite(**tensors: Tensor | None) -> None:
+    """Under MODXFER_DEBUG=1, raises ValueError for the first tensor that holds a NaN."""
+    if not env.debug():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.isnan().any():
+            raise ValueError(f"{name}: expected no NaN, got {int(tensor.isnan().sum())} of them")
+
+
+def check_num_valid(num_valid: int | None, labels: Tensor | None, ignore_index: int) -> None:
+    """num_valid counts the labels that are not ignored; checked where counting costs no wait."""
+    if num_valid is None or not (labels.device.type == "cpu" or env.debug()):
+        return
+    count = int((labels != ignore_index).sum())
+    if num_valid != count:
+        raise ValueError(
+            f"num_valid: expected {count}, the labels other than ignore_index={ignore_index}, "
+            f"got {num_valid}"
+        )

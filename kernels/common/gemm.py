@@ -1,0 +1,76 @@
+"""The three GEMMs of a linear loss with fp32 logits, whatever the dtype of the heads.
+
+    project     out [M, V] fp32   = hidden weight^T (+ bias)
+    dhidden     out [M, D]        = dlogits weight
+    dweight     out [V, D]        = dlogits^T hidden     (or +=)
+
+Same dtype everywhere: one `mm`. Half precision on a GPU: `mm` with fp32 output, tensor cores on
+half inputs. Half precision on a CPU: there is no such `mm`, and a bf16 result would lose the
+difference of two close distributions, so tiles of the weight are widened to fp32 as they are used.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def is_widened(weight: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether this weight is upcast tile by tile (half precision away from a GPU)."""
+    return weight.dtype != out_dtype and not weight.is_cuda
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: int) -> None:
+    """out [M, V] = hidden [M, D] @ weight [V, D]^T + bias [V]."""
+    if weight.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif weight.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for rows, wide in _widened_tiles(weight, out.dtype, tile):
+            torch.mm(hidden, wide.t(), out=out[:, rows])
+    if bias is not None:
+        out += bias
+
+
+def dhidden(dlogits: Tensor, weight: Tensor, out: Tensor, tile: int) -> None:
+    """out [M, D] = dlogits [M, V] @ weight [V, D], accumulated in fp32, rounded once."""
+    if weight.dtype == dlogits.dtype:
+        torch.mm(dlogits, weight, out=out)
+        return
+    total = torch.zeros(out.shape, dtype=dlogits.dtype, device=out.device)
+    for rows, wide in _widened_tiles(weight, dlogits.dtype, tile):
+        total.addmm_(dlogits[:, rows], wide)
+    out.copy_(total)
+
+
+def dweight(dlogits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out [V, D] = (out +) dlogits [M, V]^T @ hidden [M, D]."""
+    dlogits_t = dlogits.t()
+    if hidden.dtype == dlogits.dtype == out.dtype or (hidden.is_cuda and not accumulate):
+        if accumulate:
+            out.addmm_(dlogits_t, hidden)
+        elif out.dtype == hidden.dtype:
+            torch.mm(dlogits_t, hidden, out=out)
+        else:
+            torch.mm(dlogits_t, hidden, out_dtype=out.dtype, out=out)
+    elif hidden.is_cuda:
+        torch.addmm(out, dlogits_t, hidden, out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(dlogits.dtype)
+        if out.dtype == dlogits.dtype and accumulate:
+            out.addmm_(dlogits_t, wide)
+        elif out.dtype == dlogits.dtype:
+            torch.mm(dlogits_t, wide, out=out)
+        else:
+            out.copy_(torch.mm(dlogits_t, wide))
+
+
+def _widened_tiles(weight: Tensor, dtype: torch.dtype, tile: int) -> Iterator[tuple[slice, Tensor]]:
+    buffer = torch.empty(min(tile, weight.shape[0]), weight.shape[1], dtype=dtype)
+    for start in range(0, weight.shape[0], tile):
+        rows = slice(start, min(start + tile, weight.shape[0]))
+        wide = buffer[: rows.stop - rows.start]
+        wide.copy_(weight[rows])
+        yield rows, wide

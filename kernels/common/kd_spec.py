@@ -1,0 +1,58 @@
+"""What is computed, apart from where: the scalars that every KD row kernel takes."""
+
+import dataclasses
+import math
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclasses.dataclass(frozen=True)
+class KDSpec:
+    """Divergence and weights of one KD loss; p is the teacher, q the student.
+
+    Attributes:
+        divergence: "forward_kl" = KL(p || q), "reverse_kl" = KL(q || p), or "jsd" =
+            beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+        beta: weight of the teacher in the JSD mixture, strictly inside (0, 1) here.
+        temperature: divides both rows of logits before the softmax of the divergence.
+        kd_weight: factor of the divergence, temperature squared included where wanted.
+        ce_weight: factor of the cross entropy with the label, always at temperature 1.
+    """
+
+    divergence: str
+    beta: float
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+
+    @classmethod
+    def checked(
+        cls,
+        divergence: str,
+        beta: float,
+        temperature: float,
+        kd_weight: float,
+        ce_weight: float,
+        scale_by_temperature_squared: bool,
+    ) -> "KDSpec":
+        """Validates what a user passed. `jsd` at beta 0 and 1 becomes forward and reverse KL.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
+        """
+        if divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
+            )
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+        if not (temperature > 0.0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        if divergence == "jsd" and beta in (0.0, 1.0):
+            divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
+        if scale_by_temperature_squared:
+            kd_weight *= temperature**2
+        return cls(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight))

@@ -1,0 +1,59 @@
+"""From per-row losses to the scalar: masks, token weights, normaliser. Never synchronises."""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str, normalizer) -> None:
+    """Raises ValueError for an unknown reduction, or a normalizer that would be ignored."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f"normalizer: expected reduction='mean', whose denominator it replaces, "
+            f"got reduction={reduction!r}"
+        )
+
+
+def valid_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """[N] bool: rows that count; None when every row does."""
+    return None if labels is None else labels != ignore_index
+
+
+def combine_row_weights(
+    valid: Tensor | None, token_weights: Tensor | None, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[N] weights of the rows of `like` [N, ...]: token weight, or 1, or 0 where masked."""
+    weights = (
+        torch.ones(like.shape[0], device=like.device, dtype=dtype)
+        if token_weights is None
+        else token_weights.reshape(-1).detach().to(dtype)
+    )
+    return weights if valid is None else weights.masked_fill(~valid, 0.0)
+
+
+def denominator(
+    reduction: str, normalizer, valid: Tensor | None, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """What the sum is divided by, as a 0-d tensor on the device; None where nothing divides it.
+
+    The mean is over the rows that are not ignored; token weights do not enter it. With no such row
+    it is 1, so that the loss of an empty batch is 0.
+    """
+    if reduction != "mean":
+        return None
+    if normalizer is None:
+        if valid is None:
+            return torch.full((), max(like.shape[0], 1), device=like.device, dtype=dtype)
+        return valid.sum().clamp(min=1).to(dtype)
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer: expected one number, got a tensor of shape {tuple(normalizer.shape)}"
+            )
+        return normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
+    if not normalizer > 0:
+        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
+    return torch.full((), float(normalizer), device=like.device, dtype=dtype)

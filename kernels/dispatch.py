@@ -1,0 +1,125 @@
+"""The one place that decides which backend runs a room.
+
+Order of precedence: the `backend=` argument, `use_backend(...)`, `MODXFER_BACKEND`, then the first
+backend of `PREFERENCE[device]` that supports the inputs. A backend asked for by name runs or raises
+with its reason; only the automatic choice may fall through to the next one.
+
+A backend of a room is a module `kernels/<room>/<backend>_impl.py` (`reference.py` for the
+reference) with
+
+    available() -> (ok, reason)                      toolchain and import, independent of inputs
+    supports(device_type, dtypes) -> (ok, reason)    these inputs
+
+Public functions resolve once and hand the name to the op as a string, so that forward and backward
+agree and compiled graphs carry the choice.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from . import env
+
+ROOMS: dict[str, tuple[str, ...]] = {
+    "kd_loss": ("triton", "cpp", "reference"),
+    "linear_kd_loss": ("triton", "cpp", "reference"),
+}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "reference"),
+}
+
+_selected: str | None = None
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run; the message says why."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Every room called inside uses backend `name`, or raises `BackendError` if it cannot.
+
+    Args:
+        name: "triton", "cpp", "reference", or None for the automatic choice.
+    """
+    global _selected
+    _check_name(name)
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def load(room: str, backend: str) -> ModuleType:
+    """The module that implements `room` on `backend`."""
+    name = "reference" if backend == "reference" else f"{backend}_impl"
+    return importlib.import_module(f"{__package__}.{room}.{name}")
+
+
+@functools.cache
+def availability(room: str, backend: str) -> tuple[bool, str]:
+    """Whether this installation can run `backend` for `room` at all, and why not."""
+    try:
+        return load(room, backend).available()
+    except ImportError as error:
+        return False, f"cannot be imported: {error}"
+
+
+def resolve(room: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
+    """The backend that will run `room` on `tensors`.
+
+    Raises:
+        ValueError: unknown backend name.
+        BackendError: the named backend cannot run these inputs, or none can.
+    """
+    device = tensors[0].device.type
+    dtypes = tuple({tensor.dtype: None for tensor in tensors})
+    asked = backend or _selected or env.backend()
+    _check_name(asked)
+    candidates = (asked,) if asked else PREFERENCE.get(device, ("reference",))
+    name, reasons = _choose(room, candidates, device, dtypes)
+    if name is None:
+        raise BackendError(f"{room}: no usable backend on {device} for {dtypes}: {reasons}")
+    return name
+
+
+def _choose(room, candidates, device, dtypes) -> tuple[str | None, str]:
+    reasons = []
+    for name in candidates:
+        if name not in ROOMS[room]:
+            reasons.append(f"{name}: this room has {', '.join(ROOMS[room])}")
+            continue
+        ok, reason = availability(room, name)
+        if ok:
+            ok, reason = load(room, name).supports(device, dtypes)
+        if ok:
+            return name, ""
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, two seconds.
+_choose._dynamo_marked_constant = True
+
+
+def table() -> dict[str, dict[str, dict[str, bool | str]]]:
+    """Every room and backend with its availability, as `modxfer doctor` prints it."""
+    return {
+        room: {
+            backend: dict(zip(("available", "reason"), availability(room, backend), strict=True))
+            for backend in backends
+        }
+        for room, backends in ROOMS.items()
+    }
+
+
+def _check_name(name: str | None) -> None:
+    known = sorted({backend for backends in ROOMS.values() for backend in backends})
+    if name is not None and name not in known:
+        raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")

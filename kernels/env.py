@@ -1,0 +1,18 @@
+"""Environment variables the kernels read, in one place."""
+
+import os
+
+
+def backend() -> str | None:
+    """`MODXFER_BACKEND`: the backend every room must use, or None for the automatic choice."""
+    return os.environ.get("MODXFER_BACKEND") or None
+
+
+def debug() -> bool:
+    """`MODXFER_DEBUG=1`: check values too (labels, NaN), at the price of a synchronisation on a GPU."""
+    return os.environ.get("MODXFER_DEBUG", "0") not in ("", "0")
+
+
+def triton_interpreted() -> bool:
+    """`TRITON_INTERPRET=1`: Triton kernels run as NumPy on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

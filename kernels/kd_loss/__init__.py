@@ -1,0 +1,3 @@
+from .op import kd_loss
+
+__all__ = ["kd_loss"]

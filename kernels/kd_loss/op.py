@@ -1,0 +1,235 @@
+"""KD loss of two tensors of logits, and its gradient in the student's.
+
+N rows (B*T tokens)   V classes   p = softmax(teacher / temperature)   q = softmax(student / temperature)
+
+    forward_kl   KL(p || q)                          JSD and endpoints as in GKD (Agarwal et al. 2024,
+    reverse_kl   KL(q || p)                          arXiv 2306.13649), eq. 2; teacher weighted by beta
+    jsd          beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
+
+    loss_n = kd_weight D_n + ce_weight CE(softmax(student_n), label_n)
+
+Divergences are evaluated in log space from fp32 logits. Probabilities are never stored: the forward
+keeps six numbers a row, the backward reads both logits once more and writes dlogits.
+
+Bytes moved, b per logit: forward 2 b (4 b when the row does not stay in cache and the divergence
+needs the normalisers first), backward 3 b.
+Limits: both vocabularies must be the same; no gradient to the teacher.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..common import (
+    KDSpec,
+    check_float,
+    check_label_values,
+    check_labels,
+    check_reduction,
+    check_row_tensor,
+    check_same_device,
+    combine_row_weights,
+    debug_check_finite,
+    denominator,
+    valid_rows,
+)
+
+_SPEC = "str divergence, float beta, float temperature, float kd_weight, float ce_weight"
+
+torch.library.define(
+    "modxfer::kd_loss_fwd",
+    f"(Tensor student_logits, Tensor teacher_logits, Tensor? labels, {_SPEC}, int ignore_index, "
+    "str backend) -> (Tensor rows, Tensor stats)",
+)
+torch.library.define(
+    "modxfer::kd_loss_bwd",
+    "(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor drows, Tensor stats, "
+    f"{_SPEC}, str backend) -> Tensor dlogits",
+)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    labels: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    scale_by_temperature_squared: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence of the student's softened distribution from the teacher's, per token, reduced.
+
+    Args:
+        student_logits: [..., V], fp64, fp32, fp16 or bf16. The gradient flows here only.
+        teacher_logits: [..., V], same shape; a constant.
+        labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
+            count nowhere. Needed when `ce_weight` is not 0.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL.
+        temperature: divides both logits in the divergence; the cross entropy stays at 1.
+        kd_weight, ce_weight: factors of the two terms.
+        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator.
+        normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
+            of tokens that count. Under gradient accumulation: the tokens of the whole step.
+        reduction: "mean", "sum", or "none" (shape [...]).
+        scale_by_temperature_squared: multiplies the divergence by temperature squared
+            (Hinton et al. 2015). Off by default, as in TRL and Liger.
+        backend: "triton", "cpp" or "reference"; None takes the best available.
+
+    Returns:
+        fp32 scalar, or [...] for reduction="none" (fp64 for fp64 logits). 0 if no token counts.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. Label values
+            are checked on a CPU, on a GPU only under MODXFER_DEBUG=1.
+        BackendError: the backend asked for cannot run these inputs.
+    """
+    spec = KDSpec.checked(
+        divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
+    )
+    check_reduction(reduction, normalizer)
+    _check(student_logits, teacher_logits, labels, token_weights, spec)
+    backend = dispatch.resolve("kd_loss", student_logits, teacher_logits, backend=backend)
+
+    lead, vocab_size = student_logits.shape[:-1], student_logits.shape[-1]
+    student_logits = student_logits.reshape(-1, vocab_size)
+    teacher_logits = teacher_logits.detach().reshape(-1, vocab_size)
+    labels = None if labels is None else labels.reshape(-1)
+    valid = valid_rows(labels, ignore_index)
+
+    rows, *_ = torch.ops.modxfer.kd_loss_fwd(
+        student_logits,
+        teacher_logits,
+        labels,
+        spec.divergence,
+        spec.beta,
+        spec.temperature,
+        spec.kd_weight,
+        spec.ce_weight,
+        ignore_index,
+        backend,
+    )
+    weights = combine_row_weights(valid, token_weights, rows, rows.dtype)
+    rows = rows * weights
+    if reduction == "none":
+        return rows.reshape(lead)
+    divisor = denominator(reduction, normalizer, valid, rows, rows.dtype)
+    return rows.sum() if divisor is None else rows.sum() / divisor
+
+
+def _check(student_logits, teacher_logits, labels, token_weights, spec) -> None:
+    check_float("student_logits", student_logits)
+    check_float("teacher_logits", teacher_logits)
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(
+            f"student_logits: expected shape [..., V] with V > 0, got {tuple(student_logits.shape)}"
+        )
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"teacher_logits: expected the shape of student_logits, "
+            f"{tuple(student_logits.shape)}, got {tuple(teacher_logits.shape)}"
+        )
+    check_same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
+    rows = student_logits.shape[:-1]
+    check_labels(labels, spec.ce_weight)
+    check_row_tensor("labels", labels, rows, "student_logits", student_logits)
+    check_row_tensor("token_weights", token_weights, rows, "student_logits", student_logits)
+
+
+def _fwd(
+    student_logits,
+    teacher_logits,
+    labels,
+    divergence,
+    beta,
+    temperature,
+    kd_weight,
+    ce_weight,
+    ignore_index,
+    backend,
+):
+    check_label_values(labels, ignore_index, student_logits.shape[-1])
+    debug_check_finite(student_logits=student_logits, teacher_logits=teacher_logits)
+    spec = KDSpec(divergence, beta, temperature, kd_weight, ce_weight)
+    kd, ce, stats = dispatch.load("kd_loss", backend).kd_loss_fwd(
+        _row_major(student_logits), _row_major(teacher_logits), labels, spec
+    )
+    rows = kd_weight * kd + ce_weight * ce
+    if labels is not None:  # padding may hold anything, NaN included
+        rows = rows.masked_fill(~valid_rows(labels, ignore_index), 0.0)
+    return rows, stats
+
+
+def _bwd(
+    student_logits,
+    teacher_logits,
+    labels,
+    drows,
+    stats,
+    divergence,
+    beta,
+    temperature,
+    kd_weight,
+    ce_weight,
+    backend,
+):
+    spec = KDSpec(divergence, beta, temperature, kd_weight, ce_weight)
+    dlogits = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    dispatch.load("kd_loss", backend).kd_loss_bwd(
+        _row_major(student_logits),
+        _row_major(teacher_logits),
+        labels,
+        drows.contiguous(),  # the gradient of a sum arrives with stride 0
+        stats,
+        spec,
+        dlogits,
+    )
+    return dlogits
+
+
+def _row_major(logits: Tensor) -> Tensor:
+    """Kernels take any row stride but contiguous rows."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+torch.library.impl("modxfer::kd_loss_fwd", "CompositeExplicitAutograd", _fwd)
+torch.library.impl("modxfer::kd_loss_bwd", "CompositeExplicitAutograd", _bwd)
+
+
+@torch.library.register_fake("modxfer::kd_loss_fwd")
+def _(student_logits, *_):
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    rows = student_logits.new_empty(student_logits.shape[0], dtype=dtype)
+    return rows, rows.new_empty(student_logits.shape[0], 6)
+
+
+@torch.library.register_fake("modxfer::kd_loss_bwd")
+def _(student_logits, *_):
+    return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    student_logits, teacher_logits, labels, *spec, ignore_index, ctx.backend = inputs
+    ctx.spec, ctx.ignore_index = spec, ignore_index
+    ctx.save_for_backward(student_logits, teacher_logits, labels, output[1])
+
+
+def _backward(ctx, drows, *_):
+    student_logits, teacher_logits, labels, stats = ctx.saved_tensors
+    if labels is not None:
+        drows = drows.masked_fill(~valid_rows(labels, ctx.ignore_index), 0.0)
+    dlogits = torch.ops.modxfer.kd_loss_bwd(
+        student_logits, teacher_logits, labels, drows, stats, *ctx.spec, ctx.backend
+    )
+    return dlogits, *[None] * 9
+
+
+torch.library.register_autograd("modxfer::kd_loss_fwd", _backward, setup_context=_setup_context)

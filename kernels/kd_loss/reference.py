@@ -1,0 +1,156 @@
+"""KD loss in plain PyTorch: the definition, and the closed forms that every kernel implements.
+
+p teacher   q student   d = log p - log q   M rows   V classes
+
+`kd_loss_reference` is the definition, differentiable by autograd; in fp64 it is the truth of every
+test. The other functions are the backend interface: each divergence is a sum of terms f with a
+companion u = q dD/dq (up to a constant in dD/dq, which cancels), and
+
+    dlogits = row_weight (kd_weight / temperature (u - q sum(u)) + ce_weight (softmax(z) - onehot))
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import KDSpec
+
+
+def available() -> tuple[bool, str]:
+    return True, ""
+
+
+def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
+    return True, ""
+
+
+def kd_loss_reference(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor]:
+    """The definition: per-row divergence and cross entropy, [M] each, unweighted.
+
+    Args:
+        student_logits, teacher_logits: [M, V]. Computed in their dtype, at least fp32.
+        labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    z_s, z_t = student_logits.to(dtype), teacher_logits.to(dtype)
+    log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
+    log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
+    if spec.divergence == "forward_kl":
+        kd = _kl(log_p, log_q)
+    elif spec.divergence == "reverse_kl":
+        kd = _kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(math.log(spec.beta) + log_p, math.log1p(-spec.beta) + log_q)
+        kd = spec.beta * _kl(log_p, log_m) + (1 - spec.beta) * _kl(log_q, log_m)
+    if labels is None or spec.ce_weight == 0.0:
+        return kd, torch.zeros_like(kd)
+    has_label, safe = _label_index(labels, z_s.shape[-1])
+    nll = -F.log_softmax(z_s, dim=-1).gather(-1, safe[:, None]).squeeze(-1)
+    return kd, torch.where(has_label, nll, 0.0)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    # classes that a gives no probability add nothing, also where both logs are -inf
+    support = log_a > -math.inf
+    a = torch.where(support, log_a, 0.0)
+    terms = a.exp() * (a - torch.where(support, log_b, 0.0))
+    return torch.where(support, terms, 0.0).sum(-1)
+
+
+def kd_loss_fwd(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses and what the backward needs of them.
+
+    Returns:
+        kd, ce: [M]. stats: [M, 6] = max_s, logd_s, max_t, logd_t, u_sum, logd_1 with
+        logd = log sum exp((z - max) / temperature), logd_1 the same of the student at
+        temperature 1.
+    """
+    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
+    x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
+    x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
+    f, u = _terms(x_s - logd_s, x_t - logd_t, spec)
+    u_sum = -torch.ones_like(max_s) if spec.divergence == "forward_kl" else u.sum(-1, keepdim=True)
+    logd_1 = (z_s - max_s).exp().sum(-1, keepdim=True).log()
+    ce = torch.zeros_like(max_s[:, 0])
+    if labels is not None and spec.ce_weight != 0.0:
+        has_label, safe = _label_index(labels, z_s.shape[-1])
+        nll = (max_s + logd_1 - z_s.gather(-1, safe[:, None])).squeeze(-1)
+        ce = torch.where(has_label, nll, 0.0)
+    return f.sum(-1), ce, torch.cat([max_s, logd_s, max_t, logd_t, u_sum, logd_1], dim=-1)
+
+
+def kd_loss_bwd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    stats: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> None:
+    """Writes dlogits [M, V]; it may be student_logits itself, or overlap its memory."""
+    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
+    max_s, logd_s, max_t, logd_t, u_sum, logd_1 = stats.to(z_s.dtype).unsqueeze(-1).unbind(1)
+    log_q = (z_s - max_s) / spec.temperature - logd_s
+    log_p = (z_t - max_t) / spec.temperature - logd_t
+    _, u = _terms(log_q, log_p, spec)
+    dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
+    if labels is not None and spec.ce_weight != 0.0:
+        has_label, safe = _label_index(labels, z_s.shape[-1])
+        dce = ((z_s - max_s) - logd_1).exp()
+        dce.scatter_add_(-1, safe[:, None], -torch.ones_like(max_s))
+        dz += spec.ce_weight * torch.where(has_label[:, None], dce, 0.0)
+    row_weights = row_weights[:, None].to(dz.dtype)
+    dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
+
+
+def kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Both in one call; returns kd, ce [M] and writes dlogits [M, V]."""
+    kd, ce, stats = kd_loss_fwd(student_logits, teacher_logits, labels, spec)
+    kd_loss_bwd(student_logits, teacher_logits, labels, row_weights, stats, spec, dlogits)
+    return kd, ce
+
+
+def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
+    """f and u of each class, [M, V]."""
+    p, q = log_p.exp(), log_q.exp()
+    d = log_p - log_q
+    if spec.divergence == "forward_kl":
+        return torch.where(p > 0, p * d, 0.0), -p
+    if spec.divergence == "reverse_kl":
+        u = torch.where(q > 0, -q * d, 0.0)
+        return u, u
+    log_m_over_q = torch.logaddexp(math.log(spec.beta) + d, d.new_tensor(math.log1p(-spec.beta)))
+    f_p = torch.where(p > 0, spec.beta * p * (d - log_m_over_q), 0.0)
+    # p > 0 with q == 0 leaves d = inf and d - log(m/q) = -log(beta)
+    f_p = torch.where((p > 0) & (d == math.inf), -spec.beta * math.log(spec.beta) * p, f_p)
+    u = torch.where(q > 0, -(1 - spec.beta) * q * log_m_over_q, 0.0)
+    return f_p + u, u
+
+
+def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    maximum = z.amax(-1, keepdim=True)
+    x = (z - maximum) / temperature
+    return x, maximum, x.exp().sum(-1, keepdim=True).log()
+
+
+def _promote(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _label_index(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    has_label = (labels >= 0) & (labels < vocab_size)
+    return has_label, torch.where(has_label, labels, 0)

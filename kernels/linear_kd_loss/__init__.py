@@ -1,0 +1,3 @@
+from .op import KDTerms, linear_kd_loss, linear_kd_loss_terms
+
+__all__ = ["KDTerms", "linear_kd_loss", "linear_kd_loss_terms"]

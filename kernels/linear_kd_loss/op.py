@@ -1,0 +1,507 @@
+"""KD loss from hidden states and output heads, with its gradient computed in the forward.
+
+N rows (B*T tokens)   V classes   D_s, D_t widths   p teacher   q student
+
+    z_s = student_hidden student_weight^T + student_bias         z_t likewise
+    loss = sum_n row_weight_n (kd_weight D(p_n, q_n) + ce_weight CE(softmax(z_s,n), label_n))
+
+D and its conventions are those of `kd_loss`. Fused: both projections, the loss, and the gradients of
+student_hidden, student_weight and student_bias; logits [N, V] exist for one chunk of rows at a time
+and are fp32 at the softmax whatever the dtype of the heads (bf16 logits cost 3 to 150 % of gradient
+accuracy as the student nears the teacher). See stream.py for the loop.
+
+FLOPs: 2 N V (3 D_s + D_t); 2 N V (2 D_s + D_t) when the head is frozen; 2 N V (D_s + D_t) without
+gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N V (D_s + D_t).
+Limits: equal vocabularies; no gradient to the teacher; no double backward.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..common import (
+    KDSpec,
+    check_float,
+    check_label_values,
+    check_labels,
+    check_num_valid,
+    check_reduction,
+    check_row_tensor,
+    check_same_device,
+    combine_row_weights,
+    debug_check_finite,
+    denominator,
+    valid_rows,
+)
+
+_INPUTS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, "
+    "Tensor? student_bias, Tensor? teacher_bias, Tensor? labels, Tensor row_weights, "
+    "str divergence, float beta, float temperature, float kd_weight, float ce_weight, "
+    "int ignore_index, int? num_valid, int workspace_mb, str backend"
+)
+_DIFFERENTIABLE = (0, 1, 4)  # student_hidden, student_weight, student_bias
+_ROW_WEIGHTS = 7
+_NUM_INPUTS = 17
+
+torch.library.define(
+    "modxfer::linear_kd_loss_fwd",
+    f"({_INPUTS}, bool need_dhidden, bool need_dweight, bool need_dbias) "
+    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+torch.library.define(
+    "modxfer::linear_kd_loss_rows", f"({_INPUTS}) -> (Tensor rows, Tensor kd, Tensor ce)"
+)
+
+
+class KDTerms(NamedTuple):
+    """The loss with its gradient, and its detached parts for logs.
+
+    Attributes:
+        loss: fp32 scalar, or one value a token for reduction="none".
+        kd: fp32 scalar, mean divergence over the tokens that count, unweighted.
+        ce: fp32 scalar, mean cross entropy over the same tokens; 0 when ce_weight is 0.
+    """
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    scale_by_temperature_squared: bool = False,
+    workspace_mb: int = 512,
+    num_valid: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Distillation loss of a student's head against a teacher's, without storing their logits.
+
+    Args:
+        student_hidden: [..., D_s], fp64, fp32, fp16 or bf16.
+        student_weight: [V, D_s], dtype of student_hidden. Frozen (requires_grad=False), its GEMM
+            is not computed.
+        teacher_hidden: [..., D_t], same leading dimensions; D_t and dtype may differ. A constant.
+        teacher_weight: [V, D_t], dtype of teacher_hidden.
+        labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
+            `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL.
+        temperature: divides both logits in the divergence; the cross entropy stays at 1.
+        kd_weight, ce_weight: factors of the two terms.
+        student_bias, teacher_bias: [V], dtypes of their weights.
+        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator.
+        normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
+            of tokens that count. Under gradient accumulation: the tokens of the whole step.
+        reduction: "mean", "sum", or "none" (shape [...]), whose backward recomputes the logits
+            because each token brings a gradient of its own.
+        scale_by_temperature_squared: multiplies the divergence by temperature squared
+            (Hinton et al. 2015). Off by default, as in TRL and Liger.
+        workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. Larger is
+            faster until a chunk holds a thousand rows or so.
+        num_valid: number of labels that are not `ignore_index`, when the caller knows it on the
+            host (a collator does). A GPU cannot pack rows without it and then runs all of them.
+        backend: "triton", "cpp" or "reference"; None takes the best available.
+
+    Returns:
+        fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. Label values
+            and num_valid are checked on a CPU, on a GPU only under MODXFER_DEBUG=1.
+        BackendError: the backend asked for cannot run these inputs.
+
+    Under `torch.autocast` the student's hidden states and head are cast as `F.linear` would.
+    """
+    return linear_kd_loss_terms(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        labels=labels,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        ignore_index=ignore_index,
+        token_weights=token_weights,
+        normalizer=normalizer,
+        reduction=reduction,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        workspace_mb=workspace_mb,
+        num_valid=num_valid,
+        backend=backend,
+    ).loss
+
+
+def linear_kd_loss_terms(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    scale_by_temperature_squared: bool = False,
+    workspace_mb: int = 512,
+    num_valid: int | None = None,
+    backend: str | None = None,
+) -> KDTerms:
+    """`linear_kd_loss` with its two parts beside it; same arguments and errors."""
+    spec = KDSpec.checked(
+        divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
+    )
+    check_reduction(reduction, normalizer)
+    student_hidden, student_weight, student_bias = _autocast(
+        student_hidden, student_weight, student_bias
+    )
+    teacher_hidden, teacher_weight, teacher_bias = _autocast(
+        teacher_hidden.detach(), teacher_weight.detach(), _detach(teacher_bias)
+    )
+    _check_head("student", student_hidden, student_weight, student_bias)
+    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    lead = student_hidden.shape[:-1]
+    check_labels(labels, spec.ce_weight)
+    check_row_tensor("labels", labels, lead, "student_hidden", student_hidden)
+    check_row_tensor("token_weights", token_weights, lead, "student_hidden", student_hidden)
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+    if num_valid is not None and labels is None:
+        raise ValueError(f"num_valid: expected labels to count, got num_valid={num_valid} alone")
+    backend = dispatch.resolve(
+        "linear_kd_loss", student_hidden, student_weight, teacher_hidden, backend=backend
+    )
+
+    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    labels = None if labels is None else labels.reshape(-1)
+    valid = valid_rows(labels, ignore_index)
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    weights = combine_row_weights(valid, token_weights, student_hidden, dtype)
+    divisor = denominator(reduction, normalizer, valid, student_hidden, dtype)
+    # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient
+    late = divisor is not None and student_hidden.dtype == torch.float16
+    if divisor is not None and not late:
+        weights = weights / divisor
+
+    inputs = (
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias,
+        teacher_bias,
+        labels,
+        weights,
+        spec.divergence,
+        spec.beta,
+        spec.temperature,
+        spec.kd_weight,
+        spec.ce_weight,
+        ignore_index,
+        num_valid,
+        workspace_mb,
+        backend,
+    )
+    if reduction == "none":
+        loss, kd, ce = torch.ops.modxfer.linear_kd_loss_rows(*inputs)
+        loss = loss.reshape(lead)
+    else:
+        needs = [
+            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+            for tensor in (student_hidden, student_weight, student_bias)
+        ]
+        loss, kd, ce, *_ = torch.ops.modxfer.linear_kd_loss_fwd(*inputs, *needs)
+        loss = loss / divisor if late else loss
+    count = denominator("mean", None, valid, student_hidden, dtype)
+    return KDTerms(loss, kd.sum() / count, ce.sum() / count)
+
+
+def _detach(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def _check_head(role: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_float(f"{role}_hidden", hidden)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(
+            f"{role}_weight: expected shape [V, D] with V > 0, got {tuple(weight.shape)}"
+        )
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{role}_hidden: expected shape [..., {weight.shape[1]}], the width of {role}_weight, "
+            f"got {tuple(hidden.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{role}_weight: expected {hidden.dtype}, the dtype of {role}_hidden, "
+            f"got {weight.dtype}"
+        )
+    check_same_device(f"{role}_weight", weight, f"{role}_hidden", hidden)
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+        raise ValueError(
+            f"{role}_bias: expected {weight.dtype} of shape {tuple(weight.shape[:1])}, "
+            f"got {bias.dtype} of shape {tuple(bias.shape)}"
+        )
+    check_same_device(f"{role}_bias", bias, f"{role}_hidden", hidden)
+
+
+def _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight) -> None:
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            "teacher_hidden: expected the leading dimensions of student_hidden, "
+            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: expected the student's vocabulary of {student_weight.shape[0]}, "
+            f"got {teacher_weight.shape[0]}"
+        )
+    check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+
+
+def _fwd(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    student_bias,
+    teacher_bias,
+    labels,
+    row_weights,
+    divergence,
+    beta,
+    temperature,
+    kd_weight,
+    ce_weight,
+    ignore_index,
+    num_valid,
+    workspace_mb,
+    backend,
+    need_dhidden,
+    need_dweight,
+    need_dbias,
+):
+    rows, kd, ce, *grads = _run(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias,
+        teacher_bias,
+        labels,
+        row_weights,
+        KDSpec(divergence, beta, temperature, kd_weight, ce_weight),
+        ignore_index,
+        num_valid,
+        workspace_mb,
+        backend,
+        (need_dhidden, need_dweight, need_dbias),
+    )
+    return rows.sum(), kd, ce, *grads
+
+
+def _rows(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    student_bias,
+    teacher_bias,
+    labels,
+    row_weights,
+    divergence,
+    beta,
+    temperature,
+    kd_weight,
+    ce_weight,
+    ignore_index,
+    num_valid,
+    workspace_mb,
+    backend,
+):
+    return _run(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias,
+        teacher_bias,
+        labels,
+        row_weights,
+        KDSpec(divergence, beta, temperature, kd_weight, ce_weight),
+        ignore_index,
+        num_valid,
+        workspace_mb,
+        backend,
+        (False, False, False),
+    )[:3]
+
+
+def _run(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    student_bias,
+    teacher_bias,
+    labels,
+    row_weights,
+    spec,
+    ignore_index,
+    num_valid,
+    workspace_mb,
+    backend,
+    needs,
+):
+    check_label_values(labels, ignore_index, student_weight.shape[0])
+    check_num_valid(num_valid, labels, ignore_index)
+    debug_check_finite(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+    )
+    kd, ce, *grads = dispatch.load("linear_kd_loss", backend).linear_kd_loss_fwd(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias,
+        teacher_bias,
+        labels,
+        row_weights,
+        spec,
+        ignore_index=ignore_index,
+        num_valid=num_valid,
+        workspace_bytes=workspace_mb * 2**20,
+        need_dhidden=needs[0],
+        need_dweight=needs[1],
+        need_dbias=needs[2],
+    )
+    if labels is not None:  # padding may hold anything, NaN included
+        ignored = ~valid_rows(labels, ignore_index)
+        kd, ce = kd.masked_fill(ignored, 0.0), ce.masked_fill(ignored, 0.0)
+    rows = row_weights * (spec.kd_weight * kd + spec.ce_weight * ce)
+    empty = row_weights.new_empty
+    return rows, kd, ce, *(empty(0) if grad is None else grad for grad in grads)
+
+
+torch.library.impl("modxfer::linear_kd_loss_fwd", "CompositeExplicitAutograd", _fwd)
+torch.library.impl("modxfer::linear_kd_loss_rows", "CompositeExplicitAutograd", _rows)
+
+
+@torch.library.register_fake("modxfer::linear_kd_loss_rows")
+def _(student_hidden, *rest):
+    row_weights = rest[_ROW_WEIGHTS - 1]
+    return tuple(torch.empty_like(row_weights) for _ in range(3))
+
+
+@torch.library.register_fake("modxfer::linear_kd_loss_fwd")
+def _(student_hidden, student_weight, *rest):
+    row_weights, needs, bias = rest[_ROW_WEIGHTS - 2], rest[-3:], rest[2]
+    grads = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need
+        else row_weights.new_empty(0)
+        for tensor, need in zip((student_hidden, student_weight, bias), needs, strict=True)
+    )
+    rows = torch.empty_like(row_weights)
+    return rows.new_empty(()), rows, torch.empty_like(rows), *grads
+
+
+def _fwd_setup_context(ctx, inputs, output):
+    ctx.needs = inputs[_NUM_INPUTS:]
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _fwd_backward(ctx, dloss, *_):
+    grads = [None] * (_NUM_INPUTS + 3)
+    for position, grad, needed in zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.needs, strict=True):
+        if needed and dloss is not None:
+            grads[position] = _times(grad, dloss)
+    return tuple(grads)
+
+
+def _times(grad: Tensor, dloss: Tensor) -> Tensor:
+    """grad * dloss. A plain `loss.backward()` brings 1, and on a CPU it is free to look."""
+    if type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1.0:
+        return grad
+    return grad * dloss.to(grad.dtype) if grad.dtype == torch.float64 else grad * dloss
+
+
+torch.library.register_autograd(
+    "modxfer::linear_kd_loss_fwd", _fwd_backward, setup_context=_fwd_setup_context
+)
+
+
+def _rows_setup_context(ctx, inputs, output):
+    ctx.tensors, ctx.options = len(inputs[: _ROW_WEIGHTS + 1]), inputs[_ROW_WEIGHTS + 1 :]
+    ctx.save_for_backward(*inputs[: _ROW_WEIGHTS + 1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_backward(ctx, drows, *_):
+    grads = [None] * _NUM_INPUTS
+    if drows is None:
+        return tuple(grads)
+    *tensors, row_weights = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
+    # a row without weight may bring any upstream gradient, inf * 0 included
+    row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
+    outputs = torch.ops.modxfer.linear_kd_loss_fwd(*tensors, row_weights, *ctx.options, *needs)
+    for position, grad, needed in zip(_DIFFERENTIABLE, outputs[3:], needs, strict=True):
+        grads[position] = grad if needed else None
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "modxfer::linear_kd_loss_rows", _rows_backward, setup_context=_rows_setup_context
+)

@@ -1,0 +1,36 @@
+"""The linear KD loss with the room's loop and the reference row functions; the definition is below.
+
+`linear_kd_loss_reference` is dense and differentiable by autograd; in fp64 it is the truth of tests.
+"""
+
+import functools
+
+from torch import Tensor
+
+from ..common import KDSpec
+from ..kd_loss import reference as rows
+from .stream import stream
+
+available = rows.available
+supports = rows.supports
+linear_kd_loss_fwd = functools.partial(stream, rows)
+
+
+def linear_kd_loss_reference(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-row divergence and cross entropy, [M] each, from hidden states [M, D] and heads [V, D]."""
+    student_logits = student_hidden @ student_weight.T
+    teacher_logits = teacher_hidden @ teacher_weight.T
+    if student_bias is not None:
+        student_logits = student_logits + student_bias
+    if teacher_bias is not None:
+        teacher_logits = teacher_logits + teacher_bias
+    return rows.kd_loss_reference(student_logits, teacher_logits, labels, spec)

@@ -1,0 +1,10 @@
+"""The room's loop over chunks with the triton row kernels."""
+
+import functools
+
+from ..kd_loss import triton_impl as rows
+from .stream import stream
+
+available = rows.available
+supports = rows.supports
+linear_kd_loss_fwd = functools.partial(stream, rows)

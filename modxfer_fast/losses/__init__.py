@@ -1,0 +1,3 @@
+from .linear_kd import LinearKDLoss
+
+__all__ = ["LinearKDLoss"]

@@ -1,0 +1,80 @@
+"""`linear_kd_loss` as a module that holds its options."""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.common import KDSpec
+from ..kernels.linear_kd_loss import linear_kd_loss
+
+
+class LinearKDLoss(nn.Module):
+    """Holds the options of `linear_kd_loss`; called with hidden states and heads.
+
+    Options, defaults and errors are those of `linear_kd_loss`. The module has no parameters.
+
+    Example:
+        loss_fn = LinearKDLoss(divergence="jsd", beta=0.5, temperature=2.0)
+        loss = loss_fn(h_s, student.lm_head.weight, h_t, teacher.lm_head.weight, labels=labels)
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        scale_by_temperature_squared: bool = False,
+        workspace_mb: int = 512,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        KDSpec.checked(
+            divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
+        )
+        self.options = {
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": temperature,
+            "kd_weight": kd_weight,
+            "ce_weight": ce_weight,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "scale_by_temperature_squared": scale_by_temperature_squared,
+            "workspace_mb": workspace_mb,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        *,
+        labels: Tensor | None = None,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> Tensor:
+        return linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels=labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            token_weights=token_weights,
+            normalizer=normalizer,
+            num_valid=num_valid,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
