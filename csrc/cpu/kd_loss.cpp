@@ -1,0 +1,207 @@
+// KD loss rows on a CPU: dtype and thread handling around the row kernels of kd_loss_isa.cpp.
+
+#include "modxfer/kd_loss.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "modxfer/ops.h"
+
+namespace modxfer {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Rows of a [M, V] tensor as fp32: in place for fp32, otherwise through the caller's buffer.
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor)
+      : data_(static_cast<char*>(tensor.data_ptr())),
+        stride_bytes_(tensor.stride(0) * static_cast<int64_t>(tensor.element_size())),
+        vocab_size_(tensor.size(1)),
+        dtype_(tensor.scalar_type()) {
+    STD_TORCH_CHECK(tensor.dim() == 2 && (vocab_size_ == 1 || tensor.stride(1) == 1),
+                    "logits: expected [M, V] with contiguous rows");
+    STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 ||
+                        dtype_ == ScalarType::Half,
+                    "logits: expected float32, bfloat16 or float16");
+  }
+
+  bool is_float() const { return dtype_ == ScalarType::Float; }
+  int64_t buffer_size() const { return is_float() ? 0 : vocab_size_; }
+
+  const float* read(int64_t row, float* buffer) const {
+    if (is_float()) return at<float>(row);
+    if (dtype_ == ScalarType::BFloat16) {
+      std::copy_n(at<c10::BFloat16>(row), vocab_size_, buffer);
+    } else {
+      std::copy_n(at<c10::Half>(row), vocab_size_, buffer);
+    }
+    return buffer;
+  }
+
+  // Where to write a row; `commit` it afterwards.
+  float* target(int64_t row, float* buffer) const { return is_float() ? at<float>(row) : buffer; }
+
+  void commit(int64_t row, const float* buffer) const {
+    if (dtype_ == ScalarType::BFloat16) {
+      std::copy_n(buffer, vocab_size_, at<c10::BFloat16>(row));
+    } else if (dtype_ == ScalarType::Half) {
+      std::copy_n(buffer, vocab_size_, at<c10::Half>(row));
+    }
+  }
+
+ private:
+  template <class T>
+  T* at(int64_t row) const {
+    return reinterpret_cast<T*>(data_ + row * stride_bytes_);
+  }
+
+  char* data_;
+  int64_t stride_bytes_;
+  int64_t vocab_size_;
+  ScalarType dtype_;
+};
+
+// A label outside [0, V) means no cross entropy.
+class Labels {
+ public:
+  Labels(const std::optional<Tensor>& labels, int64_t vocab_size) : vocab_size_(vocab_size) {
+    if (!labels.has_value()) return;
+    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long, "labels: expected int64");
+    data_ = static_cast<const int64_t*>(labels->data_ptr());
+    stride_ = labels->stride(0);
+  }
+
+  int64_t operator[](int64_t row) const {
+    if (data_ == nullptr) return -1;
+    const int64_t label = data_[row * stride_];
+    return label < vocab_size_ ? label : -1;
+  }
+
+ private:
+  const int64_t* data_ = nullptr;
+  int64_t stride_ = 0;
+  int64_t vocab_size_;
+};
+
+KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_weight,
+                 double ce_weight) {
+  STD_TORCH_CHECK(0 <= divergence && divergence <= 2, "divergence: expected 0, 1 or 2");
+  return {static_cast<Divergence>(divergence),
+          static_cast<float>(beta),
+          static_cast<float>(std::log(beta)),
+          static_cast<float>(std::log1p(-beta)),
+          static_cast<float>(1.0 / temperature),
+          static_cast<float>(kd_weight),
+          static_cast<float>(ce_weight)};
+}
+
+Tensor empty_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// Rows a thread takes at least: about 64k logits.
+int64_t grain(int64_t vocab_size) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(vocab_size, 1)); }
+
+struct Buffers {
+  Buffers(const Rows& student, const Rows& teacher, int64_t dlogits_size)
+      : student(student.buffer_size()), teacher(teacher.buffer_size()), dlogits(dlogits_size) {}
+  std::vector<float> student, teacher, dlogits;
+};
+
+void write_row(const Rows& dlogits, int64_t row, const float* student, const float* teacher,
+               int64_t V, int64_t label, float row_weight, const KdSpec& spec, const KdStats& stats,
+               std::vector<float>& buffer) {
+  float* target = dlogits.target(row, buffer.data());
+  if (row_weight == 0.0f) {
+    std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
+  } else {
+    kd_row_kernels().bwd(student, teacher, V, label, row_weight, spec, stats, target);
+  }
+  dlogits.commit(row, target);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
+                                               std::optional<Tensor> labels, int64_t divergence,
+                                               double beta, double temperature, double kd_weight,
+                                               double ce_weight) {
+  const int64_t M = student_logits.size(0), V = student_logits.size(1);
+  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const Rows student(student_logits), teacher(teacher_logits);
+  const Labels label(labels, V);
+  Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
+  Tensor stats = empty_fp32(student_logits, {M, 6});
+  auto* stats_rows = reinterpret_cast<KdStats*>(floats(stats));
+  float *kd_rows = floats(kd), *ce_rows = floats(ce);
+  torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
+    Buffers buffers(student, teacher, 0);
+    for (int64_t row = begin; row < end; ++row) {
+      const KdLosses losses = kd_row_kernels().fwd(
+          student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()), V,
+          label[row], spec, stats_rows[row]);
+      kd_rows[row] = losses.kd;
+      ce_rows[row] = losses.ce;
+    }
+  });
+  return {kd, ce, stats};
+}
+
+void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
+                 Tensor row_weights, Tensor stats, int64_t divergence, double beta,
+                 double temperature, double kd_weight, double ce_weight, Tensor dlogits) {
+  const int64_t M = student_logits.size(0), V = student_logits.size(1);
+  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
+  const Labels label(labels, V);
+  const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
+  const float* weights = floats(row_weights);
+  torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
+    Buffers buffers(student, teacher, grad.buffer_size());
+    for (int64_t row = begin; row < end; ++row) {
+      write_row(grad, row, student.read(row, buffers.student.data()),
+                teacher.read(row, buffers.teacher.data()), V, label[row], weights[row], spec,
+                stats_rows[row], buffers.dlogits);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
+                                           std::optional<Tensor> labels, Tensor row_weights,
+                                           int64_t divergence, double beta, double temperature,
+                                           double kd_weight, double ce_weight, Tensor dlogits) {
+  const int64_t M = student_logits.size(0), V = student_logits.size(1);
+  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
+  const Labels label(labels, V);
+  Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
+  float *kd_rows = floats(kd), *ce_rows = floats(ce);
+  const float* weights = floats(row_weights);
+  torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
+    Buffers buffers(student, teacher, grad.buffer_size());
+    for (int64_t row = begin; row < end; ++row) {
+      const float* z_s = student.read(row, buffers.student.data());
+      const float* z_t = teacher.read(row, buffers.teacher.data());
+      KdStats stats;
+      const KdLosses losses = kd_row_kernels().fwd(z_s, z_t, V, label[row], spec, stats);
+      kd_rows[row] = losses.kd;
+      ce_rows[row] = losses.ce;
+      write_row(grad, row, z_s, z_t, V, label[row], weights[row], spec, stats, buffers.dlogits);
+    }
+  });
+  return {kd, ce};
+}
+
+}  // namespace modxfer

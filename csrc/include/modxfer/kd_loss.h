@@ -1,0 +1,53 @@
+// KD loss of one row of logits: scalars, statistics and the kernels' signatures. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+namespace modxfer {
+
+enum class Divergence : int64_t { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
+
+// What is computed. p teacher, q student, m = beta p + (1 - beta) q.
+struct KdSpec {
+  Divergence divergence;
+  float beta;
+  float log_beta;
+  float log_one_minus_beta;
+  float inv_temperature;
+  float kd_weight;
+  float ce_weight;
+};
+
+// What the backward of a row needs of its forward; the order of the op's stats tensor.
+struct KdStats {
+  float max_s;
+  float logd_s;  // log sum exp((z_s - max_s) / temperature)
+  float max_t;
+  float logd_t;
+  float u_sum;   // sum of q dD/dq
+  float logd_1;  // log sum exp(z_s - max_s), computed when there is a cross entropy
+};
+
+struct KdLosses {
+  float kd;
+  float ce;
+};
+
+// label < 0: the row has no cross entropy.
+using KdRowFwd = KdLosses (*)(const float* student, const float* teacher, int64_t V, int64_t label,
+                              const KdSpec& spec, KdStats& stats);
+// dlogits may be the student's row itself.
+using KdRowBwd = void (*)(const float* student, const float* teacher, int64_t V, int64_t label,
+                          float row_weight, const KdSpec& spec, const KdStats& stats,
+                          float* dlogits);
+
+struct KdRowKernels {
+  const char* isa;
+  KdRowFwd fwd;
+  KdRowBwd bwd;
+};
+
+// The fastest kernels this processor can run.
+const KdRowKernels& kd_row_kernels();
+
+}  // namespace modxfer

@@ -1,0 +1,96 @@
+// Sixteen floats as a compiler vector type, and the transcendental functions a row kernel needs.
+//
+// Included once per instruction set, inside that set's namespace and target pragma, so that the
+// vectors lower to its registers: no include guard and no includes of its own.
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int vi __attribute__((vector_size(64)));
+
+constexpr int kLanes = 16;
+
+#define MODXFER_INLINE static inline __attribute__((always_inline))
+
+MODXFER_INLINE vf splat(float x) { return vf{} + x; }
+
+MODXFER_INLINE vf load(const float* src) {
+  vf x;
+  __builtin_memcpy(&x, src, sizeof(x));
+  return x;
+}
+
+// The last n < kLanes elements of a row; the other lanes hold `fill`.
+MODXFER_INLINE vf load_tail(const float* src, int n, float fill) {
+  vf x = splat(fill);
+  __builtin_memcpy(&x, src, n * sizeof(float));
+  return x;
+}
+
+MODXFER_INLINE void store(float* dst, vf x) { __builtin_memcpy(dst, &x, sizeof(x)); }
+
+MODXFER_INLINE void store_tail(float* dst, int n, vf x) {
+  __builtin_memcpy(dst, &x, n * sizeof(float));
+}
+
+MODXFER_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+MODXFER_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+MODXFER_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+MODXFER_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+MODXFER_INLINE float reduce_max(vf x) {
+  float m = x[0];
+  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+MODXFER_INLINE double reduce_sum(vf x) {
+  double s = 0;
+  for (int i = 0; i < kLanes; ++i) s += x[i];
+  return s;
+}
+
+// e^x to 1.2 ulp for x <= 88; 0 below -87.3 (no subnormals), NaN stays NaN.
+// Range reduction x = n ln2 + r, |r| <= ln2 / 2, then a polynomial (Cephes expf).
+MODXFER_INLINE vf vexp(vf x) {
+  const vf clamped = vmin(vmax(x, splat(-87.33654f)), splat(88.37626f));
+  // adding and subtracting 1.5 * 2^23 rounds to the nearest integer
+  const vf magic = splat(12582912.0f);
+  const vf shifted = clamped * 1.44269504088896341f + magic;
+  const vf n = shifted - magic;
+  vf r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const vi exponent = ((vi)shifted - (vi)magic) << 23;
+  const vf result = (vf)((vi)y + exponent);
+  return select(x < -87.33654f, vf{}, select(x == x, result, x));
+}
+
+// log(1 + y) for y in [0, 1], relative accuracy also for small y (Cephes logf polynomial).
+MODXFER_INLINE vf vlog1p_unit(vf y) {
+  const vi upper = y > 0.41421356f;
+  const vf r = select(upper, (y - 1.0f) * 0.5f, y);  // 1 + y = 2 (1 + r) in the upper part
+  vf poly = splat(7.0376836292e-2f);
+  poly = poly * r + -1.1514610310e-1f;
+  poly = poly * r + 1.1676998740e-1f;
+  poly = poly * r + -1.2420140846e-1f;
+  poly = poly * r + 1.4249322787e-1f;
+  poly = poly * r + -1.6668057665e-1f;
+  poly = poly * r + 2.0000714765e-1f;
+  poly = poly * r + -2.4999993993e-1f;
+  poly = poly * r + 3.3333331174e-1f;
+  const vf r2 = r * r;
+  const vf log1p = r + (poly * r * r2 - 0.5f * r2);
+  return log1p + select(upper, splat(0.69314718056f), vf{});
+}
+
+// log(e^a + e^b); a or b may be infinite.
+MODXFER_INLINE vf vlogaddexp(vf a, vf b) {
+  const vf top = vmax(a, b);
+  const vf gap = select(a == b, vf{}, vabs(a - b));
+  return top + vlog1p_unit(vexp(-gap));
+}
