@@ -1,6 +1,6 @@
 """Build of modxfer_fast: maps `kernels/` to `modxfer_fast.kernels` and compiles csrc with ninja.
 
-MODXFER_BUILD=auto   what this machine can compile; a failed compile leaves the other backends (default)
+MODXFER_BUILD=auto   what this machine can compile; if that fails, the other backends (default)
               cpu    the CPU kernels, or fail
               cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU)
               none   pure Python
@@ -45,7 +45,13 @@ def _extensions(mode: str):
     if with_cuda:
         sources += cuda_sources
 
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    cxx = [
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    ]
     if platform.machine() in ("x86_64", "AMD64"):
         cxx.append("-Wno-psabi")  # vector types stay inside always_inline functions
     extension = (CUDAExtension if with_cuda else CppExtension)(

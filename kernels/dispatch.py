@@ -104,7 +104,7 @@ def _choose(room, candidates, device, dtypes) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, two seconds.
+# What torch.compiler.assume_constant_result sets; calling it imports torch._dynamo, two seconds.
 _choose._dynamo_marked_constant = True
 
 

@@ -9,7 +9,7 @@ def backend() -> str | None:
 
 
 def debug() -> bool:
-    """`MODXFER_DEBUG=1`: check values too (labels, NaN), at the price of a synchronisation on a GPU."""
+    """`MODXFER_DEBUG=1`: check values too (labels, NaN), at the price of a wait on a GPU."""
     return os.environ.get("MODXFER_DEBUG", "0") not in ("", "0")
 
 

@@ -5,16 +5,12 @@ first use and needs `pip install modxfer-fast[engine]`.
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .kernels.dispatch import BackendError, use_backend
 from .kernels.kd_loss import kd_loss
 from .kernels.linear_kd_loss import KDTerms, linear_kd_loss, linear_kd_loss_terms
 from .losses import LinearKDLoss
-
-if TYPE_CHECKING:
-    from .engine import DistillConfig, DistillTrainer
 
 __all__ = [
     "BackendError",

@@ -30,9 +30,9 @@ class Rows {
         dtype_(tensor.scalar_type()) {
     STD_TORCH_CHECK(tensor.dim() == 2 && (vocab_size_ == 1 || tensor.stride(1) == 1),
                     "logits: expected [M, V] with contiguous rows");
-    STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 ||
-                        dtype_ == ScalarType::Half,
-                    "logits: expected float32, bfloat16 or float16");
+    STD_TORCH_CHECK(
+        dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half,
+        "logits: expected float32, bfloat16 or float16");
   }
 
   bool is_float() const { return dtype_ == ScalarType::Float; }
@@ -96,12 +96,9 @@ class Labels {
 KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_weight,
                  double ce_weight) {
   STD_TORCH_CHECK(0 <= divergence && divergence <= 2, "divergence: expected 0, 1 or 2");
-  return {static_cast<Divergence>(divergence),
-          static_cast<float>(beta),
-          static_cast<float>(std::log(beta)),
-          static_cast<float>(std::log1p(-beta)),
-          static_cast<float>(1.0 / temperature),
-          static_cast<float>(kd_weight),
+  return {static_cast<Divergence>(divergence),   static_cast<float>(beta),
+          static_cast<float>(std::log(beta)),    static_cast<float>(std::log1p(-beta)),
+          static_cast<float>(1.0 / temperature), static_cast<float>(kd_weight),
           static_cast<float>(ce_weight)};
 }
 
@@ -112,22 +109,39 @@ Tensor empty_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 // Rows a thread takes at least: about 64k logits.
-int64_t grain(int64_t vocab_size) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(vocab_size, 1)); }
+int64_t grain(int64_t vocab_size) {
+  return std::max<int64_t>(1, 65536 / std::max<int64_t>(vocab_size, 1));
+}
 
-struct Buffers {
-  Buffers(const Rows& student, const Rows& teacher, int64_t dlogits_size)
-      : student(student.buffer_size()), teacher(teacher.buffer_size()), dlogits(dlogits_size) {}
+// What a thread holds: the scratch of the row kernels, and fp32 copies of half-precision rows.
+class Buffers {
+ public:
+  Buffers(int64_t vocab_size, const Rows& student, const Rows& teacher, int64_t dlogits_size = 0)
+      : scratch_(2 * vocab_size),
+        student(student.buffer_size()),
+        teacher(teacher.buffer_size()),
+        dlogits(dlogits_size),
+        vocab_size_(vocab_size) {}
+
+  KdScratch scratch() { return {scratch_.data(), scratch_.data() + vocab_size_}; }
+
+ private:
+  std::vector<float> scratch_;
+
+ public:
   std::vector<float> student, teacher, dlogits;
+
+ private:
+  int64_t vocab_size_;
 };
 
-void write_row(const Rows& dlogits, int64_t row, const float* student, const float* teacher,
-               int64_t V, int64_t label, float row_weight, const KdSpec& spec, const KdStats& stats,
-               std::vector<float>& buffer) {
-  float* target = dlogits.target(row, buffer.data());
+void write_row(const Rows& dlogits, int64_t row, const float* student, int64_t V, int64_t label,
+               float row_weight, const KdSpec& spec, const KdStats& stats, Buffers& buffers) {
+  float* target = dlogits.target(row, buffers.dlogits.data());
   if (row_weight == 0.0f) {
     std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
   } else {
-    kd_row_kernels().bwd(student, teacher, V, label, row_weight, spec, stats, target);
+    kd_row_kernels().grad(student, V, label, row_weight, spec, stats, buffers.scratch(), target);
   }
   dlogits.commit(row, target);
 }
@@ -147,11 +161,11 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   auto* stats_rows = reinterpret_cast<KdStats*>(floats(stats));
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(student, teacher, 0);
+    Buffers buffers(V, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       const KdLosses losses = kd_row_kernels().fwd(
           student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()), V,
-          label[row], spec, stats_rows[row]);
+          label[row], spec, stats_rows[row], buffers.scratch());
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
     }
@@ -169,11 +183,12 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
   const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(student, teacher, grad.buffer_size());
+    Buffers buffers(V, student, teacher, grad.buffer_size());
     for (int64_t row = begin; row < end; ++row) {
-      write_row(grad, row, student.read(row, buffers.student.data()),
-                teacher.read(row, buffers.teacher.data()), V, label[row], weights[row], spec,
-                stats_rows[row], buffers.dlogits);
+      const float* z_s = student.read(row, buffers.student.data());
+      const float* z_t = teacher.read(row, buffers.teacher.data());
+      kd_row_kernels().recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
+      write_row(grad, row, z_s, V, label[row], weights[row], spec, stats_rows[row], buffers);
     }
   });
 }
@@ -190,15 +205,16 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(student, teacher, grad.buffer_size());
+    Buffers buffers(V, student, teacher, grad.buffer_size());
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
       KdStats stats;
-      const KdLosses losses = kd_row_kernels().fwd(z_s, z_t, V, label[row], spec, stats);
+      const KdLosses losses =
+          kd_row_kernels().fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch());
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
-      write_row(grad, row, z_s, z_t, V, label[row], weights[row], spec, stats, buffers.dlogits);
+      write_row(grad, row, z_s, V, label[row], weights[row], spec, stats, buffers);
     }
   });
   return {kd, ce};

@@ -10,7 +10,6 @@ namespace modxfer {
 
 namespace baseline {
 #include "modxfer/vec.h"
-//
 #include "kd_loss_rows.h"
 }  // namespace baseline
 
@@ -19,7 +18,6 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #include "modxfer/vec.h"
-//
 #include "kd_loss_rows.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -28,7 +26,6 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 #include "modxfer/vec.h"
-//
 #include "kd_loss_rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -40,13 +37,13 @@ const KdRowKernels& kd_row_kernels() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return KdRowKernels{"avx512", avx512::row_fwd, avx512::row_bwd};
+      return KdRowKernels{"avx512", avx512::row_fwd, avx512::row_recompute, avx512::row_grad};
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      return KdRowKernels{"avx2", avx2::row_fwd, avx2::row_bwd};
+      return KdRowKernels{"avx2", avx2::row_fwd, avx2::row_recompute, avx2::row_grad};
     }
 #endif
-    return KdRowKernels{"baseline", baseline::row_fwd, baseline::row_bwd};
+    return KdRowKernels{"baseline", baseline::row_fwd, baseline::row_recompute, baseline::row_grad};
   }();
   return kernels;
 }

@@ -1,7 +1,12 @@
 // Row kernels of the KD loss. Included once per instruction set after vec.h, in the same namespace.
 //
-// A row pair of V = 128k logits is 1 MB: it comes from memory once and is read again from cache.
-//   1. maxima      2. normalisers      3. losses and u_sum      4. dlogits (backward)
+//   forward     1. maxima   2. e^x and its sums   3. q and u per class, their sums
+//   recompute   q and u per class from the statistics of an earlier forward
+//   gradient    dlogits from q and u
+//
+// Per-class values stay in a scratch of two rows per thread. At V = 32k the pair of logits and the
+// scratch are 512 KB and live in the second-level cache: memory sees each logit once, and each
+// exponential is computed once.
 // Sums run in float over kBlock elements and in double across blocks: the loss of a close student
 // is a small difference of large sums.
 
@@ -30,8 +35,7 @@ MODXFER_INLINE Terms divergence_terms(vf q, vf p, vf d, const KdSpec& spec) {
   }
 }
 
-// Calls body(index, count, load) for each vector of [0, V): count < kLanes at the tail, where lanes
-// past the row hold -inf, a class without probability.
+// Calls body(index, count) for each vector of [begin, end); count < kLanes at the tail.
 template <class Body>
 MODXFER_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
@@ -39,13 +43,27 @@ MODXFER_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body
   if (i < end) body(i, static_cast<int>(end - i));
 }
 
+// Logits past the end of the row are -inf, classes without probability.
 MODXFER_INLINE vf load_n(const float* src, int n) {
   return n == kLanes ? load(src) : load_tail(src, n, -__builtin_inff());
 }
 
+MODXFER_INLINE vf load_or_zero(const float* src, int n) {
+  return n == kLanes ? load(src) : load_tail(src, n, 0.0f);
+}
+
+// The row ends where it ends: the scratch holds exactly V values, too.
+MODXFER_INLINE void store_n(float* dst, int n, vf x) {
+  if (n == kLanes) {
+    store(dst, x);
+  } else {
+    store_tail(dst, n, x);
+  }
+}
+
 template <Divergence kDivergence>
-KdLosses kd_row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                    const KdSpec& spec, KdStats& stats) {
+KdLosses row_fwd_as(const float* student, const float* teacher, int64_t V, int64_t label,
+                    const KdSpec& spec, KdStats& stats, const KdScratch& scratch) {
   vf max_s = splat(-__builtin_inff()), max_t = max_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     max_s = vmax(load_n(student + i, n), max_s);
@@ -63,9 +81,13 @@ KdLosses kd_row_fwd(const float* student, const float* teacher, int64_t V, int64
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf x_s = load_n(student + i, n) - stats.max_s;
       const vf x_t = load_n(teacher + i, n) - stats.max_t;
-      sum_s += vexp(x_s * spec.inv_temperature);
-      sum_t += vexp(x_t * spec.inv_temperature);
+      const vf e_s = vexp(x_s * spec.inv_temperature);
+      const vf e_t = vexp(x_t * spec.inv_temperature);
+      sum_s += e_s;
+      sum_t += e_t;
       if (needs_d1) sum_1 += vexp(x_s);
+      store_n(scratch.q + i, n, e_s);
+      store_n(scratch.u + i, n, e_t);
     });
     d_s += reduce_sum(sum_s);
     d_t += reduce_sum(sum_t);
@@ -77,6 +99,7 @@ KdLosses kd_row_fwd(const float* student, const float* teacher, int64_t V, int64
   stats.logd_t = static_cast<float>(logd_t);
   stats.logd_1 = static_cast<float>(logd_1);
 
+  const float inv_d_s = static_cast<float>(1.0 / d_s), inv_d_t = static_cast<float>(1.0 / d_t);
   const float logd_gap = static_cast<float>(logd_t - logd_s);
   double f_sum = 0, u_sum = 0;
   for (int64_t block = 0; block < V; block += kBlock) {
@@ -85,10 +108,13 @@ KdLosses kd_row_fwd(const float* student, const float* teacher, int64_t V, int64
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf x_s = (load_n(student + i, n) - stats.max_s) * spec.inv_temperature;
       const vf x_t = (load_n(teacher + i, n) - stats.max_t) * spec.inv_temperature;
-      const Terms terms = divergence_terms<kDivergence>(
-          vexp(x_s - stats.logd_s), vexp(x_t - stats.logd_t), (x_t - x_s) - logd_gap, spec);
+      const vf q = load_or_zero(scratch.q + i, n) * inv_d_s;
+      const vf p = load_or_zero(scratch.u + i, n) * inv_d_t;
+      const Terms terms = divergence_terms<kDivergence>(q, p, (x_t - x_s) - logd_gap, spec);
       sum_f += terms.f;
       sum_u += terms.u;
+      store_n(scratch.q + i, n, q);
+      store_n(scratch.u + i, n, terms.u);
     });
     f_sum += reduce_sum(sum_f);
     u_sum += reduce_sum(sum_u);
@@ -99,54 +125,59 @@ KdLosses kd_row_fwd(const float* student, const float* teacher, int64_t V, int64
 }
 
 template <Divergence kDivergence>
-void kd_row_bwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                float row_weight, const KdSpec& spec, const KdStats& stats, float* dlogits) {
+void row_recompute_as(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+                      const KdStats& stats, const KdScratch& scratch) {
+  const float logd_gap = stats.logd_t - stats.logd_s;
+  for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
+    const vf x_s = (load_n(student + i, n) - stats.max_s) * spec.inv_temperature;
+    const vf x_t = (load_n(teacher + i, n) - stats.max_t) * spec.inv_temperature;
+    const vf q = vexp(x_s - stats.logd_s);
+    const vf p = vexp(x_t - stats.logd_t);
+    store_n(scratch.q + i, n, q);
+    store_n(scratch.u + i, n, divergence_terms<kDivergence>(q, p, (x_t - x_s) - logd_gap, spec).u);
+  });
+}
+
+void row_grad(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
+              const KdStats& stats, const KdScratch& scratch, float* dlogits) {
   const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
   const bool needs_q1 = has_ce && spec.inv_temperature != 1.0f;
   const float kd_scale = row_weight * spec.kd_weight * spec.inv_temperature;
   const float ce_scale = has_ce ? row_weight * spec.ce_weight : 0.0f;
-  const float logd_gap = stats.logd_t - stats.logd_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
-    const vf z_s = load_n(student + i, n) - stats.max_s;
-    const vf x_s = z_s * spec.inv_temperature;
-    const vf x_t = (load_n(teacher + i, n) - stats.max_t) * spec.inv_temperature;
-    const vf q = vexp(x_s - stats.logd_s);
-    const vf p = vexp(x_t - stats.logd_t);
-    const Terms terms = divergence_terms<kDivergence>(q, p, (x_t - x_s) - logd_gap, spec);
-    vf dz = kd_scale * (terms.u - q * stats.u_sum);
-    dz += ce_scale * (needs_q1 ? vexp(z_s - stats.logd_1) : q);
-    if (n == kLanes) {
-      store(dlogits + i, dz);
+    const vf q = load_or_zero(scratch.q + i, n);
+    const vf u = load_or_zero(scratch.u + i, n);
+    vf dz = kd_scale * (u - q * stats.u_sum);
+    if (needs_q1) {
+      dz += ce_scale * vexp(load_n(student + i, n) - stats.max_s - stats.logd_1);
     } else {
-      store_tail(dlogits + i, n, dz);
+      dz += ce_scale * q;
     }
+    store_n(dlogits + i, n, dz);
   });
   if (has_ce) dlogits[label] -= ce_scale;
 }
 
 KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                 const KdSpec& spec, KdStats& stats) {
+                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch) {
   switch (spec.divergence) {
     case Divergence::kForwardKl:
-      return kd_row_fwd<Divergence::kForwardKl>(student, teacher, V, label, spec, stats);
+      return row_fwd_as<Divergence::kForwardKl>(student, teacher, V, label, spec, stats, scratch);
     case Divergence::kReverseKl:
-      return kd_row_fwd<Divergence::kReverseKl>(student, teacher, V, label, spec, stats);
+      return row_fwd_as<Divergence::kReverseKl>(student, teacher, V, label, spec, stats, scratch);
     default:
-      return kd_row_fwd<Divergence::kJsd>(student, teacher, V, label, spec, stats);
+      return row_fwd_as<Divergence::kJsd>(student, teacher, V, label, spec, stats, scratch);
   }
 }
 
-void row_bwd(const float* student, const float* teacher, int64_t V, int64_t label, float row_weight,
-             const KdSpec& spec, const KdStats& stats, float* dlogits) {
+void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+                   const KdStats& stats, const KdScratch& scratch) {
   switch (spec.divergence) {
     case Divergence::kForwardKl:
-      return kd_row_bwd<Divergence::kForwardKl>(student, teacher, V, label, row_weight, spec, stats,
-                                                dlogits);
+      return row_recompute_as<Divergence::kForwardKl>(student, teacher, V, spec, stats, scratch);
     case Divergence::kReverseKl:
-      return kd_row_bwd<Divergence::kReverseKl>(student, teacher, V, label, row_weight, spec, stats,
-                                                dlogits);
+      return row_recompute_as<Divergence::kReverseKl>(student, teacher, V, spec, stats, scratch);
     default:
-      return kd_row_bwd<Divergence::kJsd>(student, teacher, V, label, row_weight, spec, stats,
-                                          dlogits);
+      return row_recompute_as<Divergence::kJsd>(student, teacher, V, spec, stats, scratch);
   }
 }

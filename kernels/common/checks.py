@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms share. Shapes always; values only where that costs no wait."""
+"""Checks of arguments that rooms share. Shapes always; values only where that costs no wait."""
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def check_labels(labels: Tensor | None, ce_weight: float) -> None:
 
 
 def check_label_values(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
-    """Labels in [0, vocab_size) or ignore_index. Runs on a CPU, and on a GPU under MODXFER_DEBUG=1."""
+    """Labels in [0, vocab_size) or ignore_index; on a GPU only under MODXFER_DEBUG=1."""
     if labels is None or labels.numel() == 0 or not (labels.device.type == "cpu" or env.debug()):
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))

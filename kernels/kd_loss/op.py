@@ -1,10 +1,11 @@
 """KD loss of two tensors of logits, and its gradient in the student's.
 
-N rows (B*T tokens)   V classes   p = softmax(teacher / temperature)   q = softmax(student / temperature)
+N rows (B*T tokens)   V classes   p, q = softmax of teacher, student logits / temperature
 
-    forward_kl   KL(p || q)                          JSD and endpoints as in GKD (Agarwal et al. 2024,
-    reverse_kl   KL(q || p)                          arXiv 2306.13649), eq. 2; teacher weighted by beta
+    forward_kl   KL(p || q)
+    reverse_kl   KL(q || p)
     jsd          beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
+                 (generalised JSD of GKD, Agarwal et al. 2024, arXiv 2306.13649)
 
     loss_n = kd_weight D_n + ce_weight CE(softmax(student_n), label_n)
 

@@ -5,10 +5,10 @@ N rows (B*T tokens)   V classes   D_s, D_t widths   p teacher   q student
     z_s = student_hidden student_weight^T + student_bias         z_t likewise
     loss = sum_n row_weight_n (kd_weight D(p_n, q_n) + ce_weight CE(softmax(z_s,n), label_n))
 
-D and its conventions are those of `kd_loss`. Fused: both projections, the loss, and the gradients of
-student_hidden, student_weight and student_bias; logits [N, V] exist for one chunk of rows at a time
-and are fp32 at the softmax whatever the dtype of the heads (bf16 logits cost 3 to 150 % of gradient
-accuracy as the student nears the teacher). See stream.py for the loop.
+D and its conventions are those of `kd_loss`. Fused: both projections, the loss, and the gradients
+of student_hidden, student_weight and student_bias; logits [N, V] exist for one chunk of rows at a
+time and are fp32 at the softmax whatever the dtype of the heads (bf16 logits cost 3 to 150 % of
+gradient accuracy as the student nears the teacher). See stream.py for the loop.
 
 FLOPs: 2 N V (3 D_s + D_t); 2 N V (2 D_s + D_t) when the head is frozen; 2 N V (D_s + D_t) without
 gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N V (D_s + D_t).
@@ -204,8 +204,9 @@ def linear_kd_loss_terms(
         "linear_kd_loss", student_hidden, student_weight, teacher_hidden, backend=backend
     )
 
-    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    # the number of rows is spelt out: a teacher of no width (cross entropy alone) has no elements
+    student_hidden = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(lead.numel(), teacher_hidden.shape[-1])
     labels = None if labels is None else labels.reshape(-1)
     valid = valid_rows(labels, ignore_index)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)

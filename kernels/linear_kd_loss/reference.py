@@ -1,6 +1,7 @@
-"""The linear KD loss with the room's loop and the reference row functions; the definition is below.
+"""The linear KD loss: the room's loop with the reference row functions, and the definition.
 
-`linear_kd_loss_reference` is dense and differentiable by autograd; in fp64 it is the truth of tests.
+`linear_kd_loss_reference` is dense and differentiable by autograd; in fp64 it is the truth of every
+test.
 """
 
 import functools
@@ -26,7 +27,7 @@ def linear_kd_loss_reference(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-row divergence and cross entropy, [M] each, from hidden states [M, D] and heads [V, D]."""
+    """Per-row divergence and cross entropy, [M] each, of hidden states [M, D], heads [V, D]."""
     student_logits = student_hidden @ student_weight.T
     teacher_logits = teacher_hidden @ teacher_weight.T
     if student_bias is not None:

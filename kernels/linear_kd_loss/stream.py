@@ -6,9 +6,9 @@
         dhidden = dz W_s
         dweight += dz^T h_s,  dbias += sum(dz)              one fp32 accumulator, rounded once
 
-Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. Rows that are
-ignored are packed away before the first GEMM. The chunk comes from a budget in bytes
-(config.chunk_rows): each chunk reads both heads and rewrites dweight, so few large ones are fast.
+Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. Rows that
+are ignored are packed away before the first GEMM. The chunk comes from a budget in bytes
+(workspace.py).
 """
 
 from types import ModuleType
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common import KDSpec, gemm, valid_rows
-from .config import chunk_rows
+from .workspace import Plan, logits_buffers
 
 
 def stream(
@@ -57,15 +57,14 @@ def stream(
     kept = _kept_rows(labels, ignore_index, num_valid)
     count = n if kept is None else kept.shape[0]
 
-    workspace = _Workspace(
-        student_weight, teacher_weight, work_dtype, packed=kept is not None, budget=workspace_bytes
+    plan = Plan(
+        count,
+        student_weight,
+        teacher_weight,
+        work_dtype,
+        packed=kept is not None,
+        budget=workspace_bytes,
     )
-    chunk = chunk_rows(count, workspace.row_bytes, workspace.logits_bytes)
-    # one spare row keeps the buffers non-empty; an empty batch then simply skips the loop
-    z_s, z_t = torch.empty(
-        2, min(chunk, max(count, 1)), vocab_size, device=device, dtype=work_dtype
-    )
-    single = count <= chunk
 
     kd = torch.zeros(n, device=device, dtype=work_dtype)
     ce = torch.zeros_like(kd)
@@ -78,74 +77,52 @@ def stream(
         )
     if need_dweight:
         # several chunks are summed in fp32; a single one is rounded by its GEMM
-        dtype = student_weight.dtype if single else work_dtype
+        dtype = student_weight.dtype if plan.is_single else work_dtype
         dweight = torch.empty(student_weight.shape, device=device, dtype=dtype)
         if count == 0:
             dweight.zero_()
     if need_dbias:
         dbias = torch.zeros(vocab_size, device=device, dtype=work_dtype)
 
-    for start in range(0, count, chunk):
-        span = slice(start, min(start + chunk, count))
-        index = None if kept is None else kept[span]
-        h_s, h_t = _take(student_hidden, span, index), _take(teacher_hidden, span, index)
-        chunk_labels = None if labels is None else _take(labels, span, index)
-        chunk_weights = _take(row_weights, span, index)
-        logits_s, logits_t = z_s[: h_s.shape[0]], z_t[: h_s.shape[0]]
-        gemm.project(h_s, student_weight, student_bias, logits_s, workspace.tile)
-        gemm.project(h_t, teacher_weight, teacher_bias, logits_t, workspace.tile)
+    with logits_buffers(plan.chunk, vocab_size, work_dtype, device) as (z_s, z_t):
+        for start in range(0, count, plan.chunk):
+            span = slice(start, min(start + plan.chunk, count))
+            index = None if kept is None else kept[span]
+            h_s, h_t = _take(student_hidden, span, index), _take(teacher_hidden, span, index)
+            chunk_labels = None if labels is None else _take(labels, span, index)
+            chunk_weights = _take(row_weights, span, index)
+            logits_s, logits_t = z_s[: h_s.shape[0]], z_t[: h_s.shape[0]]
+            gemm.project(h_s, student_weight, student_bias, logits_s, plan.tile)
+            gemm.project(h_t, teacher_weight, teacher_bias, logits_t, plan.tile)
 
-        if not need_grad:
-            kd_rows, ce_rows, _ = rows.kd_loss_fwd(logits_s, logits_t, chunk_labels, spec)
+            if not need_grad:
+                kd_rows, ce_rows, _ = rows.kd_loss_fwd(logits_s, logits_t, chunk_labels, spec)
+                _put(kd, span, index, kd_rows)
+                _put(ce, span, index, ce_rows)
+                continue
+
+            dlogits = _dlogits_buffer(logits_s, student_weight)
+            kd_rows, ce_rows = rows.kd_loss_fwd_bwd(
+                logits_s, logits_t, chunk_labels, chunk_weights, spec, dlogits
+            )
             _put(kd, span, index, kd_rows)
             _put(ce, span, index, ce_rows)
-            continue
-
-        dlogits = _dlogits_buffer(logits_s, student_weight)
-        kd_rows, ce_rows = rows.kd_loss_fwd_bwd(
-            logits_s, logits_t, chunk_labels, chunk_weights, spec, dlogits
-        )
-        _put(kd, span, index, kd_rows)
-        _put(ce, span, index, ce_rows)
-        if need_dhidden and index is None:
-            gemm.dhidden(dlogits, student_weight, dhidden[span], workspace.tile)
-        elif need_dhidden:
-            packed = torch.empty_like(h_s)
-            gemm.dhidden(dlogits, student_weight, packed, workspace.tile)
-            dhidden.index_copy_(0, index, packed)
-        if need_dweight:
-            gemm.dweight(dlogits, h_s, dweight, accumulate=start > 0)
-        if need_dbias:
-            dbias += dlogits.sum(0, dtype=work_dtype)
+            if need_dhidden and index is None:
+                gemm.dhidden(dlogits, student_weight, dhidden[span], plan.tile)
+            elif need_dhidden:
+                packed = torch.empty_like(h_s)
+                gemm.dhidden(dlogits, student_weight, packed, plan.tile)
+                dhidden.index_copy_(0, index, packed)
+            if need_dweight:
+                gemm.dweight(dlogits, h_s, dweight, accumulate=start > 0)
+            if need_dbias:
+                dbias += dlogits.sum(0, dtype=work_dtype)
 
     if need_dweight:
         dweight = dweight.to(student_weight.dtype)
     if need_dbias:
         dbias = dbias.to(student_bias.dtype)
     return kd, ce, dhidden, dweight, dbias
-
-
-class _Workspace:
-    """How a budget of bytes is spent: logits of a chunk, and on a CPU the widened weight tiles."""
-
-    def __init__(self, student_weight, teacher_weight, work_dtype, *, packed: bool, budget: int):
-        size = work_dtype.itemsize
-        d_s, d_t = student_weight.shape[1], teacher_weight.shape[1]
-        self.row_bytes = 2 * size * student_weight.shape[0]
-        self.tile = student_weight.shape[0]
-        if packed:  # gathered hidden states of the chunk, and dhidden before it is scattered
-            self.row_bytes += 2 * d_s * student_weight.itemsize + d_t * teacher_weight.itemsize
-        self.logits_bytes = budget
-        widened = [
-            weight
-            for weight in (student_weight, teacher_weight)
-            if gemm.is_widened(weight, work_dtype)
-        ]
-        if widened:
-            self.row_bytes += size * max(2 * d_s, d_t)
-            tile_bytes = budget // 8
-            self.tile = max(tile_bytes // (size * max(weight.shape[1] for weight in widened)), 1)
-            self.logits_bytes = budget - tile_bytes
 
 
 def _kept_rows(labels: Tensor | None, ignore_index: int, num_valid: int | None) -> Tensor | None:
@@ -167,7 +144,7 @@ def _kept_rows(labels: Tensor | None, ignore_index: int, num_valid: int | None) 
 
 
 def _dlogits_buffer(logits: Tensor, weight: Tensor) -> Tensor:
-    """dlogits overwrites the student's logits: in place, or in the first half of each row's bytes."""
+    """dlogits overwrites the student's logits, or the first half of each row's bytes."""
     if weight.dtype == logits.dtype or gemm.is_widened(weight, logits.dtype):
         return logits
     return logits.view(weight.dtype)[:, : logits.shape[1]]

@@ -33,18 +33,24 @@ struct KdLosses {
   float ce;
 };
 
-// label < 0: the row has no cross entropy.
-using KdRowFwd = KdLosses (*)(const float* student, const float* teacher, int64_t V, int64_t label,
-                              const KdSpec& spec, KdStats& stats);
-// dlogits may be the student's row itself.
-using KdRowBwd = void (*)(const float* student, const float* teacher, int64_t V, int64_t label,
-                          float row_weight, const KdSpec& spec, const KdStats& stats,
-                          float* dlogits);
+// Two rows of V floats: q and u of each class between the passes over a row.
+struct KdScratch {
+  float* q;
+  float* u;
+};
 
+// Row kernels of one instruction set. label < 0: the row has no cross entropy.
 struct KdRowKernels {
   const char* isa;
-  KdRowFwd fwd;
-  KdRowBwd bwd;
+  // Losses, statistics, and q and u in the scratch.
+  KdLosses (*fwd)(const float* student, const float* teacher, int64_t V, int64_t label,
+                  const KdSpec& spec, KdStats& stats, const KdScratch& scratch);
+  // q and u again, from the statistics.
+  void (*recompute)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+                    const KdStats& stats, const KdScratch& scratch);
+  // dlogits from q and u; dlogits may be the student's row itself.
+  void (*grad)(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
+               const KdStats& stats, const KdScratch& scratch, float* dlogits);
 };
 
 // The fastest kernels this processor can run.

@@ -1,4 +1,5 @@
-// The compiled ops, as register.cpp registers them. Shapes are checked by the Python ops above them.
+// The compiled ops, as register.cpp registers them. Shapes are checked by the Python ops above
+// them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first; the stamp makes that idempotent.
+# CPU machines: torch comes pinned, before anything asks for "torch" and pulls a CUDA build.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CSRC := $(shell find csrc -type f)
+
+.PHONY: help setup demo test lint format bench-peers clean
+
+help:
+	@echo "make demo         distil examples/quickstart.yaml on this machine (no network, no GPU needed)"
+	@echo "make test         run the whole test suite"
+	@echo "make lint         ruff and clang-format, as CI runs them"
+	@echo "make format       rewrite files the way lint wants them"
+	@echo "make bench-peers  install the libraries that the benchmarks compare against"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml Makefile $(CSRC)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[engine,bench,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/modxfer distill examples/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+# their dependencies are ours already; installed plainly they would replace them
+bench-peers: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5 trl==1.16.0
+
+clean:
+	rm -rf build dist *.egg-info modxfer_fast/*.so $(VENV)

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in at most 9 minutes: builds csrc, runs the GPU tests, then the
+# benchmarks. Stages are bounded one by one, and each writes its results before the next begins.
+#
+#   benchmarks/gpu_suite.sh              OUT=DIR   results (default: benchmarks/results/<gpu>)
+#   benchmarks/gpu_suite.sh --dry-run    PYTHON=python3   interpreter with torch installed
+#
+# --dry-run runs the same stages on a CPU at smoke size: GPU tests are collected and skipped.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    "") device=cuda ;;
+    --dry-run) device=cpu ;;
+    *) echo "usage: $0 [--dry-run]" >&2; exit 2 ;;
+esac
+python=${PYTHON:-python3}
+deadline=$((SECONDS + 530))
+
+if [[ $device == cuda ]]; then
+    gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || exit 1
+else
+    gpu=dry-run
+fi
+out=${OUT:-benchmarks/results/$(echo "$gpu" | tr 'A-Z ' 'a-z-')}
+mkdir -p "$out"
+status=0
+
+# stage NAME SECONDS COMMAND...: output to the terminal and to $out/NAME.log; never past the deadline
+stage() {
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS code
+    shift 2
+    if ((left < 10)); then
+        echo "== $name: not started, ${left} s left" | tee -a "$out/stages.txt"
+        status=1
+        return
+    fi
+    ((limit > left)) && limit=$left
+    echo "== $name (at most $limit s): $*"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    code=${PIPESTATUS[0]}
+    echo "$name: exit $code after $((SECONDS - started)) s" | tee -a "$out/stages.txt"
+    ((code == 0)) || status=1
+}
+
+# bench ROOM SHAPE SECONDS DIVERGENCE...: one stage, one CSV and one JSON a divergence
+bench() {
+    local room=$1 shape=$2 limit=$3 name divergence
+    shift 3
+    for divergence in "$@"; do
+        name=$room-$shape-$divergence
+        stage "$name" "$limit" "$python" -m modxfer_fast bench "$room" --device "$device" \
+            --shape "$shape" --divergence "$divergence" "${quick[@]}" \
+            --csv "$out/$name.csv" --json "$out/$name.json"
+    done
+}
+
+: > "$out/stages.txt"
+stage environment 60 "$python" -m modxfer_fast doctor
+if [[ $device == cuda ]]; then
+    nvidia-smi > "$out/nvidia-smi.txt" 2>&1
+    quick=()
+    stage build 90 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
+    stage tests 150 "$python" -m pytest -q -m gpu
+    bench linear_kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
+    bench linear_kd_loss llama3-8b-self 45 forward_kl jsd
+    bench kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
+    bench linear_kd_loss qwen3-0.6b-from-8b 45 forward_kl
+else
+    quick=(--quick)
+    stage tests 120 "$python" -m pytest -q -m gpu tests/kernels
+    bench kd_loss smoke 60 forward_kl
+    bench linear_kd_loss smoke 60 forward_kl
+fi
+echo "results in $out"
+exit $status

@@ -1,0 +1,547 @@
+"""KD loss of rows of logits, one program per row; probabilities are never stored.
+
+M rows   V classes   z_s, z_t logits   p teacher   q student   d = log p - log q
+
+Passes over the two rows of logits; f and u are those of `reference.py`:
+
+    1  maxima and denominators of both softmaxes, online; the divergence itself for the two KLs
+    2  sum f and sum u, for a divergence that needs normalised probabilities (jsd)
+    3  dlogits = row_weight (kd_weight / temperature (u - q sum u) + ce_weight (q_1 - onehot))
+
+KL(p || q) = sum p ((z_t - max_t) - (z_s - max_s)) / temperature + log(d_s / d_t) needs no
+normalised probability: forward_kl and reverse_kl skip pass 2. Loss alone skips pass 3.
+Consecutive passes run in opposite directions: a pass begins with the tiles that the one before it
+left in the cache. Pass 3 always runs left to right, because dlogits may lie over the student's
+logits with half their width.
+
+A new divergence is one more branch in `_divergence_terms`.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import env
+from ..common import KDSpec
+from .config import row_config
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+# Stands for the maximum of a lane that has seen only -inf: finite, so that differences are not NaN.
+NO_MAX = tl.constexpr(-1e38)
+
+
+@triton.jit
+def _load_tile(row_ptr, offs_v, V):
+    """fp32 logits; -inf, a class without probability, past the end of the row."""
+    return tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _add_cross(cross, keep, d_a, rise_a, rise_b, e_a, x_a, x_b):
+    """Moves sum e_a (x_a - x_b) to maxima higher by rise_a and rise_b, and adds a tile to it.
+
+    A term without weight is dropped, also where x_b = -inf makes it infinite.
+    """
+    moved = cross + d_a * (rise_b - rise_a)
+    added = tl.sum(tl.where(e_a > 0, e_a * (x_a - x_b), 0.0), axis=1)
+    return tl.where(keep > 0, keep * moved, 0.0) + added
+
+
+@triton.jit
+def _merge_cross(cross, keep, d_a, rise_a, rise_b):
+    """The lanes' cross sums, brought to the row's maxima and added."""
+    moved = cross + d_a * (rise_b - rise_a)
+    return tl.sum(tl.where(keep > 0, keep * moved, 0.0), axis=0)
+
+
+@triton.jit
+def _softmax_stats(
+    student_ptr, teacher_ptr,            # in   [V]
+    V,
+    scale, inv_temperature,              # scale = log2(e) / temperature
+    DIVERGENCE: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Pass 1: (max_s, d_s, max_t, d_t, d_1, kl), kl of the two KLs and 0 for the others.
+
+    Every lane, the owner of VECTOR neighbouring columns, keeps an online softmax of its own: inside
+    the loop no warp waits for another, and one rescaling serves VECTOR logits.
+    """
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    m_s = tl.full([LANES], NO_MAX, tl.float32)
+    m_t = tl.full([LANES], NO_MAX, tl.float32)
+    d_s = tl.zeros([LANES], tl.float32)
+    d_t = tl.zeros([LANES], tl.float32)
+    d_1 = tl.zeros([LANES], tl.float32)
+    cross = tl.zeros([LANES], tl.float32)
+
+    offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    for i in range(num_tiles):
+        tile = i
+        if DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl":
+            tile = num_tiles - 1 - i
+        offs_v = tile * BLOCK_V + offs_lane
+        z_s = _load_tile(student_ptr, offs_v, V)
+        z_t = _load_tile(teacher_ptr, offs_v, V)
+        m_s_new = tl.maximum(m_s, tl.max(z_s, axis=1))
+        m_t_new = tl.maximum(m_t, tl.max(z_t, axis=1))
+        rise_s = m_s_new - m_s
+        rise_t = m_t_new - m_t
+        keep_s = tl.exp2(-rise_s * scale)
+        keep_t = tl.exp2(-rise_t * scale)
+        x_s = z_s - m_s_new[:, None]
+        x_t = z_t - m_t_new[:, None]
+        e_s = tl.exp2(x_s * scale)
+        e_t = tl.exp2(x_t * scale)
+        if DIVERGENCE == "forward_kl":
+            cross = _add_cross(cross, keep_t, d_t, rise_t, rise_s, e_t, x_t, x_s)
+        if DIVERGENCE == "reverse_kl":
+            cross = _add_cross(cross, keep_s, d_s, rise_s, rise_t, e_s, x_s, x_t)
+        if NEEDS_D_1:
+            d_1 = d_1 * tl.exp2(-rise_s * LOG2E) + tl.sum(tl.exp2(x_s * LOG2E), axis=1)
+        d_s = d_s * keep_s + tl.sum(e_s, axis=1)
+        d_t = d_t * keep_t + tl.sum(e_t, axis=1)
+        m_s = m_s_new
+        m_t = m_t_new
+
+    max_s = tl.max(m_s, axis=0)
+    max_t = tl.max(m_t, axis=0)
+    rise_s = max_s - m_s
+    rise_t = max_t - m_t
+    keep_s = tl.exp2(-rise_s * scale)
+    keep_t = tl.exp2(-rise_t * scale)
+    sum_s = tl.sum(d_s * keep_s, axis=0)
+    sum_t = tl.sum(d_t * keep_t, axis=0)
+    sum_1 = sum_s
+    if NEEDS_D_1:
+        sum_1 = tl.sum(d_1 * tl.exp2(-rise_s * LOG2E), axis=0)
+    # the logarithm of one ratio loses less than the difference of two logarithms near 10
+    kl = 0.0
+    if DIVERGENCE == "forward_kl":
+        mean = _merge_cross(cross, keep_t, d_t, rise_t, rise_s) / sum_t
+        kl = mean * inv_temperature + tl.log(sum_s / sum_t)
+    if DIVERGENCE == "reverse_kl":
+        mean = _merge_cross(cross, keep_s, d_s, rise_s, rise_t) / sum_s
+        kl = mean * inv_temperature + tl.log(sum_t / sum_s)
+    return max_s, sum_s, max_t, sum_t, sum_1, kl
+
+
+@triton.jit
+def _log2_mean_with_1(x):
+    """log2((1 + x) / 2) for x in [0, 1], error below 1.1e-7 and exactly 0 at 1.
+
+    Least maximum error polynomial of degree 8 for log2((1 + x) / 2) / (x - 1): ten operations,
+    where `tl.log2` takes about thirty and makes the pass compute-bound.
+    """
+    y = 0.00545409974
+    y = y * x - 0.0279898327
+    y = y * x + 0.0684036762
+    y = y * x - 0.112808555
+    y = y * x + 0.1539592
+    y = y * x - 0.201578796
+    y = y * x + 0.278602153
+    y = y * x - 0.442693591
+    y = y * x + 1.0
+    return (x - 1.0) * y
+
+
+@triton.jit
+def _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE: tl.constexpr):
+    """f, u of each class: divergence = sum f, and u = q dD/dq up to a constant in dD/dq.
+
+    d = log2(p / q). A class without p (or q) adds no p-term (or q-term), also where d is infinite
+    or NaN. For jsd, log2_2_beta = log2(2 beta) and log2_2_rest = log2(2 (1 - beta)).
+    """
+    if DIVERGENCE == "forward_kl":
+        f = tl.where(p > 0, LN2 * p * d, 0.0)
+        u = -p
+    if DIVERGENCE == "reverse_kl":
+        f = tl.where(q > 0, -LN2 * q * d, 0.0)
+        u = f
+    if DIVERGENCE == "jsd":
+        # log(m / q) = logaddexp(log beta + d, log(1 - beta)) and log(p / m), its mirror image, each
+        # from the larger argument; d = 0 at beta = 1/2 gives 0, so equal rows have no divergence
+        s = d + (log2_2_beta - log2_2_rest)
+        mean = _log2_mean_with_1(tl.exp2(-tl.abs(s)))
+        m_over_q = tl.maximum(s, 0.0) + (mean + log2_2_rest)
+        m_over_p = tl.maximum(-s, 0.0) + (mean + log2_2_beta)
+        u = tl.where(q > 0, (LN2 * (beta - 1.0)) * q * m_over_q, 0.0)
+        f = tl.where(p > 0, (-LN2 * beta) * p * m_over_p, 0.0) + u
+    return f, u
+
+
+@triton.jit
+def _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale):
+    """p, q and d = log2(p / q), d from differences of logits before a logarithm rounds them."""
+    x_s = z_s - max_s
+    x_t = z_t - max_t
+    p = tl.exp2(x_t * scale - logd_t * LOG2E)
+    q = tl.exp2(x_s * scale - logd_s * LOG2E)
+    return p, q, (x_t - x_s) * scale - (logd_t - logd_s) * LOG2E
+
+
+@triton.jit
+def _divergence_sums(
+    student_ptr, teacher_ptr,            # in   [V]
+    V,
+    max_s, logd_s, max_t, logd_t,
+    scale, beta, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Pass 2: sum f and sum u, right to left."""
+    f_sum = tl.zeros([BLOCK_V], tl.float32)
+    u_sum = tl.zeros([BLOCK_V], tl.float32)
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    for i in range(num_tiles):
+        offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
+        z_s = _load_tile(student_ptr, offs_v, V)
+        z_t = _load_tile(teacher_ptr, offs_v, V)
+        p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        f, u = _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE)
+        f_sum += f
+        u_sum += u
+    return tl.sum(f_sum, axis=0), tl.sum(u_sum, axis=0)
+
+
+@triton.jit
+def _row_loss(
+    student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
+    V,
+    scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Passes 1 and 2: (kd, ce) of one row and its statistics."""
+    max_s, d_s, max_t, d_t, d_1, kl = _softmax_stats(
+        student_ptr, teacher_ptr, V, scale, inv_temperature, DIVERGENCE, NEEDS_D_1, BLOCK_V, VECTOR
+    )
+    logd_s = tl.log(d_s)
+    logd_t = tl.log(d_t)
+    logd_1 = tl.log(d_1)
+    kd = kl
+    if DIVERGENCE == "forward_kl":
+        u_sum = -1.0
+    elif DIVERGENCE == "reverse_kl":
+        u_sum = kl
+    else:
+        kd, u_sum = _divergence_sums(
+            student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
+            scale, beta, log2_2_beta, log2_2_rest, DIVERGENCE, BLOCK_V,
+        )  # fmt: skip
+    ce = 0.0
+    if HAS_CE:
+        z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+        ce = tl.where(label >= 0, logd_1 - (z_label - max_s), 0.0)
+    return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1
+
+
+@triton.jit
+def _write_dlogits(
+    student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
+    dlogits_ptr,                         # out  [V]
+    V,
+    max_s, logd_s, max_t, logd_t, u_sum, logd_1,
+    row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
+    scale, beta, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Pass 3, left to right: dlogits may lie over the student's logits, see the barrier."""
+    if row_weight == 0:
+        # nothing is read: an ignored row may hold anything, and half of a chat batch is ignored
+        for i in range(tl.cdiv(V, BLOCK_V)):
+            offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
+            zeros = tl.zeros([BLOCK_V], dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + offs_v, zeros, mask=offs_v < V)
+    else:
+        kd_factor = row_weight * kd_scale
+        ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
+        for i in range(tl.cdiv(V, BLOCK_V)):
+            offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
+            z_s = _load_tile(student_ptr, offs_v, V)
+            z_t = _load_tile(teacher_ptr, offs_v, V)
+            p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+            _, u = _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE)
+            dlogits = kd_factor * (u - q * u_sum)
+            if HAS_CE:
+                q_1 = q
+                if not UNIT_TEMPERATURE:
+                    q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
+                dlogits += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+            # without this barrier one warp may overwrite logits that another has yet to load
+            tl.debug_barrier()
+            tl.store(
+                dlogits_ptr + offs_v, dlogits.to(dlogits_ptr.dtype.element_ty), mask=offs_v < V
+            )
+
+
+@triton.jit
+def _load_label(labels_ptr, row, stride_lm, V, HAS_CE: tl.constexpr):
+    """The row's label, or -1 where it has none in [0, V)."""
+    label = -1
+    if HAS_CE:
+        raw = tl.load(labels_ptr + row * stride_lm)
+        label = tl.where((raw >= 0) & (raw < V), raw, -1).to(tl.int32)
+    return label
+
+
+@triton.jit
+def _kd_loss_fwd_kernel(
+    student_ptr, teacher_ptr,            # in   [M, V]
+    labels_ptr,                          # in   [M], int64
+    kd_ptr, ce_ptr,                      # out  [M], fp32
+    stats_ptr,                           # out  [M, 6], fp32
+    V,
+    stride_sm, stride_tm, stride_lm,     # strides, in elements
+    scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
+    row = tl.program_id(0).to(tl.int64)
+    label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
+        student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, V,
+        scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+        DIVERGENCE, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
+    )  # fmt: skip
+    tl.store(kd_ptr + row, kd)
+    tl.store(ce_ptr + row, ce)
+    stats_ptr += row * 6
+    tl.store(stats_ptr + 0, max_s)
+    tl.store(stats_ptr + 1, logd_s)
+    tl.store(stats_ptr + 2, max_t)
+    tl.store(stats_ptr + 3, logd_t)
+    tl.store(stats_ptr + 4, u_sum)
+    tl.store(stats_ptr + 5, logd_1)
+
+
+@triton.jit
+def _kd_loss_bwd_kernel(
+    student_ptr, teacher_ptr,            # in   [M, V]
+    labels_ptr,                          # in   [M], int64
+    row_weights_ptr,                     # in   [M], fp32
+    stats_ptr,                           # in   [M, 6], fp32
+    dlogits_ptr,                         # out  [M, V]
+    V,
+    stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
+    kd_weight, ce_weight, scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    stats_ptr += row * 6
+    max_s = tl.load(stats_ptr + 0)
+    logd_s = tl.load(stats_ptr + 1)
+    max_t = tl.load(stats_ptr + 2)
+    logd_t = tl.load(stats_ptr + 3)
+    u_sum = tl.load(stats_ptr + 4)
+    logd_1 = tl.load(stats_ptr + 5)
+    _write_dlogits(
+        student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label,
+        dlogits_ptr + row * stride_dm, V,
+        max_s, logd_s, max_t, logd_t, u_sum, logd_1,
+        row_weight, kd_weight * inv_temperature, ce_weight, scale, beta, log2_2_beta, log2_2_rest,
+        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def _kd_loss_fwd_bwd_kernel(
+    student_ptr, teacher_ptr,            # in   [M, V]
+    labels_ptr,                          # in   [M], int64
+    row_weights_ptr,                     # in   [M], fp32
+    kd_ptr, ce_ptr,                      # out  [M], fp32
+    dlogits_ptr,                         # out  [M, V]
+    V,
+    stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
+    kd_weight, ce_weight, scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * stride_sm
+    teacher_ptr += row * stride_tm
+    label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
+        student_ptr, teacher_ptr, label, V,
+        scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+        DIVERGENCE, HAS_CE, HAS_CE and not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
+    )  # fmt: skip
+    tl.store(kd_ptr + row, kd)
+    tl.store(ce_ptr + row, ce)
+    _write_dlogits(
+        student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
+        max_s, logd_s, max_t, logd_t, u_sum, logd_1,
+        row_weight, kd_weight * inv_temperature, ce_weight, scale, beta, log2_2_beta, log2_2_rest,
+        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V,
+    )  # fmt: skip
+
+
+def available() -> tuple[bool, str]:
+    if env.triton_interpreted() or torch.cuda.is_available():
+        return True, ""
+    return False, "no GPU is visible to torch; TRITON_INTERPRET=1 runs the kernels on a CPU"
+
+
+def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
+    if device_type == "cpu" and not env.triton_interpreted():
+        return False, "tensors on a CPU need TRITON_INTERPRET=1 at import"
+    if device_type not in ("cpu", "cuda"):
+        return False, f"runs on cuda devices, not on {device_type}"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return False, f"logits are float32, float16 or bfloat16, not {dtype}"
+    return True, ""
+
+
+def kd_loss_fwd(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses and what the backward needs of them.
+
+    Args:
+        student_logits, teacher_logits: [M, V], last stride 1, any row stride.
+        labels: [M] int64 or None.
+
+    Returns:
+        kd, ce: [M] fp32, unweighted. stats: [M, 6] fp32 as `reference.kd_loss_fwd` documents them.
+    """
+    rows = student_logits.shape[0]
+    kd, ce = _row_outputs(student_logits)
+    stats = kd.new_empty(rows, 6)
+    if rows == 0:
+        return kd, ce, stats
+    with torch.cuda.device_of(student_logits):
+        _kd_loss_fwd_kernel[(rows,)](
+            student_logits,
+            teacher_logits,
+            labels,
+            kd,
+            ce,
+            stats,
+            stride_sm=student_logits.stride(0),
+            stride_tm=teacher_logits.stride(0),
+            stride_lm=0 if labels is None else labels.stride(0),
+            **_spec_args(student_logits, teacher_logits, labels, spec),
+        )
+    return kd, ce, stats
+
+
+def kd_loss_bwd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    stats: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> None:
+    """Writes dlogits [M, V] of sum(row_weights * loss), from the statistics of the forward.
+
+    Args:
+        row_weights: [M] fp32; a row of weight 0 gets a row of zeros.
+        dlogits: [M, V], last stride 1; may be `student_logits`, or a half-precision view of its
+            buffer in which every row begins where the row of logits begins.
+    """
+    rows = student_logits.shape[0]
+    if rows == 0:
+        return
+    with torch.cuda.device_of(student_logits):
+        _kd_loss_bwd_kernel[(rows,)](
+            student_logits,
+            teacher_logits,
+            labels,
+            row_weights,
+            stats,
+            dlogits,
+            **_gradient_args(student_logits, teacher_logits, labels, row_weights, spec, dlogits),
+        )
+
+
+def kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Both in one launch; returns kd, ce [M] fp32 and writes dlogits as `kd_loss_bwd` does."""
+    rows = student_logits.shape[0]
+    kd, ce = _row_outputs(student_logits)
+    if rows == 0:
+        return kd, ce
+    with torch.cuda.device_of(student_logits):
+        _kd_loss_fwd_bwd_kernel[(rows,)](
+            student_logits,
+            teacher_logits,
+            labels,
+            row_weights,
+            kd,
+            ce,
+            dlogits,
+            **_gradient_args(student_logits, teacher_logits, labels, row_weights, spec, dlogits),
+        )
+    return kd, ce
+
+
+def _row_outputs(student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    kd = student_logits.new_empty(student_logits.shape[0], dtype=torch.float32)
+    return kd, torch.empty_like(kd)
+
+
+def _spec_args(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+) -> dict:
+    """What every kernel is launched with: sizes, scalars of the spec, constants, warps."""
+    rows, vocab_size = student_logits.shape
+    config = row_config(
+        vocab_size,
+        rows,
+        (student_logits.dtype, teacher_logits.dtype),
+        warp_size=64 if torch.version.hip else 32,
+    )
+    is_jsd = spec.divergence == "jsd"
+    return {
+        "V": vocab_size,
+        "scale": math.log2(math.e) / spec.temperature,
+        "inv_temperature": 1.0 / spec.temperature,
+        "beta": spec.beta,
+        "log2_2_beta": math.log2(2.0 * spec.beta) if is_jsd else 0.0,
+        "log2_2_rest": math.log2(2.0 * (1.0 - spec.beta)) if is_jsd else 0.0,
+        "DIVERGENCE": spec.divergence,
+        "HAS_CE": labels is not None and spec.ce_weight != 0.0,
+        "UNIT_TEMPERATURE": spec.temperature == 1.0,
+        "BLOCK_V": config.block_v,
+        "VECTOR": config.vector,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,  # said here because the default differs between Triton releases
+    }
+
+
+def _gradient_args(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> dict:
+    return {
+        "stride_sm": student_logits.stride(0),
+        "stride_tm": teacher_logits.stride(0),
+        "stride_lm": 0 if labels is None else labels.stride(0),
+        "stride_wm": row_weights.stride(0),
+        "stride_dm": dlogits.stride(0),
+        "kd_weight": spec.kd_weight,
+        "ce_weight": spec.ce_weight,
+        **_spec_args(student_logits, teacher_logits, labels, spec),
+    }

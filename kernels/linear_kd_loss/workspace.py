@@ -1,0 +1,76 @@
+"""The memory of one call: how the budget is split, and where the bytes come from."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..common import gemm
+
+MIN_ROWS = 16
+_WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-precision heads
+
+# A fresh quarter of a gigabyte costs a CPU 64,000 page faults, 5 % of the GEMMs it serves. On a GPU
+# the caching allocator keeps such memory; here one buffer waits for the next call.
+_spare: list[Tensor] = []
+
+
+class Plan:
+    """How a budget of bytes is spent on `rows` rows.
+
+    Attributes:
+        chunk: rows of logits in flight. A chunk repeats the traffic of both heads and of dweight,
+            so it is as large as the budget allows; chunks are of equal size. Below `MIN_ROWS` the
+            GEMMs degenerate, and the budget is exceeded instead.
+        tile: rows of a head that are widened at once, where heads are widened at all.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        student_weight: Tensor,
+        teacher_weight: Tensor,
+        work_dtype: torch.dtype,
+        *,
+        packed: bool,
+        budget: int,
+    ):
+        size = work_dtype.itemsize
+        vocab_size, d_s = student_weight.shape
+        d_t = teacher_weight.shape[1]
+        row_bytes = 2 * size * vocab_size
+        if packed:  # gathered hidden states of the chunk, and dhidden before it is scattered
+            row_bytes += 2 * d_s * student_weight.itemsize + d_t * teacher_weight.itemsize
+        self.tile = vocab_size
+        widened = [
+            weight.shape[1]
+            for weight in (student_weight, teacher_weight)
+            if gemm.is_widened(weight, work_dtype)
+        ]
+        if widened:
+            row_bytes += size * max(2 * d_s, d_t)
+            self.tile = max(budget // _WIDENED_SHARE // (size * max(widened)), 1)
+            budget -= budget // _WIDENED_SHARE
+        fitting = max(budget // row_bytes, MIN_ROWS)
+        chunks = max(-(-rows // fitting), 1)
+        self.chunk = max(-(-rows // chunks), 1)
+        self.is_single = chunks == 1
+
+
+@contextlib.contextmanager
+def logits_buffers(
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two uninitialised [rows, vocab_size] buffers; not to be kept after the block."""
+    numel = 2 * rows * vocab_size
+    buffer = None
+    if device.type == "cpu":
+        with contextlib.suppress(IndexError):
+            buffer = _spare.pop()
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
+        buffer = torch.empty(numel, dtype=dtype, device=device)
+    student, teacher = buffer[:numel].view(2, rows, vocab_size)
+    yield student, teacher
+    if device.type == "cpu" and not _spare:
+        _spare.append(buffer)

@@ -1,0 +1,97 @@
+"""Cases for the row kernels of a `kd_loss` backend, and their check against the fp64 reference."""
+
+import dataclasses
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.kd_loss import reference
+
+from .accuracy import assert_within_budget
+
+
+@dataclasses.dataclass
+class Rows:
+    """Arguments of the row kernels: logits [M, V], labels [M] or None, row_weights [M]."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+    row_weights: Tensor
+
+
+def close_rows(
+    rows: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    delta: float = 0.03,
+    peak: float = 8.0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Rows:
+    """A student `delta` away from its teacher, one planted peak a row, every fourth row masked."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn() -> Tensor:
+        return torch.randn(rows, vocab_size, generator=generator, device=device)
+
+    teacher = 3.0 * randn()
+    index = torch.arange(rows, device=device)
+    labels = (index * 7919) % vocab_size
+    teacher[index, labels] += peak
+    student = teacher + delta * randn()
+    weights = 0.25 + torch.rand(rows, generator=generator, device=device)
+    masked = index % 4 == 3
+    return Rows(
+        student.to(dtype),
+        teacher.to(dtype),
+        labels.masked_fill(masked, -100),
+        weights.masked_fill(masked, 0.0),
+    )
+
+
+def check_row_kernels(
+    impl: ModuleType, rows: Rows, spec: KDSpec, dlogits_dtype: torch.dtype | None = None
+) -> None:
+    """All three functions of `impl` against the reference in fp64; buffers begin as NaN."""
+    student, teacher, labels, weights = rows.student, rows.teacher, rows.labels, rows.row_weights
+    dlogits_dtype = dlogits_dtype or student.dtype
+    kd_truth, ce_truth, stats_truth, dlogits_truth = _reference(rows, spec, torch.float64)
+    kd_plain, ce_plain, stats_plain, dlogits_plain = _reference(rows, spec, torch.float32)
+    dlogits_plain = dlogits_plain.to(dlogits_dtype)
+    # what is summed: x = log-softmax under the KL, probabilities under the gradient
+    kd_scale = stats_truth[:, [1, 3]].abs().max().item() if len(student) else 0.0
+    ce_scale = stats_truth[:, 5].abs().max().item() if len(student) else 0.0
+    dlogits_scale = 0.0
+    if dlogits_dtype == torch.float32 and len(student):
+        dlogits_scale = weights.abs().max().item() * (
+            abs(spec.kd_weight) / spec.temperature + abs(spec.ce_weight)
+        )
+
+    kd, ce, stats = impl.kd_loss_fwd(student, teacher, labels, spec)
+    assert kd.dtype == ce.dtype == stats.dtype == torch.float32
+    assert_within_budget(kd, kd_truth, kd_plain, "kd", kd_scale)
+    assert_within_budget(ce, ce_truth, ce_plain, "ce", ce_scale)
+    assert_within_budget(stats, stats_truth, stats_plain, "stats")
+
+    dlogits = torch.full_like(student, float("nan"), dtype=dlogits_dtype)
+    impl.kd_loss_bwd(student, teacher, labels, weights, stats, spec, dlogits)
+    assert_within_budget(dlogits, dlogits_truth, dlogits_plain, "bwd dlogits", dlogits_scale)
+
+    dlogits = torch.full_like(student, float("nan"), dtype=dlogits_dtype)
+    fused_kd, fused_ce = impl.kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits)
+    assert torch.equal(fused_kd, kd), "kd of the fused call differs from the forward's"
+    assert torch.equal(fused_ce, ce), "ce of the fused call differs from the forward's"
+    assert_within_budget(dlogits, dlogits_truth, dlogits_plain, "fused dlogits", dlogits_scale)
+    assert (dlogits[weights == 0] == 0).all(), "a row of weight 0 has a gradient"
+
+
+def _reference(rows: Rows, spec: KDSpec, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    student, teacher = rows.student.to(dtype), rows.teacher.to(dtype)
+    kd, ce, stats = reference.kd_loss_fwd(student, teacher, rows.labels, spec)
+    dlogits = torch.empty_like(student)
+    reference.kd_loss_bwd(student, teacher, rows.labels, rows.row_weights, stats, spec, dlogits)
+    return kd, ce, stats, dlogits
