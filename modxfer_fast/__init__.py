@@ -9,7 +9,12 @@ import importlib
 from ._version import __version__
 from .kernels.dispatch import BackendError, use_backend
 from .kernels.kd_loss import kd_loss
-from .kernels.linear_kd_loss import KDTerms, linear_kd_loss, linear_kd_loss_terms
+from .kernels.linear_kd_loss import (
+    KDTerms,
+    linear_kd_loss,
+    linear_kd_loss_terms,
+    release_workspace,
+)
 from .losses import LinearKDLoss
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "linear_kd_loss_terms",
+    "release_workspace",
     "use_backend",
 ]
 

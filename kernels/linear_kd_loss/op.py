@@ -15,6 +15,7 @@ gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N 
 Limits: equal vocabularies; no gradient to the teacher; no double backward.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ _INPUTS = (
     "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, "
     "Tensor? student_bias, Tensor? teacher_bias, Tensor? labels, Tensor row_weights, "
     "str divergence, float beta, float temperature, float kd_weight, float ce_weight, "
-    "int ignore_index, int? num_valid, int workspace_mb, str backend"
+    "int ignore_index, SymInt? num_valid, int workspace_mb, str backend"
 )
 _DIFFERENTIABLE = (0, 1, 4)  # student_hidden, student_weight, student_bias
 _ROW_WEIGHTS = 7
@@ -250,16 +251,26 @@ def linear_kd_loss_terms(
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
 
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """The dtypes inside an op are its own; autocast has had its say on the inputs."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return tuple(
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in tensors
+    )
 
 
 def _check_head(role: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -407,23 +418,24 @@ def _run(
         student_bias=student_bias,
         teacher_bias=teacher_bias,
     )
-    kd, ce, *grads = dispatch.load("linear_kd_loss", backend).linear_kd_loss_fwd(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias,
-        teacher_bias,
-        labels,
-        row_weights,
-        spec,
-        ignore_index=ignore_index,
-        num_valid=num_valid,
-        workspace_bytes=workspace_mb * 2**20,
-        need_dhidden=needs[0],
-        need_dweight=needs[1],
-        need_dbias=needs[2],
-    )
+    with _without_autocast(student_hidden.device.type):
+        kd, ce, *grads = dispatch.load("linear_kd_loss", backend).linear_kd_loss_fwd(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            student_bias,
+            teacher_bias,
+            labels,
+            row_weights,
+            spec,
+            ignore_index=ignore_index,
+            num_valid=num_valid,
+            workspace_bytes=workspace_mb * 2**20,
+            need_dhidden=needs[0],
+            need_dweight=needs[1],
+            need_dbias=needs[2],
+        )
     if labels is not None:  # padding may hold anything, NaN included
         ignored = ~valid_rows(labels, ignore_index)
         kd, ce = kd.masked_fill(ignored, 0.0), ce.masked_fill(ignored, 0.0)
@@ -471,10 +483,18 @@ def _fwd_backward(ctx, dloss, *_):
 
 
 def _times(grad: Tensor, dloss: Tensor) -> Tensor:
-    """grad * dloss. A plain `loss.backward()` brings 1, and on a CPU it is free to look."""
-    if type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1.0:
+    """grad * dloss. A plain `loss.backward()` brings 1, and on a CPU it is free to look.
+
+    With retain_graph the saved gradient is needed again, and whoever receives it may change it.
+    """
+    if (
+        type(dloss) is Tensor  # not while a compiler traces
+        and dloss.device.type == "cpu"
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and dloss.item() == 1.0
+    ):
         return grad
-    return grad * dloss.to(grad.dtype) if grad.dtype == torch.float64 else grad * dloss
+    return grad * dloss
 
 
 torch.library.register_autograd(

@@ -70,11 +70,9 @@ def stream(
     ce = torch.zeros_like(kd)
     dhidden = dweight = dbias = None
     if need_dhidden:
-        dhidden = (
-            torch.zeros_like(student_hidden)
-            if kept is not None
-            else torch.empty_like(student_hidden)
-        )
+        # contiguous whatever the layout of the input; rows packed away stay 0
+        make = torch.empty if kept is None else torch.zeros
+        dhidden = make(student_hidden.shape, device=device, dtype=student_hidden.dtype)
     if need_dweight:
         # several chunks are summed in fp32; a single one is rounded by its GEMM
         dtype = student_weight.dtype if plan.is_single else work_dtype

@@ -16,6 +16,11 @@ _WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-pr
 _spare: list[Tensor] = []
 
 
+def release_workspace() -> None:
+    """Frees the logits buffer that a CPU keeps between two calls of `linear_kd_loss`."""
+    _spare.clear()
+
+
 class Plan:
     """How a budget of bytes is spent on `rows` rows.
 
