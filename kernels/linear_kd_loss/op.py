@@ -314,7 +314,17 @@ def _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight) 
     check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
 
 
-def _fwd(
+def _fwd(*args):
+    inputs, needs = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
+    rows, *rest = _run(*inputs, *needs)
+    return rows.sum(), *rest
+
+
+def _rows(*inputs):
+    return _run(*inputs, False, False, False)[:3]
+
+
+def _run(
     student_hidden,
     student_weight,
     teacher_hidden,
@@ -336,78 +346,7 @@ def _fwd(
     need_dweight,
     need_dbias,
 ):
-    rows, kd, ce, *grads = _run(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias,
-        teacher_bias,
-        labels,
-        row_weights,
-        KDSpec(divergence, beta, temperature, kd_weight, ce_weight),
-        ignore_index,
-        num_valid,
-        workspace_mb,
-        backend,
-        (need_dhidden, need_dweight, need_dbias),
-    )
-    return rows.sum(), kd, ce, *grads
-
-
-def _rows(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    student_bias,
-    teacher_bias,
-    labels,
-    row_weights,
-    divergence,
-    beta,
-    temperature,
-    kd_weight,
-    ce_weight,
-    ignore_index,
-    num_valid,
-    workspace_mb,
-    backend,
-):
-    return _run(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias,
-        teacher_bias,
-        labels,
-        row_weights,
-        KDSpec(divergence, beta, temperature, kd_weight, ce_weight),
-        ignore_index,
-        num_valid,
-        workspace_mb,
-        backend,
-        (False, False, False),
-    )[:3]
-
-
-def _run(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    student_bias,
-    teacher_bias,
-    labels,
-    row_weights,
-    spec,
-    ignore_index,
-    num_valid,
-    workspace_mb,
-    backend,
-    needs,
-):
+    spec = KDSpec(divergence, beta, temperature, kd_weight, ce_weight)
     check_label_values(labels, ignore_index, student_weight.shape[0])
     check_num_valid(num_valid, labels, ignore_index)
     debug_check_finite(
@@ -432,14 +371,15 @@ def _run(
             ignore_index=ignore_index,
             num_valid=num_valid,
             workspace_bytes=workspace_mb * 2**20,
-            need_dhidden=needs[0],
-            need_dweight=needs[1],
-            need_dbias=needs[2],
+            need_dhidden=need_dhidden,
+            need_dweight=need_dweight,
+            need_dbias=need_dbias,
         )
     if labels is not None:  # padding may hold anything, NaN included
         ignored = ~valid_rows(labels, ignore_index)
         kd, ce = kd.masked_fill(ignored, 0.0), ce.masked_fill(ignored, 0.0)
-    rows = row_weights * (spec.kd_weight * kd + spec.ce_weight * ce)
+    rows = spec.kd_weight * kd + spec.ce_weight * ce
+    rows = torch.where(row_weights != 0, row_weights * rows, 0.0)
     empty = row_weights.new_empty
     return rows, kd, ce, *(empty(0) if grad is None else grad for grad in grads)
 
@@ -503,7 +443,7 @@ torch.library.register_autograd(
 
 
 def _rows_setup_context(ctx, inputs, output):
-    ctx.tensors, ctx.options = len(inputs[: _ROW_WEIGHTS + 1]), inputs[_ROW_WEIGHTS + 1 :]
+    ctx.options = inputs[_ROW_WEIGHTS + 1 :]
     ctx.save_for_backward(*inputs[: _ROW_WEIGHTS + 1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
