@@ -1,0 +1,20 @@
+"""Distillation on Hugging Face Trainer and DeepSpeed: needs `pip install modxfer-fast[engine]`."""
+
+from .checkpoint import last_complete_checkpoint
+from .config import DistillConfig
+from .guard import NonFiniteError
+from .module import DistillModule
+from .objective import Objective
+from .teacher import Teacher, TeacherPlan
+from .trainer import DistillTrainer
+
+__all__ = [
+    "DistillConfig",
+    "DistillModule",
+    "DistillTrainer",
+    "NonFiniteError",
+    "Objective",
+    "Teacher",
+    "TeacherPlan",
+    "last_complete_checkpoint",
+]

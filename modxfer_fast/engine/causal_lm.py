@@ -1,0 +1,200 @@
+"""A causal language model as the fused loss needs it: backbone, linear head, and one factor.
+
+    logits = logit_scale * (backbone(input_ids) @ weight.T + bias)
+
+Whether a model is of this form is tried on its own head, not looked up by name: a stand-in replaces
+the backbone, and the logits of the model's real `forward` are compared with the formula.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .deepspeed import gathered, true_shape
+
+# Configuration entries that multiply or divide the logits (Cohere, Granite, Falcon-H1, ...).
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+
+
+@dataclass(frozen=True)
+class SplitCausalLM:
+    """Backbone and head of one model.
+
+    Attributes:
+        backbone: maps ids [B, T] to hidden states [B, T, D].
+        head: linear map to the vocabulary, weight [V, D], bias [V] or None.
+        logit_scale: constant factor of the logits, folded into hidden states and bias.
+    """
+
+    backbone: nn.Module
+    head: nn.Linear
+    logit_scale: float
+
+    @classmethod
+    def of(cls, model: nn.Module, role: str) -> "SplitCausalLM":
+        """Splits a PreTrainedModel or PeftModel.
+
+        Args:
+            role: "student" or "teacher", the name that errors use.
+
+        Raises:
+            TypeError, ValueError: the model is not of the form above, with the reason.
+        """
+        base = base_model(model, role)
+        backbone = base.get_decoder()
+        if backbone is base:
+            raise TypeError(f"{role}: {type(base).__name__} has no backbone apart from its head")
+        if getattr(base.config, "output_router_logits", False):
+            raise ValueError(
+                f"{role}: output_router_logits=True asks for the router's auxiliary loss, which is "
+                "computed outside the backbone; set it to False"
+            )
+        head = _linear_head(base, role)
+        return cls(backbone, head, _logit_scale(base, backbone, head, role))
+
+    @property
+    def vocab_size(self) -> int:
+        return true_shape(self.head.weight)[0]
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Last hidden states [B, T, D], `logit_scale` included.
+
+        With `position_ids` they alone say what belongs together: transformers keeps documents of a
+        packed row apart where positions restart, but only when it gets no 2-D mask. Padding is then
+        a document of its own, so the mask has nothing left to say.
+        """
+        if position_ids is None:
+            output = self.backbone(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
+            return self._scaled(output[0])
+        if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
+            raise ValueError(
+                f"position_ids: {type(self.backbone).__name__} takes none, so it cannot keep "
+                "packed documents apart; use a collator that neither packs nor emits them"
+            )
+        shape = input_ids.shape
+        if "flash" in (self.backbone.config._attn_implementation or ""):
+            # the variable-length kernels recognise packed documents in a single row only
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        output = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return self._scaled(output[0].reshape(*shape, -1))
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Head tensors. Read them in a wrapped `forward`, where ZeRO-3 gathers what is read."""
+        weight, bias = self.head.weight, self.head.bias
+        return weight, bias if bias is None or self.logit_scale == 1.0 else bias * self.logit_scale
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
+
+
+def base_model(model: nn.Module, role: str) -> PreTrainedModel:
+    """The PreTrainedModel inside a PeftModel, whose layers apply the adapters, or the model itself.
+
+    Raises:
+        TypeError: neither of the two.
+        ValueError: the PEFT method acts outside the layers, so the backbone alone would skip it.
+    """
+    if isinstance(model, PeftModel):
+        for name in model.active_adapters:
+            config = model.peft_config[name]
+            if config.is_prompt_learning:
+                raise ValueError(
+                    f"{role}: PEFT method {config.peft_type.value} adds virtual tokens in front of "
+                    "the backbone, which a call for hidden states skips; adapt layers instead"
+                )
+            if getattr(config, "alora_invocation_tokens", None):
+                raise ValueError(
+                    f"{role}: activated LoRA finds its invocation tokens in PeftModel.forward, "
+                    "which a call for hidden states skips; use plain LoRA"
+                )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{role}: expected a PreTrainedModel or PeftModel, got {type(model).__name__}"
+        )
+    if model.config.is_encoder_decoder:
+        raise TypeError(f"{role}: expected a decoder-only model, got {type(model).__name__}")
+    return model
+
+
+def _linear_head(base: PreTrainedModel, role: str) -> nn.Linear:
+    head = base.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]]
+    if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"{role}: the output head is wrapped in {type(head).__name__}, whose update is not in "
+            "its weight; take the head out of target_modules, or train it whole with "
+            "modules_to_save=['lm_head']"
+        )
+    if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
+        raise TypeError(
+            f"{role}: expected an nn.Linear output head with floating point weights, "
+            f"got {type(head).__name__}"
+        )
+    return head
+
+
+class _StandInOutput(BaseModelOutputWithPast):
+    """Answers any further field that a `forward` may read from its backbone's output with None."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@torch.no_grad()
+def _logit_scale(base: PreTrainedModel, backbone: nn.Module, head: nn.Linear, role: str) -> float:
+    """The factor between head and logits, found on the head alone, whatever else is partitioned."""
+    with gathered(head.parameters(recurse=False)):
+        weight = head.weight
+        hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(weight)
+        # large logits, so that a soft cap cannot pass for linear
+        hidden *= 1000.0 / F.linear(hidden, weight).abs().amax().clamp(min=1e-3)
+        linear = F.linear(hidden, weight, head.bias).float()
+
+        patched = backbone.__dict__.get("forward")
+        backbone.forward = lambda *args, **kwargs: _StandInOutput(last_hidden_state=hidden)
+        try:
+            ids = torch.zeros(1, 4, dtype=torch.int64, device=weight.device)
+            logits = base(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            del backbone.forward
+            if patched is not None:
+                backbone.forward = patched
+
+    band = 4 * torch.finfo(weight.dtype).eps * linear.abs().max()
+    for scale in _candidate_scales(base.config):
+        if logits.shape == linear.shape and (logits - scale * linear).abs().max() <= scale * band:
+            return scale
+    caps = {name: getattr(base.config, name, None) for name in _SOFT_CAPS}
+    caps = ", ".join(f"{name}={value}" for name, value in caps.items() if value is not None)
+    raise ValueError(
+        f"{role}: the logits of {type(base).__name__} are not its last hidden states times its head"
+        + (f" ({caps} bends them)" if caps else "")
+        + ", so the fused linear loss would distil another function"
+    )
+
+
+def _candidate_scales(config) -> list[float]:
+    scales = [1.0]
+    for name in _SCALES:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value > 0:
+            scales += [float(value), 1.0 / value]
+    return scales

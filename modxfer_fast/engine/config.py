@@ -1,0 +1,142 @@
+"""Options of a distillation run: everything of TrainingArguments, and the loss."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from . import deepspeed
+from .objective import Objective
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """TrainingArguments plus the loss and the ZeRO stage; their names follow `linear_kd_loss`.
+
+    Under ZeRO-3 a configuration must exist before the student is loaded, which is then partitioned
+    while it loads. The teacher may be loaded before or after.
+
+    Raises:
+        ValueError: an option out of range, or one of TrainingArguments that the engine cannot
+            honour.
+    """
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "forward_kl = KL(teacher || student), reverse_kl, jsd."},
+    )
+    beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in the JSD mixture."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides both rows of logits inside the divergence."}
+    )
+    kd_weight: float = field(default=1.0, metadata={"help": "Factor of the divergence."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Factor of the cross entropy."})
+    scale_by_temperature_squared: bool = field(
+        default=False, metadata={"help": "Multiply the divergence by temperature squared."}
+    )
+    workspace_mb: int = field(
+        default=512, metadata={"help": "Memory of the fused loss for logits in flight, in MiB."}
+    )
+    backend: str | None = field(
+        default=None, metadata={"help": "Kernel backend of the fused loss; chosen when not given."}
+    )
+    loss_impl: str = field(
+        default="fused",
+        metadata={"help": "fused, or dense: whole logits in plain PyTorch, to compare."},
+    )
+    zero_stage: int | None = field(
+        default=None, metadata={"help": "Run under DeepSpeed with this ZeRO stage (0, 1, 2 or 3)."}
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Updates in a row that may be skipped as not finite."}
+    )
+    # the collator emits num_valid, which is no argument of the student
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    # the filter waits for the device in each micro-batch; the guard looks once an update
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See max_skipped_steps."})
+
+    def __post_init__(self):
+        self.objective()
+        self._refuse_unsupported()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.ddp_find_unused_parameters is None:
+            # every trainable parameter takes part in the loss; the search would forbid
+            # checkpointing
+            self.ddp_find_unused_parameters = False
+        if self.data_seed is None:
+            # else the order would follow whatever seeded torch last, and a resumed run lose its
+            # place
+            self.data_seed = self.seed
+        self._prepare_deepspeed()
+        super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning(
+                f"{self.n_gpu} GPUs are visible to one process, one of them is used; "
+                "start with torchrun to use all"
+            )
+            self._n_gpu = 1
+
+    def objective(self) -> Objective:
+        """The loss that the options describe."""
+        return Objective(
+            divergence=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            scale_by_temperature_squared=self.scale_by_temperature_squared,
+            workspace_mb=self.workspace_mb,
+            backend=self.backend,
+            impl=self.loss_impl,
+        )
+
+    def _refuse_unsupported(self) -> None:
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps: expected >= 0, got {self.max_skipped_steps}")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices: expected True; without it a rank with few tokens "
+                "weighs as much as one with many"
+            )
+        for name, value, reason in (
+            (
+                "label_smoothing_factor",
+                self.label_smoothing_factor,
+                "the fused loss has no smoothing",
+            ),
+            ("use_liger_kernel", self.use_liger_kernel, "it replaces the student's forward"),
+            ("fsdp", self.fsdp, "the output head would be a DTensor; use zero_stage=3"),
+            ("fp16_full_eval", self.fp16_full_eval, "it would cast the weights that train"),
+            ("bf16_full_eval", self.bf16_full_eval, "it would cast the weights that train"),
+            (
+                "remove_unused_columns",
+                self.remove_unused_columns,
+                "it removes columns of the collator",
+            ),
+        ):
+            if value:
+                raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")
+
+    def _prepare_deepspeed(self) -> None:
+        deepspeed.forget()
+        if self.zero_stage is not None:
+            config = deepspeed.zero_config(self.zero_stage)
+            if self.deepspeed is None:
+                self.deepspeed = config
+        if self.deepspeed is not None:
+            config = deepspeed.load_config(self.deepspeed)
+            deepspeed.check_config(config)
+            stage = config.get("zero_optimization", {}).get("stage", 0)
+            if self.zero_stage not in (None, stage):
+                raise ValueError(
+                    f"zero_stage: expected {stage}, as in `deepspeed`, got {self.zero_stage}"
+                )
+        launcher_asks = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        if self.deepspeed is not None or launcher_asks:
+            deepspeed.check_environment()
+            deepspeed.start(self.use_cpu)

@@ -1,0 +1,221 @@
+"""DeepSpeed for the trainer: configuration of a ZeRO stage, guards where it fails silently."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+# From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
+MIN_DEEPSPEED = Version("0.19.6")
+STAGES = (0, 1, 2, 3)
+
+
+def zero_config(stage: int) -> dict:
+    """Configuration of one ZeRO stage; batch, clipping and precision follow the trainer."""
+    if stage not in STAGES:
+        raise ValueError(
+            f"zero_stage: expected one of {', '.join(map(str, STAGES))}, got {stage!r}"
+        )
+    return {
+        "zero_optimization": {"stage": stage},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+    }
+
+
+def load_config(deepspeed: dict | str) -> dict:
+    """A DeepSpeed configuration from a dictionary, a JSON string, or the path of a JSON file."""
+    if isinstance(deepspeed, dict):
+        return deepspeed
+    if deepspeed.lstrip().startswith("{"):
+        return json.loads(deepspeed)
+    path = Path(deepspeed)
+    if not path.is_file():
+        raise FileNotFoundError(f"deepspeed: expected a JSON file, found none at {path}")
+    return json.loads(path.read_text())
+
+
+def check_config(config: dict) -> None:
+    """Raises ValueError for what DeepSpeed would ignore."""
+    for key in config:
+        if "." in key:
+            outer, inner = key.split(".", 1)
+            raise ValueError(
+                f"deepspeed: {key!r} would be ignored silently, "
+                f"nest it: {{{outer!r}: {{{inner!r}: ...}}}}"
+            )
+        if isinstance(config[key], dict):
+            check_config(config[key])
+
+
+def check_environment() -> None:
+    """Raises where DeepSpeed would be wrong, stay inactive, or fail far from the cause.
+
+    Raises:
+        ImportError: DeepSpeed is missing or too old.
+        RuntimeError: the processes were not started by a launcher, or Accelerate is told to ignore
+            it.
+    """
+    try:
+        version = Version(importlib.metadata.version("deepspeed"))
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError("deepspeed: not installed; pip install 'modxfer-fast[engine]'") from None
+    if version < MIN_DEEPSPEED:
+        raise ImportError(
+            f"deepspeed: expected >= {MIN_DEEPSPEED}, got {version}, which scales gradients "
+            "wrongly under gradient accumulation"
+        )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise RuntimeError(
+            "ACCELERATE_USE_CPU: expected unset together with DeepSpeed, because Accelerate then "
+            "drops DeepSpeed without a word; set use_cpu=True in the configuration instead"
+        )
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"deepspeed: {', '.join(missing)} not set; start with a launcher, also for one "
+            "process: torchrun --nproc-per-node 1 ..."
+        )
+
+
+def start(use_cpu: bool) -> None:
+    """Opens the process group, which must exist before ZeRO-3 partitions a model that loads."""
+    if use_cpu:
+        _disable_shared_memory_op()
+        # DeepSpeed picks its accelerator once, at import; Trainer's use_cpu alone does not reach it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="gloo" if use_cpu else None, auto_mpi_discovery=False, verbose=False
+        )
+
+
+def _disable_shared_memory_op() -> None:
+    """Keeps CPU ranks on gloo: the op compiles for a minute, a killed build blocks later ones."""
+    import deepspeed
+    from deepspeed.git_version_info import installed_ops
+
+    name = "deepspeed_shm_comm"
+    if not installed_ops.get(name, False):
+        deepspeed.ops.__compatible_ops__[name] = False
+
+
+def forget() -> None:
+    """Drops what an earlier DeepSpeed trainer of this process left behind for the next model."""
+    unset_hf_deepspeed_config()
+
+
+@contextlib.contextmanager
+def contained_launch_flag() -> Iterator[None]:
+    """Takes back Accelerate's ACCELERATE_USE_DEEPSPEED, which would make a later trainer ZeRO."""
+    name = "ACCELERATE_USE_DEEPSPEED"
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
+    return hasattr(param, "ds_id")
+
+
+def _is_available(param: nn.Parameter) -> bool:
+    return param.ds_status.name == "AVAILABLE"
+
+
+def true_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where this rank holds a slice."""
+    return tuple(param.ds_shape if is_partitioned(param) else param.shape)
+
+
+@contextlib.contextmanager
+def gathered(params: Iterable[nn.Parameter | None]) -> Iterator[None]:
+    """Whole parameters inside the block. A collective call under ZeRO-3, else nothing."""
+    split = [p for p in params if p is not None and is_partitioned(p) and not _is_available(p)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
+
+
+def materialise(model: nn.Module) -> None:
+    """Replaces partitioned parameters by whole ones, in place; ties are kept. Collective."""
+    whole: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None or not is_partitioned(param):
+                continue
+            if param.ds_id not in whole:
+                with gathered([param]):
+                    data = param.detach().clone()
+                whole[param.ds_id] = nn.Parameter(data, requires_grad=param.requires_grad)
+            module._parameters[name] = whole[param.ds_id]
+
+
+def whole_state_dict(module: nn.Module, keep: bool, only_trainable: bool) -> dict[str, Tensor]:
+    """State of a partitioned module, gathered one parameter at a time. Collective.
+
+    Args:
+        keep: whether this rank wants the values, on the CPU; else the result is empty.
+        only_trainable: leave out frozen parameters.
+    """
+    values: dict[int, Tensor | None] = {}  # by identity: a tied parameter is gathered once
+    state: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if only_trainable and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
+        if id(tensor) not in values:
+            with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
+                values[id(tensor)] = tensor.detach().to("cpu", copy=True) if keep else None
+        if keep:
+            state[name] = values[id(tensor)]
+    return state
+
+
+@contextlib.contextmanager
+def gathered_on_call(module: nn.Module) -> Iterator[None]:
+    """Lets a partitioned module run without an engine: each submodule is whole while it is called.
+
+    A DeepSpeed engine for inference would do the same, but leaves state behind that breaks the
+    training engine made after it. Parameters that are read without calling their module are not
+    covered.
+    """
+    hooks = []
+    for submodule in module.modules():
+        own = list(submodule.parameters(recurse=False))
+        if not any(is_partitioned(param) for param in own):
+            continue
+        open_blocks: list[contextlib.ExitStack] = []
+
+        def enter(*args, own=own, open_blocks=open_blocks):
+            open_blocks.append(contextlib.ExitStack())
+            open_blocks[-1].enter_context(gathered(own))
+
+        def leave(*args, open_blocks=open_blocks):
+            open_blocks.pop().close()
+
+        hooks.append(submodule.register_forward_pre_hook(enter))
+        hooks.append(submodule.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,86 @@
+"""Sums of loss terms and tokens, kept on the device and read only when something is reported."""
+
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .objective import Terms
+
+IGNORE_INDEX = -100
+
+
+class LossMeter:
+    """Token-weighted sums over micro-batches. `add` never waits for the device.
+
+    A micro-batch whose loss is not finite is counted, and left out of every other sum.
+    """
+
+    FIELDS = ("kd", "ce", "num_valid", "num_tokens", "nonfinite_kd", "nonfinite_ce", "nonfinite")
+
+    def __init__(self):
+        self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def add(
+        self, terms: Terms, labels: Tensor, attention_mask: Tensor | None, num_valid: int | None
+    ) -> None:
+        """Adds one micro-batch: its mean terms, and the tokens they are means over."""
+        count = (labels != IGNORE_INDEX).sum() if num_valid is None else num_valid
+        tokens = labels.numel() if attention_mask is None else attention_mask.sum()
+        device = terms.loss.device
+        # zeros + value: a host number reaches the device as a kernel argument, without a copy
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        counted = torch.stack(
+            [terms.kd * count + zero, terms.ce * count + zero, zero + count, zero + tokens]
+        )
+        nonfinite = ~torch.stack([terms.kd, terms.ce, terms.loss.detach()]).isfinite()
+        counted = torch.where(nonfinite[-1], 0.0, counted)
+        row = torch.cat([counted, nonfinite.double()])
+        self._sums = row if self._sums is None else self._sums + row
+
+    def totals(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Sums since the last `restart`, over all ranks. Collective; waits for the device.
+
+        Args:
+            reduce: sums a tensor over the ranks.
+        """
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
+        return dict(zip(self.FIELDS, reduce(sums.clone()).tolist(), strict=True))
+
+    def restart(self) -> None:
+        self._sums = None
+
+
+class TrainingClock(TrainerCallback):
+    """Wall time that went into training steps, evaluation and saving left out."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def pause(self) -> float:
+        return time.perf_counter()
+
+    def resume(self, paused: float) -> None:
+        self._start += time.perf_counter() - paused
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        elapsed, self._start = now - self._start, now
+        return elapsed
+
+
+def peak_mem_mib(device: torch.device) -> float:
+    """Peak of allocated device memory, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

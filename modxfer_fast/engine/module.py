@@ -1,0 +1,127 @@
+"""The student's wrapped forward: student backbone, teacher and fused loss, one scalar out.
+
+Everything that touches a parameter of the student happens inside `forward`, which is what DDP and
+DeepSpeed wrap: gradients are reduced, and ZeRO-3 gathers the head while the loss reads its weight.
+"""
+
+import contextlib
+
+from torch import Tensor, nn
+
+from .causal_lm import SplitCausalLM, base_model
+from .deepspeed import gathered
+from .metrics import LossMeter
+from .objective import Objective
+from .teacher import Teacher
+
+
+class DistillModule(nn.Module):
+    """Student plus frozen teacher as one module whose output is {"loss": fp32 scalar}.
+
+    Args:
+        student: PreTrainedModel or PeftModel; the only registered submodule.
+        teacher: frozen teacher, or None for cross entropy alone.
+        objective: weights and options of the loss.
+
+    Attributes:
+        meter: where `forward` leaves its unweighted terms, as device tensors.
+
+    Raises:
+        ValueError: the vocabularies differ, or the objective asks for a teacher that is not there.
+    """
+
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
+
+    def __init__(self, student: nn.Module, teacher: Teacher | None, objective: Objective):
+        super().__init__()
+        if teacher is None and objective.kd_weight != 0.0:
+            raise ValueError(
+                f"teacher: expected a model because kd_weight is {objective.kd_weight}, got None"
+            )
+        if teacher is not None and teacher.model is student:
+            raise ValueError(
+                "teacher: expected a model of its own, got the student, frozen by that"
+            )
+        self.student = student
+        self.teacher = teacher
+        self.objective = objective
+        self.meter = LossMeter()
+        self._parts = SplitCausalLM.of(student, "student")
+        if teacher is not None and teacher.vocab_size != self._parts.vocab_size:
+            raise ValueError(
+                f"teacher: expected the student's {self._parts.vocab_size} output classes, "
+                f"got {teacher.vocab_size}"
+            )
+
+    @property
+    def config(self):
+        return base_model(self.student, "student").config
+
+    @property
+    def _keys_to_ignore_on_save(self):
+        return base_model(self.student, "student")._keys_to_ignore_on_save
+
+    def gathered_head(self) -> contextlib.AbstractContextManager:
+        """Keeps the head whole, which `forward` reads but does not call. Collective."""
+        return gathered(self._parts.head.parameters(recurse=False))
+
+    def tie_weights(self) -> None:
+        base_model(self.student, "student").tie_weights()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.student.get_input_embeddings()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, **kwargs
+    ) -> None:
+        """Checkpoints the student's layers; Trainer calls this."""
+        base = base_model(self.student, "student")
+        base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
+        )
+        # with a frozen embedding no input requires a gradient, and the reentrant kind returns none
+        base.enable_input_require_grads()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_valid: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one micro-batch.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T], labels[t] is the target of position t, unshifted; -100 masks.
+            attention_mask: [B, T]; says where padding is when `position_ids` is not given.
+            position_ids: [B, T], restarting at every packed document.
+            num_items_in_batch: number of labels of the optimiser step, over all ranks and
+                micro-batches, that divides the sum over this one. Without it the loss is the mean.
+            num_valid: number of labels other than -100 here, known on the host.
+        """
+        objective = self.objective
+        if not self.training:
+            objective = objective.measured(self.teacher is not None)
+        student_hidden = self._parts.hidden(input_ids, attention_mask, position_ids)
+        student_head = self._parts.weight_and_bias()
+        if self.teacher is not None and objective.kd_weight != 0.0:
+            teacher_hidden = self.teacher.hidden(input_ids, attention_mask, position_ids)
+            teacher_head = self.teacher.head
+        else:
+            # of no width, so that its GEMM costs nothing; its divergence has weight 0
+            teacher_hidden = student_hidden.detach()[..., :0]
+            teacher_head = student_head[0].detach()[:, :0], None
+        terms = objective.terms(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            num_items_in_batch,
+            num_valid,
+        )
+        self.meter.add(terms, labels, attention_mask, num_valid)
+        return {"loss": terms.loss}

@@ -1,0 +1,147 @@
+"""What is minimised: the scalar options of the loss, computed fused or, as a yardstick, dense."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modxfer_fast import linear_kd_loss_terms
+from modxfer_fast.kernels.common import KDSpec
+
+LOSS_IMPLS = ("fused", "dense")
+
+
+class Terms(NamedTuple):
+    """loss: fp32 scalar with gradient. kd, ce: detached unweighted means over labelled tokens."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = kd_weight * divergence(p, q) [* temperature^2] + ce_weight * cross entropy.
+
+    Options have the names and meaning of `linear_kd_loss`. impl "dense" keeps the logits [N, V] of
+    both models whole and leaves the gradient to autograd; it exists to be compared with.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    scale_by_temperature_squared: bool = False
+    workspace_mb: int = 512
+    backend: str | None = None
+    impl: str = "fused"
+
+    def __post_init__(self):
+        if self.impl not in LOSS_IMPLS:
+            raise ValueError(
+                f"loss_impl: expected one of {', '.join(LOSS_IMPLS)}, got {self.impl!r}"
+            )
+        if not self.workspace_mb > 0:
+            raise ValueError(f"workspace_mb: expected a positive number, got {self.workspace_mb}")
+        self._spec()
+
+    def _spec(self) -> KDSpec:
+        return KDSpec.checked(
+            self.divergence,
+            self.beta,
+            self.temperature,
+            self.kd_weight,
+            self.ce_weight,
+            self.scale_by_temperature_squared,
+        )
+
+    def measured(self, has_teacher: bool) -> "Objective":
+        """The objective that reports both terms, whatever their weight in training."""
+        return replace(self, kd_weight=1.0 if has_teacher else 0.0, ce_weight=1.0)
+
+    def combine(self, kd: float, ce: float) -> float:
+        """The loss whose unweighted terms are `kd` and `ce`."""
+        spec = self._spec()
+        return spec.kd_weight * kd + spec.ce_weight * ce
+
+    def terms(
+        self,
+        student_hidden: Tensor,
+        student_head: tuple[Tensor, Tensor | None],
+        teacher_hidden: Tensor,
+        teacher_head: tuple[Tensor, Tensor | None],
+        labels: Tensor,
+        normalizer: Tensor | int | None,
+        num_valid: int | None,
+    ) -> Terms:
+        """Hidden states [B, T, D_s] and [B, T, D_t], heads ([V, D], [V] or None), labels [B, T]."""
+        compute = self._fused if self.impl == "fused" else self._dense
+        return compute(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            normalizer,
+            num_valid,
+        )
+
+    def _fused(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> Terms:
+        terms = linear_kd_loss_terms(
+            s_hidden,
+            s_head[0],
+            t_hidden,
+            t_head[0],
+            labels=labels,
+            divergence=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            student_bias=s_head[1],
+            teacher_bias=t_head[1],
+            normalizer=normalizer,
+            scale_by_temperature_squared=self.scale_by_temperature_squared,
+            workspace_mb=self.workspace_mb,
+            num_valid=num_valid,
+            backend=self.backend,
+        )
+        return Terms(terms.loss, terms.kd, terms.ce)
+
+    def _dense(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> Terms:
+        spec = self._spec()
+        valid = labels != -100
+        count = valid.sum().clamp(min=1)
+        student = F.linear(s_hidden, *s_head).float()
+        kd = ce = student.new_zeros(())
+        if spec.kd_weight:
+            with torch.no_grad():
+                log_p = _log_probs(F.linear(t_hidden, *t_head).float(), spec.temperature)
+            rows = _divergence(log_p, _log_probs(student, spec.temperature), spec)
+            kd = rows.masked_fill(~valid, 0.0).sum()
+        if spec.ce_weight:
+            ce = F.cross_entropy(student.flatten(0, -2), labels.flatten(), reduction="sum")
+        loss = (spec.kd_weight * kd + spec.ce_weight * ce) / (
+            count if normalizer is None else normalizer
+        )
+        return Terms(loss, kd.detach() / count, ce.detach() / count)
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits / temperature, dim=-1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, spec: KDSpec) -> Tensor:
+    """[..., V] log probabilities of teacher and student -> [...] divergence of each row."""
+    if spec.divergence == "forward_kl":
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if spec.divergence == "reverse_kl":
+        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log(spec.beta), log_q + math.log1p(-spec.beta))
+    of_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
+    of_student = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
+    return spec.beta * of_teacher + (1 - spec.beta) * of_student

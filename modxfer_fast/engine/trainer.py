@@ -1,0 +1,341 @@
+"""Hugging Face's Trainer, with its loop, launchers, logging and checkpoints, on the fused loss."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
+
+from . import checkpoint, deepspeed
+from .config import DistillConfig
+from .guard import StepGuard
+from .metrics import IGNORE_INDEX, LossMeter, TrainingClock, peak_mem_mib
+from .module import DistillModule
+from .teacher import Teacher
+
+
+class DistillTrainer(Trainer):
+    """Distils `teacher` into `model`.
+
+    Batches come from `data_collator` as {"input_ids", "labels"} [B, T], optionally
+    "attention_mask", "position_ids" [B, T] and the int "num_valid". labels[t] is the target of
+    position t: the collator aligns, nothing shifts later. A packed row restarts position_ids at
+    every document.
+
+    Logs, besides Trainer's: kd_loss and ce_loss (unweighted means over the supervised tokens since
+    the last report), num_tokens (tokens that are not padding, over all ranks, since the start),
+    tokens_per_s (evaluation and saving left out), peak_mem_mib, and skipped_steps where there are
+    any.
+
+    Args:
+        model: student, PreTrainedModel or PeftModel.
+        args: configuration; under ZeRO-3 made before `model` was loaded.
+        teacher: frozen model, or a Teacher with its plan, or None for cross entropy alone. With
+            kd_weight=0 it takes part in evaluation only.
+        data_collator: see above.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: DistillConfig,
+        teacher: PreTrainedModel | PeftModel | Teacher | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        data_collator=None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        if not isinstance(args, DistillConfig):
+            raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
+        if data_collator is None:
+            raise TypeError(
+                "data_collator: expected one that aligns labels with positions, got None"
+            )
+        if isinstance(teacher, nn.Module):
+            teacher = Teacher(teacher)
+        module = DistillModule(model, teacher, args.objective())
+        with deepspeed.contained_launch_flag():
+            super().__init__(
+                model=module,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        if args.deepspeed and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise RuntimeError(
+                f"deepspeed: asked for, but Accelerate set up {self.accelerator.distributed_type}"
+            )
+        if teacher is not None:
+            teacher.to(args.device)
+        self.clock = TrainingClock()
+        self.guard = StepGuard(args.max_skipped_steps, module, self._sum_over_ranks)
+        self.add_callback(self.clock)
+        self.add_callback(self.guard)
+        self._num_tokens = 0
+
+    @property
+    def student(self) -> PreTrainedModel | PeftModel:
+        return self.model.student
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage, None without DeepSpeed."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return None if plugin is None else plugin.zero_stage
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """Trains, from a checkpoint folder, or from the last whole one of output_dir if True.
+
+        Raises:
+            ValueError: no whole checkpoint there, or one written by another number of ranks or
+                stage.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoint.last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}"
+                )
+        if resume_from_checkpoint:
+            info = checkpoint.read_marker(resume_from_checkpoint)
+            written = (info.world_size, info.zero_stage)
+            if written != (self.args.world_size, self.zero_stage):
+                raise ValueError(
+                    f"resume_from_checkpoint: written by {info.world_size} ranks with "
+                    f"zero_stage={info.zero_stage}, this run has {self.args.world_size} ranks with "
+                    f"zero_stage={self.zero_stage}"
+                )
+            self._num_tokens = info.num_tokens
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            # DeepSpeed drops an empty group (LoRA has no biases or norms), schedulers then miscount
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        return optimizer
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        # resumed below: Trainer loads a DeepSpeed checkpoint strictly unless `self.model` is a
+        # PeftModel
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                self._load_deepspeed_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        self.guard.engine = self.deepspeed
+        if not self.zero_stage:
+            self.guard.watch(_torch_optimizer(self.optimizer))
+        return prepared
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # a skipped update takes no part in the reported loss either
+        return torch.where(loss.isfinite(), loss, 0.0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._measurements())
+        super().log(logs, start_time)
+
+    def _measurements(self) -> dict[str, float]:
+        sums = self.model.meter.totals(self._sum_over_ranks, self.args.device)
+        self.model.meter.restart()
+        seconds = self.clock.lap()
+        self._num_tokens += int(sums["num_tokens"])
+        measured = {}
+        if sums["num_valid"]:
+            if self.args.kd_weight:
+                measured["kd_loss"] = sums["kd"] / sums["num_valid"]
+            if self.args.ce_weight:
+                measured["ce_loss"] = sums["ce"] / sums["num_valid"]
+        measured["num_tokens"] = self._num_tokens
+        measured["tokens_per_s"] = round(sums["num_tokens"] / seconds, 1)
+        measured["peak_mem_mib"] = round(peak_mem_mib(self.args.device), 1)
+        if self.guard.skipped:
+            measured["skipped_steps"] = self.guard.skipped
+        return measured
+
+    # ---- evaluation ----
+
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ) -> EvalLoopOutput:
+        """Means over the supervised tokens of the whole set: <prefix>_loss, _kd, _ce, _perplexity.
+
+        Each row counts once, also those that the sampler repeats to give all ranks equal batches.
+        """
+        if self.args.world_size > 1 and not has_length(dataloader.dataset):
+            raise ValueError(
+                "eval_dataset: expected one with a length, which tells the rows that ranks repeat"
+            )
+        paused = self.clock.pause()
+        training_meter, self.model.meter = self.model.meter, LossMeter()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self._evaluated_model() as model:
+                for inputs in dataloader:
+                    inputs = self._prepare_inputs(self._without_repeated_rows(inputs))
+                    with torch.no_grad(), self.accelerator.autocast():
+                        model(**inputs)
+                    self.control = self.callback_handler.on_prediction_step(
+                        self.args, self.state, self.control
+                    )
+            sums = self.model.meter.totals(self._sum_over_ranks, self.args.device)
+        finally:
+            self.model.meter = training_meter
+            self.model.train(was_training)
+            self.clock.resume(paused)
+        metrics = self._evaluation_metrics(sums)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=self.num_examples(dataloader),
+        )
+
+    def _evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        if sums["nonfinite"]:
+            kd = ce = math.nan
+        elif not sums["num_valid"]:
+            raise ValueError("eval_dataset: expected at least one label other than -100, got none")
+        else:
+            kd, ce = sums["kd"] / sums["num_valid"], sums["ce"] / sums["num_valid"]
+        perplexity = math.exp(ce) if not ce > 700 else math.inf
+        metrics = {"loss": self.model.objective.combine(kd, ce), "ce": ce, "perplexity": perplexity}
+        if self.model.teacher is not None:
+            metrics["kd"] = kd
+        return metrics
+
+    @contextlib.contextmanager
+    def _evaluated_model(self) -> Iterator[nn.Module]:
+        """What to call for evaluation, also before training, when there is no engine yet."""
+        if self.deepspeed is not None:
+            yield self.deepspeed
+            return
+        self.model.to(self.args.device)
+        with deepspeed.gathered_on_call(self.model), self.model.gathered_head():
+            yield self.model
+
+    def _without_repeated_rows(self, inputs: dict) -> dict:
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        # of the last batches of all ranks, laid end to end, the first `remainder` rows are new
+        new_rows = max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0)
+        labels = inputs["labels"].clone()
+        labels[new_rows:] = IGNORE_INDEX
+        return {**inputs, "labels": labels, "num_valid": None}
+
+    # ---- saving and loading ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the student as AutoModelForCausalLM or PeftModel read it. All ranks must call."""
+        output_dir = output_dir or self.args.output_dir
+        state = None
+        if self.zero_stage == 3:
+            state = deepspeed.whole_state_dict(
+                self.student,
+                keep=self.args.should_save,
+                only_trainable=isinstance(self.student, PeftModel),
+            )
+        if self.args.should_save:
+            if _internal_call:  # inside a checkpoint, which gets its marker when it is whole
+                self._save(output_dir, state)
+            else:
+                with checkpoint.atomic_folder(output_dir) as folder:
+                    self._save(str(folder), state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.student.save_pretrained(output_dir, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        paused = self.clock.pause()
+        run_dir = self._get_output_dir(trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoint.unmark(folder)
+        # older checkpoints go only once this one is whole
+        pending = self.model.meter.totals(self._sum_over_ranks, self.args.device)
+        num_tokens = self._num_tokens + int(pending["num_tokens"])
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            info = checkpoint.CheckpointInfo(
+                self.state.global_step, self.args.world_size, self.zero_stage, num_tokens
+            )
+            checkpoint.mark_complete(folder, info)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.clock.resume(paused)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not (self.is_deepspeed_enabled and isinstance(self.student, PeftModel)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the frozen base model too, since `self.model` is no PeftModel
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model or self.student)
+
+    def _load_deepspeed_checkpoint(self, folder: str) -> None:
+        is_peft = isinstance(self.student, PeftModel)
+        deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=not is_peft)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            self._load_deepspeed_checkpoint(self.state.best_model_checkpoint)
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _torch_optimizer(optimizer) -> torch.optim.Optimizer:
+    """The torch optimiser whose `step` runs, inside Accelerate's and DeepSpeed's wrappers."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,211 @@
+"""Which models are split into backbone and head, and which are refused with the reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    OPTConfig,
+    PhiConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from modxfer_fast.engine.causal_lm import SplitCausalLM
+from modxfer_fast.testing.models import tiny_llama
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OLD = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LINEAR = {
+    "cohere": CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": GraniteConfig(**SMALL, logits_scaling=8.0),
+    "phi-with-bias": PhiConfig(**SMALL),
+    "opt": OPTConfig(
+        **OLD,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    ),
+    "gpt2": GPT2Config(**OLD, n_embd=32, n_layer=1, n_head=4),
+    "gemma2-without-cap": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=None),
+}
+
+
+@pytest.mark.parametrize("config", LINEAR.values(), ids=LINEAR.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_hidden_states_times_head_are_the_logits(config, dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(param)
+    split = SplitCausalLM.of(model, "student")
+    ids = torch.randint(3, 97, (2, 7))
+    with torch.no_grad():
+        logits = F.linear(split.hidden(ids, None, None), *split.weight_and_bias())
+        expected = model(ids).logits
+    band = 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (logits - expected).abs().max() <= band
+    assert split.vocab_size == 97
+
+
+def test_the_probe_leaves_model_and_random_state_alone():
+    model = tiny_llama()
+    before = torch.random.get_rng_state()
+    SplitCausalLM.of(model, "student")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert "forward" not in model.get_decoder().__dict__
+
+
+def test_soft_capped_logits_are_refused():
+    model = AutoModelForCausalLM.from_config(
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0)
+    )
+    with pytest.raises(ValueError, match=r"teacher: .*final_logit_softcapping=30.0 bends them"):
+        SplitCausalLM.of(model, "teacher")
+
+
+def test_unknown_functions_of_the_head_are_refused():
+    class Odd(type(tiny_llama())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.7
+            return output
+
+    with pytest.raises(
+        ValueError, match="student: the logits of Odd are not its last hidden states"
+    ):
+        SplitCausalLM.of(Odd(tiny_llama().config), "student")
+
+
+def test_head_multiplier_is_found():
+    config = FalconH1Config(
+        **SMALL,
+        lm_head_multiplier=0.125,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+    )
+    assert (
+        SplitCausalLM.of(AutoModelForCausalLM.from_config(config), "student").logit_scale == 0.125
+    )
+
+
+def test_encoder_decoder_is_refused():
+    config = T5Config(
+        vocab_size=97,
+        d_model=16,
+        d_ff=32,
+        d_kv=8,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    with pytest.raises(TypeError, match="expected a decoder-only model"):
+        SplitCausalLM.of(T5ForConditionalGeneration(config), "teacher")
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(
+        TypeError, match="student: expected a PreTrainedModel or PeftModel, got Linear"
+    ):
+        SplitCausalLM.of(torch.nn.Linear(2, 2), "student")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2),
+        PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2),
+    ],
+    ids=["prompt", "prefix"],
+)
+def test_prompt_learning_is_refused(config):
+    with pytest.raises(ValueError, match="adds virtual tokens in front of the backbone"):
+        SplitCausalLM.of(get_peft_model(tiny_llama(), config), "student")
+
+
+def test_adapter_on_the_head_is_refused():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"output head is wrapped in .*modules_to_save"):
+        SplitCausalLM.of(model, "student")
+
+
+def test_a_head_trained_whole_beside_adapters_is_used():
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    split = SplitCausalLM.of(model, "student")
+    weight, _ = split.weight_and_bias()
+    assert weight.requires_grad
+    with torch.no_grad():
+        weight.mul_(3.0)
+        ids = torch.randint(3, 97, (1, 5))
+        logits = F.linear(split.hidden(ids, None, None), weight)
+        torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_adapters_act_on_the_hidden_states():
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    split = SplitCausalLM.of(model.eval(), "student")
+    ids = torch.randint(3, 97, (1, 5))
+    with torch.no_grad():
+        logits = F.linear(split.hidden(ids, None, None), split.weight_and_bias()[0])
+        torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_positions_that_a_model_cannot_take_are_refused():
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(**OLD, hidden_size=32, n_layer=1, n_head=4)
+    )
+    split = SplitCausalLM.of(model, "student")
+    ids = torch.randint(3, 97, (1, 5))
+    assert split.hidden(ids, None, None).shape == (1, 5, 32)
+    with pytest.raises(ValueError, match="position_ids: BloomModel takes none"):
+        split.hidden(ids, None, torch.arange(5)[None])
+
+
+def test_flattened_rows_for_variable_length_kernels_give_the_same_states(monkeypatch):
+    model = tiny_llama().eval()
+    split = SplitCausalLM.of(model, "student")
+    ids = torch.randint(3, 97, (3, 8))
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]).expand(3, 8)
+    with torch.no_grad():
+        expected = split.hidden(ids, None, positions)
+        shapes = []
+        forward = model.get_decoder().forward
+
+        def as_flash(input_ids, position_ids, use_cache):
+            shapes.append(input_ids.shape)
+            model.config._attn_implementation = "sdpa"
+            return forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+        monkeypatch.setattr(model.get_decoder(), "forward", as_flash, raising=False)
+        model.config._attn_implementation = "flash_attention_2"
+        flat = split.hidden(ids, None, positions)
+    assert shapes == [(1, 24)]
+    torch.testing.assert_close(flat, expected)

@@ -1,0 +1,64 @@
+"""Markers and folders that are either whole or not there."""
+
+import pytest
+
+from modxfer_fast.engine.checkpoint import (
+    CheckpointInfo,
+    atomic_folder,
+    last_complete_checkpoint,
+    mark_complete,
+    read_marker,
+    unmark,
+)
+
+INFO = CheckpointInfo(global_step=3, world_size=2, zero_stage=None, num_tokens=17)
+
+
+def test_marker_round_trip(tmp_path):
+    mark_complete(tmp_path, INFO)
+    assert read_marker(tmp_path) == INFO
+    assert [path.name for path in tmp_path.iterdir()] == ["complete.json"]
+    unmark(tmp_path)
+    with pytest.raises(ValueError, match=r"has no complete\.json"):
+        read_marker(tmp_path)
+
+
+def test_newest_whole_checkpoint_is_found_by_step(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "missing") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
+        mark_complete(tmp_path / name, INFO)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out" / "model"
+
+    def fail():
+        with atomic_folder(target) as folder:
+            (folder / "a.txt").write_text("half")
+            raise RuntimeError("full disk")
+
+    with pytest.raises(RuntimeError, match="full disk"):
+        fail()
+    assert not target.exists()
+    assert list(target.parent.iterdir()) == []
+    with atomic_folder(target) as folder:
+        (folder / "a.txt").write_text("whole")
+        assert not target.exists()
+    assert (target / "a.txt").read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_existing_folder_keeps_its_other_files(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    (tmp_path / "model" / "a.txt").write_text("old")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text("new")
+        (folder / "a.txt").write_text("new")
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "model" / "a.txt").read_text() == "new"
+    assert (tmp_path / "model" / "sub" / "b.txt").read_text() == "new"

@@ -1,0 +1,112 @@
+"""Each silent failure of DeepSpeed beside Trainer is turned into an error, or does not happen."""
+
+import importlib.metadata
+import json
+import os
+
+import pytest
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from modxfer_fast.engine import DistillConfig, deepspeed
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_config_leaves_to_the_trainer_what_is_its_own(stage):
+    config = deepspeed.zero_config(stage)
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["gradient_accumulation_steps"] == "auto"
+    assert config["gradient_clipping"] == "auto"
+    deepspeed.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization.stage3_prefetch_bucket_size": 1},
+        {"zero_optimization": {"offload_param.device": "cpu"}},
+    ],
+    ids=["top", "nested"],
+)
+def test_dotted_keys_are_refused_with_the_nested_form(config):
+    with pytest.raises(ValueError, match=r"would be ignored silently, nest it: \{'(zero|offload)"):
+        deepspeed.check_config(config)
+
+
+def test_dotted_keys_are_refused_in_a_json_file_too(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization.stage": 2}))
+    with pytest.raises(ValueError, match=r"zero_optimization\.stage"):
+        DistillConfig(output_dir=str(tmp_path), deepspeed=str(path))
+    with pytest.raises(FileNotFoundError, match="deepspeed: expected a JSON file"):
+        DistillConfig(output_dir=str(tmp_path), deepspeed=str(tmp_path / "missing.json"))
+
+
+def test_stage_must_agree_with_the_given_configuration(tmp_path):
+    with pytest.raises(ValueError, match="zero_stage: expected 2, as in `deepspeed`, got 3"):
+        DistillConfig(output_dir=str(tmp_path), deepspeed=deepspeed.zero_config(2), zero_stage=3)
+
+
+@pytest.mark.usefixtures("launched")
+def test_old_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.5")
+    with pytest.raises(
+        ImportError, match=r"expected >= 0.19.6, got 0.19.5, which scales gradients"
+    ):
+        deepspeed.check_environment()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.6")
+    deepspeed.check_environment()
+
+
+@pytest.mark.usefixtures("launched")
+def test_missing_deepspeed_names_the_extra(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=r"modxfer-fast\[engine\]"):
+        deepspeed.check_environment()
+
+
+@pytest.mark.usefixtures("launched")
+def test_accelerate_must_not_drop_deepspeed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU: expected unset"):
+        deepspeed.check_environment()
+
+
+def test_a_launcher_is_asked_for(monkeypatch, tmp_path):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match=r"RANK, LOCAL_RANK, WORLD_SIZE not set; .*torchrun"):
+        DistillConfig(output_dir=str(tmp_path), zero_stage=2)
+
+
+def test_launch_flag_of_accelerate_is_contained(monkeypatch):
+    name = "ACCELERATE_USE_DEEPSPEED"
+    monkeypatch.delenv(name, raising=False)
+    with deepspeed.contained_launch_flag():
+        os.environ[name] = "true"
+    assert name not in os.environ
+    monkeypatch.setenv(name, "true")  # set by the launcher: not ours to remove
+    with deepspeed.contained_launch_flag():
+        pass
+    assert os.environ[name] == "true"
+
+
+def test_a_new_configuration_forgets_the_partitioning_of_an_old_one(tmp_path):
+    old = hf_deepspeed.HfDeepSpeedConfig(
+        {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    )
+    assert hf_deepspeed.is_deepspeed_zero3_enabled()
+    DistillConfig(output_dir=str(tmp_path))
+    assert not hf_deepspeed.is_deepspeed_zero3_enabled()
+    assert old is not None
