@@ -1,0 +1,53 @@
+"""kd_loss from logits, forward and backward, against plain PyTorch and a copy of as many bytes.
+
+Bytes of the floor, b per logit: the forward reads both logits (2 b), the backward reads both and
+writes dlogits (3 b).
+"""
+
+import torch
+from torch import Tensor
+
+from modxfer_fast import kd_loss
+from modxfer_fast.kernels.common import KDSpec
+
+from .candidates import our_backends, training_step
+from .dense import dense_kd_loss
+from .harness import Candidate, Case, Lineup
+from .inputs import logits_inputs, logits_truth
+from .timing import Step
+
+COPY = "copy of 5 N V"
+_OUTPUTS = ("loss", "dlogits")
+
+
+def lineup(case: Case) -> Lineup:
+    student, teacher = logits_inputs(case.shape, case.dtype, case.device)
+    spec = KDSpec.checked(case.divergence, case.beta, 1.0, 1.0, 0.0, False)
+    compiled = torch.compile(dense_kd_loss, dynamic=False)
+    options = {"divergence": case.divergence, "beta": case.beta}
+
+    def candidate(name: str, function, **extra) -> Candidate:
+        leaf = student.detach().requires_grad_()
+        step = training_step(lambda: function(leaf, teacher, **options, **extra), {"dlogits": leaf})
+        return Candidate(name, step, _OUTPUTS, COPY)
+
+    candidates = [
+        candidate(f"ours {backend}", kd_loss, backend=backend)
+        for backend in our_backends("kd_loss", case.device, case.dtype)
+    ]
+    candidates += [candidate("eager", dense_kd_loss), candidate("torch.compile", compiled)]
+    truth = lambda: logits_truth(student, teacher, spec)
+    return Lineup(candidates, floors(student, teacher), truth, has_heads=False)
+
+
+def floors(student: Tensor, teacher: Tensor) -> dict[str, Step]:
+    """Copies that move the same bytes: a copy reads and writes, so two and a half of them."""
+    out = torch.empty_like(student)
+    half = student.shape[0] // 2
+
+    def copies() -> None:
+        out.copy_(student)
+        out.copy_(teacher)
+        out[:half].copy_(student[:half])
+
+    return {COPY: copies}

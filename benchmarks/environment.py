@@ -1,0 +1,81 @@
+"""Where and when a measurement was made: the header of every table."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("triton", "liger-kernel", "trl")
+
+
+def describe(device: str) -> dict[str, str]:
+    """Names and versions that a figure depends on; "not installed" where a package is missing.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return {
+        **(_gpu() if device == "cuda" else {"cpu": _cpu_name(), "threads": _threads()}),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: version(package) or "not installed" for package in _PACKAGES},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def header(environment: dict[str, str]) -> str:
+    """One line, as tables and CSV files carry it."""
+    return " | ".join(f"{key} {value}" for key, value in environment.items())
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": f"{properties.total_memory / 2**30:.0f}",
+        "cuda": str(torch.version.cuda or torch.version.hip),
+    }
+
+
+def _cpu_name() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()} of {os.cpu_count()}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _commit() -> str:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()

@@ -1,0 +1,56 @@
+"""Peak memory of one step above its inputs and its results.
+
+On a GPU the caching allocator keeps the peak. On a CPU torch's allocator reports every allocation
+to the profiler, and the running sum over one call is exact to the byte; the resident set would also
+hold what malloc kept from earlier steps. Scratch inside a BLAS is in neither figure: it comes with
+the GEMMs of every implementation, the floor included.
+"""
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from modxfer_fast import release_workspace
+
+# read when the profiler first starts; it would announce itself on the console
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def peak_mib(step: Callable[[], Mapping[str, Tensor]], device: str) -> float:
+    """MiB that `step` needs beyond what exists before it and what it returns."""
+    gc.collect()
+    release_workspace()  # what we keep for the next call would be missing from its peak
+    peak, results = (_cuda_peak if device == "cuda" else _cpu_peak)(step)
+    returned = sum(result.numel() * result.element_size() for result in results.values())
+    return max(peak - returned, 0) / 2**20
+
+
+def _cuda_peak(step):
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, results
+
+
+def _cpu_peak(step):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    current = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    return peak, results

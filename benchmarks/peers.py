@@ -1,0 +1,43 @@
+"""The libraries we are compared with. None is needed: a missing one becomes a row that says so.
+
+make bench-peers      pip install --no-deps liger-kernel==0.8.5 trl==1.16.0
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from .environment import version
+
+# Both libraries weigh the teacher by beta, as we do, and take the two KLs as the ends of the JSD.
+_BETA_OF_KL = {"forward_kl": 0.0, "reverse_kl": 1.0}
+
+
+def beta_of(divergence: str, beta: float) -> float:
+    """The one argument by which Liger and TRL choose among the three divergences."""
+    return _BETA_OF_KL.get(divergence, beta)
+
+
+def liger_chunked_jsd() -> tuple[Callable[..., Any] | None, str]:
+    """Liger's `LigerFusedLinearJSDLoss`; compiles its chunk function, runs on any device."""
+    return _find("liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+
+
+def trl_chunked_divergence() -> tuple[Callable[..., Any] | None, str]:
+    """TRL's `ChunkedDivergenceFunction`: Triton rows on a GPU, its own torch tiles on a CPU."""
+    return _find("trl", "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+
+
+def label(package: str, name: str) -> str:
+    """Name of a row with the version that ran."""
+    found = version(package)
+    return f"{name} {found}" if found else name
+
+
+def _find(package: str, module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
+    if version(package) is None:
+        return None, "not installed"
+    try:
+        return getattr(importlib.import_module(module), attribute), ""
+    except (ImportError, AttributeError) as error:
+        return None, f"cannot be imported: {error}"

@@ -1,0 +1,25 @@
+"""`benchmarks` is found as the command line finds it: by its folder, not by sys.path."""
+
+import pytest
+import torch
+
+from modxfer_fast.cli.bench import load_benchmarks
+
+load_benchmarks()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Problems this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def uncompiled():
+    """What asks for torch.compile runs as it is: the compiler is not what is tested."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
