@@ -35,9 +35,7 @@ def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, s
 def kd_loss_fwd(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.modxfer_csrc.kd_loss_fwd(
-        student_logits, teacher_logits, labels, *_scalars(spec)
-    )
+    return _ops().kd_loss_fwd(student_logits, teacher_logits, labels, *_scalars(spec))
 
 
 def kd_loss_bwd(
@@ -49,7 +47,7 @@ def kd_loss_bwd(
     spec: KDSpec,
     dlogits: Tensor,
 ) -> None:
-    torch.ops.modxfer_csrc.kd_loss_bwd(
+    _ops().kd_loss_bwd(
         student_logits, teacher_logits, labels, row_weights, stats, *_scalars(spec), dlogits
     )
 
@@ -62,9 +60,17 @@ def kd_loss_fwd_bwd(
     spec: KDSpec,
     dlogits: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.modxfer_csrc.kd_loss_fwd_bwd(
+    return _ops().kd_loss_fwd_bwd(
         student_logits, teacher_logits, labels, row_weights, *_scalars(spec), dlogits
     )
+
+
+def _ops():
+    # a graph loaded from disk names its backend and comes here without asking dispatch
+    ok, reason = available()
+    if not ok:
+        raise RuntimeError(f"backend cpp: {reason}")
+    return torch.ops.modxfer_csrc
 
 
 def _scalars(spec: KDSpec) -> tuple[int, float, float, float, float]:

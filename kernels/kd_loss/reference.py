@@ -69,7 +69,7 @@ def kd_loss_fwd(
     Returns:
         kd, ce: [M]. stats: [M, 6] = max_s, logd_s, max_t, logd_t, u_sum, logd_1 with
         logd = log sum exp((z - max) / temperature), logd_1 the same of the student at
-        temperature 1.
+        temperature 1, which means something only in a row with a cross entropy.
     """
     z_s, z_t = _promote(student_logits), _promote(teacher_logits)
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)

@@ -63,6 +63,7 @@ def stream(
         teacher_weight,
         work_dtype,
         packed=kept is not None,
+        need_dweight=need_dweight,
         budget=workspace_bytes,
     )
 

@@ -28,7 +28,11 @@ class Plan:
         chunk: rows of logits in flight. A chunk repeats the traffic of both heads and of dweight,
             so it is as large as the budget allows; chunks are of equal size. Below `MIN_ROWS` the
             GEMMs degenerate, and the budget is exceeded instead.
+        is_single: one chunk holds all rows.
         tile: rows of a head that are widened at once, where heads are widened at all.
+
+    The gradient of a half-precision head is summed in fp32. The 4 V D_s bytes of that accumulator
+    come out of the budget, or on top of it where they would take more than half.
     """
 
     def __init__(
@@ -39,8 +43,10 @@ class Plan:
         work_dtype: torch.dtype,
         *,
         packed: bool,
+        need_dweight: bool,
         budget: int,
     ):
+        self._rows = rows
         size = work_dtype.itemsize
         vocab_size, d_s = student_weight.shape
         d_t = teacher_weight.shape[1]
@@ -55,11 +61,22 @@ class Plan:
         ]
         if widened:
             row_bytes += size * max(2 * d_s, d_t)
-            self.tile = max(budget // _WIDENED_SHARE // (size * max(widened)), 1)
+            self.tile = max(budget // _WIDENED_SHARE // (size * max(max(widened), 1)), 1)
             budget -= budget // _WIDENED_SHARE
+        self._split(budget, row_bytes)
+        accumulator = size * vocab_size * d_s
+        if (
+            need_dweight
+            and student_weight.dtype != work_dtype
+            and not (self.is_single and student_weight.is_cuda)
+            and accumulator <= budget // 2
+        ):
+            self._split(budget - accumulator, row_bytes)
+
+    def _split(self, budget: int, row_bytes: int) -> None:
         fitting = max(budget // row_bytes, MIN_ROWS)
-        chunks = max(-(-rows // fitting), 1)
-        self.chunk = max(-(-rows // chunks), 1)
+        chunks = max(-(-self._rows // fitting), 1)
+        self.chunk = max(-(-self._rows // chunks), 1)
         self.is_single = chunks == 1
 
 

@@ -76,11 +76,18 @@ class DistillModule(nn.Module):
     ) -> None:
         """Checkpoints the student's layers; Trainer calls this."""
         base = base_model(self.student, "student")
-        base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
-        )
-        # with a frozen embedding no input requires a gradient, and the reentrant kind returns none
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
+            )
+        else:
+            base.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        # with LoRA no input of the first layer requires a gradient; reentrant then returns none
         base.enable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+        """The same under the name that Trainer calls in transformers 5.17."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def forward(
         self,
