@@ -2,7 +2,7 @@
 
 MODXFER_BUILD=auto   what this machine can compile; if that fails, the other backends (default)
               cpu    the CPU kernels, or fail
-              cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU)
+              cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU; none in this version)
               none   pure Python
 """
 
@@ -41,6 +41,8 @@ def _extensions(mode: str):
     has_nvcc = shutil.which("nvcc") is not None
     if mode == "cuda" and not has_nvcc:
         raise SystemExit("MODXFER_BUILD=cuda: needs nvcc on PATH, found none")
+    if mode == "cuda" and not cuda_sources:
+        raise SystemExit("MODXFER_BUILD=cuda: this version has no CUDA sources; use cpu")
     with_cuda = bool(cuda_sources) and (mode == "cuda" or (mode == "auto" and has_nvcc))
     if with_cuda:
         sources += cuda_sources
@@ -60,9 +62,19 @@ def _extensions(mode: str):
         include_dirs=[str(csrc / "include")],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17"]},
         py_limited_api=True,
-        optional=mode == "auto",
     )
-    command = BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True)
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:  # no compiler, or one that cannot build this
+                if mode != "auto":
+                    raise
+                print(f"modxfer_fast: csrc is not built, other backends remain: {error}")
+                self.extensions = []
+
+    command = Build.with_options(use_ninja=True, no_python_abi_suffix=True)
     return [extension], {"build_ext": command}
 
 

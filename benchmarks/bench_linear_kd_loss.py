@@ -38,7 +38,7 @@ def floors(inputs: LinearInputs) -> dict[str, Step]:
     h_s, w_s, h_t, w_t = inputs
     z_s = h_s.new_empty(h_s.shape[0], w_s.shape[0])
     z_t = torch.empty_like(z_s)
-    dz = torch.zeros_like(z_s)
+    dz = torch.randn_like(z_s)
     dhidden, dweight = torch.empty_like(h_s), torch.empty_like(w_s)
 
     def frozen() -> None:

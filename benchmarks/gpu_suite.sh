@@ -49,28 +49,29 @@ bench() {
     shift 3
     for divergence in "$@"; do
         name=$room-$shape-$divergence
-        stage "$name" "$limit" "$python" -m modxfer_fast bench "$room" --device "$device" \
+        stage "$name" "$limit" "$python" -P -m modxfer_fast bench "$room" --device "$device" \
             --shape "$shape" --divergence "$divergence" "${quick[@]}" \
             --csv "$out/$name.csv" --json "$out/$name.json"
     done
 }
 
 : > "$out/stages.txt"
-stage environment 60 "$python" -m modxfer_fast doctor
+stage environment 60 "$python" -P -m modxfer_fast doctor
 if [[ $device == cuda ]]; then
     nvidia-smi > "$out/nvidia-smi.txt" 2>&1
     quick=()
     stage build 90 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
-    stage tests 150 "$python" -m pytest -q -m gpu
+    stage tests 150 "$python" -P -m pytest -q -m gpu
     bench linear_kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
     bench linear_kd_loss llama3-8b-self 45 forward_kl jsd
     bench kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
     bench linear_kd_loss qwen3-0.6b-from-8b 45 forward_kl
 else
     quick=(--quick)
-    stage tests 120 "$python" -m pytest -q -m gpu tests/kernels
+    stage tests 120 "$python" -P -m pytest -q -m gpu tests/kernels
     bench kd_loss smoke 60 forward_kl
     bench linear_kd_loss smoke 60 forward_kl
 fi
+stage plots 30 "$python" -m benchmarks.plot "$out"/linear_kd_loss-*.json --output "$out/linear_kd_loss.png"
 echo "results in $out"
 exit $status

@@ -74,9 +74,11 @@ class Rows {
 // A label outside [0, V) means no cross entropy.
 class Labels {
  public:
-  Labels(const std::optional<Tensor>& labels, int64_t vocab_size) : vocab_size_(vocab_size) {
+  Labels(const std::optional<Tensor>& labels, int64_t rows, int64_t vocab_size)
+      : vocab_size_(vocab_size) {
     if (!labels.has_value()) return;
-    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long, "labels: expected int64");
+    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->numel() == rows,
+                    "labels: expected int64, one a row");
     data_ = static_cast<const int64_t*>(labels->data_ptr());
     stride_ = labels->stride(0);
   }
@@ -100,6 +102,18 @@ KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_
           static_cast<float>(std::log(beta)),    static_cast<float>(std::log1p(-beta)),
           static_cast<float>(1.0 / temperature), static_cast<float>(kd_weight),
           static_cast<float>(ce_weight)};
+}
+
+void check_same_shape(const Tensor& student, const Tensor& other) {
+  STD_TORCH_CHECK(
+      other.dim() == 2 && other.size(0) == student.size(0) && other.size(1) == student.size(1),
+      "logits: expected student, teacher and dlogits of one shape");
+}
+
+void check_per_row(const Tensor& tensor, int64_t numel) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+                      tensor.numel() == numel,
+                  "row_weights, stats: expected contiguous float32, one entry a row");
 }
 
 Tensor empty_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -155,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
   const Rows student(student_logits), teacher(teacher_logits);
-  const Labels label(labels, V);
+  const Labels label(labels, M, V);
+  check_same_shape(student_logits, teacher_logits);
   Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
   Tensor stats = empty_fp32(student_logits, {M, 6});
   auto* stats_rows = reinterpret_cast<KdStats*>(floats(stats));
@@ -179,7 +194,11 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
   const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
-  const Labels label(labels, V);
+  const Labels label(labels, M, V);
+  check_same_shape(student_logits, teacher_logits);
+  check_same_shape(student_logits, dlogits);
+  check_per_row(row_weights, M);
+  check_per_row(stats, 6 * M);
   const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
@@ -200,7 +219,10 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
   const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
-  const Labels label(labels, V);
+  const Labels label(labels, M, V);
+  check_same_shape(student_logits, teacher_logits);
+  check_same_shape(student_logits, dlogits);
+  check_per_row(row_weights, M);
   Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   const float* weights = floats(row_weights);

@@ -31,7 +31,8 @@ def combine_row_weights(
         if token_weights is None
         else token_weights.reshape(-1).detach().to(dtype)
     )
-    return weights if valid is None else weights.masked_fill(~valid, 0.0)
+    # kernels read one value after another: an expanded or sliced tensor is laid out first
+    return weights.contiguous() if valid is None else weights.masked_fill(~valid, 0.0)
 
 
 def denominator(
@@ -39,8 +40,8 @@ def denominator(
 ) -> Tensor | None:
     """What the sum is divided by, as a 0-d tensor on the device; None where nothing divides it.
 
-    The mean is over the rows that are not ignored; token weights do not enter it. With no such row
-    it is 1, so that the loss of an empty batch is 0.
+    The mean is over the rows that are not ignored; token weights do not enter it. With no such row,
+    or a normalizer tensor of 0, it is 1: the loss of a step without tokens is 0.
     """
     if reduction != "mean":
         return None
@@ -53,7 +54,8 @@ def denominator(
             raise ValueError(
                 f"normalizer: expected one number, got a tensor of shape {tuple(normalizer.shape)}"
             )
-        return normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
+        value = normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
+        return torch.where(value == 0, 1.0, value)
     if not normalizer > 0:
         raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
     return torch.full((), float(normalizer), device=like.device, dtype=dtype)

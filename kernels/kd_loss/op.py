@@ -119,7 +119,7 @@ def kd_loss(
         backend,
     )
     weights = combine_row_weights(valid, token_weights, rows, rows.dtype)
-    rows = rows * weights
+    rows = torch.where(weights != 0, rows * weights, 0.0)
     if reduction == "none":
         return rows.reshape(lead)
     divisor = denominator(reduction, normalizer, valid, rows, rows.dtype)

@@ -250,7 +250,9 @@ def _write_dlogits(
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Pass 3, left to right: dlogits may lie over the student's logits, see the barrier."""
+    """Pass 3, left to right: dlogits may lie over the student's logits, see the barriers."""
+    # all warps have read the label's logit before one of them may zero it
+    tl.debug_barrier()
     if row_weight == 0:
         # nothing is read: an ignored row may hold anything, and half of a chat batch is ignored
         for i in range(tl.cdiv(V, BLOCK_V)):

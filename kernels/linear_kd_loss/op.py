@@ -416,6 +416,7 @@ def _fwd_setup_context(ctx, inputs, output):
 
 
 def _fwd_backward(ctx, dloss, *_):
+    _refuse_double_backward()
     grads = [None] * (_NUM_INPUTS + 3)
     for position, grad, needed in zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.needs, strict=True):
         if needed and dloss is not None:
@@ -423,19 +424,26 @@ def _fwd_backward(ctx, dloss, *_):
     return tuple(grads)
 
 
-def _times(grad: Tensor, dloss: Tensor) -> Tensor:
-    """grad * dloss. A plain `loss.backward()` brings 1, and on a CPU it is free to look.
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_kd_loss: expected a backward without create_graph; its gradient is computed in "
+            "the forward and has no derivative of its own"
+        )
 
-    With retain_graph the saved gradient is needed again, and whoever receives it may change it.
+
+def _times(grad: Tensor, dloss: Tensor) -> Tensor:
+    """grad * dloss, in place where nobody needs the old one: it is as large as the head.
+
+    A plain `loss.backward()` brings 1, and on a CPU it is free to look.
     """
-    if (
-        type(dloss) is Tensor  # not while a compiler traces
-        and dloss.device.type == "cpu"
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and dloss.item() == 1.0
-    ):
+    is_traced = type(dloss) is not Tensor
+    # with retain_graph the saved gradient is needed again, and whoever receives it may change it
+    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * dloss
+    if dloss.device.type == "cpu" and dloss.item() == 1.0:
         return grad
-    return grad * dloss
+    return grad.mul_(dloss)
 
 
 torch.library.register_autograd(
@@ -451,6 +459,7 @@ def _rows_setup_context(ctx, inputs, output):
 
 
 def _rows_backward(ctx, drows, *_):
+    _refuse_double_backward()
     grads = [None] * _NUM_INPUTS
     if drows is None:
         return tuple(grads)

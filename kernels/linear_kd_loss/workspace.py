@@ -91,7 +91,8 @@ def logits_buffers(
         with contextlib.suppress(IndexError):
             buffer = _spare.pop()
     if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
-        buffer = torch.empty(numel, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # the buffer may outlive an inference that came first
+            buffer = torch.empty(numel, dtype=dtype, device=device)
     student, teacher = buffer[:numel].view(2, rows, vocab_size)
     yield student, teacher
     if device.type == "cpu" and not _spare:
