@@ -71,8 +71,8 @@ class SplitCausalLM:
         """Last hidden states [B, T, D], `logit_scale` included.
 
         With `position_ids` they alone say what belongs together: transformers keeps documents of a
-        packed row apart where positions restart, but only when it gets no 2-D mask. Padding is then
-        a document of its own, so the mask has nothing left to say.
+        packed row apart where positions restart, but only when it gets no 2-D mask. Padding
+        stands right of what it pads, where causal attention never looks.
         """
         if position_ids is None:
             output = self.backbone(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MARKER = "complete.json"
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` when the block ends without an error.
 
-    A `folder` that exists already keeps its other files, and receives each new one by a rename.
+    A `folder` that exists already keeps its other files, except older weights, and receives each
+    new one by a rename.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +85,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         if not folder.exists():
             staging.rename(folder)
             return
+        # a loader would prefer old weights of another layout, or mix the two
+        for pattern in _WEIGHTS:
+            for stale in folder.glob(pattern):
+                if not (staging / stale.name).exists():
+                    stale.unlink()
         for path in sorted(p for p in staging.rglob("*") if p.is_file()):
             target = folder / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)

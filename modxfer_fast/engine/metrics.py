@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .objective import Terms
+from modxfer_fast import KDTerms
 
 IGNORE_INDEX = -100
 
@@ -26,7 +26,7 @@ class LossMeter:
 
     @torch.no_grad()
     def add(
-        self, terms: Terms, labels: Tensor, attention_mask: Tensor | None, num_valid: int | None
+        self, terms: KDTerms, labels: Tensor, attention_mask: Tensor | None, num_valid: int | None
     ) -> None:
         """Adds one micro-batch: its mean terms, and the tokens they are means over."""
         count = (labels != IGNORE_INDEX).sum() if num_valid is None else num_valid

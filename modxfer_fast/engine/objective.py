@@ -2,24 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modxfer_fast import linear_kd_loss_terms
+from modxfer_fast import KDTerms, linear_kd_loss_terms
 from modxfer_fast.kernels.common import KDSpec
 
+from .metrics import IGNORE_INDEX
+
 LOSS_IMPLS = ("fused", "dense")
-
-
-class Terms(NamedTuple):
-    """loss: fp32 scalar with gradient. kd, ce: detached unweighted means over labelled tokens."""
-
-    loss: Tensor
-    kd: Tensor
-    ce: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class Objective:
         labels: Tensor,
         normalizer: Tensor | int | None,
         num_valid: int | None,
-    ) -> Terms:
+    ) -> KDTerms:
         """Hidden states [B, T, D_s] and [B, T, D_t], heads ([V, D], [V] or None), labels [B, T]."""
         compute = self._fused if self.impl == "fused" else self._dense
         return compute(
@@ -90,8 +83,8 @@ class Objective:
             num_valid,
         )
 
-    def _fused(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> Terms:
-        terms = linear_kd_loss_terms(
+    def _fused(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> KDTerms:
+        return linear_kd_loss_terms(
             s_hidden,
             s_head[0],
             t_hidden,
@@ -110,11 +103,10 @@ class Objective:
             num_valid=num_valid,
             backend=self.backend,
         )
-        return Terms(terms.loss, terms.kd, terms.ce)
 
-    def _dense(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> Terms:
+    def _dense(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> KDTerms:
         spec = self._spec()
-        valid = labels != -100
+        valid = labels != IGNORE_INDEX
         count = valid.sum().clamp(min=1)
         student = F.linear(s_hidden, *s_head).float()
         kd = ce = student.new_zeros(())
@@ -125,10 +117,9 @@ class Objective:
             kd = rows.masked_fill(~valid, 0.0).sum()
         if spec.ce_weight:
             ce = F.cross_entropy(student.flatten(0, -2), labels.flatten(), reduction="sum")
-        loss = (spec.kd_weight * kd + spec.ce_weight * ce) / (
-            count if normalizer is None else normalizer
-        )
-        return Terms(loss, kd.detach() / count, ce.detach() / count)
+        divisor = count if normalizer is None else torch.as_tensor(normalizer).clamp(min=1)
+        loss = (spec.kd_weight * kd + spec.ce_weight * ce) / divisor
+        return KDTerms(loss, kd.detach() / count, ce.detach() / count)
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
