@@ -1,0 +1,66 @@
+"""`modxfer doctor`: what this machine can run."""
+
+import argparse
+import importlib.metadata
+import json
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = collect()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """The facts, as JSON-like values.
+
+    Returns:
+        {"version", "torch", "triton", "devices", "rooms"}: devices are one string each, the CPU
+        first; triton is null where it is not installed; rooms is {room: {backend: {"available":
+        bool, "reason": str}}}.
+    """
+    import torch
+
+    from modxfer_fast import __version__
+    from modxfer_fast.kernels import dispatch
+
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [
+        f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+        for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "devices": devices,
+        "rooms": dispatch.table(),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _print(facts: dict[str, Any]) -> None:
+    for name in ("version", "torch", "triton"):
+        print(f"{name:<9} {facts[name] or 'not installed'}")
+    print(f"{'devices':<9} {', '.join(facts['devices'])}")
+    rooms = facts["rooms"]
+    width = max((len(room) for room in rooms), default=0)
+    for room, backends in rooms.items():
+        print()
+        for backend, state in backends.items():
+            mark = "yes" if state["available"] else "no"
+            print(f"{room:<{width}}  {backend:<10} {mark:<4} {state['reason']}".rstrip())

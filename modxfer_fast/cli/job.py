@@ -1,0 +1,301 @@
+"""The phases of `modxfer distill`: data, teacher, then per seed the runs, then the report."""
+
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from modxfer_fast import __version__
+from modxfer_fast.cli.cache import fingerprint
+from modxfer_fast.cli.loss_timing import time_losses
+from modxfer_fast.cli.material import Material
+from modxfer_fast.cli.prepare import CROSS_ENTROPY, prepare_model, prepare_tokenizer
+from modxfer_fast.cli.ranks import barrier, is_main
+from modxfer_fast.cli.summary import print_summary, summarise
+from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
+from modxfer_fast.cli.work_folder import REPORT_FILE, WorkFolder
+from modxfer_fast.config import JobConfig, LossSection
+from modxfer_fast.data import build_rows, load_documents, tokenizer_digest
+from modxfer_fast.engine import Teacher, last_complete_checkpoint
+from modxfer_fast.models import (
+    apply_peft,
+    check_packing,
+    check_peft,
+    check_same_vocabulary,
+    load_adapter,
+    load_model,
+    make_config,
+)
+from modxfer_fast.report import JobConsole, plot_curves, write_json
+
+# Held-out figures always mean this, whatever a run minimises.
+_MEASURED = LossSection(divergence="forward_kl", temperature=1.0, kd_weight=1.0, ce_weight=1.0)
+
+
+def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Run a job from text to report; its output folder appears when everything is in it.
+
+    Args:
+        resume: continue the interrupted run of the same configuration.
+    Returns:
+        What `report.json` holds.
+    Raises:
+        UserError: anything in the configuration that cannot work.
+    """
+    _quieten_libraries()
+    check_open_sections(config)
+    folder = WorkFolder(config)
+    if is_main():
+        folder.open(resume=resume)
+    try:
+        report = _Job(config, folder.path).run()
+    except BaseException:
+        if is_main():
+            folder.discard_if_empty()
+        raise
+    if is_main():
+        folder.finish()
+    return report
+
+
+def _quieten_libraries() -> None:
+    """The console is ours; libraries speak up only when something is wrong."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def check_open_sections(config: JobConfig) -> None:
+    """See every mistake in the sections that belong to a library before any work begins."""
+    check_training(config.training, "training")
+    for role, section in (("teacher", config.teacher), ("student", config.student)):
+        if section.pretrain is not None:
+            check_training(section.pretrain, f"{role}.pretrain", pretrain=True)
+    if config.student.peft is not None:
+        check_peft(config.student.peft, "student.peft")
+
+
+class _Job:
+    def __init__(self, config: JobConfig, work: Path) -> None:
+        self.config = config
+        self.work = work
+        self.console = JobConsole(is_main=is_main())
+        self.start = time.perf_counter()
+
+    def run(self) -> dict[str, Any]:
+        config, console = self.config, self.console
+        # opens the process group, which must exist before processes wait for one another
+        _ = evaluation_args(config.training, self.work, _MEASURED).device
+        barrier()
+        with console.phase("Data"):
+            self.material = self._prepare_material()
+        with console.phase("Teacher"):
+            teacher, teacher_facts = self._prepare_teacher()
+        runs = [self._run_seed(seed, teacher) for seed in config.seeds]
+        report = {
+            "modxfer_fast": __version__,
+            "environment": _environment(),
+            "config": json.loads(config.model_dump_json()),
+            "data": {
+                "documents": len(self.documents.train),
+                "held_out_documents": len(self.documents.held_out),
+                "train_tokens": self.material.rows.train_tokens,
+                "held_out_tokens": self.material.rows.held_out_tokens,
+                "vocab_size": len(self.material.tokenizer),
+            },
+            "teacher": teacher_facts,
+            "runs": runs,
+        }
+        if config.compare.loss_rows is not None:
+            with console.phase("Loss: fused against dense"):
+                report["loss"] = self._time_loss(runs[0], teacher)
+        report["summary"] = summarise(report)
+        report["phases"] = console.phase_seconds
+        report["seconds"] = time.perf_counter() - self.start
+        if is_main():
+            write_json(self.work / REPORT_FILE, report)
+            plot_curves(report, self.work / "curves.png")
+        print_summary(console, report, Path(config.output_dir))
+        return report
+
+    def _prepare_material(self) -> Material:
+        config = self.config
+        documents = load_documents(config.data)
+        tokenizer = prepare_tokenizer(config, documents)
+        for role, section in (("teacher", config.teacher), ("student", config.student)):
+            if section.config is not None:  # a mistake in it is told before the teacher trains
+                make_config(section.config, tokenizer, f"{role}.config")
+        rows = build_rows(documents, config.data, tokenizer)
+        self.documents = documents
+        self.console.say(
+            f"{len(documents.train)} documents, {rows.train_tokens:,} tokens; held out "
+            f"{len(documents.held_out)} documents, {rows.held_out_tokens:,} tokens; "
+            f"vocabulary {len(tokenizer):,}"
+        )
+        digest = fingerprint(
+            {
+                "documents": documents.digest(),
+                "data": config.data.model_dump(),
+                "tokenizer": tokenizer_digest(tokenizer),
+            }
+        )
+        return Material(self.console, self.work, tokenizer, rows, config.data.packing, digest)
+
+    def _prepare_teacher(self) -> tuple[Teacher, dict[str, Any]]:
+        section = self.config.teacher
+        source = prepare_model(section, "teacher", self.material, seed=0)
+        model = load_model(source.path, section)
+        if self.config.data.packing:
+            check_packing(model, "teacher")
+        metrics = self._evaluate(model, None)
+        facts = {
+            "path": source.path,
+            "from_cache": source.cached,
+            "parameters": model.num_parameters(),
+            "pretrain": source.pretrain,
+            **metrics,
+        }
+        self.console.say(
+            f"{model.num_parameters() / 1e6:.2f} M parameters"
+            + (" (from the cache)" if source.cached else "")
+            + f", held-out perplexity {metrics['eval_perplexity']:.2f}"
+        )
+        return Teacher(model), facts
+
+    def _run_seed(self, seed: int, teacher: Teacher) -> dict[str, Any]:
+        config, console = self.config, self.console
+        label = f" (seed {seed})" if len(config.seeds) > 1 else ""
+        with console.phase(f"Student before training{label}"):
+            start = self._start(seed, teacher)
+            console.say(_figures(start))
+        run = {"seed": seed, "start": start}
+        roles = [("student", config.loss, "Student, distilled")]
+        if config.compare.ce_only:
+            roles.insert(0, ("ce_only", CROSS_ENTROPY, "Student, cross entropy alone"))
+        for role, loss, title in roles:
+            with console.phase(f"{title}{label}"):
+                run[role] = self._train(role, loss, seed, start["path"], teacher)
+                console.say(_figures(run[role]))
+        return run
+
+    def _start(self, seed: int, teacher: Teacher) -> dict[str, Any]:
+        """The student before training: its weights, its size, its distance from the teacher."""
+        source = prepare_model(
+            self.config.student,
+            "student",
+            self.material,
+            seed=seed,
+            vocab_size=teacher.vocab_size,
+        )
+        student = self._load_student(source.path, seed)
+        check_same_vocabulary(teacher.model, student, self.material.tokenizer)
+        if self.config.data.packing:
+            check_packing(student, "student")
+        return {
+            "path": source.path,
+            "from_cache": source.cached,
+            "pretrain": source.pretrain,
+            "parameters": student.num_parameters(),
+            "trainable_parameters": student.num_parameters(only_trainable=True),
+            **self._evaluate(student, teacher),
+        }
+
+    def _load_student(self, path: str, seed: int) -> PreTrainedModel:
+        model = load_model(path, self.config.student)
+        if self.config.student.peft is not None:
+            model = apply_peft(model, self.config.student.peft, "student.peft", seed=seed)
+        return model
+
+    def _train(
+        self, role: str, loss: LossSection, seed: int, path: str, teacher: Teacher
+    ) -> dict[str, Any]:
+        """One training run from the start weights, or its result when it was finished before."""
+        folder = self.work / f"seed-{seed}"
+        result_file = folder / f"{role}.json"
+        if result_file.is_file():
+            self.console.say("finished before the interruption")
+            return json.loads(result_file.read_text(encoding="utf-8"))
+        checkpoints = self.work / "checkpoints" / f"seed-{seed}" / role
+        # before the student: under ZeRO-3 it is partitioned while it is loaded
+        args = training_args(self.config.training, "training", checkpoints, loss, seed=seed)
+        trainer = self.material.trainer(self._load_student(path, seed), args, teacher)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+        seconds = time.perf_counter() - start
+        trainer.save_model(str(folder / role))
+        barrier()  # the main process writes, every process reads it below
+        history = trainer.state.log_history
+        del trainer
+        result = {
+            "seconds": seconds,
+            "tokens_per_s": _last(history, "tokens_per_s"),
+            "peak_mem_mib": _last(history, "peak_mem_mib"),
+            **self._evaluate(self._load_trained(folder / role, path), teacher),
+            "history": history,
+        }
+        barrier()
+        if is_main():
+            write_json(result_file, result)
+        return result
+
+    def _load_trained(self, folder: Path, start_path: str) -> PreTrainedModel:
+        """The saved student, as anyone would load it."""
+        section = self.config.student
+        if section.peft is None:
+            return load_model(str(folder), section)
+        return load_adapter(load_model(start_path, section), folder)
+
+    def _evaluate(self, model: PreTrainedModel, teacher: Teacher | None) -> dict[str, float]:
+        """Held-out eval_perplexity and, with a teacher, eval_kd: KL(teacher || model) per token."""
+        loss = _MEASURED if teacher is not None else CROSS_ENTROPY
+        args = evaluation_args(self.config.training, self.work, loss)
+        metrics = self.material.trainer(model, args, teacher).evaluate()
+        return {key: metrics[key] for key in ("eval_perplexity", "eval_kd") if key in metrics}
+
+    def _time_loss(self, run: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+        compare, rows = self.config.compare, self.material.rows.train
+        batch = self.material.collator([rows[i % len(rows)] for i in range(compare.loss_rows)])
+        args = evaluation_args(self.config.training, self.work, _MEASURED)
+        return time_losses(
+            self._load_student(run["start"]["path"], run["seed"]),
+            teacher,
+            batch,
+            self.config.loss,
+            repeats=compare.loss_repeats,
+            device=args.device,
+        )
+
+
+def _last(history: list[dict[str, Any]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(history) if key in entry), None)
+
+
+def _figures(run: dict[str, Any]) -> str:
+    return (
+        f"held-out perplexity {run['eval_perplexity']:.2f}, KL to the teacher {run['eval_kd']:.4f}"
+    )
+
+
+def _environment() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }

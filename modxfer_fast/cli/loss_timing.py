@@ -1,0 +1,160 @@
+"""What the fused loss costs on a job's models: beside the dense loss, and with the head frozen."""
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from modxfer_fast import linear_kd_loss
+from modxfer_fast.config import LossSection
+from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine.causal_lm import SplitCausalLM
+from modxfer_fast.kernels import dispatch
+
+# Otherwise the profiler announces itself on the console of the job.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+_GEMMS = ("aten::mm", "aten::addmm", "aten::bmm")
+
+
+def time_losses(
+    student: nn.Module,
+    teacher: Teacher,
+    batch: dict[str, Any],
+    loss: LossSection,
+    *,
+    repeats: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Forward and backward of one batch, with the fused and with the dense loss, same weights.
+
+    Returns:
+        backend: of the fused loss. tokens: of the batch. fused, dense: step_ms (median),
+        tokens_per_s, and peak_mib, the most that torch held at once above what it held before the
+        step. head: see `time_head`.
+    """
+    student.to(device).train()
+    teacher.to(device)
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    tokens = batch["input_ids"].numel()
+    weight = student.get_output_embeddings().weight
+    backend = dispatch.resolve("linear_kd_loss", weight, backend=loss.backend)
+    result: dict[str, Any] = {"backend": backend, "tokens": tokens}
+    options = loss.model_dump(exclude={"impl"})
+
+    def step(module: DistillModule) -> None:
+        module(**batch)["loss"].backward()
+        student.zero_grad(set_to_none=True)
+        module.meter.restart()  # nothing outlives the step
+
+    steps = {}
+    for impl in ("fused", "dense"):
+        module = DistillModule(student, teacher, Objective(**options, impl=impl))
+        steps[impl] = functools.partial(step, module)
+    for impl, step_ms in _median_ms(steps, repeats, device).items():
+        result[impl] = {
+            "step_ms": step_ms,
+            "tokens_per_s": tokens / step_ms * 1e3,
+            "peak_mib": _peak_mib(steps[impl], device),
+        }
+    result["head"] = time_head(student, teacher, batch, options, repeats, device)
+    return result
+
+
+def time_head(
+    student: nn.Module,
+    teacher: Teacher,
+    batch: dict[str, Any],
+    options: dict[str, Any],
+    repeats: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The fused loss alone, with the student's head frozen and trainable.
+
+    Returns:
+        requires_grad: of the head in this job. frozen, trainable: loss_ms (median) and gemms, the
+        matrix products of forward and backward per chunk. frozen_speedup: ratio of the two times.
+    """
+    parts = SplitCausalLM.of(student, "student")
+    inputs = (batch["input_ids"], batch["attention_mask"], batch.get("position_ids"))
+    with torch.no_grad():
+        student_hidden = parts.hidden(*inputs)
+        teacher_hidden = teacher.hidden(*inputs)
+    weight, bias = parts.weight_and_bias()
+    teacher_weight, teacher_bias = teacher.head
+    result: dict[str, Any] = {"requires_grad": weight.requires_grad}
+
+    def step(head: torch.Tensor, rows: slice = slice(None)) -> None:
+        hidden = student_hidden[rows].clone().requires_grad_()
+        linear_kd_loss(
+            hidden,
+            head,
+            teacher_hidden[rows],
+            teacher_weight,
+            labels=batch["labels"][rows],
+            student_bias=None if bias is None else bias.detach(),
+            teacher_bias=teacher_bias,
+            **options,
+        ).backward()
+        head.grad = None
+
+    steps = {
+        name: functools.partial(step, weight.detach().clone().requires_grad_(trainable))
+        for name, trainable in (("frozen", False), ("trainable", True))
+    }
+    for name, loss_ms in _median_ms(steps, repeats, device).items():
+        # one row of the batch is one chunk of the loss
+        gemms = _count_gemms(functools.partial(steps[name], slice(0, 1)))
+        result[name] = {"loss_ms": loss_ms, "gemms": gemms}
+    result["frozen_speedup"] = result["trainable"]["loss_ms"] / result["frozen"]["loss_ms"]
+    return result
+
+
+def _median_ms(
+    steps: dict[str, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median time of each step; they take turns, so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            if repeat:  # the first round warms up
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_mib(step: Callable[[], None], device: torch.device) -> float:
+    """Peak of torch's allocations during `step`, above the level at its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+def _count_gemms(step: Callable[[], None]) -> int:
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    return sum(entry.count for entry in recorded.key_averages() if entry.key in _GEMMS)

@@ -1,0 +1,78 @@
+"""Entry point: choose a command, import only that one, and turn errors into one clear message."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = {
+    "distill": "distil a teacher into a student, as a YAML file says",
+    "doctor": "show which backends run on this machine, and why others do not",
+    "bench": "time our ops against their peers and their floor",
+}
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 when done, 2 for an error that the user can fix, 1 for any other failure.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="modxfer",
+        description="Distil teachers into students with fused losses.",
+        epilog="commands:\n" + "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("command", choices=COMMANDS, metavar="command")
+    options = parser.parse_args(argv[:1])
+
+    # imported only now: `modxfer --version` should not wait for transformers
+    command = importlib.import_module(f"modxfer_fast.cli.{options.command}")
+    parser = argparse.ArgumentParser(
+        prog=f"modxfer {options.command}", description=COMMANDS[options.command]
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv[1:])
+    return _run(command.run, args)
+
+
+def _run(run, args: argparse.Namespace) -> int:
+    from modxfer_fast.errors import UserError
+
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("modxfer: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        if isinstance(error, UserError):
+            message, code = str(error), EXIT_USER_ERROR
+        elif isinstance(error, ModuleNotFoundError):
+            message = f"{error.name} is not installed; pip install 'modxfer-fast[engine]'"
+            code = EXIT_USER_ERROR
+        else:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = (
+                f"{type(error).__name__}: {error}\n"
+                f"  at {where.filename}:{where.lineno}; --debug shows the whole traceback"
+            )
+            code = 1
+        rank = os.environ.get("RANK")
+        who = "modxfer" if rank is None else f"modxfer [rank {rank}]"
+        print(f"{who}: {message}", file=sys.stderr)
+        return code
+
+
+def _version() -> str:
+    from modxfer_fast._version import __version__
+
+    return f"modxfer {__version__}"

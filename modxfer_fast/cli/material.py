@@ -1,0 +1,47 @@
+"""What every phase of a job shares, and the trainer it makes from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from modxfer_fast.data import CausalCollator, Rows
+from modxfer_fast.engine import DistillConfig, DistillTrainer, Teacher
+from modxfer_fast.report import ConsoleCallback, JobConsole
+
+
+@dataclass(frozen=True)
+class Material:
+    """Console, folder of the unfinished output, tokenizer and rows.
+
+    packed: whether a row may hold several documents.
+    digest: identifies the training documents and how they became rows.
+    """
+
+    console: JobConsole
+    work: Path
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    packed: bool
+    digest: str
+
+    @property
+    def collator(self) -> CausalCollator:
+        return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed)
+
+    def trainer(
+        self, model: PreTrainedModel, args: DistillConfig, teacher: Teacher | None = None
+    ) -> DistillTrainer:
+        """A trainer on the rows that reports to the console."""
+        trainer = DistillTrainer(
+            model=model,
+            args=args,
+            teacher=teacher,
+            train_dataset=self.rows.train,
+            eval_dataset=self.rows.held_out,
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+            callbacks=[ConsoleCallback(self.console)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer

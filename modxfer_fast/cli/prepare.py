@@ -1,0 +1,146 @@
+"""Tokenizer and models of a job, made once and kept in the cache."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from modxfer_fast.cli.cache import cache_root, fingerprint
+from modxfer_fast.cli.material import Material
+from modxfer_fast.cli.ranks import barrier, from_main, is_main
+from modxfer_fast.cli.training_args import training_args
+from modxfer_fast.config import JobConfig, LossSection, ModelSection
+from modxfer_fast.data import (
+    DataError,
+    Documents,
+    load_tokenizer,
+    tokenizer_digest,
+    train_tokenizer,
+)
+from modxfer_fast.engine import last_complete_checkpoint
+from modxfer_fast.models import build_model, check_same_tokenizer, make_config
+from modxfer_fast.report import new_folder, write_json
+
+CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
+_RECORD = "modxfer_pretrain.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model in a folder or on the hub. pretrain: the record of its training here, if any."""
+
+    path: str
+    pretrain: dict[str, Any] | None = None
+    cached: bool = False
+
+
+def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedTokenizerBase:
+    """Train or load the tokenizer, and see that models loaded from a path came with the same one.
+
+    Raises:
+        DataError: it cannot be loaded. ModelError: a model's own tokenizer differs.
+    """
+    section = config.tokenizer
+    if section is not None and section.vocab_size is not None:
+        tokenizer = train_tokenizer(documents.texts(), section.vocab_size)
+    elif section is not None:
+        tokenizer = load_tokenizer(section.path)
+    else:
+        tokenizer = load_tokenizer(config.teacher.path, revision=config.teacher.revision)
+    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        if model.path is None:
+            continue
+        try:
+            theirs = load_tokenizer(model.path, revision=model.revision)
+        except DataError:
+            if Path(model.path).is_dir():  # weights without a tokenizer: nothing to compare
+                continue
+            raise
+        check_same_tokenizer(tokenizer, theirs, role)
+    return tokenizer
+
+
+def prepare_model(
+    section: ModelSection,
+    role: str,
+    material: Material,
+    *,
+    seed: int,
+    vocab_size: int | None = None,
+) -> ModelSource:
+    """Where the model of `section` is; built, and pretrained if asked for, when nobody did before.
+
+    A model from a `config` block is kept in the cache under a fingerprint of its configuration,
+    seed and versions, and with `pretrain` also of the training rows and arguments.
+
+    Args:
+        seed: of the fresh weights, and of pretraining unless its section has a `seed`.
+        vocab_size: rows of the head, where the other model decides; None to follow the tokenizer.
+    """
+    if section.config is None:
+        return ModelSource(section.path)
+    config = make_config(
+        section.config, material.tokenizer, f"{role}.config", vocab_size=vocab_size
+    )
+    pretrain = section.pretrain
+    if pretrain is not None:
+        seed = pretrain.get("seed", 0)
+    facts = {
+        "config": config.to_dict(),
+        "seed": seed,
+        "dtype": section.dtype,
+        "versions": [torch.__version__, transformers.__version__],
+        "tokenizer": tokenizer_digest(material.tokenizer),
+    }
+    if pretrain is not None:
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        facts.update(pretrain=pretrain, rows=material.digest, world=world)
+    folder = cache_root() / "models" / fingerprint(facts)
+    cached = from_main(folder.is_dir())
+    if not cached:
+        model = build_model(config, section, seed=seed)
+        if pretrain is None:
+            _store(model.save_pretrained, material.tokenizer, None, folder)
+        else:
+            _pretrain(model, pretrain, role, material, folder, seed)
+    record = folder / _RECORD
+    return ModelSource(
+        str(folder), json.loads(record.read_text()) if pretrain is not None else None, cached
+    )
+
+
+def _pretrain(model, section, role: str, material: Material, folder: Path, seed: int) -> None:
+    """Next-token training of `model`, then `folder`."""
+    checkpoints = material.work / "checkpoints" / f"{role}-pretrain"
+    args = training_args(section, f"{role}.pretrain", checkpoints, CROSS_ENTROPY, seed=seed)
+    trainer = material.trainer(model, args)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+    record = {"seconds": time.perf_counter() - start, "history": trainer.state.log_history}
+    trained = checkpoints / "final"
+    trainer.save_model(str(trained))  # gathers from every process
+    _store(
+        lambda scratch: shutil.copytree(trained, scratch, dirs_exist_ok=True),
+        material.tokenizer,
+        record,
+        folder,
+    )
+    if is_main():
+        shutil.rmtree(checkpoints)
+
+
+def _store(save, tokenizer, record: dict[str, Any] | None, folder: Path) -> None:
+    """On the main process: fill `folder` at once. The others wait until it is there."""
+    if is_main():
+        with new_folder(folder) as scratch:
+            save(scratch)
+            tokenizer.save_pretrained(scratch)
+            if record is not None:
+                write_json(scratch / _RECORD, record)
+    barrier()

@@ -1,0 +1,70 @@
+"""`training` sections and loss options -> `DistillConfig`."""
+
+from pathlib import Path
+from typing import Any
+
+from modxfer_fast.config import ConfigError, LossSection, check_fields
+from modxfer_fast.engine import DistillConfig
+
+_LOSS_FIELDS = tuple(name for name in LossSection.model_fields if name != "impl")
+_OWNED = {
+    "output_dir": "output_dir",
+    "seed": "seeds",
+    **dict.fromkeys((*_LOSS_FIELDS, "loss_impl"), "the loss section"),
+}
+# What evaluation alone needs of a training section; sharding is for training.
+_FOR_EVALUATION = (
+    "per_device_eval_batch_size",
+    "bf16",
+    "fp16",
+    "tf32",
+    "use_cpu",
+    "ddp_backend",
+    "ddp_timeout",
+    "dataloader_num_workers",
+)
+_SHARDING = ("deepspeed", "zero_stage")
+
+
+def check_training(section: dict[str, Any], where: str, *, pretrain: bool = False) -> None:
+    """Raise a ConfigError unless `section` can become a DistillConfig.
+
+    Args:
+        section: fields of DistillConfig. pretrain: whether `seed` is among what it may hold.
+    """
+    owned = {key: by for key, by in _OWNED.items() if not (pretrain and key == "seed")}
+    check_fields(DistillConfig, section, where, owned)
+    plain = {key: value for key, value in section.items() if key not in _SHARDING}
+    _build(where, output_dir="unused", **plain)
+
+
+def training_args(
+    section: dict[str, Any], where: str, output_dir: Path, loss: LossSection, *, seed: int
+) -> DistillConfig:
+    """The arguments of one training run."""
+    quiet = {"report_to": "none", "disable_tqdm": True, "seed": seed}
+    return _build(where, **{**quiet, **section}, output_dir=str(output_dir), **_loss_fields(loss))
+
+
+def evaluation_args(section: dict[str, Any], output_dir: Path, loss: LossSection) -> DistillConfig:
+    """Arguments for evaluating with the precision and batch size of `section`, unsharded."""
+    kept = {key: section[key] for key in _FOR_EVALUATION if key in section}
+    return _build(
+        "training",
+        **kept,
+        **_loss_fields(loss),
+        report_to="none",
+        disable_tqdm=True,
+        output_dir=str(output_dir),
+    )
+
+
+def _loss_fields(loss: LossSection) -> dict[str, Any]:
+    return {**{name: getattr(loss, name) for name in _LOSS_FIELDS}, "loss_impl": loss.impl}
+
+
+def _build(where: str, **fields: Any) -> DistillConfig:
+    try:
+        return DistillConfig(**fields)
+    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"{where}: {error}") from error

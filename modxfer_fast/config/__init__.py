@@ -1,0 +1,29 @@
+"""Job files: YAML -> `JobConfig`, strict, with errors that name the place."""
+
+from modxfer_fast.config.errors import ConfigError
+from modxfer_fast.config.fields import check_fields, check_keys
+from modxfer_fast.config.loading import dump_config, load_config
+from modxfer_fast.config.schema import (
+    CompareSection,
+    DataSection,
+    JobConfig,
+    LossSection,
+    ModelSection,
+    StudentSection,
+    TokenizerSection,
+)
+
+__all__ = [
+    "CompareSection",
+    "ConfigError",
+    "DataSection",
+    "JobConfig",
+    "LossSection",
+    "ModelSection",
+    "StudentSection",
+    "TokenizerSection",
+    "check_fields",
+    "check_keys",
+    "dump_config",
+    "load_config",
+]

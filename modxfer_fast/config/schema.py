@@ -1,0 +1,138 @@
+"""The sections of a job file: every class is frozen, every key is checked, defaults stand here.
+
+Sections that belong to a library stay open dictionaries here (`training`, `pretrain`, `peft` and a
+model's `config`): their keys are checked against that library's own classes by `fields.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TokenizerSection(Section):
+    """One of: train a byte-level BPE of `vocab_size` on the training documents, or load `path`."""
+
+    vocab_size: Annotated[int, Field(ge=300)] | None = None
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.vocab_size is None) == (self.path is None):
+            raise ValueError("expected exactly one of vocab_size and path")
+        return self
+
+
+class DataSection(Section):
+    """What to learn from.
+
+    source: `python-docs`, a file (.txt .md .json .jsonl .csv .parquet), a folder of such files or
+        of a dataset saved by `datasets`, or the id of a dataset on the hub.
+    format: `auto` looks at the columns: `messages`, `prompt` + `completion`, or `text`.
+    eval_source: held-out data; without it `eval_fraction` of the documents is kept out of training.
+    """
+
+    source: str
+    name: str | None = None
+    split: str = "train"
+    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    packing: bool = True
+    eval_source: str | None = None
+    eval_split: str = "train"
+    eval_fraction: Fraction = 0.05
+    max_documents: PositiveInt | None = None
+    max_eval_rows: PositiveInt | None = None
+    split_seed: int = 0
+
+
+class ModelSection(Section):
+    """A causal language model: a folder or hub id (`path`), or built from scratch (`config`).
+
+    config: fields of the transformers configuration, with `model_type`; vocabulary and special
+        tokens come from the tokenizer.
+    pretrain: training fields for next-token training of a model built from `config`; the result is
+        cached by everything it depends on.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    config: dict[str, Any] | None = None
+    pretrain: dict[str, Any] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attn_implementation: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.path is None) == (self.config is None):
+            raise ValueError("expected exactly one of path and config")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config: expected a model_type such as llama")
+        if self.pretrain is not None and self.config is None:
+            raise ValueError("pretrain: expected only together with config")
+        return self
+
+
+class StudentSection(ModelSection):
+    """peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen."""
+
+    peft: dict[str, Any] | None = None
+
+
+class LossSection(Section):
+    """Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is the plain PyTorch yardstick."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    kd_weight: Annotated[float, Field(ge=0)] = 1.0
+    ce_weight: Annotated[float, Field(ge=0)] = 0.0
+    scale_by_temperature_squared: bool = False
+    workspace_mb: PositiveInt = 512
+    backend: Literal["triton", "cpp", "reference"] | None = None
+    impl: Literal["fused", "dense"] = "fused"
+
+
+class CompareSection(Section):
+    """What to measure beside the distilled student.
+
+    ce_only: train the same student with cross entropy alone, from the same start, on the same
+        batches.
+    loss_rows: time fused and dense loss on one batch of that many rows; null leaves it out.
+    """
+
+    ce_only: bool = False
+    loss_rows: PositiveInt | None = None
+    loss_repeats: PositiveInt = 5
+
+
+class JobConfig(Section):
+    """A whole `modxfer distill` job."""
+
+    output_dir: str
+    overwrite: bool = False
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    tokenizer: TokenizerSection | None = None
+    data: DataSection
+    teacher: ModelSection
+    student: StudentSection
+    loss: LossSection = LossSection()
+    training: dict[str, Any] = {}
+    compare: CompareSection = CompareSection()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
+        if self.tokenizer is None and self.teacher.path is None:
+            raise ValueError(
+                "tokenizer: expected a section, because the teacher is not loaded from a path"
+            )
+        return self

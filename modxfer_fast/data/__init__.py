@@ -1,0 +1,23 @@
+"""Sources -> documents -> pieces -> packed rows -> batches, and the tokenizer in between."""
+
+from modxfer_fast.data.build import Documents, Rows, build_rows, load_documents
+from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator
+from modxfer_fast.data.errors import DataError
+from modxfer_fast.data.python_docs import python_docs
+from modxfer_fast.data.sources import load_source
+from modxfer_fast.data.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CausalCollator",
+    "DataError",
+    "Documents",
+    "Rows",
+    "build_rows",
+    "load_documents",
+    "load_source",
+    "load_tokenizer",
+    "python_docs",
+    "tokenizer_digest",
+    "train_tokenizer",
+]

@@ -1,0 +1,42 @@
+"""Best-fit packing: several pieces in one row, each still a document of its own.
+
+A row is `{"input_ids", "is_target", "lengths"}`, sum(lengths) == len(input_ids) <= max_length.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+
+Rows = dict[str, list]
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Indices of pieces per row: longest first, each into the fullest row that still has room."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by free tokens
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        room = next((r for r in range(length, capacity + 1) if with_room[r]), None)
+        if room is None:
+            rows.append([index])
+            row, room = len(rows) - 1, capacity
+        else:
+            row = with_room[room].pop()
+            rows[row].append(index)
+        if room > length:
+            with_room[room - length].append(row)
+    return rows
+
+
+def packer(max_length: int, *, packing: bool) -> Callable[[Rows], Rows]:
+    """A function for `Dataset.map(batched=True)` that turns pieces into rows."""
+
+    def pack_batch(pieces: Rows) -> Rows:
+        lengths = [len(ids) for ids in pieces["input_ids"]]
+        rows = best_fit(lengths, max_length) if packing else [[i] for i in range(len(lengths))]
+        return {
+            "input_ids": [list(chain(*(pieces["input_ids"][i] for i in row))) for row in rows],
+            "is_target": [list(chain(*(pieces["is_target"][i] for i in row))) for row in rows],
+            "lengths": [[lengths[i] for i in row] for row in rows],
+        }
+
+    return pack_batch

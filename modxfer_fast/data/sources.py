@@ -1,0 +1,92 @@
+"""Named sources -> `datasets.Dataset` with one of three sets of columns.
+
+text                    learn every token
+prompt, completion      learn the completion
+messages                learn the assistant's turns
+"""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from modxfer_fast.data.errors import DataError
+from modxfer_fast.data.python_docs import python_docs
+
+COLUMNS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+_READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+}
+
+
+def load_source(source: str, *, name: str | None = None, split: str = "train") -> Dataset:
+    """Load `python-docs`, a file, a folder or a hub id.
+
+    Raises:
+        DataError: the source does not exist, cannot be read or holds no rows.
+    """
+    if source == "python-docs":
+        return Dataset.from_dict({"text": python_docs()})
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            return _load_file(path, source)
+        if path.is_dir():
+            return _load_folder(path, name, split)
+        if path.suffix in _READERS or source.startswith((".", "/", "~")):
+            raise DataError(f"data source {source}: no such file or folder")
+        return load_dataset(source, name, split=split)
+    except DataError:
+        raise
+    except Exception as error:
+        # `datasets` raises several unrelated types here; all of them are about what was named
+        raise DataError(f"data source {source}: cannot be loaded ({error})") from error
+
+
+def _load_file(path: Path, source: str) -> Dataset:
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise DataError(
+            f"data source {source}: expected a file ending in {', '.join(_READERS)}, "
+            f"got {path.suffix or 'no ending'}"
+        )
+    options = {"sample_by": "document"} if reader == "text" else {}
+    return load_dataset(reader, data_files=str(path), split="train", **options)
+
+
+def _load_folder(path: Path, name: str | None, split: str) -> Dataset:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise DataError(
+                    f"data source {path}: expected a split {split!r}, got {', '.join(dataset)}"
+                )
+            return dataset[split]
+        return dataset
+    return load_dataset(str(path), name, split=split)
+
+
+def detect_format(dataset: Dataset, wanted: str, source: str) -> str:
+    """The format of a dataset: `wanted`, or with `auto` the first one whose columns are all there.
+
+    Raises:
+        DataError: the columns are missing.
+    """
+    columns = set(dataset.column_names)
+    candidates = COLUMNS if wanted == "auto" else {wanted: COLUMNS[wanted]}
+    for name, needed in candidates.items():
+        if columns.issuperset(needed):
+            return name
+    expected = " or ".join(" + ".join(needed) for needed in candidates.values())
+    raise DataError(
+        f"data source {source}: expected columns {expected}, got {', '.join(sorted(columns))}"
+    )

@@ -1,0 +1,72 @@
+"""Byte-level BPE trained on the corpus, or a tokenizer loaded from a folder or hub id."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from modxfer_fast.data.errors import DataError
+
+END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: any text round-trips, there is no unknown token.
+
+    The vocabulary is smaller than `vocab_size` when the texts hold too few different pairs.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END, PAD, TURN_START, TURN_END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and see to its padding token.
+
+    Raises:
+        DataError: nothing there, or a tokenizer without an end-of-text token.
+    """
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+        raise DataError(f"tokenizer {path}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(path).expanduser()) if path.startswith("~") else path, revision=revision
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer {path}: expected an end-of-text token (eos_token), got none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of what turns text into ids: the vocabulary and the fast model, if any."""
+    state = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    if tokenizer.is_fast:
+        state += tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(state.encode()).hexdigest()[:16]

@@ -1,0 +1,128 @@
+"""A model section -> a causal language model, loaded or built from scratch, and its adapters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from modxfer_fast.config import ModelSection, check_fields, check_keys
+from modxfer_fast.config.errors import nearest
+from modxfer_fast.models.errors import ModelError
+
+_FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LORA_OWNED = {"task_type": "the job", "peft_type": "the job", "inference_mode": "the job"}
+
+
+def make_config(
+    block: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    vocab_size: int | None = None,
+) -> PreTrainedConfig:
+    """A transformers configuration from a `config` block.
+
+    Args:
+        block: fields of the configuration class, and `model_type`.
+        tokenizer: gives special tokens and, unless `vocab_size` or the block does, the vocabulary
+            size.
+        where: dotted path of the block, for messages.
+    Raises:
+        ConfigError: unknown field. ModelError: unknown architecture, or values it refuses.
+    """
+    fields = dict(block)
+    model_type = fields.pop("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ModelError(
+            f"{where}.model_type: expected a causal language model of transformers, "
+            f"got {model_type!r}{hint}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    check_keys((f.name for f in dataclasses.fields(config_class)), fields, where)
+    fields.setdefault("vocab_size", vocab_size or len(tokenizer))
+    for name in _FROM_TOKENIZER:
+        fields.setdefault(name, getattr(tokenizer, name))
+    try:
+        config = config_class(**fields)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ModelError(f"{where}: {error}") from error
+    if config.vocab_size < len(tokenizer):
+        raise ModelError(
+            f"{where}.vocab_size: expected at least the tokenizer's {len(tokenizer)}, "
+            f"got {config.vocab_size}"
+        )
+    return config
+
+
+def build_model(config: PreTrainedConfig, section: ModelSection, *, seed: int) -> PreTrainedModel:
+    """A model with fresh weights that depend on `config` and `seed` alone."""
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, **_loading_options(section))
+
+
+def load_model(path: str, section: ModelSection) -> PreTrainedModel:
+    """Load a causal language model from a folder or hub id.
+
+    Raises:
+        ModelError: nothing there, or not a causal language model.
+    """
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise ModelError(f"model {path}: no such folder")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            **_loading_options(section),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: cannot be loaded ({error})") from error
+
+
+def _loading_options(section: ModelSection) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": getattr(torch, section.dtype) if section.dtype else "auto"}
+    if section.dtype is None and section.config is not None:
+        options["dtype"] = torch.float32
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    return options
+
+
+def check_peft(block: dict[str, Any], where: str) -> None:
+    """Raise a ConfigError unless `block` holds fields of `LoraConfig`."""
+    check_fields(LoraConfig, block, where, owned=_LORA_OWNED)
+
+
+def apply_peft(
+    model: PreTrainedModel, block: dict[str, Any], where: str, *, seed: int
+) -> PeftModel:
+    """Wrap `model` with LoRA adapters; everything else is frozen. Adapter weights depend on `seed`.
+
+    Raises:
+        ConfigError: unknown field of `LoraConfig`. ModelError: target modules that do not exist.
+    """
+    check_peft(block, where)
+    set_seed(seed)
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **block))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{where}: {error}") from error
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """`model` with the adapter that was saved in `folder`."""
+    return PeftModel.from_pretrained(model, str(folder))

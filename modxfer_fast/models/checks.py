@@ -1,0 +1,72 @@
+"""Checks that teacher, student, tokenizer and packing fit together, before any training."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modxfer_fast.models.errors import ModelError
+
+
+def check_same_tokenizer(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, role: str
+) -> None:
+    """Raise unless both tokenizers give every token the same id.
+
+    Args:
+        ours: tokenizer of the job. theirs: tokenizer that came with the model of `role`.
+    """
+    expected, got = ours.get_vocab(), theirs.get_vocab()
+    if expected == got:
+        return
+    differing = [token for token in expected if got.get(token) != expected[token]]
+    differing += [token for token in got if token not in expected]
+    token = min(differing)
+    raise ModelError(
+        f"{role}: its tokenizer differs from the job's; expected the same id for each of "
+        f"{len(expected)} tokens, got {len(got)} tokens of which {len(differing)} differ, e.g. "
+        f"{token!r} is {got.get(token, 'absent')} instead of {expected.get(token, 'absent')}"
+    )
+
+
+def check_same_vocabulary(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise unless both heads have the same number of rows and cover the tokenizer."""
+    rows_t = teacher.get_output_embeddings().weight.shape[0]
+    rows_s = student.get_output_embeddings().weight.shape[0]
+    if rows_t != rows_s:
+        raise ModelError(
+            f"student: expected a head with as many rows as the teacher's, {rows_t}, got {rows_s}"
+        )
+    if rows_s < len(tokenizer):
+        raise ModelError(
+            f"student: expected a head with at least {len(tokenizer)} rows, one per token, "
+            f"got {rows_s}"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, role: str) -> None:
+    """Raise when a document packed behind another one sees it.
+
+    transformers builds the mask from restarting position_ids in most architectures but not in all,
+    and silently attends across documents in the others; so the model itself is asked.
+    """
+    length = 4
+    ids = torch.arange(3, 3 + 2 * length, device=model.device).remainder(model.config.vocab_size)
+    positions = torch.arange(length, device=model.device)
+    was_training = model.training
+    model.eval()
+    packed = model(
+        input_ids=ids[None], position_ids=positions.repeat(2)[None], use_cache=False
+    ).logits[0, length:]
+    alone = model(
+        input_ids=ids[None, length:], position_ids=positions[None], use_cache=False
+    ).logits[0]
+    model.train(was_training)
+    # a leak moves logits by their own size, another summation order by rounding
+    tolerance = 16 * torch.finfo(alone.dtype).eps * alone.abs().max()
+    if not torch.allclose(packed, alone, rtol=0, atol=float(tolerance)):
+        raise ModelError(
+            f"{role}: a {model.config.model_type} model lets packed documents see one another; "
+            "set data.packing: false"
+        )

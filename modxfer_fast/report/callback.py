@@ -1,0 +1,41 @@
+"""HF Trainer events -> the console."""
+
+from transformers import TrainerCallback
+
+from modxfer_fast.report.console import JobConsole
+
+_SHOWN = {
+    "loss": "loss",
+    "kd_loss": "kd",
+    "ce_loss": "ce",
+    "eval_perplexity": "held-out perplexity",
+    "eval_kd": "held-out KL",
+    "tokens_per_s": "tokens/s",
+    "peak_mem_mib": "peak MiB",
+}
+
+
+class ConsoleCallback(TrainerCallback):
+    """Draws the progress of a training run on a `JobConsole`."""
+
+    def __init__(self, console: JobConsole) -> None:
+        self._console = console
+        self._display = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._display = self._console.training(state.max_steps)
+        self._display.step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._display.step(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._display is None:
+            return
+        numbers = {_SHOWN[key]: logs[key] for key in _SHOWN if key in logs}
+        if numbers:
+            self._display.numbers(state.global_step, numbers, keep="eval_perplexity" in logs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._display.close()
+        self._display = None

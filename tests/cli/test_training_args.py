@@ -1,0 +1,46 @@
+"""`training` sections become arguments, or an error that names the key."""
+
+import pytest
+
+from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
+from modxfer_fast.config import ConfigError, LossSection
+
+
+def test_training_and_loss_arrive(tmp_path):
+    loss = LossSection(divergence="jsd", temperature=2.0, ce_weight=0.5, impl="dense")
+    section = {"max_steps": 7, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+    args = training_args(section, "training", tmp_path, loss, seed=5)
+    assert (args.max_steps, args.learning_rate, args.seed) == (7, 1e-3, 5)
+    assert (args.divergence, args.temperature, args.ce_weight) == ("jsd", 2.0, 0.5)
+    assert args.loss_impl == "dense"
+    assert args.output_dir == str(tmp_path)
+    assert args.report_to == []
+
+
+def test_evaluation_keeps_precision_and_drops_sharding(tmp_path):
+    section = {"per_device_eval_batch_size": 3, "bf16": True, "zero_stage": 2, "max_steps": 9}
+    args = evaluation_args(section, tmp_path, LossSection())
+    assert (args.per_device_eval_batch_size, args.bf16) == (3, True)
+    assert args.zero_stage is None
+    assert args.max_steps == -1
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"max_stepz": 3}, r"training.max_stepz: unknown key; did you mean 'max_steps'\?"),
+        ({"max_steps": "many"}, r"training.max_steps: expected int, got 'many' \(str\)"),
+        ({"temperature": 2.0}, "training.temperature: set by the loss section, not here"),
+        ({"output_dir": "x"}, "training.output_dir: set by output_dir, not here"),
+        ({"seed": 3}, "training.seed: set by seeds, not here"),
+        ({"lr_scheduler_type": "cosin"}, "training: .*cosin.* is not a valid SchedulerType"),
+        ({"label_smoothing_factor": 0.1}, "training: label_smoothing_factor: expected it off"),
+    ],
+)
+def test_mistakes(section, message):
+    with pytest.raises(ConfigError, match=message):
+        check_training(section, "training")
+
+
+def test_pretraining_has_its_own_seed():
+    check_training({"seed": 3}, "teacher.pretrain", pretrain=True)

@@ -1,0 +1,54 @@
+"""The batch contract: labels aligned within documents, positions that restart."""
+
+import torch
+
+from modxfer_fast.data import IGNORE_INDEX, CausalCollator
+
+_ = IGNORE_INDEX
+
+
+def row(*documents, targets=None):
+    ids = [token for document in documents for token in document]
+    return {
+        "input_ids": ids,
+        "is_target": targets or [True] * len(ids),
+        "lengths": [len(document) for document in documents],
+    }
+
+
+def test_labels_are_the_next_token_of_the_same_document():
+    batch = CausalCollator(pad_token_id=0)([row([5, 6, 7], [8, 9]), row([3, 4])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 7, _, 9, _], [4, _, _, _, _]]
+    assert batch["position_ids"].tolist()[0] == [0, 1, 2, 0, 1]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["num_valid"] == 4
+
+
+def test_only_targets_are_labelled():
+    batch = CausalCollator(0)([row([5, 6, 7, 8], targets=[False, False, True, True])])
+    assert batch["labels"].tolist() == [[_, 7, 8, _]]
+    assert batch["num_valid"] == 2
+
+
+def test_first_token_is_never_a_label():
+    batch = CausalCollator(0)([row([5], [6, 7])])
+    assert batch["labels"].tolist() == [[_, 7, _]]
+
+
+def test_padding_starts_no_document():
+    positions = CausalCollator(0)([row([5, 6], [7]), row([1] * 6)])["position_ids"][0]
+    assert positions.tolist() == [0, 1, 0, 1, 2, 3]
+
+
+def test_rows_of_one_document_need_no_positions():
+    batch = CausalCollator(0, packed=False)([row([5, 6]), row([7])])
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "num_valid"}
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_types():
+    batch = CausalCollator(0)([row([5, 6])])
+    assert set(batch) == {"input_ids", "attention_mask", "position_ids", "labels", "num_valid"}
+    assert isinstance(batch["num_valid"], int)
+    assert all(batch[k].dtype == torch.int64 for k in batch if k != "num_valid")

@@ -1,0 +1,73 @@
+"""What the person sees."""
+
+import pytest
+from PIL import Image
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from modxfer_fast.report import ConsoleCallback, JobConsole, plot_curves
+
+
+def run_callback(console):
+    callback, state, control = ConsoleCallback(console), TrainerState(), TrainerControl()
+    args = TrainingArguments(output_dir="unused", report_to="none")
+    state.max_steps = 4
+    callback.on_log(args, state, control, logs={"eval_perplexity": 9.0})  # evaluation on its own
+    callback.on_train_begin(args, state, control)
+    state.global_step = 2
+    callback.on_step_end(args, state, control)
+    logs = {"loss": 1.25, "kd_loss": 0.5, "tokens_per_s": 12345.6, "epoch": 0.1}
+    callback.on_log(args, state, control, logs=logs)
+    callback.on_train_end(args, state, control)
+
+
+def test_phases_and_numbers_without_a_terminal(capsys):
+    console = JobConsole(is_main=True)
+    with console.phase("Teacher"):
+        run_callback(console)
+    console.table("Results", ["model", "perplexity"], [["teacher", "12.3"]])
+    out = capsys.readouterr().out
+    assert "Teacher" in out
+    assert "step 2/4  loss 1.25  kd 0.5  tokens/s 12,346" in out
+    assert "epoch" not in out
+    assert "12.3" in out
+    assert console.phase_seconds["Teacher"] > 0
+
+
+def test_other_processes_are_silent(capsys):
+    console = JobConsole(is_main=False)
+    with console.phase("Teacher"):
+        console.say("hello")
+        run_callback(console)
+    console.table("Results", ["model"], [["teacher"]])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_failed_phase_is_not_counted():
+    console = JobConsole(is_main=False)
+    with pytest.raises(RuntimeError, match="x"), console.phase("Teacher"):
+        raise RuntimeError("x")
+    assert console.phase_seconds == {}
+
+
+@pytest.mark.parametrize("with_evaluations", [True, False])
+def test_plot(tmp_path, with_evaluations):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    if with_evaluations:
+        history.append({"step": 2, "eval_perplexity": 30.0, "eval_kd": float("nan")})
+    trained = {"history": history, "eval_perplexity": 30.0, "eval_kd": 0.5}
+    report = {
+        "teacher": {"eval_perplexity": 12.0},
+        "runs": [
+            {
+                "start": {"eval_perplexity": 60.0, "eval_kd": 2.0},
+                "student": trained,
+                "ce_only": trained,
+            },
+            {"start": {"eval_perplexity": 61.0, "eval_kd": 2.1}, "student": trained},
+        ],
+    }
+    plot_curves(report, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG"
+        assert image.width > image.height > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10
