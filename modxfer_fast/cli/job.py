@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -98,7 +99,7 @@ class _Job:
     def run(self) -> dict[str, Any]:
         config, console = self.config, self.console
         # opens the process group, which must exist before processes wait for one another
-        _ = evaluation_args(config.training, self.work, _MEASURED).device
+        self.device = evaluation_args(config.training, self.work, _MEASURED).device
         barrier()
         with console.phase("Data"):
             self.material = self._prepare_material()
@@ -159,7 +160,7 @@ class _Job:
         source = prepare_model(section, "teacher", self.material, seed=0)
         model = load_model(source.path, section)
         if self.config.data.packing:
-            check_packing(model, "teacher")
+            check_packing(model.to(self.device), "teacher")
         metrics = self._evaluate(model, None)
         facts = {
             "path": source.path,
@@ -184,7 +185,9 @@ class _Job:
         run = {"seed": seed, "start": start}
         roles = [("student", config.loss, "Student, distilled")]
         if config.compare.ce_only:
-            roles.insert(0, ("ce_only", CROSS_ENTROPY, "Student, cross entropy alone"))
+            # the same loss without its teacher, so that the two runs differ in nothing else
+            alone = config.loss.model_copy(update={"kd_weight": 0.0, "ce_weight": 1.0})
+            roles.insert(0, ("ce_only", alone, "Student, cross entropy alone"))
         for role, loss, title in roles:
             with console.phase(f"{title}{label}"):
                 run[role] = self._train(role, loss, seed, start["path"], teacher)
@@ -203,7 +206,7 @@ class _Job:
         student = self._load_student(source.path, seed)
         check_same_vocabulary(teacher.model, student, self.material.tokenizer)
         if self.config.data.packing:
-            check_packing(student, "student")
+            check_packing(student.to(self.device), "student")
         return {
             "path": source.path,
             "from_cache": source.cached,
@@ -227,7 +230,7 @@ class _Job:
         result_file = folder / f"{role}.json"
         if result_file.is_file():
             self.console.say("finished before the interruption")
-            return json.loads(result_file.read_text(encoding="utf-8"))
+            return _read_result(result_file)
         checkpoints = self.work / "checkpoints" / f"seed-{seed}" / role
         # before the student: under ZeRO-3 it is partitioned while it is loaded
         args = training_args(self.config.training, "training", checkpoints, loss, seed=seed)
@@ -276,11 +279,19 @@ class _Job:
             self.config.loss,
             repeats=compare.loss_repeats,
             device=args.device,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
 
 
 def _last(history: list[dict[str, Any]], key: str) -> float | None:
     return next((entry[key] for entry in reversed(history) if key in entry), None)
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """A finished run; JSON has no infinity, and a figure that was infinite became null."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    infinite = {key: math.inf for key in ("eval_perplexity", "eval_kd") if result[key] is None}
+    return {**result, **infinite}
 
 
 def _figures(run: dict[str, Any]) -> str:

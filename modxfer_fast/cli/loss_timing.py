@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from modxfer_fast import linear_kd_loss
+from modxfer_fast import linear_kd_loss, release_workspace
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.engine.causal_lm import SplitCausalLM
@@ -20,7 +20,8 @@ from modxfer_fast.kernels import dispatch
 # Otherwise the profiler announces itself on the console of the job.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-_GEMMS = ("aten::mm", "aten::addmm", "aten::bmm")
+_GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+_ONE_CHUNK = 16  # tokens, which the loss never splits
 
 
 def time_losses(
@@ -31,6 +32,7 @@ def time_losses(
     *,
     repeats: int,
     device: torch.device,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Forward and backward of one batch, with the fused and with the dense loss, same weights.
 
@@ -49,7 +51,9 @@ def time_losses(
     options = loss.model_dump(exclude={"impl"})
 
     def step(module: DistillModule) -> None:
-        module(**batch)["loss"].backward()
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss_value = module(**batch)["loss"]
+        loss_value.backward()
         student.zero_grad(set_to_none=True)
         module.meter.restart()  # nothing outlives the step
 
@@ -90,14 +94,17 @@ def time_head(
     teacher_weight, teacher_bias = teacher.head
     result: dict[str, Any] = {"requires_grad": weight.requires_grad}
 
-    def step(head: torch.Tensor, rows: slice = slice(None)) -> None:
-        hidden = student_hidden[rows].clone().requires_grad_()
+    student_hidden, teacher_hidden = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
+    labels = batch["labels"].flatten()
+
+    def step(head: torch.Tensor, tokens: int | None = None) -> None:
+        hidden = student_hidden[:tokens].clone().requires_grad_()
         linear_kd_loss(
             hidden,
             head,
-            teacher_hidden[rows],
+            teacher_hidden[:tokens],
             teacher_weight,
-            labels=batch["labels"][rows],
+            labels=labels[:tokens],
             student_bias=None if bias is None else bias.detach(),
             teacher_bias=teacher_bias,
             **options,
@@ -109,8 +116,7 @@ def time_head(
         for name, trainable in (("frozen", False), ("trainable", True))
     }
     for name, loss_ms in _median_ms(steps, repeats, device).items():
-        # one row of the batch is one chunk of the loss
-        gemms = _count_gemms(functools.partial(steps[name], slice(0, 1)))
+        gemms = _count_gemms(functools.partial(steps[name], _ONE_CHUNK))
         result[name] = {"loss_ms": loss_ms, "gemms": gemms}
     result["frozen_speedup"] = result["trainable"]["loss_ms"] / result["frozen"]["loss_ms"]
     return result
@@ -144,6 +150,7 @@ def _peak_mib(step: Callable[[], None], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    release_workspace()  # else the logits buffer of the last step would hide from this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     held = peak = 0

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from modxfer_fast import __version__
 from modxfer_fast.cli.cache import cache_root, fingerprint
 from modxfer_fast.cli.material import Material
 from modxfer_fast.cli.ranks import barrier, from_main, is_main
@@ -80,7 +81,7 @@ def prepare_model(
     seed and versions, and with `pretrain` also of the training rows and arguments.
 
     Args:
-        seed: of the fresh weights, and of pretraining unless its section has a `seed`.
+        seed: of the fresh weights; a `pretrain` section has a seed of its own, 0 if it names none.
         vocab_size: rows of the head, where the other model decides; None to follow the tokenizer.
     """
     if section.config is None:
@@ -95,7 +96,8 @@ def prepare_model(
         "config": config.to_dict(),
         "seed": seed,
         "dtype": section.dtype,
-        "versions": [torch.__version__, transformers.__version__],
+        "attn_implementation": section.attn_implementation,
+        "versions": [__version__, torch.__version__, transformers.__version__],
         "tokenizer": tokenizer_digest(material.tokenizer),
     }
     if pretrain is not None:
@@ -138,7 +140,7 @@ def _pretrain(model, section, role: str, material: Material, folder: Path, seed:
 def _store(save, tokenizer, record: dict[str, Any] | None, folder: Path) -> None:
     """On the main process: fill `folder` at once. The others wait until it is there."""
     if is_main():
-        with new_folder(folder) as scratch:
+        with new_folder(folder, keep_existing=True) as scratch:
             save(scratch)
             tokenizer.save_pretrained(scratch)
             if record is not None:

@@ -105,6 +105,5 @@ def _cell(spread: dict[str, float], fmt: str) -> str:
 
 
 def _tokens_per_s(runs: list[dict[str, Any]]) -> str:
-    if "tokens_per_s" not in runs[0]:
-        return ""
-    return f"{statistics.median(run['tokens_per_s'] for run in runs):,.0f}"
+    speeds = [run["tokens_per_s"] for run in runs if run.get("tokens_per_s")]
+    return f"{statistics.median(speeds):,.0f}" if speeds else ""

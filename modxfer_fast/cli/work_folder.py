@@ -46,6 +46,10 @@ class WorkFolder:
                     f"output_dir: {self.path} holds an interrupted run; continue it with --resume, "
                     "or set overwrite: true"
                 )
+            if not (self.path / CONFIG_FILE).is_file():
+                raise ConfigError(
+                    f"output_dir: {self.path} is in the way and is no interrupted run; remove it"
+                )
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
         write_text(self.path / CONFIG_FILE, dump_config(config))

@@ -60,6 +60,11 @@ def load_documents(section: DataSection) -> Documents:
     if section.max_documents is not None and len(train) > section.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(section.max_documents))
     if section.eval_source is not None:
+        if (section.eval_source, section.eval_split) == (section.source, section.split):
+            raise DataError(
+                f"data.eval_source: expected other documents than {section.source}, split "
+                f"{section.split}, which the student trains on; name another eval_split"
+            )
         held_out = load_source(section.eval_source, name=section.name, split=section.eval_split)
         held_out_format = detect_format(held_out, section.format, section.eval_source)
     else:

@@ -23,7 +23,7 @@ def encoder(
     }[fmt]
 
     def encode_batch(rows: Rows) -> Rows:
-        pieces = encode(rows, tokenizer, max_length)
+        pieces = [piece for piece in encode(rows, tokenizer, max_length) if piece[0]]
         return {
             "input_ids": [ids for ids, _ in pieces],
             "is_target": [mask for _, mask in pieces],

@@ -2,8 +2,8 @@
 
 One document per topic of `pydoc_data.topics` (the language reference) and one per module of the
 standard library (its docstrings in source order). Sources are parsed, never imported. The result
-depends on the Python version alone: files are visited in sorted order, a docstring that was seen
-before is left out, so no text can appear in both halves of a split by document.
+depends on the Python version alone: files are visited in sorted order. A paragraph that was seen
+before is left out, unless it is short, so the halves of a split by document share no text.
 """
 
 import ast
@@ -15,6 +15,8 @@ _SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "idle_test", "lib2to3", "pydoc_data", "site-packages", "dist-packages"}
     | {"test", "tests", "turtledemo"}
 )
+# A paragraph this long does not occur twice by chance; topics quote one another.
+_MIN_UNIQUE_CHARS = 60
 # Shorter docstrings ("See base class.") are boilerplate.
 _MIN_DOCSTRING_CHARS = 40
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -24,17 +26,24 @@ def python_docs() -> list[str]:
     """The documents: topics by name, then modules by path."""
     from pydoc_data.topics import topics
 
-    documents = list(dict.fromkeys(topics[name] for name in sorted(topics)))
-    seen: set[str] = set()
+    texts = [topics[name] for name in sorted(topics)]
     for path in _stdlib_sources():
-        fresh = []
-        for docstring in _docstrings(path):
-            if len(docstring) >= _MIN_DOCSTRING_CHARS and docstring not in seen:
-                seen.add(docstring)
-                fresh.append(docstring)
-        if fresh:
-            documents.append("\n\n".join(fresh))
-    return documents
+        docstrings = dict.fromkeys(d for d in _docstrings(path) if len(d) >= _MIN_DOCSTRING_CHARS)
+        texts.append("\n\n".join(docstrings))
+    seen: set[str] = set()
+    documents = (_without_repeats(text, seen) for text in texts)
+    return list(dict.fromkeys(document for document in documents if document.strip()))
+
+
+def _without_repeats(text: str, seen: set[str]) -> str:
+    """`text` less its paragraphs that are in `seen`, which receives the others."""
+    fresh = []
+    for paragraph in text.split("\n\n"):
+        key = " ".join(paragraph.split())
+        if len(key) < _MIN_UNIQUE_CHARS or key not in seen:
+            seen.add(key)
+            fresh.append(paragraph)
+    return "\n\n".join(fresh)
 
 
 def _stdlib_sources() -> list[Path]:

@@ -65,6 +65,8 @@ class TrainingClock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = time.perf_counter()
+        if args.device.type == "cuda":  # the peak is that of this training
+            torch.cuda.reset_peak_memory_stats(args.device)
 
     def pause(self) -> float:
         return time.perf_counter()
@@ -80,7 +82,7 @@ class TrainingClock(TrainerCallback):
 
 
 def peak_mem_mib(device: torch.device) -> float:
-    """Peak of allocated device memory, or of the process on a CPU."""
+    """Peak of device memory since training began; on a CPU, of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

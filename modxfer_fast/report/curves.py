@@ -22,19 +22,28 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    loss = report["config"]["loss"]
+    divergence = loss["divergence"] if loss["temperature"] == 1.0 else "softened"
+    is_kl = divergence == "forward_kl"
+
+    def start(run: dict[str, Any]) -> dict[str, Any]:
+        # the student at start was measured in KL, whatever training minimises
+        return {k: v for k, v in run["start"].items() if is_kl or k != "eval_kd"}
+
+    distance = "KL" if is_kl else f"{divergence} divergence"
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     panels = (
         ("eval_perplexity", "held-out perplexity", True),
-        ("eval_kd", "held-out KL to the teacher [nats/token]", True),
+        ("eval_kd", f"held-out {distance} to the teacher [nats/token]", True),
         ("loss", "training loss, as minimised [nats/token]", False),
     )
     for axis, (key, title, logarithmic) in zip(axes, panels, strict=True):
         for run in report["runs"]:
             for role in ("ce_only", "student"):
                 if role in run:
-                    history = [{"step": 0, **run["start"]}, *run[role]["history"]]
+                    history = [{"step": 0, **start(run)}, *run[role]["history"]]
                     _line(axis, history, key, role, first=run is report["runs"][0])
         if key == "eval_perplexity":
             axis.axhline(

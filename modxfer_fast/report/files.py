@@ -40,13 +40,18 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `path` when the block ends well, and else disappears."""
+def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """A scratch folder that becomes `path` when the block ends well, and else disappears.
+
+    Args:
+        keep_existing: another process may have been first; its `path` then stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield scratch
-        replace_folder(scratch, path)
+        if not (keep_existing and path.exists()):
+            replace_folder(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -25,7 +25,7 @@ def corpus():
 def test_python_docs_is_large_and_repeats_nothing(corpus):
     assert sum(map(len, corpus)) > 1_500_000
     assert len(set(corpus)) == len(corpus) > 500
-    paragraphs = [p for text in corpus[-200:] for p in text.split("\n\n\n") if len(p) > 200]
+    paragraphs = [p for text in corpus for p in text.split("\n\n") if len(p) > 200]
     assert len(set(paragraphs)) == len(paragraphs)
 
 
@@ -113,8 +113,17 @@ def test_one_document_cannot_be_split(tmp_path):
     path.write_text("alone")
     with pytest.raises(DataError, match="expected at least 2 documents to hold some out"):
         load_documents(DataSection(source=str(path)))
-    both = load_documents(DataSection(source=str(path), eval_source=str(path)))
-    assert both.held_out["text"] == ["alone"]
+    other = tmp_path / "other.txt"
+    other.write_text("apart")
+    both = load_documents(DataSection(source=str(path), eval_source=str(other)))
+    assert both.held_out["text"] == ["apart"]
+
+
+def test_training_documents_are_not_held_out(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_text("alone")
+    with pytest.raises(DataError, match="expected other documents"):
+        load_documents(DataSection(source=str(path), eval_source=str(path)))
 
 
 def test_rows_hold_every_token(tmp_path):

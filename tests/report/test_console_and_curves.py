@@ -56,6 +56,7 @@ def test_plot(tmp_path, with_evaluations):
         history.append({"step": 2, "eval_perplexity": 30.0, "eval_kd": float("nan")})
     trained = {"history": history, "eval_perplexity": 30.0, "eval_kd": 0.5}
     report = {
+        "config": {"loss": {"divergence": "forward_kl", "temperature": 1.0}},
         "teacher": {"eval_perplexity": 12.0},
         "runs": [
             {
