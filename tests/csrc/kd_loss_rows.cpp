@@ -1,0 +1,197 @@
+// Row kernels of every instruction set this processor has, against the definition in long double.
+//
+// Built with AddressSanitizer: every row and both scratch rows are heap blocks of exactly V floats
+// that begin at an address no vector is aligned to.
+
+#include "kd_loss_isa.cpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace {
+
+using modxfer::Divergence;
+using modxfer::KdRowKernels;
+using modxfer::KdSpec;
+using Real = long double;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+int failures = 0;
+
+// V floats whose first is 4 bytes past the start of a heap block and whose last ends it.
+class Row {
+ public:
+  explicit Row(int64_t V) : block_(new float[V + 1]), V_(V) {
+    for (int64_t i = 0; i <= V; ++i) block_[i] = std::nanf("");
+  }
+  float* data() { return block_.get() + 1; }
+  float& operator[](int64_t i) { return data()[i]; }
+  void copy_from(Row& other) { std::copy_n(other.data(), V_, data()); }
+
+ private:
+  std::unique_ptr<float[]> block_;
+  int64_t V_;
+};
+
+std::vector<KdRowKernels> kernels_of_this_processor() {
+  std::vector<KdRowKernels> found;
+  found.push_back({"baseline", modxfer::baseline::row_fwd, modxfer::baseline::row_recompute,
+                   modxfer::baseline::row_grad});
+#ifdef MODXFER_X86_TARGETS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    found.push_back(
+        {"avx2", modxfer::avx2::row_fwd, modxfer::avx2::row_recompute, modxfer::avx2::row_grad});
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back({"avx512", modxfer::avx512::row_fwd, modxfer::avx512::row_recompute,
+                     modxfer::avx512::row_grad});
+  }
+#endif
+  return found;
+}
+
+struct Truth {
+  Real kd = 0, ce = 0;
+  std::vector<Real> dlogits;
+};
+
+std::vector<Real> log_softmax(Row& z, int64_t V, Real inv_temperature) {
+  Real top = -kInf, sum = 0;
+  for (int64_t i = 0; i < V; ++i) top = std::max<Real>(top, z[i]);
+  for (int64_t i = 0; i < V; ++i) sum += std::exp((z[i] - top) * inv_temperature);
+  std::vector<Real> logs(V);
+  for (int64_t i = 0; i < V; ++i) logs[i] = (z[i] - top) * inv_temperature - std::log(sum);
+  return logs;
+}
+
+// a (log a - log b), 0 where a is 0
+Real kl_term(Real log_a, Real log_b) {
+  return std::isinf(log_a) ? 0 : std::exp(log_a) * (log_a - log_b);
+}
+
+Truth truth_of(Row& student, Row& teacher, int64_t V, int64_t label, float row_weight,
+               const KdSpec& spec, Real beta) {
+  const auto log_q = log_softmax(student, V, spec.inv_temperature);
+  const auto log_p = log_softmax(teacher, V, spec.inv_temperature);
+  const auto log_q1 = log_softmax(student, V, 1);
+  Truth truth;
+  truth.dlogits.resize(V);
+  // dD/dz_i = (u_i - q_i sum u) / temperature with u = q dD/dq
+  std::vector<Real> u(V);
+  Real u_sum = 0;
+  for (int64_t i = 0; i < V; ++i) {
+    const Real p = std::exp(log_p[i]), q = std::exp(log_q[i]);
+    if (spec.divergence == Divergence::kForwardKl) {
+      truth.kd += kl_term(log_p[i], log_q[i]);
+      u[i] = -p;
+    } else if (spec.divergence == Divergence::kReverseKl) {
+      truth.kd += kl_term(log_q[i], log_p[i]);
+      u[i] = kl_term(log_q[i], log_p[i]);
+    } else {
+      const Real log_m = std::log(beta * p + (1 - beta) * q);
+      truth.kd += beta * kl_term(log_p[i], log_m) + (1 - beta) * kl_term(log_q[i], log_m);
+      u[i] = (1 - beta) * kl_term(log_q[i], log_m);
+    }
+    u_sum += u[i];
+  }
+  const bool has_ce = label >= 0 && spec.ce_weight != 0;
+  if (has_ce) truth.ce = -log_q1[label];
+  for (int64_t i = 0; i < V; ++i) {
+    Real dz = spec.kd_weight * spec.inv_temperature * (u[i] - std::exp(log_q[i]) * u_sum);
+    if (has_ce) dz += spec.ce_weight * (std::exp(log_q1[i]) - (i == label ? 1 : 0));
+    truth.dlogits[i] = row_weight * dz;
+  }
+  return truth;
+}
+
+void expect_near(float got, Real expected, Real tolerance, const char* isa, const char* what,
+                 int64_t V, const KdSpec& spec) {
+  if (std::abs(static_cast<Real>(got) - expected) <= tolerance) return;  // false for NaN
+  ++failures;
+  std::fprintf(stderr, "%s %s: V=%lld divergence=%d inv_temperature=%g: expected %.9Lg, got %.9g\n",
+               isa, what, static_cast<long long>(V), static_cast<int>(spec.divergence),
+               spec.inv_temperature, expected, got);
+}
+
+void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t V, int64_t label,
+               const KdSpec& spec, Real beta) {
+  const float row_weight = 0.75f;
+  const Truth truth = truth_of(student, teacher, V, label, row_weight, spec, beta);
+  // logits reach 40 and log-probabilities 80: a few roundings of those
+  const Real tolerance = 2e-5L;
+
+  Row q(V), u(V), dlogits(V), in_place(V);
+  const modxfer::KdScratch scratch{q.data(), u.data()};
+  modxfer::KdStats stats;
+  const auto losses = kernels.fwd(student.data(), teacher.data(), V, label, spec, stats, scratch);
+  expect_near(losses.kd, truth.kd, tolerance, kernels.isa, "kd", V, spec);
+  expect_near(losses.ce, truth.ce, tolerance, kernels.isa, "ce", V, spec);
+
+  kernels.grad(student.data(), V, label, row_weight, spec, stats, scratch, dlogits.data());
+  in_place.copy_from(student);
+  kernels.grad(in_place.data(), V, label, row_weight, spec, stats, scratch, in_place.data());
+  for (int64_t i = 0; i < V; ++i) {
+    expect_near(dlogits[i], truth.dlogits[i], tolerance, kernels.isa, "dlogits", V, spec);
+    expect_near(in_place[i], dlogits[i], 0, kernels.isa, "dlogits in place", V, spec);
+  }
+
+  Row q_again(V), u_again(V), dlogits_again(V);
+  const modxfer::KdScratch again{q_again.data(), u_again.data()};
+  kernels.recompute(student.data(), teacher.data(), V, spec, stats, again);
+  kernels.grad(student.data(), V, label, row_weight, spec, stats, again, dlogits_again.data());
+  for (int64_t i = 0; i < V; ++i) {
+    expect_near(dlogits_again[i], truth.dlogits[i], tolerance, kernels.isa, "recomputed dlogits", V,
+                spec);
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::vector<int64_t> sizes;
+  for (int64_t V = 1; V <= 49; ++V) sizes.push_back(V);  // every remainder of 16 lanes, thrice
+  for (int64_t V : {1023, 1024, 1025, 1039, 2047, 2049, 3001})
+    sizes.push_back(V);  // blocks of 1024
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal;
+  for (const KdRowKernels& kernels : kernels_of_this_processor()) {
+    int rows = 0;
+    for (int64_t V : sizes) {
+      for (float delta : {0.0f, 0.03f, 3.0f}) {
+        Row student(V), teacher(V);
+        for (int64_t i = 0; i < V; ++i) {
+          teacher[i] = 4.0f * normal(random);
+          student[i] = teacher[i] + delta * normal(random);
+        }
+        teacher[V / 2] += 20.0f;
+        if (V > 8) student[V - 1] = teacher[V - 1] = student[3] = teacher[3] = -kInf;
+        for (int divergence = 0; divergence < 3; ++divergence) {
+          for (float temperature : {1.0f, 2.5f}) {
+            const float beta = 0.3f;
+            const KdSpec spec{static_cast<Divergence>(divergence),
+                              beta,
+                              std::log(beta),
+                              std::log1p(-beta),
+                              1.0f / temperature,
+                              0.7f,
+                              0.4f};
+            for (int64_t label : {int64_t{-1}, int64_t{0}, V / 2}) {
+              check_row(kernels, student, teacher, V, label, spec, beta);
+              ++rows;
+            }
+          }
+        }
+      }
+    }
+    std::printf("%s: %d rows\n", kernels.isa, rows);
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

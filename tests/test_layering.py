@@ -1,0 +1,258 @@
+"""The walls of the project: who imports whom, which files a room has, what an import costs."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import modxfer_fast
+from modxfer_fast.kernels import dispatch
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "modxfer_fast"
+# Data flows one way; a package imports from those left of it. `kernels` and `losses` are on a
+# branch of their own, and stand where the engine first needs them.
+ORDER = ("errors", "config", "data", "models", "transfer", "kernels", "losses", "engine", "report")
+ONTO = ("cli", "testing", "__main__")  # may import all of them, and are imported by none
+FILE_OF_BACKEND = {"reference": "reference.py"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Import name and file of every module of the package."""
+    for folder, name in (
+        (ROOT / "modxfer_fast", PACKAGE),
+        (ROOT / "kernels", f"{PACKAGE}.kernels"),
+    ):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if parts[-1] == "__init__":
+                parts = parts[:-1]
+            yield ".".join((name, *parts)), path
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Absolute names of the modules a file imports, `from x import y` as x.y."""
+    tree = ast.parse(path.read_text())
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(name: str) -> str | None:
+    """The part of the package a module belongs to; None outside the package."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    if name.removeprefix(f"{PACKAGE}.") in modxfer_fast.__all__:  # public: where it is defined
+        public = getattr(modxfer_fast, parts[1])
+        return layer(f"{public.__module__}.{parts[1]}") if hasattr(public, "__module__") else ""
+    return parts[1] if len(parts) > 1 else ""
+
+
+def test_modules_are_found():
+    names = dict(modules())
+    assert f"{PACKAGE}.kernels.kd_loss.op" in names
+    assert f"{PACKAGE}.engine.trainer" in names
+    assert layer(f"{PACKAGE}.kernels.dispatch") == "kernels"
+
+
+def test_every_layer_has_its_place():
+    layers = {layer(name) for name, _ in modules()} - {"", "_version"}
+    assert layers <= {*ORDER, *ONTO}
+
+
+def test_imports_go_one_way():
+    backwards = []
+    for name, path in modules():
+        here = layer(name)
+        if here in ("", "_version", *ONTO):
+            continue
+        allowed = {*ORDER[: ORDER.index(here) + 1], "_version", ""}
+        for imported in imports(name, path):
+            there = layer(imported)
+            if there is not None and there not in allowed:
+                backwards.append(f"{name} imports {imported}")
+    assert not backwards
+
+
+def test_kernels_import_nothing_of_ours_but_their_own_package():
+    foreign = {
+        f"{name} imports {imported}"
+        for name, path in modules()
+        for imported in imports(name, path)
+        if layer(name) == "kernels" and layer(imported) not in (None, "kernels")
+    }
+    assert not foreign
+
+
+def test_kernels_need_torch_and_triton_only():
+    allowed = {"torch", "triton", PACKAGE, *sys.stdlib_module_names}
+    for name, path in modules():
+        if layer(name) in ("kernels", "losses"):
+            needed = {imported.split(".")[0] for imported in imports(name, path)}
+            assert needed <= allowed, f"{name} imports {needed - allowed}"
+
+
+def test_only_triton_implementations_import_triton():
+    for name, path in modules():
+        tops = {imported.split(".")[0] for imported in imports(name, path)}
+        assert "triton" not in tops or path.name == "triton_impl.py", name
+
+
+def test_report_sees_no_tensors():
+    for name, path in modules():
+        if layer(name) == "report":
+            tops = {imported.split(".")[0] for imported in imports(name, path)}
+            assert "torch" not in tops, name
+
+
+def test_backends_of_a_room_do_not_import_one_another():
+    backends = {f"{backend}_impl" for names in dispatch.ROOMS.values() for backend in names}
+    for name, path in modules():
+        parts = name.split(".")
+        if layer(name) != "kernels" or parts[-1] not in backends:
+            continue
+        room, backend = parts[2], parts[-1]
+        for imported in imports(name, path):
+            # a room may build on another room's implementation for the same backend
+            others = backends & set(imported.split("."))
+            assert others <= {backend}, f"{name} imports {imported}"
+            assert not imported.startswith(f"{PACKAGE}.kernels.{room}.{backend}")
+
+
+def test_no_top_level_package_named_kernels(tmp_path):
+    """Away from the root, where Python would find the folder; another library owns that name."""
+    code = (
+        "import importlib.util as util, modxfer_fast.kernels; spec = util.find_spec('kernels');"
+        "print(spec and (spec.origin, list(spec.submodule_search_locations or ())))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert str(ROOT / "kernels") not in run.stdout
+
+
+# --- rooms
+
+
+@pytest.mark.parametrize("room", dispatch.ROOMS)
+def test_room_is_complete(room):
+    folder = ROOT / "kernels" / room
+    wanted = [folder / "op.py", ROOT / "tests" / "kernels" / f"test_{room}.py"]
+    wanted.append(ROOT / "benchmarks" / f"bench_{room}.py")
+    for backend in dispatch.ROOMS[room]:
+        wanted.append(folder / FILE_OF_BACKEND.get(backend, f"{backend}_impl.py"))
+    for backend, source in (("cpp", f"cpu/{room}.cpp"), ("cuda", f"cuda/{room}.cu")):
+        path = folder / f"{backend}_impl.py"
+        if path.exists() and "torch.ops.modxfer_csrc" in path.read_text():
+            wanted.append(ROOT / "csrc" / source)
+    missing = [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("room", dispatch.ROOMS)
+def test_room_offers_every_backend_its_interface(room):
+    for backend in dispatch.ROOMS[room]:
+        ok, reason = dispatch.availability(room, backend)
+        if not ok:
+            assert reason
+            continue
+        impl = dispatch.load(room, backend)
+        assert callable(impl.supports)
+        assert callable(getattr(impl, f"{room}_fwd"))
+
+
+def test_every_folder_of_kernels_is_a_room():
+    folders = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
+    assert folders - {"common"} == set(dispatch.ROOMS)
+
+
+def test_every_room_is_in_its_own_tests_and_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for room in dispatch.ROOMS:
+        assert f"`{room}`" in readme
+
+
+# --- what an import costs
+
+
+def python(code: str, **environment: str) -> dict:
+    """Runs `code` in a fresh interpreter; what it assigned to `result`."""
+    script = f"import json, sys\n{code}\nprint(json.dumps(result))"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_import_loads_torch_and_nothing_large():
+    loaded = python(
+        "import torch; before = set(sys.modules)\n"
+        "import modxfer_fast\n"
+        "result = sorted(set(sys.modules) - before)"
+    )
+    foreign = {name.split(".")[0] for name in loaded} - {PACKAGE} - set(sys.stdlib_module_names)
+    assert foreign <= {"torch"}
+    # what torch loads lazily is no part of it either: inductor and dynamo take seconds
+    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor"))]
+    assert len(loaded) < 100
+
+
+def test_import_asks_no_gpu():
+    result = python(
+        "import torch\n"
+        "def refuse(*args, **kwargs): raise SystemExit('the import asked for a GPU')\n"
+        "for name in ('is_available', 'device_count', 'current_device', 'init', '_lazy_init',\n"
+        "             'get_device_capability', 'get_device_properties', 'is_initialized'):\n"
+        "    setattr(torch.cuda, name, refuse)\n"
+        "import modxfer_fast\n"
+        "result = True"
+    )
+    assert result is True
+
+
+def test_everything_works_without_triton():
+    result = python(
+        "sys.modules['triton'] = None\n"
+        "import torch, modxfer_fast\n"
+        "from modxfer_fast.kernels import dispatch\n"
+        "h, w = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)\n"
+        "modxfer_fast.linear_kd_loss(h, w, h, w).backward()\n"
+        "result = dispatch.table()['kd_loss']['triton']"
+    )
+    assert result["available"] is False
+    assert "triton" in result["reason"]
+
+
+def test_the_engine_is_loaded_when_asked_for():
+    result = python(
+        "import types, modxfer_fast\n"
+        "engine = types.ModuleType('modxfer_fast.engine')\n"
+        "engine.DistillConfig, engine.DistillTrainer = 'config', 'trainer'\n"
+        "before = 'modxfer_fast.engine' in sys.modules\n"
+        "sys.modules['modxfer_fast.engine'] = engine\n"
+        "result = [before, modxfer_fast.DistillConfig, modxfer_fast.DistillTrainer]"
+    )
+    assert result == [False, "config", "trainer"]
+
+
+def test_a_missing_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = modxfer_fast.no_such_name

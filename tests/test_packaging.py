@@ -1,0 +1,231 @@
+"""What pip builds and installs in every mode of MODXFER_BUILD, used from an empty folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc", "kernels", "modxfer_fast", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The sources as a fresh clone has them; pip writes its build folder here."""
+    folder = tmp_path_factory.mktemp("checkout")
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build(checkout: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`pip wheel`, as the README has it, from a clean tree."""
+    shutil.rmtree(checkout / "build", ignore_errors=True)
+    command = ["-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    return subprocess.run(
+        [sys.executable, *command, "--wheel-dir", str(out), str(checkout)],
+        env={**os.environ, "MAX_JOBS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def install(wheel: Path, target: Path) -> None:
+    command = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
+    subprocess.run([sys.executable, *command, str(target), str(wheel)], check=True, timeout=120)
+
+
+def the_wheel(folder: Path) -> Path:
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def python(target: Path, folder: Path, *arguments: str) -> str:
+    """Output of an interpreter that sees `target` and installed packages, but no editable install.
+
+    Those come through .pth files, which only `site` reads.
+    """
+    paths = [str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MODXFER_")}
+    run = subprocess.run(
+        [sys.executable, "-S", *arguments],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(checkout, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("compiled")
+    run = build(checkout, out, MODXFER_BUILD="cpu")
+    assert run.returncode == 0, run.stderr
+    return the_wheel(out)
+
+
+@pytest.fixture(scope="module")
+def pure(checkout, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pure")
+    run = build(checkout, out, MODXFER_BUILD="none")
+    assert run.returncode == 0, run.stderr
+    return the_wheel(out)
+
+
+USE = """
+import importlib.util, json, pathlib, sys
+import torch, modxfer_fast
+from modxfer_fast.kernels import dispatch
+target = pathlib.Path(sys.argv[1])
+files = [m.__file__ for n, m in sys.modules.items() if n.startswith("modxfer_fast")]
+hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+losses = {}
+for backend in ("reference", *sys.argv[2:]):
+    loss = modxfer_fast.linear_kd_loss(hidden, weight, hidden + 1, weight, backend=backend)
+    loss.backward()
+    losses[backend] = loss.item()
+modxfer_fast.linear_kd_loss(hidden, weight, hidden + 1, weight).backward()
+kernels = importlib.util.find_spec("kernels")
+print(json.dumps({
+    "elsewhere": [f for f in files if target not in pathlib.Path(f).parents],
+    "losses": losses,
+    "kernels": None if kernels is None else str(kernels.submodule_search_locations),
+    "automatic": dispatch.resolve("kd_loss", hidden),
+    "version": modxfer_fast.__version__,
+}))
+"""
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheels_hold_the_package_and_no_top_level_kernels(compiled, pure):
+    sources = {
+        f"modxfer_fast/{path.relative_to(ROOT / 'modxfer_fast').as_posix()}"
+        for path in (ROOT / "modxfer_fast").rglob("*.py")
+    }
+    sources |= {
+        f"modxfer_fast/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / "kernels").rglob("*.py")
+    }
+    for wheel in (compiled, pure):
+        names = contents(wheel)
+        assert sources <= names, sources - names
+        tops = {name.split("/")[0] for name in names}
+        assert {top for top in tops if not top.endswith(".dist-info")} == {"modxfer_fast"}
+        assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name for name in contents(compiled) if name.endswith(".so")} == {"modxfer_fast/_C.so"}
+
+
+def test_tags_of_the_wheels(compiled, pure):
+    """One compiled wheel serves every Python from 3.10; the pure one serves every machine."""
+    assert "-cp310-abi3-linux_" in compiled.name
+    assert pure.name.endswith("-py3-none-any.whl")
+
+
+def test_compiled_wheel_works_from_an_empty_folder(compiled, tmp_path):
+    target, empty = tmp_path / "target", tmp_path / "empty"
+    empty.mkdir()
+    install(compiled, target)
+    facts = json.loads(python(target, empty, "-c", USE, str(target), "cpp"))
+    assert facts["elsewhere"] == []
+    assert facts["automatic"] == "cpp"
+    assert facts["losses"]["cpp"] == pytest.approx(facts["losses"]["reference"], rel=1e-5)
+    assert facts["kernels"] is None or str(target) not in facts["kernels"]
+    assert not (target / "kernels").exists()
+
+
+def test_pure_wheel_works_and_says_why_cpp_does_not(pure, tmp_path):
+    target, empty = tmp_path / "target", tmp_path / "empty"
+    empty.mkdir()
+    install(pure, target)
+    facts = json.loads(python(target, empty, "-c", USE, str(target)))
+    assert facts["elsewhere"] == []
+    assert facts["automatic"] == "reference"
+    doctor = json.loads(python(target, empty, "-m", "modxfer_fast", "doctor", "--json"))
+    assert doctor["version"] == facts["version"]
+    for room in doctor["rooms"].values():
+        assert room["cpp"]["available"] is False
+        assert "MODXFER_BUILD" in room["cpp"]["reason"]
+        assert room["reference"] == {"available": True, "reason": ""}
+
+
+def test_unknown_mode_is_refused(checkout):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=checkout,
+        env={**os.environ, "MODXFER_BUILD": "fast"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode != 0
+    assert "MODXFER_BUILD: expected one of auto, cpu, cuda, none, got 'fast'" in run.stderr
+
+
+def test_cuda_mode_needs_nvcc(checkout, tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=checkout,
+        env={**os.environ, "MODXFER_BUILD": "cuda", "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode != 0
+    assert "MODXFER_BUILD=cuda: needs nvcc" in run.stderr
+
+
+@pytest.fixture(scope="module")
+def broken_compiler(tmp_path_factory) -> str:
+    compiler = tmp_path_factory.mktemp("compiler") / "g++"
+    compiler.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_auto_survives_a_compiler_that_fails(checkout, broken_compiler, tmp_path):
+    run = build(checkout, tmp_path / "out", MODXFER_BUILD="auto", CXX=broken_compiler)
+    assert run.returncode == 0, run.stderr
+    install(the_wheel(tmp_path / "out"), tmp_path / "target")
+    facts = json.loads(python(tmp_path / "target", tmp_path, "-c", USE, str(tmp_path / "target")))
+    assert facts["automatic"] == "reference"
+
+
+def test_cpu_mode_fails_with_the_compiler(checkout, broken_compiler, tmp_path):
+    run = build(checkout, tmp_path / "out", MODXFER_BUILD="cpu", CXX=broken_compiler)
+    assert run.returncode != 0
+    assert "broken compiler" in run.stderr + run.stdout
+    assert not list((tmp_path / "out").glob("*.whl"))
+
+
+def test_this_installation_works_from_an_empty_folder(tmp_path):
+    """Whichever install runs the tests: editable under `make test`."""
+    run = subprocess.run(
+        [sys.executable, "-c", USE, str(ROOT), "cpp"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    facts = json.loads(run.stdout)
+    assert facts["losses"]["cpp"] == pytest.approx(facts["losses"]["reference"], rel=1e-5)
+    assert facts["kernels"] is None or str(ROOT) not in facts["kernels"]
