@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/modxfer distill examples/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -80,9 +80,10 @@ def check_row_kernels(
     assert_within_budget(ce, ce_truth, ce_plain, "ce", ce_scale)
     assert_within_budget(stats[:, :5], stats_truth[:, :5], stats_plain[:, :5], "stats")
     if labels is not None and spec.ce_weight != 0.0:  # logd_1 belongs to the cross entropy
-        rows = (labels >= 0) & (labels < student.shape[1])
-        logd_1, logd_1_truth, logd_1_plain = (s[rows, 5] for s in (stats, stats_truth, stats_plain))
-        assert_within_budget(logd_1, logd_1_truth, logd_1_plain, "logd_1")
+        labelled = (labels >= 0) & (labels < student.shape[1])
+        logd_1 = (part[labelled, 5] for part in (stats, stats_truth, stats_plain))
+        # the log of a sum, which is at least 1, inherits its relative error
+        assert_within_budget(*logd_1, "logd_1", scale=1.0)
 
     dlogits = torch.full_like(student, float("nan"), dtype=dlogits_dtype)
     impl.kd_loss_bwd(student, teacher, labels, weights, stats, spec, dlogits)
