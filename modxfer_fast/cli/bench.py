@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
             with _user_errors():
                 lineup = room.lineup(case)
             rows += harness.measure(args.room, case, lineup, effort, tell)
+            # after each divergence: an interruption loses the one it meets
+            if args.json:
+                results.write_json(args.json, described, rows)
+            if args.csv:
+                results.write_csv(args.csv, described, rows)
     _print_tables(rows)
-    if args.json:
-        results.write_json(args.json, described, rows)
-    if args.csv:
-        results.write_csv(args.csv, described, rows)
     return int(any(row.impl.startswith("ours") and row.time_ms is None for row in rows))
 
 
