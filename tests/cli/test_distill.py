@@ -200,10 +200,15 @@ def test_a_teacher_with_another_tokenizer(finished, tmp_path, write_job, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
 
 
-def test_two_processes(tmp_path, write_job, shared):
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_processes(tmp_path, write_job, shared, zero_stage):
     path, out = write_job(
         tmp_path,
-        training={"zero_stage": 2, "per_device_train_batch_size": 4, "save_strategy": "no"},
+        training={
+            "zero_stage": zero_stage,
+            "per_device_train_batch_size": 4,
+            "save_strategy": "no",
+        },
         compare={"loss_rows": None},
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
