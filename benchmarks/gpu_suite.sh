@@ -61,14 +61,14 @@ if [[ $device == cuda ]]; then
     nvidia-smi > "$out/nvidia-smi.txt" 2>&1
     quick=()
     stage build 90 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
-    stage tests 150 "$python" -P -m pytest -q -m gpu
+    stage tests 150 "$python" -m pytest -q -m gpu
     bench linear_kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
     bench linear_kd_loss llama3-8b-self 45 forward_kl jsd
     bench kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
     bench linear_kd_loss qwen3-0.6b-from-8b 45 forward_kl
 else
     quick=(--quick)
-    stage tests 120 "$python" -P -m pytest -q -m gpu tests/kernels
+    stage tests 120 "$python" -m pytest -q -m gpu tests/kernels
     bench kd_loss smoke 60 forward_kl
     bench linear_kd_loss smoke 60 forward_kl
 fi
