@@ -1,3 +1,5 @@
+from .autocast import cast_for_autocast, without_autocast
+from .backward import refuse_double_backward, scaled
 from .checks import (
     check_float,
     check_label_values,
@@ -13,6 +15,7 @@ from .reduction import check_reduction, combine_row_weights, denominator, valid_
 __all__ = [
     "DIVERGENCES",
     "KDSpec",
+    "cast_for_autocast",
     "check_float",
     "check_label_values",
     "check_labels",
@@ -23,5 +26,8 @@ __all__ = [
     "combine_row_weights",
     "debug_check_finite",
     "denominator",
+    "refuse_double_backward",
+    "scaled",
     "valid_rows",
+    "without_autocast",
 ]

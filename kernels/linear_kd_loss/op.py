@@ -15,7 +15,6 @@ gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N 
 Limits: equal vocabularies; no gradient to the teacher; no double backward.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from .. import dispatch
 from ..common import (
     KDSpec,
+    cast_for_autocast,
     check_float,
     check_label_values,
     check_labels,
@@ -34,7 +34,10 @@ from ..common import (
     combine_row_weights,
     debug_check_finite,
     denominator,
+    refuse_double_backward,
+    scaled,
     valid_rows,
+    without_autocast,
 )
 
 _INPUTS = (
@@ -185,10 +188,10 @@ def linear_kd_loss_terms(
         divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
     )
     check_reduction(reduction, normalizer)
-    student_hidden, student_weight, student_bias = _autocast(
+    student_hidden, student_weight, student_bias = cast_for_autocast(
         student_hidden, student_weight, student_bias
     )
-    teacher_hidden, teacher_weight, teacher_bias = _autocast(
+    teacher_hidden, teacher_weight, teacher_bias = cast_for_autocast(
         teacher_hidden.detach(), teacher_weight.detach(), _detach(teacher_bias)
     )
     _check_head("student", student_hidden, student_weight, student_bias)
@@ -252,26 +255,8 @@ def linear_kd_loss_terms(
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """The dtypes inside an op are its own; autocast has had its say on the inputs."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in tensors
-    )
 
 
 def _check_head(role: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -358,7 +343,7 @@ def _run(
         student_bias=student_bias,
         teacher_bias=teacher_bias,
     )
-    with _without_autocast(student_hidden.device.type):
+    with without_autocast(student_hidden.device.type):
         kd, ce, *grads = dispatch.load("linear_kd_loss", backend).linear_kd_loss_fwd(
             student_hidden,
             student_weight,
@@ -416,34 +401,12 @@ def _fwd_setup_context(ctx, inputs, output):
 
 
 def _fwd_backward(ctx, dloss, *_):
-    _refuse_double_backward()
+    refuse_double_backward("linear_kd_loss")
     grads = [None] * (_NUM_INPUTS + 3)
     for position, grad, needed in zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.needs, strict=True):
         if needed and dloss is not None:
-            grads[position] = _times(grad, dloss)
+            grads[position] = scaled(grad, dloss)
     return tuple(grads)
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_kd_loss: expected a backward without create_graph; its gradient is computed in "
-            "the forward and has no derivative of its own"
-        )
-
-
-def _times(grad: Tensor, dloss: Tensor) -> Tensor:
-    """grad * dloss, in place where nobody needs the old one: it is as large as the head.
-
-    A plain `loss.backward()` brings 1, and on a CPU it is free to look.
-    """
-    is_traced = type(dloss) is not Tensor
-    # with retain_graph the saved gradient is needed again, and whoever receives it may change it
-    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * dloss
-    if dloss.device.type == "cpu" and dloss.item() == 1.0:
-        return grad
-    return grad.mul_(dloss)
 
 
 torch.library.register_autograd(
@@ -459,7 +422,7 @@ def _rows_setup_context(ctx, inputs, output):
 
 
 def _rows_backward(ctx, drows, *_):
-    _refuse_double_backward()
+    refuse_double_backward("linear_kd_loss")
     grads = [None] * _NUM_INPUTS
     if drows is None:
         return tuple(grads)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common import KDSpec, gemm, valid_rows
+from ..common.packing import kept_rows, put, take
 from .workspace import Plan, logits_buffers
 
 
@@ -54,7 +55,7 @@ def stream(
     work_dtype = row_weights.dtype
     device = student_hidden.device
     need_grad = need_dhidden or need_dweight or need_dbias
-    kept = _kept_rows(labels, ignore_index, num_valid)
+    kept = kept_rows(valid_rows(labels, ignore_index), num_valid)
     count = n if kept is None else kept.shape[0]
 
     plan = Plan(
@@ -87,25 +88,25 @@ def stream(
         for start in range(0, count, plan.chunk):
             span = slice(start, min(start + plan.chunk, count))
             index = None if kept is None else kept[span]
-            h_s, h_t = _take(student_hidden, span, index), _take(teacher_hidden, span, index)
-            chunk_labels = None if labels is None else _take(labels, span, index)
-            chunk_weights = _take(row_weights, span, index)
+            h_s, h_t = take(student_hidden, span, index), take(teacher_hidden, span, index)
+            chunk_labels = None if labels is None else take(labels, span, index)
+            chunk_weights = take(row_weights, span, index)
             logits_s, logits_t = z_s[: h_s.shape[0]], z_t[: h_s.shape[0]]
             gemm.project(h_s, student_weight, student_bias, logits_s, plan.tile)
             gemm.project(h_t, teacher_weight, teacher_bias, logits_t, plan.tile)
 
             if not need_grad:
                 kd_rows, ce_rows, _ = rows.kd_loss_fwd(logits_s, logits_t, chunk_labels, spec)
-                _put(kd, span, index, kd_rows)
-                _put(ce, span, index, ce_rows)
+                put(kd, span, index, kd_rows)
+                put(ce, span, index, ce_rows)
                 continue
 
             dlogits = _dlogits_buffer(logits_s, student_weight)
             kd_rows, ce_rows = rows.kd_loss_fwd_bwd(
                 logits_s, logits_t, chunk_labels, chunk_weights, spec, dlogits
             )
-            _put(kd, span, index, kd_rows)
-            _put(ce, span, index, ce_rows)
+            put(kd, span, index, kd_rows)
+            put(ce, span, index, ce_rows)
             if need_dhidden and index is None:
                 gemm.dhidden(dlogits, student_weight, dhidden[span], plan.tile)
             elif need_dhidden:
@@ -124,37 +125,8 @@ def stream(
     return kd, ce, dhidden, dweight, dbias
 
 
-def _kept_rows(labels: Tensor | None, ignore_index: int, num_valid: int | None) -> Tensor | None:
-    """Indices of the rows that count, or None where all rows are run.
-
-    On a GPU their number would have to be waited for, unless the caller knows it.
-    """
-    if labels is None:
-        return None
-    valid = valid_rows(labels, ignore_index)
-    if num_valid is None and labels.is_cuda:
-        return None
-    if num_valid is not None:
-        if num_valid == labels.shape[0]:
-            return None
-        return torch.nonzero_static(valid, size=num_valid, fill_value=0).squeeze(1)
-    kept = valid.nonzero().squeeze(1)
-    return None if kept.shape[0] == labels.shape[0] else kept
-
-
 def _dlogits_buffer(logits: Tensor, weight: Tensor) -> Tensor:
     """dlogits overwrites the student's logits, or the first half of each row's bytes."""
     if weight.dtype == logits.dtype or gemm.is_widened(weight, logits.dtype):
         return logits
     return logits.view(weight.dtype)[:, : logits.shape[1]]
-
-
-def _take(tensor: Tensor, span: slice, index: Tensor | None) -> Tensor:
-    return tensor[span] if index is None else tensor.index_select(0, index)
-
-
-def _put(out: Tensor, span: slice, index: Tensor | None, values: Tensor) -> None:
-    if index is None:
-        out[span] = values
-    else:
-        out.index_copy_(0, index, values)

@@ -1,0 +1,35 @@
+"""Rows that count, taken out before a GEMM and put back behind it."""
+
+import torch
+from torch import Tensor
+
+
+def kept_rows(valid: Tensor | None, num_valid: int | None) -> Tensor | None:
+    """Indices of the rows that count, or None where all rows are run.
+
+    Args:
+        valid: [N] bool, None when every row counts.
+        num_valid: how many are True, where the caller knows it on the host. On a GPU it would have
+            to be waited for, and without it all rows are run.
+    """
+    if valid is None or (num_valid is None and valid.is_cuda):
+        return None
+    if num_valid is not None:
+        if num_valid == valid.shape[0]:
+            return None
+        return torch.nonzero_static(valid, size=num_valid, fill_value=0).squeeze(1)
+    kept = valid.nonzero().squeeze(1)
+    return None if kept.shape[0] == valid.shape[0] else kept
+
+
+def take(tensor: Tensor, span: slice, index: Tensor | None) -> Tensor:
+    """Rows `span` of a tensor, or those that `index`, the kept rows of the span, names."""
+    return tensor[span] if index is None else tensor.index_select(0, index)
+
+
+def put(out: Tensor, span: slice, index: Tensor | None, values: Tensor) -> None:
+    """The inverse of `take`: rows of `out` receive `values`."""
+    if index is None:
+        out[span] = values
+    else:
+        out.index_copy_(0, index, values)
