@@ -1,30 +1,34 @@
 """kd_loss from logits, forward and backward, against plain PyTorch and a copy of as many bytes.
 
-Bytes of the floor, b per logit: the forward reads both logits (2 b), the backward reads both and
-writes dlogits (3 b).
+Bytes of formula and floor, b per logit: the forward reads both logits (2 b), the backward reads
+both and writes dlogits (3 b).
 """
 
 import torch
 from torch import Tensor
 
 from modxfer_fast import kd_loss
-from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
 
-from .candidates import our_backends, training_step
+from .candidates import divergence_columns, our_backends, training_step
 from .dense import dense_kd_loss
-from .harness import Candidate, Case, Lineup
+from .harness import Candidate, Floor, Lineup
 from .inputs import logits_inputs, logits_truth
-from .timing import Step
+from .roofline import Work
+from .rooms import Case, Room
+from .shapes import DEFAULT, SHAPES
 
+ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
 COPY = "copy of 5 N V"
 _OUTPUTS = ("loss", "dlogits")
 
 
 def lineup(case: Case) -> Lineup:
     student, teacher = logits_inputs(case.shape, case.dtype, case.device)
-    spec = KDSpec.checked(case.divergence, case.beta, 1.0, 1.0, 0.0, False)
+    beta = case.options["beta"]
+    spec = KDSpec.checked(case.variant, beta, 1.0, 1.0, 0.0, False)
     compiled = torch.compile(dense_kd_loss, dynamic=False)
-    options = {"divergence": case.divergence, "beta": case.beta}
+    options = {"divergence": case.variant, "beta": beta}
 
     def candidate(name: str, function, **extra) -> Candidate:
         leaf = student.detach().requires_grad_()
@@ -37,10 +41,11 @@ def lineup(case: Case) -> Lineup:
     ]
     candidates += [candidate("eager", dense_kd_loss), candidate("torch.compile", compiled)]
     truth = lambda: logits_truth(student, teacher, spec)
-    return Lineup(candidates, floors(student, teacher), truth, has_heads=False)
+    problem = {"N": case.shape.N, "V": case.shape.V, **divergence_columns(case)}
+    return Lineup(problem, candidates, floors(student, teacher), truth)
 
 
-def floors(student: Tensor, teacher: Tensor) -> dict[str, Step]:
+def floors(student: Tensor, teacher: Tensor) -> dict[str, Floor]:
     """Copies that move the same bytes: a copy reads and writes, so two and a half of them."""
     out = torch.empty_like(student)
     half = student.shape[0] // 2
@@ -50,4 +55,4 @@ def floors(student: Tensor, teacher: Tensor) -> dict[str, Step]:
         out.copy_(teacher)
         out[:half].copy_(student[:half])
 
-    return {COPY: copies}
+    return {COPY: Floor(copies, Work(flops=0, bytes=5 * student.numel() * student.element_size()))}

@@ -1,11 +1,13 @@
 """What the rooms share in making candidates: our backends, and one step of forward and backward."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch, env
+
+from .rooms import Case
 
 
 def our_backends(room: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -33,14 +35,36 @@ def training_step(
     Args:
         leaves: the tensors whose gradients are wanted, by the name of the gradient.
     """
+    return forward_backward(lambda: (loss(),), ("loss",), (None,), leaves)
+
+
+def forward_backward(
+    forward: Callable[[], Sequence[Tensor]],
+    names: Sequence[str],
+    upstream: Sequence[Tensor | None],
+    leaves: Mapping[str, Tensor],
+) -> Callable[[], dict[str, Tensor]]:
+    """One forward and the backward of given gradients, results and gradients by name.
+
+    Args:
+        names: of what `forward` returns.
+        upstream: gradient of each of them; None for a scalar.
+        leaves: as for `training_step`; one whose gradient stays None is left out.
+    """
 
     def step() -> dict[str, Tensor]:
-        value = loss()
-        value.backward()
-        results = {"loss": value.detach()}
+        outputs = forward()
+        torch.autograd.backward(outputs, upstream)
+        results = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 results[name], leaf.grad = leaf.grad, None
         return results
 
     return step
+
+
+def divergence_columns(case: Case) -> dict[str, str | float]:
+    """The variant of a KD room as rows tell it; beta has a meaning for the JSD only."""
+    beta = {"beta": case.options["beta"]} if case.variant == "jsd" else {}
+    return {"divergence": case.variant, **beta}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("triton", "liger-kernel", "trl")
+_PACKAGES = ("triton", "liger-kernel", "trl", "peft", "transformers")
 
 
 def describe(device: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ case "${1:-}" in
     *) echo "usage: $0 [--dry-run]" >&2; exit 2 ;;
 esac
 python=${PYTHON:-python3}
-deadline=$((SECONDS + 530))
+deadline=$((SECONDS + 500)) # and half a minute for the plots
 
 if [[ $device == cuda ]]; then
     gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || exit 1
@@ -43,35 +43,52 @@ stage() {
     ((code == 0)) || status=1
 }
 
-# bench ROOM SHAPE SECONDS DIVERGENCE...: one stage, one CSV and one JSON a divergence
+# bench ROOM SHAPE SECONDS VARIANT...: one stage, one CSV and one JSON, written after each variant
 bench() {
-    local room=$1 shape=$2 limit=$3 name divergence
+    local room=$1 shape=$2 limit=$3 name=$1-$2
     shift 3
-    for divergence in "$@"; do
-        name=$room-$shape-$divergence
-        stage "$name" "$limit" "$python" -P -m modxfer_fast bench "$room" --device "$device" \
-            --shape "$shape" --divergence "$divergence" "${quick[@]}" \
-            --csv "$out/$name.csv" --json "$out/$name.json"
-    done
+    stage "$name" "$limit" "$python" -P -m modxfer_fast bench "$room" --device "$device" \
+        --shape "$shape" --variant "$@" "${effort[@]}" \
+        --csv "$out/$name.csv" --json "$out/$name.json"
+}
+
+# plot ROOM: every file of the room in one figure
+plot() {
+    local room=$1 files=("$out/$1"-*.json)
+    [[ -e ${files[0]} ]] || return 0
+    stage "plot-$room" 30 "$python" -m benchmarks.plot "${files[@]}" --output "$out/$room.png"
 }
 
 : > "$out/stages.txt"
 stage environment 60 "$python" -P -m modxfer_fast doctor
 if [[ $device == cuda ]]; then
     nvidia-smi > "$out/nvidia-smi.txt" 2>&1
-    quick=()
+    # of timing a variant: steps take milliseconds, and compiling the peers most of a stage
+    effort=(--seconds 4)
     stage build 90 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
-    stage tests 150 "$python" -m pytest -q -m gpu
-    bench linear_kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
-    bench linear_kd_loss llama3-8b-self 45 forward_kl jsd
-    bench kd_loss llama3-1b-from-8b 45 forward_kl jsd reverse_kl
+    stage tests 130 "$python" -m pytest -q -m gpu
+    # each room once, then further shapes as time allows
+    bench lora_linear llama3-8b 70 single qkv gate_up
+    bench linear_kd_loss llama3-1b-from-8b 50 forward_kl jsd
+    bench lora_block llama3-8b 60 all-linear
+    bench projection_loss llama3-1b-from-8b 35 mse cosine
+    bench kd_loss llama3-1b-from-8b 35 forward_kl jsd
+    bench linear_kd_loss llama3-8b-self 45 forward_kl
+    bench lora_block qwen2.5-1.5b 50 all-linear
+    bench lora_linear qwen2.5-1.5b 50 qkv gate_up
     bench linear_kd_loss qwen3-0.6b-from-8b 45 forward_kl
 else
-    quick=(--quick)
-    stage tests 120 "$python" -m pytest -q -m gpu tests/kernels
+    effort=(--quick --seconds 0)
+    stage tests 90 "$python" -m pytest -q -m gpu tests/kernels
     bench kd_loss smoke 60 forward_kl
     bench linear_kd_loss smoke 60 forward_kl
+    bench projection_loss smoke 60 mse
+    bench lora_linear smoke 60 single qkv
+    bench lora_block smoke 120 all-linear
 fi
-stage plots 30 "$python" -m benchmarks.plot "$out"/linear_kd_loss-*.json --output "$out/linear_kd_loss.png"
+((deadline += 30))
+for room in kd_loss linear_kd_loss lora_linear lora_block projection_loss; do
+    plot "$room"
+done
 echo "results in $out"
 exit $status

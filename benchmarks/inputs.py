@@ -34,7 +34,7 @@ def linear_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) 
     Student and teacher share min(D_s, D_t) columns; the wider one's others add DELTA of difference,
     and noise on the student's head adds as much.
     """
-    randn = _Normal(device, seed)
+    randn = Normal(device, seed)
     shared, width = min(shape.D_s, shape.D_t), max(shape.D_s, shape.D_t)
     hidden = randn(shape.N, width)
     weight = randn(shape.V, width)
@@ -53,7 +53,7 @@ def logits_inputs(
     shape: Shape, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Student and teacher logits [N, V], std `LOGIT_STD`, `DELTA` apart."""
-    randn = _Normal(device, seed)
+    randn = Normal(device, seed)
     teacher = randn(shape.N, shape.V).mul_(LOGIT_STD)
     student = randn(shape.N, shape.V).mul_(DELTA).add_(teacher)
     return student.to(dtype), teacher.to(dtype)
@@ -92,7 +92,7 @@ def logits_truth(student: Tensor, teacher: Tensor, spec: KDSpec) -> dict[str, Te
     return {"loss": loss, "dlogits": torch.cat(dlogits)}
 
 
-class _Normal:
+class Normal:
     def __init__(self, device: str, seed: int):
         self._generator = torch.Generator(device).manual_seed(seed)
 

@@ -7,20 +7,15 @@ the GEMMs of every implementation, the floor included.
 """
 
 import gc
-import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from modxfer_fast import release_workspace
 
-# read when the profiler first starts; it would announce itself on the console
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+from .tracing import trace
 
 
 def peak_mib(step: Callable[[], Mapping[str, Tensor]], device: str) -> float:
@@ -42,15 +37,10 @@ def _cuda_peak(step):
 
 
 def _cpu_peak(step):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        results = step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
+    events, results = trace(step, [ProfilerActivity.CPU], profile_memory=True)
     current = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        current += event["args"]["Bytes"]
-        peak = max(peak, current)
+    for event in events:
+        if event.get("name") == "[memory]":
+            current += event["args"]["Bytes"]
+            peak = max(peak, current)
     return peak, results

@@ -28,6 +28,37 @@ def trl_chunked_divergence() -> tuple[Callable[..., Any] | None, str]:
     return _find("trl", "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
 
 
+def peft_inject() -> tuple[Callable[..., Any] | None, str]:
+    """Function that puts PEFT's LoRA layers into a module, as `get_peft_model` would, in place.
+
+    (module, target_modules, rank, scaling, dropout) -> module, every adapter trainable.
+    """
+    inject, why_not = _find("peft", "peft", "inject_adapter_in_model")
+    if inject is None:
+        return None, why_not
+    from peft import LoraConfig
+
+    def apply(module, target_modules, rank: int, scaling: float, dropout: float):
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=scaling * rank,
+            lora_dropout=dropout,
+            target_modules=list(target_modules),
+        )
+        return inject(config, module)
+
+    return apply, ""
+
+
+def without_dropout(module: Any, step: Callable[[], Any]) -> Any:
+    """What `step` returns with the module in evaluation mode, which only turns dropout off."""
+    module.eval()
+    try:
+        return step()
+    finally:
+        module.train()
+
+
 def label(package: str, name: str) -> str:
     """Name of a row with the version that ran."""
     found = version(package)

@@ -3,47 +3,58 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One implementation on one problem; times are null where the check did not pass.
+    """One implementation on one problem; what was measured is null where the check did not pass.
 
     Attributes:
-        D_s, D_t: null in rooms that start from logits.
+        problem: sizes, variant and options of the room, by name. In a file each is a column of its
+            own, between `dtype` and `check`.
         check: "pass" or "fail" with the worst relative error against fp64 and its budget, "floor",
             "not installed", or why the implementation does not run here.
         time_ms, time_ms_iqr: median and interquartile range over rounds, forward and backward.
         floor_ms: median of the floor this row is compared with, in the same rounds.
         ratio_to_floor: time_ms / floor_ms.
         peak_mib: memory above inputs and gradients.
+        floor: name of that floor.
+        flops, bytes: what the formula cannot do without (roofline.Work); of a floor, what it does.
+        predicted_ms: the time that the roof of this machine, measured in the same run, allows them.
+        saved_mib: kept from forward to backward, weights left out.
+        launches: of what `launches_of` says, in one forward and backward.
     """
 
     room: str
     impl: str
     device: str
     dtype: str
-    N: int
-    D_s: int | None
-    D_t: int | None
-    V: int
-    divergence: str
+    problem: Mapping[str, int | float | str]
     check: str
     time_ms: float | None = None
     time_ms_iqr: float | None = None
     floor_ms: float | None = None
     ratio_to_floor: float | None = None
     peak_mib: float | None = None
+    floor: str | None = None
+    flops: int | None = None
+    bytes: int | None = None
+    predicted_ms: float | None = None
+    saved_mib: float | None = None
+    launches: int | None = None
+    launches_of: str | None = None
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+_FIELDS = {field.name: field.type for field in dataclasses.fields(Row) if field.name != "problem"}
+_BEFORE_PROBLEM = ("room", "impl", "device", "dtype")
 
 
 def write_json(path: Path, environment: dict[str, str], rows: list[Row]) -> None:
     """{"environment": {...}, "rows": [{column: value}]}."""
-    content = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows]}
+    content = {"environment": environment, "rows": [_record(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -53,29 +64,68 @@ def write_csv(path: Path, environment: dict[str, str], rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# {json.dumps(environment)}\n")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns(rows), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        writer.writerows(_record(row) for row in rows)
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """Environment and rows of a file that `write_json` or `write_csv` made."""
+    """Environment and rows of a file that `write_json` or `write_csv` made, now or earlier."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
-        return content["environment"], [Row(**row) for row in content["rows"]]
+        return content["environment"], [_row(record) for record in content["rows"]]
     with path.open(newline="") as file:
         environment = json.loads(file.readline().removeprefix("# "))
-        rows = [Row(**_typed(record)) for record in csv.DictReader(file)]
+        rows = [_row(_typed(record)) for record in csv.DictReader(file)]
     return environment, rows
 
 
+def columns(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Columns of a file with these rows, which may be of different problems."""
+    problem = dict.fromkeys(name for row in rows for name in row.problem)
+    rest = [name for name in _FIELDS if name not in _BEFORE_PROBLEM]
+    return (*_BEFORE_PROBLEM, *problem, *rest)
+
+
+def _record(row: Row) -> dict[str, Any]:
+    values = dataclasses.asdict(row)
+    problem = values.pop("problem")
+    first = {name: values.pop(name) for name in _BEFORE_PROBLEM}
+    return first | problem | values
+
+
+def _row(record: dict[str, Any]) -> Row:
+    problem = {
+        name: value
+        for name, value in record.items()
+        if name not in _FIELDS and value is not None  # a size that this room does not have
+    }
+    fields = {name: value for name, value in record.items() if name in _FIELDS}
+    return Row(problem=problem, **fields)
+
+
 def _typed(record: dict[str, str]) -> dict[str, Any]:
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    typed = {}
+    """Cells of a CSV file as their columns' types; those of a problem by what they look like."""
+    typed: dict[str, Any] = {}
     for column, text in record.items():
-        kind = kinds[column]
-        if text == "" and kind not in (str, int):
+        kind = _FIELDS.get(column)
+        if text == "" and kind is not str:
             typed[column] = None
+        elif kind in (str, str | None):
+            typed[column] = text
+        elif kind == int | None:
+            typed[column] = int(text)
+        elif kind == float | None:
+            typed[column] = float(text)
         else:
-            typed[column] = text if kind is str else (float if kind == float | None else int)(text)
+            typed[column] = _number_or_text(text)
     return typed
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

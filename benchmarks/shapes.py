@@ -1,19 +1,26 @@
-"""Named problem sizes. N rows (tokens), D_s and D_t hidden widths, V classes."""
+"""Problem sizes: what every room's sizes share, and the named sizes of the two KD rooms."""
 
+import dataclasses
 from dataclasses import dataclass
 
 
+class Sizes:
+    """Base of frozen dataclasses of positive integers, named by dimension."""
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
 @dataclass(frozen=True)
-class Shape:
+class Shape(Sizes):
+    """N rows (tokens), D_s and D_t hidden widths, V classes."""
+
     N: int
     D_s: int
     D_t: int
     V: int
-
-    def __post_init__(self):
-        for name in ("N", "D_s", "D_t", "V"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
 
 
 SHAPES = {
@@ -30,10 +37,3 @@ SHAPES = {
     "gemma2-2b-from-9b": Shape(8192, 2304, 3584, 256000),
 }
 DEFAULT = {"cpu": "cpu-gate", "cuda": "llama3-1b-from-8b"}
-
-
-def named(name: str) -> Shape:
-    """The shape of that name; ValueError with the valid names."""
-    if name not in SHAPES:
-        raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {name!r}")
-    return SHAPES[name]

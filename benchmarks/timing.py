@@ -39,9 +39,9 @@ def interleave(
 
     The order rotates from round to round, so that no step always runs behind the same neighbour.
     """
-    clock = _CudaClock() if device == "cuda" else _cpu_ms
+    clock = clock_of(device)
     for step in steps.values():
-        _warm_up(step, device, effort.warmup_s)
+        warm_up(step, device, effort.warmup_s)
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     start = time.perf_counter()
@@ -55,6 +55,11 @@ def interleave(
     return {name: Timing(statistics.median(values), iqr(values)) for name, values in times.items()}
 
 
+def clock_of(device: str) -> Callable[[Step], float]:
+    """Milliseconds of one call of a step on that device."""
+    return _CudaClock() if device == "cuda" else _cpu_ms
+
+
 def iqr(values: list[float]) -> float:
     if len(values) < 2:
         return 0.0
@@ -62,7 +67,7 @@ def iqr(values: list[float]) -> float:
     return third - first
 
 
-def _warm_up(step: Step, device: str, seconds: float) -> None:
+def warm_up(step: Step, device: str, seconds: float) -> None:
     start = time.perf_counter()
     while True:
         step()

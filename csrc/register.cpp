@@ -18,10 +18,27 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
       "Tensor row_weights, int divergence, float beta, float temperature, float kd_weight, "
       "float ce_weight, Tensor(a!) dlogits) -> (Tensor kd, Tensor ce)");
+  m.def(
+      "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "
+      "norm, "
+      "float norm_eps, Tensor(a!)? dz) -> Tensor loss");
+  m.def("lora_shrink(Tensor x, Tensor lora_a, float scale) -> Tensor s");
+  m.def(
+      "lora_linear_rows_fwd(Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, "
+      "Tensor? residual, float[] scales, int[] thresholds, Tensor? seed, int first_row, "
+      "Tensor(a!)? bits, Tensor(b!) s, Tensor(c!)[] ys) -> ()");
+  m.def(
+      "lora_linear_rows_bwd(Tensor[] dys, Tensor? x, Tensor[] lora_a, Tensor[] lora_b, "
+      "float[] scales, int[] thresholds, Tensor? s, Tensor? bits, Tensor(a!)? dx, "
+      "Tensor?[] da, Tensor?[] db) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
   m.impl("kd_loss_fwd", TORCH_BOX(&modxfer::kd_loss_fwd));
   m.impl("kd_loss_bwd", TORCH_BOX(&modxfer::kd_loss_bwd));
   m.impl("kd_loss_fwd_bwd", TORCH_BOX(&modxfer::kd_loss_fwd_bwd));
+  m.impl("projection_loss_rows", TORCH_BOX(&modxfer::projection_loss_rows));
+  m.impl("lora_shrink", TORCH_BOX(&modxfer::lora_shrink));
+  m.impl("lora_linear_rows_fwd", TORCH_BOX(&modxfer::lora_linear_rows_fwd));
+  m.impl("lora_linear_rows_bwd", TORCH_BOX(&modxfer::lora_linear_rows_bwd));
 }

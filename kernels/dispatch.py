@@ -27,6 +27,8 @@ from . import env
 ROOMS: dict[str, tuple[str, ...]] = {
     "kd_loss": ("triton", "cpp", "reference"),
     "linear_kd_loss": ("triton", "cpp", "reference"),
+    "projection_loss": ("triton", "cpp", "reference"),
+    "lora_linear": ("triton", "cpp", "reference"),
 }
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
@@ -87,6 +89,20 @@ def resolve(room: str, *tensors: torch.Tensor, backend: str | None = None) -> st
     if name is None:
         raise BackendError(f"{room}: no usable backend on {device} for {dtypes}: {reasons}")
     return name
+
+
+def accelerated(room: str, device: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
+    """Whether the automatic choice is more than the reference, and why not.
+
+    True as well when a backend was asked for by name: then that one is wanted, whatever it is.
+    """
+    if _selected or env.backend():
+        return True, ""
+    candidates = tuple(name for name in PREFERENCE.get(device, ()) if name != "reference")
+    name, reasons = _choose(room, candidates, device, dtypes)
+    if name is None:
+        return False, f"no fast kernel for {device}: {reasons or 'none is written for it'}"
+    return True, ""
 
 
 def _choose(room, candidates, device, dtypes) -> tuple[str | None, str]:

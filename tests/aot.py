@@ -3,17 +3,19 @@
     python tests/aot.py                        every target
     python tests/aot.py cuda:90 hip:gfx942     the targets named
     python tests/aot.py --json cuda:90         for programs
+    python tests/aot.py --room kd_loss         the kernels of one room
 
-The launchers themselves are called, on meta tensors: signature, specialisation and launch
-configuration are what a GPU would get, only the launch is left out. Triton's own tools do the rest,
-so nothing but Triton has to be installed. Must run without TRITON_INTERPRET, which would turn the
-kernels into NumPy code.
+A room contributes `aot_rooms/<room>.py`: dataclasses with `launch()` and `most_registers`, listed
+by `all_cases()`, and by `core_cases()` for the test suite. `launch()` calls the launchers
+themselves, on meta tensors: signature, specialisation and launch configuration are what a GPU would
+get, only the launch is left out. Triton's own tools do the rest, so nothing but Triton has to be
+installed. Must run without TRITON_INTERPRET, which would turn the kernels into NumPy code.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import itertools
+import importlib
 import json
 import re
 import subprocess
@@ -28,37 +30,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
-from modxfer_fast.kernels.kd_loss import triton_impl
-
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
     "cuda:90": GPUTarget("cuda", 90, 32),
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FUNCTIONS = ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")
-# (student and teacher, dlogits); the first is the streamed loss, the others are logits of a model
-DTYPES = {
-    "fp32-bf16": (torch.float32, torch.bfloat16),
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-}
-# (ce_weight, temperature): without labels, sharing the softmax with the divergence, with its own
-OBJECTIVES = {"kd": (0.0, 1.0), "kd+ce": (0.5, 1.0), "kd+ce-t2": (0.5, 2.0)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One kernel: a function of `kd_loss.triton_impl` and the inputs it is launched for."""
-
-    function: str
-    divergence: str
-    objective: str
-    dtypes: str
-    rows: int = 4096
-    vocab_size: int = 128256
+ROOMS = ("kd_loss", "projection_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,56 +47,12 @@ class Resources:
     spills: int
 
 
-def all_cases() -> list[Case]:
-    """The whole product at the large vocabulary, then every other launch of `row_config`.
-
-    V and the number of rows are run-time arguments: 32000 and 128256 columns share a kernel.
-    """
-    cases = [
-        Case(*parts) for parts in itertools.product(FUNCTIONS, DIVERGENCES, OBJECTIVES, DTYPES)
-    ]
-    for function, divergence in itertools.product(FUNCTIONS, DIVERGENCES):
-        case = Case(function, divergence, "kd+ce-t2", "fp32-bf16")
-        cases.append(dataclasses.replace(case, rows=8))
-        cases.append(dataclasses.replace(case, vocab_size=8192))
-        cases.append(dataclasses.replace(case, vocab_size=1000))
-    return cases
-
-
-def core_cases() -> list[Case]:
-    """Every kernel and divergence as most often launched, and where it needs most registers."""
-    return [
-        Case(function, divergence, objective, dtypes)
-        for function, divergence in itertools.product(FUNCTIONS, DIVERGENCES)
-        for objective, dtypes in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
-    ]
-
-
-def compile_case(case: Case, target: str) -> Resources:
-    """Compiles one kernel for `target` and reads its resources."""
+def compile_case(case, target: str) -> Resources:
+    """Compiles the one kernel that `case.launch()` launches for `target`; reads its resources."""
     with _compiling_for(TARGETS[target]) as compiled:
-        _launch(case)
+        case.launch()
     (kernel,) = compiled
     return _hip_resources(kernel) if target.startswith("hip") else _cuda_resources(kernel)
-
-
-def _launch(case: Case) -> None:
-    logits_dtype, dlogits_dtype = DTYPES[case.dtypes]
-    ce_weight, temperature = OBJECTIVES[case.objective]
-    spec = KDSpec(case.divergence, 0.5, temperature, 1.0, ce_weight)
-    shape = (case.rows, case.vocab_size)
-    student = torch.empty(shape, dtype=logits_dtype, device="meta")
-    teacher = torch.empty_like(student)
-    labels = torch.empty(case.rows, dtype=torch.int64, device="meta") if ce_weight else None
-    weights = torch.empty(case.rows, device="meta")
-    stats = torch.empty(case.rows, 6, device="meta")
-    dlogits = torch.empty(shape, dtype=dlogits_dtype, device="meta")
-    if case.function == "kd_loss_fwd":
-        triton_impl.kd_loss_fwd(student, teacher, labels, spec)
-    elif case.function == "kd_loss_bwd":
-        triton_impl.kd_loss_bwd(student, teacher, labels, weights, stats, spec, dlogits)
-    else:
-        triton_impl.kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits)
 
 
 class _CompileOnlyDriver:
@@ -186,6 +120,7 @@ def _hip_resources(kernel) -> Resources:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--room", action="append", choices=ROOMS, help="may be repeated")
     parser.add_argument("--core", action="store_true", help="the cases of the test suite only")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
@@ -194,11 +129,15 @@ def main() -> int:
         parser.error(f"targets: expected {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
     spilled = 0
     for target in args.targets or TARGETS:
-        for case in core_cases() if args.core else all_cases():
-            used = compile_case(case, target)
-            spilled += used.spills > 0
-            row = {"target": target, **dataclasses.asdict(case), **dataclasses.asdict(used)}
-            print(json.dumps(row) if args.json else "  ".join(map(str, row.values())), flush=True)
+        for room in args.room or ROOMS:
+            cases = importlib.import_module(f"aot_rooms.{room}")
+            for case in cases.core_cases() if args.core else cases.all_cases():
+                used = compile_case(case, target)
+                spilled += used.spills > 0
+                row = {"target": target, "room": room, **dataclasses.asdict(case)}
+                row |= {**dataclasses.asdict(used), "most_registers": case.most_registers}
+                line = json.dumps(row) if args.json else "  ".join(map(str, row.values()))
+                print(line, flush=True)
     return 1 if spilled else 0
 
 

@@ -5,71 +5,19 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "modxfer/ops.h"
+#include "rows.h"
 
 namespace modxfer {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-// Rows of a [M, V] tensor as fp32: in place for fp32, otherwise through the caller's buffer.
-class Rows {
- public:
-  explicit Rows(const Tensor& tensor)
-      : data_(static_cast<char*>(tensor.data_ptr())),
-        stride_bytes_(tensor.stride(0) * static_cast<int64_t>(tensor.element_size())),
-        vocab_size_(tensor.size(1)),
-        dtype_(tensor.scalar_type()) {
-    STD_TORCH_CHECK(tensor.dim() == 2 && (vocab_size_ == 1 || tensor.stride(1) == 1),
-                    "logits: expected [M, V] with contiguous rows");
-    STD_TORCH_CHECK(
-        dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half,
-        "logits: expected float32, bfloat16 or float16");
-  }
-
-  bool is_float() const { return dtype_ == ScalarType::Float; }
-  int64_t buffer_size() const { return is_float() ? 0 : vocab_size_; }
-
-  const float* read(int64_t row, float* buffer) const {
-    if (is_float()) return at<float>(row);
-    if (dtype_ == ScalarType::BFloat16) {
-      std::copy_n(at<c10::BFloat16>(row), vocab_size_, buffer);
-    } else {
-      std::copy_n(at<c10::Half>(row), vocab_size_, buffer);
-    }
-    return buffer;
-  }
-
-  // Where to write a row; `commit` it afterwards.
-  float* target(int64_t row, float* buffer) const { return is_float() ? at<float>(row) : buffer; }
-
-  void commit(int64_t row, const float* buffer) const {
-    if (dtype_ == ScalarType::BFloat16) {
-      std::copy_n(buffer, vocab_size_, at<c10::BFloat16>(row));
-    } else if (dtype_ == ScalarType::Half) {
-      std::copy_n(buffer, vocab_size_, at<c10::Half>(row));
-    }
-  }
-
- private:
-  template <class T>
-  T* at(int64_t row) const {
-    return reinterpret_cast<T*>(data_ + row * stride_bytes_);
-  }
-
-  char* data_;
-  int64_t stride_bytes_;
-  int64_t vocab_size_;
-  ScalarType dtype_;
-};
 
 // A label outside [0, V) means no cross entropy.
 class Labels {

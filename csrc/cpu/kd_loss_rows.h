@@ -35,30 +35,9 @@ MODXFER_INLINE Terms divergence_terms(vf q, vf p, vf d, const KdSpec& spec) {
   }
 }
 
-// Calls body(index, count) for each vector of [begin, end); count < kLanes at the tail.
-template <class Body>
-MODXFER_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
-  if (i < end) body(i, static_cast<int>(end - i));
-}
-
 // Logits past the end of the row are -inf, classes without probability.
 MODXFER_INLINE vf load_n(const float* src, int n) {
   return n == kLanes ? load(src) : load_tail(src, n, -__builtin_inff());
-}
-
-MODXFER_INLINE vf load_or_zero(const float* src, int n) {
-  return n == kLanes ? load(src) : load_tail(src, n, 0.0f);
-}
-
-// The row ends where it ends: the scratch holds exactly V values, too.
-MODXFER_INLINE void store_n(float* dst, int n, vf x) {
-  if (n == kLanes) {
-    store(dst, x);
-  } else {
-    store_tail(dst, n, x);
-  }
 }
 
 template <Divergence kDivergence>

@@ -400,7 +400,7 @@ def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, s
         return False, f"runs on cuda devices, not on {device_type}"
     for dtype in dtypes:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return False, f"logits are float32, float16 or bfloat16, not {dtype}"
+            return False, f"supports float32, float16 and bfloat16, got {dtype}"
     return True, ""
 
 

@@ -17,7 +17,7 @@ _spare: list[Tensor] = []
 
 
 def release_workspace() -> None:
-    """Frees the logits buffer that a CPU keeps between two calls of `linear_kd_loss`."""
+    """Frees the buffer that a CPU keeps between two calls of a streamed loss."""
     _spare.clear()
 
 
@@ -81,11 +81,8 @@ class Plan:
 
 
 @contextlib.contextmanager
-def logits_buffers(
-    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two uninitialised [rows, vocab_size] buffers; not to be kept after the block."""
-    numel = 2 * rows * vocab_size
+def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """An uninitialised [numel] buffer; not to be kept after the block."""
     buffer = None
     if device.type == "cpu":
         with contextlib.suppress(IndexError):
@@ -93,7 +90,16 @@ def logits_buffers(
     if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
         with torch.inference_mode(False):  # the buffer may outlive an inference that came first
             buffer = torch.empty(numel, dtype=dtype, device=device)
-    student, teacher = buffer[:numel].view(2, rows, vocab_size)
-    yield student, teacher
+    yield buffer[:numel]
     if device.type == "cpu" and not _spare:
         _spare.append(buffer)
+
+
+@contextlib.contextmanager
+def logits_buffers(
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two uninitialised [rows, vocab_size] buffers; not to be kept after the block."""
+    with scratch(2 * rows * vocab_size, dtype, device) as buffer:
+        student, teacher = buffer.view(2, rows, vocab_size)
+        yield student, teacher

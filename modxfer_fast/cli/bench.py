@@ -6,32 +6,48 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 from modxfer_fast.errors import UserError
 
-_SIZES = ("N", "D_s", "D_t", "V")
+# of all rooms; a room takes those that its shapes have
+_SIZES = ("N", "D_s", "D_t", "V", "M", "B", "T", "H", "H_kv", "F", "D_head", "R")
+_OPTIONS = {"beta": "of jsd", "dropout": "of the LoRA input, in training"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("room", metavar="ROOM", help="linear_kd_loss or kd_loss")
+    parser.add_argument("room", metavar="ROOM", help="a file benchmarks/bench_ROOM.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on a GPU",
     )
-    parser.add_argument("--shape", metavar="NAME", help="a name of benchmarks/shapes.py")
-    for size in _SIZES:
-        option = size.replace("_", "-")
-        parser.add_argument(f"--{option}", type=int, metavar="INT", help="instead of the shape's")
-    parser.add_argument("--divergence", nargs="+", default=["forward_kl"], metavar="NAME")
-    parser.add_argument("--beta", type=float, default=0.5, help="of jsd (default: 0.5)")
+    parser.add_argument(
+        "--variant",
+        "--divergence",
+        "--loss",
+        "--targets",
+        dest="variants",
+        nargs="+",
+        metavar="NAME",
+        help="divergences of a KD loss, losses of projection_loss, targets of lora_linear; "
+        "default: the room's first",
+    )
+    for option, meaning in _OPTIONS.items():
+        parser.add_argument(f"--{option}", type=float, metavar="NUMBER", help=meaning)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and rows")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
     parser.add_argument("--quick", action="store_true", help="three rounds: a look, not a result")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="of timing a variant, once it has its rounds"
+    )
+    sizes = parser.add_argument_group("sizes", "a named shape of the room, and changes to it")
+    sizes.add_argument("--shape", metavar="NAME", help="a wrong name lists the room's shapes")
+    for size in _SIZES:
+        sizes.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="INT")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,24 +56,29 @@ def run(args: argparse.Namespace) -> int:
 
     benchmarks = load_benchmarks()
     environment, results = benchmarks("environment"), benchmarks("results")
-    timing, harness = benchmarks("timing"), benchmarks("harness")
-    room = _room(args.room, benchmarks)
+    harness, rooms = benchmarks("harness"), benchmarks("rooms")
+    module = _module(args.room, benchmarks)
+    room = module.ROOM
     device = _device(args.device)
-    shape = _shape(args, device, benchmarks("shapes"))
+    shape, options = _shape(args, device, room), _options(args, room)
+    variants = _variants(args, room)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    effort = timing.QUICK if args.quick else timing.Effort()
+    effort = _effort(args, benchmarks("timing"))
 
-    described = environment.describe(device)
+    with _progress() as say:
+        say("roof of this machine: a copy and a matrix product")
+        roof = benchmarks("roofline").measure_roof(device, dtype)
+    described = environment.describe(device) | roof.described()
     print(environment.header(described))
     rows = []
     with _progress() as say:
-        for divergence in args.divergence:
-            case = harness.Case(shape, dtype, device, divergence, args.beta)
-            tell = lambda text, divergence=divergence: say(f"{args.room} {divergence}: {text}")
+        for variant in variants:
+            case = rooms.Case(shape, dtype, device, variant, options)
+            tell = lambda text, variant=variant: say(f"{args.room} {variant}: {text}")
             with _user_errors():
-                lineup = room.lineup(case)
-            rows += harness.measure(args.room, case, lineup, effort, tell)
-            # after each divergence: an interruption loses the one it meets
+                lineup = module.lineup(case)
+            rows += harness.measure(args.room, case, lineup, effort, roof, tell)
+            # after each variant: an interruption loses the one it meets
             if args.json:
                 results.write_json(args.json, described, rows)
             if args.csv:
@@ -90,12 +111,11 @@ def load_benchmarks() -> Callable[[str], ModuleType]:
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
-def _room(name: str, benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    from modxfer_fast.kernels import dispatch
-
-    if name not in dispatch.ROOMS:
-        raise UserError(f"room: expected one of {', '.join(dispatch.ROOMS)}, got {name!r}")
-    return benchmarks(f"bench_{name}")
+def _module(room: str, benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    known = benchmarks("rooms").names()
+    if room not in known:
+        raise UserError(f"room: expected one of {', '.join(known)}, got {room!r}")
+    return benchmarks(f"bench_{room}")
 
 
 def _device(asked: str | None) -> str:
@@ -106,10 +126,47 @@ def _device(asked: str | None) -> str:
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _shape(args: argparse.Namespace, device: str, shapes: ModuleType):
-    sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
+def _shape(args: argparse.Namespace, device: str, room):
     with _user_errors():
-        return dataclasses.replace(shapes.named(args.shape or shapes.DEFAULT[device]), **sizes)
+        shape = room.shape(args.shape or room.default_shape[device])
+    known = dataclasses.asdict(shape)
+    sizes = _given(args, _SIZES)
+    for name in sizes.keys() - known.keys():
+        raise UserError(
+            f"--{name.replace('_', '-')}: expected a size of {args.room}, one of "
+            f"{', '.join(known)}, got {sizes[name]}"
+        )
+    with _user_errors():
+        return dataclasses.replace(shape, **sizes)
+
+
+def _options(args: argparse.Namespace, room) -> dict[str, float]:
+    given = _given(args, _OPTIONS)
+    for name in given.keys() - room.options.keys():
+        known = ", ".join(room.options) or "none"
+        raise UserError(f"--{name}: expected an option of {args.room} ({known}), got {given[name]}")
+    return {**room.options, **given}
+
+
+def _variants(args: argparse.Namespace, room) -> list[str]:
+    variants = args.variants or room.variants[:1]
+    with _user_errors():
+        for variant in variants:
+            room.check_variant(variant)
+    return variants
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, int | float]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _effort(args: argparse.Namespace, timing: ModuleType):
+    effort = timing.QUICK if args.quick else timing.Effort()
+    if args.seconds is None:
+        return effort
+    if not args.seconds >= 0:
+        raise UserError(f"--seconds: expected a number of at least 0, got {args.seconds}")
+    return dataclasses.replace(effort, budget_s=args.seconds)
 
 
 @contextlib.contextmanager
@@ -136,46 +193,59 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-_TABLE = ("implementation", "check", "time ms", "± iqr", "of floor", "peak MiB")
-_TABLE_WIDTH = 110
+_TABLE = (
+    "implementation",
+    "check",
+    "time ms",
+    "± iqr",
+    "of floor",
+    "roof ms",
+    "peak MiB",
+    "saved MiB",
+)
+_TABLE_WIDTH = 144
 
 
 def _print_tables(rows) -> None:
-    """One table a divergence."""
-    first = rows[0]
-    sizes = ", ".join(
-        f"{name}={getattr(first, name)}" for name in _SIZES if getattr(first, name) is not None
-    )
-    for divergence in dict.fromkeys(row.divergence for row in rows):
-        title = f"{first.room} {divergence} on {first.device}, {first.dtype}, {sizes}"
+    """One table a problem."""
+    problems: dict[tuple, list] = {}
+    for row in rows:
+        problems.setdefault(tuple(row.problem.items()), []).append(row)
+    for problem, group in problems.items():
+        first = group[0]
+        described = ", ".join(f"{name}={value}" for name, value in problem)
+        launches_of = next((row.launches_of for row in group if row.launches_of), "launches")
         cells = [
             (
                 row.impl,
                 row.check,
-                _number(row.time_ms, 1),
-                _number(row.time_ms_iqr, 1),
+                _number(row.time_ms, 1 if first.device == "cpu" else 3),
+                _number(row.time_ms_iqr, 1 if first.device == "cpu" else 3),
                 _number(row.ratio_to_floor, 3),
+                _number(row.predicted_ms, 1 if first.device == "cpu" else 3),
                 _number(row.peak_mib, 1),
+                _number(row.saved_mib, 1),
+                _number(row.launches, 0),
             )
-            for row in rows
-            if row.divergence == divergence
+            for row in group
         ]
-        _print_table(title, cells)
+        title = f"{first.room} on {first.device}, {first.dtype}, {described}"
+        _print_table(title, (*_TABLE, launches_of), cells)
 
 
-def _print_table(title: str, cells: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, head: tuple[str, ...], cells: list[tuple[str, ...]]) -> None:
     try:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(_TABLE, *cells, strict=True)]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         print(f"\n{title}")
-        for row in (_TABLE, *cells):
+        for row in (head, *cells):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
         return
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for index, name in enumerate(_TABLE):
+    for index, name in enumerate(head):
         table.add_column(name, justify="left" if index < 2 else "right")
     for row in cells:
         table.add_row(*row)

@@ -10,8 +10,17 @@ from modxfer_fast.models.build import (
 )
 from modxfer_fast.models.checks import check_packing, check_same_tokenizer, check_same_vocabulary
 from modxfer_fast.models.errors import ModelError
+from modxfer_fast.models.fused_lora import (
+    FusedLoraLinear,
+    FusedLoraReport,
+    patch_peft_model,
+    register_fused_lora,
+    unpatch_peft_model,
+)
 
 __all__ = [
+    "FusedLoraLinear",
+    "FusedLoraReport",
     "ModelError",
     "apply_peft",
     "build_model",
@@ -22,4 +31,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "make_config",
+    "patch_peft_model",
+    "register_fused_lora",
+    "unpatch_peft_model",
 ]

@@ -1,14 +1,24 @@
 """`modxfer bench`: one real small run, and its messages."""
 
+import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 
-from benchmarks import bench_linear_kd_loss, harness, peers, results, shapes
+from benchmarks import bench_linear_kd_loss, harness, peers, results, roofline, rooms
+from modxfer_fast.cli import bench
+from modxfer_fast.cli.bench import load_benchmarks
 from modxfer_fast.cli.main import main
 
 SMALL = ["--device", "cpu", "--shape", "smoke", "--N", "16", "--V", "200", "--quick"]
+
+
+@pytest.fixture(autouse=True)
+def small_roof(monkeypatch):
+    measure = functools.partial(roofline.measure_roof, copy_bytes=1 << 20, matmul_width=64)
+    monkeypatch.setattr(roofline, "measure_roof", measure)
 
 
 def test_run_writes_rows_and_a_table(tmp_path, monkeypatch, uncompiled, capsys):
@@ -19,7 +29,9 @@ def test_run_writes_rows_and_a_table(tmp_path, monkeypatch, uncompiled, capsys):
     environment, rows = results.read(files["json"])
     assert results.read(files["csv"]) == (environment, rows)
     assert environment["torch"] == torch.__version__
-    assert {(row.N, row.D_s, row.D_t, row.V) for row in rows} == {(16, 32, 48, 200)}
+    assert environment["copy"].endswith("GB/s")
+    sizes = {"N": 16, "D_s": 32, "D_t": 48, "V": 200, "divergence": "forward_kl"}
+    assert all(row.problem == sizes and row.predicted_ms > 0 for row in rows)
     printed = capsys.readouterr().out
     assert all(row.impl in printed for row in rows)
     assert printed.count("not installed") >= 2
@@ -32,14 +44,37 @@ def test_several_divergences_of_a_room_without_widths(tmp_path, uncompiled):
     rows = json.loads(path.read_text())["rows"]
     assert {"ours reference", "eager", "copy of 5 N V"} <= {row["impl"] for row in rows}
     assert {row["divergence"] for row in rows} == {"jsd", "forward_kl"}
-    assert {(row["D_s"], row["D_t"]) for row in rows} == {(None, None)}
+    assert all("D_s" not in row and "D_t" not in row for row in rows)
+
+
+@pytest.mark.parametrize("option", ["--variant", "--loss"])
+def test_a_room_of_losses(option, tmp_path, uncompiled):
+    path = tmp_path / "r.csv"
+    options = [option, "cosine", "--N", "8", "--seconds", "0", "--csv", str(path)]
+    assert main(["bench", "projection_loss", *SMALL[:4], "--quick", *options]) == 0
+    _, rows = results.read(path)
+    assert {row.problem["loss"] for row in rows} == {"cosine"}
+    assert {row.problem["N"] for row in rows} == {8}
+
+
+def test_a_room_of_targets_with_dropout(tmp_path, uncompiled, capsys):
+    path = tmp_path / "r.json"
+    options = ["--targets", "qkv", "--dropout", "0.25", "--M", "16", "--json", str(path)]
+    assert main(["bench", "lora_linear", *SMALL[:4], "--quick", *options]) == 0
+    _, rows = results.read(path)
+    problem = {"M": 16, "K": 64, "N": "64+32+32", "R": 8, "targets": "qkv", "dropout": 0.25}
+    assert all(row.problem == problem for row in rows)
+    printed = capsys.readouterr().out
+    assert "saved MiB" in printed
+    assert "op calls" in printed
 
 
 def test_exit_code_tells_of_a_wrong_result_of_ours(monkeypatch):
     def lineup(case):
         zero = {"loss": torch.zeros(())}
         ours = harness.Candidate("ours cpp", lambda: zero, ("loss",), floor="floor")
-        return harness.Lineup([ours], {"floor": lambda: None}, lambda: {"loss": torch.ones(())})
+        floor = harness.Floor(lambda: None, roofline.Work(0, 0))
+        return harness.Lineup({}, [ours], {"floor": floor}, lambda: {"loss": torch.ones(())})
 
     monkeypatch.setattr(bench_linear_kd_loss, "lineup", lineup)
     assert main(["bench", "linear_kd_loss", *SMALL]) == 1
@@ -48,7 +83,12 @@ def test_exit_code_tells_of_a_wrong_result_of_ours(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["lora"], ["room: expected one of kd_loss, linear_kd_loss", "'lora'"]),
+        (["lora"], ["room: expected one of kd_loss, linear_kd_loss, lora_block", "'lora'"]),
+        (["lora_linear", "--V", "8"], ["--V: expected a size of lora_linear, one of M, H", "8"]),
+        (["lora_linear", "--beta", "1"], ["--beta: expected an option of lora_linear (dropout)"]),
+        (["lora_linear", "--dropout", "1"], ["dropout: expected a number in [0, 1), got 1.0"]),
+        (["lora_linear", "--targets", "k"], ["targets: expected one of single, qkv", "'k'"]),
+        (["kd_loss", "--seconds", "-1"], ["--seconds: expected a number of at least 0, got -1.0"]),
         (["kd_loss", "--shape", "big"], ["shape: expected one of", "cpu-gate", "'big'"]),
         (["kd_loss", "--N", "0"], ["N: expected a positive integer, got 0"]),
         (["kd_loss", "--divergence", "kl"], ["divergence: expected one of forward_kl", "'kl'"]),
@@ -67,5 +107,14 @@ def test_wrong_arguments_name_the_valid_ones(arguments, expected, capsys):
     assert all(part in message for part in expected), message
 
 
-def test_every_device_has_a_default_shape():
-    assert set(shapes.DEFAULT.values()) <= set(shapes.SHAPES)
+@pytest.mark.parametrize("name", rooms.names())
+def test_every_room_declares_what_the_command_needs(name):
+    module = load_benchmarks()(f"bench_{name}")
+    assert callable(module.lineup)
+    assert set(module.ROOM.default_shape) == {"cpu", "cuda"}
+    assert set(module.ROOM.default_shape.values()) <= set(module.ROOM.shapes)
+    assert "smoke" in module.ROOM.shapes
+    assert module.ROOM.variants
+    sizes = {size for shape in module.ROOM.shapes.values() for size in dataclasses.asdict(shape)}
+    assert sizes <= set(bench._SIZES)
+    assert set(module.ROOM.options) <= set(bench._OPTIONS)

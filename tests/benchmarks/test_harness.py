@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from benchmarks import bench_linear_kd_loss
-from benchmarks.harness import BUDGET, Candidate, Case, Lineup, check, measure, relative_error
-from benchmarks.results import COLUMNS
+from benchmarks.harness import (
+    BUDGET,
+    COARSE_BUDGET,
+    Candidate,
+    Floor,
+    Lineup,
+    check,
+    measure,
+    relative_error,
+)
+from benchmarks.roofline import Roof, Work
+from benchmarks.rooms import Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Effort
 
-CASE = Case(Shape(N=6, D_s=4, D_t=5, V=7), torch.float32, "cpu", "forward_kl")
+CASE = Case(Shape(N=6, D_s=4, D_t=5, V=7), torch.float32, "cpu", "forward_kl", {"beta": 0.5})
+ROOF = Roof(bytes_per_s=1e6, flops_per_s=1e9)
 EFFORT = Effort(warmup_s=0.0, min_rounds=3, max_rounds=3, budget_s=0.0)
 TRUTH = {"loss": torch.tensor(2.0).double(), "dhidden": torch.ones(6, 4).double()}
 
@@ -35,9 +46,10 @@ def right(scale=1.0):
     return {"loss": torch.tensor(2.0), "dhidden": scale * torch.ones(6, 4)}
 
 
-def rows_of(candidates, case=CASE):
-    lineup = Lineup(candidates, {"floor": lambda: None}, lambda: TRUTH)
-    rows = measure("linear_kd_loss", case, lineup, EFFORT, lambda text: None)
+def rows_of(candidates, floor=None):
+    floors = {"floor": floor or Floor(lambda: None, Work(flops=10**6, bytes=10**4))}
+    lineup = Lineup({"N": 6}, candidates, floors, lambda: TRUTH)
+    rows = measure("linear_kd_loss", CASE, lineup, EFFORT, ROOF, lambda text: None)
     return {row.impl: row for row in rows}
 
 
@@ -47,7 +59,8 @@ def test_wrong_gradient_is_caught_and_not_timed():
     assert rows["good"].check.startswith("pass")
     assert rows["good"].time_ms is not None
     assert rows["bad"].check == "fail dhidden 1.0e-02 of 1e-04"
-    assert rows["bad"].time_ms is rows["bad"].ratio_to_floor is rows["bad"].peak_mib is None
+    measured = ("time_ms", "ratio_to_floor", "peak_mib", "saved_mib", "launches")
+    assert all(getattr(rows["bad"], name) is None for name in measured)
     assert bad.calls == 1
     assert good.calls > EFFORT.min_rounds
 
@@ -83,12 +96,58 @@ def test_a_missing_peer_is_a_row():
     assert row.time_ms is None
 
 
-def test_half_precision_logits_have_their_own_budget():
+def test_what_is_wide_and_rounded_to_half_precision_has_its_own_budget():
     coarse = right(scale=1 + 10 * BUDGET[torch.bfloat16])
-    for fp32_logits, passes in ((True, False), (False, True)):
-        entry = candidate("peer", Counted(coarse), fp32_logits=fp32_logits)
+    for budget, passes in ((BUDGET, False), (COARSE_BUDGET, True)):
+        entry = candidate("peer", Counted(coarse), budget=budget)
         assert check(entry, TRUTH, torch.bfloat16).ok is passes
         assert not check(entry, TRUTH, torch.float32).ok
+
+
+def test_random_steps_are_checked_by_another_step_and_truth():
+    random, without = Counted(right(scale=3.0)), Counted(right(scale=2.0))
+    twice = lambda: {**TRUTH, "dhidden": 2 * TRUTH["dhidden"]}
+    rows = rows_of([candidate("random", random, check_step=without, truth=twice)])
+    assert rows["random"].check.startswith("pass")
+    assert without.calls == 1
+    assert random.calls > EFFORT.min_rounds
+
+
+def test_each_truth_is_computed_once():
+    calls = []
+
+    def other():
+        calls.append(1)
+        return TRUTH
+
+    rows_of([candidate(name, Counted(right()), truth=other) for name in "ab"])
+    assert calls == [1]
+
+
+def test_prediction_is_of_the_formula_and_the_floor_has_its_own():
+    own = Work(flops=10**6, bytes=3 * 10**3)
+    entries = [candidate("a", Counted(right())), candidate("b", Counted(right()), work=own)]
+    rows = rows_of(entries)
+    assert rows["floor"].predicted_ms == rows["a"].predicted_ms == pytest.approx(10.0)  # bytes
+    assert rows["b"].predicted_ms == pytest.approx(3.0)
+    assert (rows["b"].flops, rows["b"].bytes) == (10**6, 3 * 10**3)
+    compute_bound = Roof(bytes_per_s=1e12, flops_per_s=1e9)
+    assert compute_bound.predicted_ms(own) == pytest.approx(1.0)
+
+
+def test_memory_of_a_floor_is_measured_where_it_trains():
+    weight = torch.ones(1 << 18, requires_grad=True)
+
+    def train():
+        (weight.exp() * 1.0).sum().backward()  # exp keeps its result
+        weight.grad = None
+        return {}
+
+    trained = rows_of([], Floor(train, Work(0, 0), is_training=True, weights=(weight,)))["floor"]
+    assert trained.saved_mib == 1.0
+    assert trained.peak_mib >= 1.0
+    bare = rows_of([])["floor"]
+    assert bare.saved_mib is bare.peak_mib is None
 
 
 def test_relative_error():
@@ -97,7 +156,7 @@ def test_relative_error():
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_every_row_of_linear_kd_loss_is_complete(divergence):
-    case = dataclasses.replace(CASE, divergence=divergence)
+    case = dataclasses.replace(CASE, variant=divergence)
     lineup = bench_linear_kd_loss.lineup(case)
     ours = [c for c in lineup.candidates if c.name.startswith(("ours", "eager"))]
     rows = measure(
@@ -105,15 +164,16 @@ def test_every_row_of_linear_kd_loss_is_complete(divergence):
         case,
         dataclasses.replace(lineup, candidates=ours),
         EFFORT,
+        ROOF,
         lambda text: None,
     )
     names = [row.impl for row in rows]
     assert {"gemms x4", "gemms x3, frozen head", "ours reference", "eager"} <= set(names)
     assert "ours reference, frozen head" in names
     for row in rows:
-        values = dataclasses.asdict(row)
-        assert tuple(values) == COLUMNS
-        optional = {"peak_mib"} if row.check == "floor" else set()
-        missing = {name for name, value in values.items() if value is None}
+        optional = {"peak_mib", "saved_mib"} if row.check == "floor" else set()
+        missing = {name for name, value in dataclasses.asdict(row).items() if value is None}
         assert missing <= optional, f"{row.impl}: {missing}"
         assert row.ratio_to_floor == pytest.approx(row.time_ms / row.floor_ms)
+        assert row.problem["divergence"] == divergence
+        assert ("beta" in row.problem) == (divergence == "jsd")

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import memory, plot, results, timing
+from benchmarks import counting, memory, plot, results, roofline, timing
 from benchmarks.results import Row
 from modxfer_fast import linear_kd_loss
 
@@ -92,42 +92,80 @@ def test_budget_ends_after_the_least_rounds():
     assert rounds == [0, 1]
 
 
+def test_saved_counts_each_storage_once_and_no_weight():
+    weight = torch.randn(1024, 256, requires_grad=True)
+    x = torch.randn(1024, 1024, requires_grad=True)  # 4 MiB
+
+    def step():
+        y = x @ weight  # keeps x and the weight
+        (y.exp() * x[:, :256]).sum().backward()  # keeps exp(y), 1 MiB, and a view of x
+        x.grad = weight.grad = None
+
+    assert counting.saved_mib(step, [weight]) == 5.0
+    assert counting.saved_mib(step, []) == 6.0
+
+
+def test_saved_sees_what_our_op_keeps():
+    n, d, v = 64, 32, 100
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d)
+    step = lambda: linear_kd_loss(hidden, weight, hidden.detach(), weight, backend="reference")
+    assert counting.saved_mib(step, [weight]) * MIB == n * d * 4  # dhidden
+
+
+def test_launches_are_outermost_calls():
+    a, weight = torch.randn(8, 8), torch.randn(8, 8)
+    step = lambda: torch.nn.functional.linear(a, weight).relu()  # linear calls t and mm
+    assert counting.launches(step, "cpu") == 2
+    kd = lambda: linear_kd_loss(a, weight, a, weight, backend="reference")
+    assert 0 < counting.launches(kd, "cpu") < 20
+
+
+def test_launches_of_a_compiled_function_are_unknown_on_a_cpu():
+    a = torch.randn(8, 8)
+    compiled = torch.compile(lambda x: x.exp() + 1, backend="eager")
+    compiled(a)
+    assert counting.launches(lambda: compiled(a), "cpu") is None
+
+
+def test_roof_is_what_a_copy_and_a_product_reach():
+    roof = roofline.measure_roof("cpu", torch.float32, copy_bytes=1 << 20, matmul_width=64)
+    assert 1e8 < roof.bytes_per_s < 1e13
+    assert 1e7 < roof.flops_per_s < 1e14
+    assert set(roof.described()) == {"copy", "matmul"}
+
+
 ENVIRONMENT = {"cpu": "a, b", "torch": "2.13.0"}
+KD = {"N": 8, "D_s": 4, "D_t": 6, "V": 30, "divergence": "jsd", "beta": 0.3}
 ROWS = [
-    Row(
-        "linear_kd_loss",
-        "gemms x4",
-        "cpu",
-        "float32",
-        8,
-        4,
-        6,
-        30,
-        "jsd",
-        "floor",
-        2.0,
-        0.1,
-        2.0,
-        1.0,
-    ),
+    Row("linear_kd_loss", "gemms x4", "cpu", "float32", KD, "floor", 2.0, 0.1, 2.0, 1.0),
     Row(
         room="linear_kd_loss",
         impl="ours cpp",
         device="cpu",
         dtype="float32",
-        N=8,
-        D_s=4,
-        D_t=6,
-        V=30,
-        divergence="jsd",
+        problem=KD,
         check="pass dhidden 1.0e-06 of 1e-04",
         time_ms=2.1,
         time_ms_iqr=0.2,
         floor_ms=2.0,
         ratio_to_floor=1.05,
         peak_mib=1.5,
+        floor="gemms x4",
+        flops=10**12,
+        bytes=10**9,
+        predicted_ms=1.9,
+        saved_mib=0.25,
+        launches=12,
+        launches_of="op calls",
     ),
-    Row("kd_loss", "peer", "cpu", "float32", 8, None, None, 30, "jsd", "not installed"),
+    Row(
+        "lora_linear",
+        "peer",
+        "cpu",
+        "float32",
+        {"M": 8, "N": "4+2", "targets": "qkv", "dropout": 0.1},
+        "not installed",
+    ),
 ]
 
 
@@ -143,7 +181,36 @@ def test_json_schema(tmp_path):
     results.write_json(path, ENVIRONMENT, ROWS)
     content = json.loads(path.read_text())
     assert set(content) == {"environment", "rows"}
-    assert all(tuple(row) == results.COLUMNS for row in content["rows"])
+    assert all(
+        tuple(row) == results.columns([r]) for row, r in zip(content["rows"], ROWS, strict=True)
+    )
+    assert content["rows"][0]["divergence"] == "jsd"
+
+
+def test_csv_has_a_column_for_every_size_of_its_rows(tmp_path):
+    path = tmp_path / "r.csv"
+    results.write_csv(path, ENVIRONMENT, ROWS)
+    head = path.read_text().splitlines()[1].split(",")
+    assert tuple(head) == results.columns(ROWS)
+    assert head[:8] == ["room", "impl", "device", "dtype", "N", "D_s", "D_t", "V"]
+    assert {"M", "targets", "dropout", "divergence", "beta"} <= set(head)
+
+
+EARLIER = """\
+# {"cpu": "a, b"}
+room,impl,device,dtype,N,D_s,D_t,V,divergence,check,time_ms,time_ms_iqr,floor_ms,ratio_to_floor,peak_mib
+kd_loss,ours cpp,cpu,float32,8,,,30,jsd,pass,2.0,0.1,1.0,2.0,0.5
+"""
+
+
+def test_files_of_before_the_roof_columns_are_read_and_drawn(tmp_path):
+    path, figure = tmp_path / "r.csv", tmp_path / "r.png"
+    path.write_text(EARLIER)
+    _, (row,) = results.read(path)
+    assert row.problem == {"N": 8, "V": 30, "divergence": "jsd"}
+    assert (row.time_ms, row.peak_mib, row.predicted_ms) == (2.0, 0.5, None)
+    plot.main([str(path), "--output", str(figure)])
+    assert figure.exists()
 
 
 def test_plot_is_drawn_from_a_file(tmp_path):

@@ -1,25 +1,57 @@
 """The line-up of each room: floors with the right work, peers that compute the same function."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_kd_loss, bench_linear_kd_loss, candidates, peers
-from benchmarks.harness import Case, check
+from benchmarks import (
+    bench_linear_kd_loss,
+    bench_lora_block,
+    bench_lora_linear,
+    bench_projection_loss,
+    candidates,
+    peers,
+    rooms,
+)
+from benchmarks.harness import check
 from benchmarks.inputs import DELTA, LOGIT_STD, linear_inputs
+from benchmarks.rooms import Case
 from benchmarks.shapes import Shape
+from modxfer_fast.cli.bench import load_benchmarks
 from modxfer_fast.kernels import dispatch
 
 SHAPE = Shape(N=24, D_s=16, D_t=40, V=300)
-ROOMS = {"kd_loss": bench_kd_loss, "linear_kd_loss": bench_linear_kd_loss}
+SHAPES = {
+    "kd_loss": SHAPE,
+    "linear_kd_loss": SHAPE,
+    "projection_loss": bench_projection_loss.Shape(N=24, D_s=16, D_t=40),
+    "lora_linear": bench_lora_linear.Shape(M=24, H=48, H_kv=16, F=40, R=4),
+    "lora_block": bench_lora_block.Shape(B=2, T=8, H=32, H_kv=16, F=40, D_head=8, R=4),
+}
+ROOMS = {name: load_benchmarks()(f"bench_{name}") for name in rooms.names()}
 
 
-def case(divergence="forward_kl", dtype=torch.float32):
-    return Case(SHAPE, dtype, "cpu", divergence, beta=0.3)
+def case(room, variant=None, dtype=torch.float32, **options):
+    declared = ROOMS[room].ROOM
+    variant = variant or declared.variants[0]
+    return Case(SHAPES[room], dtype, "cpu", variant, {**declared.options, **options})
+
+
+def flops_of(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+VARIANTS = [(room, variant) for room, module in ROOMS.items() for variant in module.ROOM.variants]
 
 
 def test_every_room_has_a_benchmark():
     assert set(dispatch.ROOMS) <= set(ROOMS)
+    assert set(SHAPES) == set(ROOMS)
 
 
 @pytest.mark.parametrize("widths", [(16, 40), (40, 16), (32, 32)], ids=str)
@@ -37,38 +69,113 @@ def test_student_is_near_its_teacher(widths):
     [(bench_linear_kd_loss.TRAINABLE, 3), (bench_linear_kd_loss.FROZEN, 2)],
 )
 def test_floor_counts_the_gemms(name, gemms_of_student):
-    floor = bench_linear_kd_loss.floors(linear_inputs(SHAPE, torch.float32, "cpu"))[name]
-    with FlopCounterMode(display=False) as counter:
-        floor()
+    floor = bench_linear_kd_loss.lineup(case("linear_kd_loss")).floors[name]
     widths = gemms_of_student * SHAPE.D_s + SHAPE.D_t
-    assert counter.get_total_flops() == 2 * SHAPE.N * SHAPE.V * widths
+    assert flops_of(floor.step) == floor.work.flops == 2 * SHAPE.N * SHAPE.V * widths
 
 
-def test_candidates_name_a_floor_of_their_room():
-    for room in ROOMS.values():
-        lineup = room.lineup(case())
-        assert {c.floor for c in lineup.candidates} <= set(lineup.floors)
+@pytest.mark.parametrize(
+    ("name", "gemms"), [(bench_projection_loss.TRAINABLE, 3), (bench_projection_loss.FROZEN, 2)]
+)
+def test_floor_of_the_projection_counts_the_gemms(name, gemms):
+    floor = bench_projection_loss.lineup(case("projection_loss")).floors[name]
+    assert flops_of(floor.step) == floor.work.flops == gemms * 2 * SHAPE.N * SHAPE.D_s * SHAPE.D_t
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("targets", bench_lora_linear.ROOM.variants)
+def test_floor_of_lora_is_the_frozen_linears(targets):
+    lineup = bench_lora_linear.lineup(case("lora_linear", targets))
+    floor = lineup.floors[bench_lora_linear.FLOOR]
+    assert flops_of(floor.step) == floor.work.flops
+
+
+def test_formulas_count_what_autograd_multiplies():
+    lineup = bench_lora_linear.lineup(case("lora_linear", "qkv", dropout=0.0))
+    peft = next(c for c in lineup.candidates if c.name.startswith("peft"))
+    assert flops_of(peft.step) == peft.work.flops
+    lineup = bench_projection_loss.lineup(case("projection_loss"))
+    for eager in (c for c in lineup.candidates if c.name.startswith("eager")):
+        assert flops_of(eager.step) == eager.work.flops
+
+
+def test_formula_of_a_block_is_its_linears_and_half_of_its_attention():
+    lineup = bench_lora_block.lineup(case("lora_block", dropout=0.0))
+    frozen = lineup.floors[bench_lora_block.FLOOR]
+    peft = next(c for c in lineup.candidates if c.name.startswith("peft"))
+    shape = SHAPES["lora_block"]
+    attention = 6 * shape.B * shape.T**2 * shape.H
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        counted = [flops_of(frozen.step), flops_of(peft.step)]
+    assert counted == [frozen.work.flops + attention, peft.work.flops + attention]
+
+
 @pytest.mark.parametrize("room", ROOMS)
+def test_candidates_name_a_floor_of_their_room(room):
+    lineup = ROOMS[room].lineup(case(room))
+    assert {c.floor for c in lineup.candidates} <= set(lineup.floors)
+    assert all(floor.work.bytes > 0 for floor in lineup.floors.values())
+
+
+@pytest.mark.parametrize(("room", "variant"), VARIANTS, ids=lambda value: value)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_implementation_computes_the_same_function(room, divergence, dtype, uncompiled):
-    problem = case(divergence, dtype)
+def test_every_implementation_computes_the_same_function(room, variant, dtype, uncompiled):
+    problem = case(room, variant, dtype)
     lineup = ROOMS[room].lineup(problem)
-    truth = lineup.truth()
-    results = {c.name: check(c, truth, problem.dtype) for c in lineup.candidates}
+    truths = {make: make() for make in {c.truth or lineup.truth for c in lineup.candidates}}
+    results = {
+        c.name: check(c, truths[c.truth or lineup.truth], problem.dtype) for c in lineup.candidates
+    }
     wrong = {
         name: result.text
         for name, result in results.items()
         if not result.ok and result.text != "not installed"
     }
     assert not wrong
-    assert "ours reference" in results
+    assert any(name.startswith("ours") for name in results)
+
+
+@pytest.mark.parametrize("room", ["lora_linear", "lora_block"])
+def test_a_wrong_scale_of_the_adapters_is_seen(room, monkeypatch, uncompiled):
+    """The budgets in half precision are wide: they must not cover a LoRA part that is off."""
+    module = ROOMS[room]
+    problem = case(room, dtype=torch.bfloat16, dropout=0.0)
+    truth = module.lineup(problem).truth()
+    monkeypatch.setattr(module, "SCALING", 1.1 * module.SCALING)
+    for candidate in module.lineup(problem).candidates:
+        assert not check(candidate, truth, problem.dtype).ok, candidate.name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_only_our_masks_are_checked_with_dropout(dropout):
+    lineup = bench_lora_linear.lineup(case("lora_linear", "gate_up", dropout=dropout))
+    masked = lineup.truth()
+    for candidate in lineup.candidates:
+        if candidate.name.startswith("ours"):
+            assert candidate.truth is None
+            assert check(candidate, masked, torch.float32).ok
+    names = [c.name for c in lineup.candidates]
+    assert ("addmm function without dropout" in names) == (dropout > 0)
+    addmm = next(c for c in lineup.candidates if c.name == "addmm function")
+    assert check(addmm, masked, torch.float32).ok == (dropout == 0)
+
+
+def test_dropout_of_the_addmm_function_has_the_right_mean():
+    problem = case("lora_linear", "single", dropout=0.25)
+    problem = dataclasses.replace(problem, shape=bench_lora_linear.Shape(4, 64, 16, 40, 4))
+    lineup = bench_lora_linear.lineup(problem)
+    addmm = next(c for c in lineup.candidates if c.name == "addmm function")
+    torch.manual_seed(0)
+    draws = [addmm.step() for _ in range(400)]
+    truth = addmm.truth()
+    for name in ("y_o", "dx", "da_o", "db_o"):
+        values = torch.stack([draw[name].double() for draw in draws])
+        spread = values.std(0) / math.sqrt(len(draws))
+        assert ((values.mean(0) - truth[name]).abs() <= 6 * spread + 1e-5).all(), name
+        assert spread.max() > 0
 
 
 def test_frozen_head_returns_no_weight_gradient():
-    lineup = bench_linear_kd_loss.lineup(case())
+    lineup = bench_linear_kd_loss.lineup(case("linear_kd_loss"))
     frozen = [c for c in lineup.candidates if c.name.endswith("frozen head")]
     assert frozen
     assert all(set(c.step()) == {"loss", "dhidden"} for c in frozen)
@@ -76,9 +183,21 @@ def test_frozen_head_returns_no_weight_gradient():
 
 def test_peers_may_be_missing(monkeypatch):
     monkeypatch.setattr(peers, "version", lambda package: None)
-    lineup = bench_linear_kd_loss.lineup(case())
+    lineup = bench_linear_kd_loss.lineup(case("linear_kd_loss"))
     missing = {c.name: c.why_not for c in lineup.candidates if c.step is None}
     assert missing == {"liger chunked": "not installed", "trl chunked": "not installed"}
+    lineup = bench_lora_linear.lineup(case("lora_linear"))
+    missing = {c.name: c.why_not for c in lineup.candidates if c.step is None}
+    assert missing == {"peft": "not installed", "peft, torch.compile": "not installed"}
+    with pytest.raises(ValueError, match="expected PEFT to be installed, it is not installed"):
+        bench_lora_block.lineup(case("lora_block"))
+
+
+def test_the_block_shares_its_frozen_weights():
+    lineup = bench_lora_block.lineup(case("lora_block"))
+    frozen = {weight.data_ptr() for weight in lineup.floors[bench_lora_block.FLOOR].weights}
+    for candidate in lineup.candidates:
+        assert frozen <= {weight.data_ptr() for weight in candidate.weights}
 
 
 def test_interpreted_triton_is_not_timed(monkeypatch):

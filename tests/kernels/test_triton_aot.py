@@ -11,9 +11,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 AOT = Path(__file__).parents[1] / "aot.py"
-# two programs of 512 threads share a multiprocessor's 65536 registers (fp32 logits); with 16-bit
-# logits a program has half the threads
-MOST_REGISTERS = {"fp32-bf16": 64, "bf16": 128}
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
@@ -35,7 +32,7 @@ def test_compiles_without_spills(target):
         "kd_loss_fwd",
         "kd_loss_bwd",
         "kd_loss_fwd_bwd",
+        "projection_loss_rows",
     }
     if target.startswith("cuda"):
-        crowded = [k for k in kernels if k["registers"] > MOST_REGISTERS[k["dtypes"]]]
-        assert not crowded
+        assert not [k for k in kernels if k["registers"] > k["most_registers"]]

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace modxfer {
 
@@ -28,5 +29,27 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
                                            std::optional<Tensor> labels, Tensor row_weights,
                                            int64_t divergence, double beta, double temperature,
                                            double kd_weight, double ce_weight, Tensor dlogits);
+
+// -> loss [M]; writes dz [M, D] where given, which may be z
+Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
+                            int64_t norm, double norm_eps, std::optional<Tensor> dz);
+
+// -> scale x lora_a^T [M, R] fp32
+Tensor lora_shrink(Tensor x, Tensor lora_a, double scale);
+
+// writes bits [T, M, ceil(K / 32)] where given, s [M, sum R] and ys = bias + residual + s B^T
+void lora_linear_rows_fwd(Tensor x, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
+                          std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
+                          std::vector<double> scales, std::vector<int64_t> thresholds,
+                          std::optional<Tensor> seed, int64_t first_row, std::optional<Tensor> bits,
+                          Tensor s, std::vector<Tensor> ys);
+
+// writes dx = sum of mask(ds A), da and db, each where given
+void lora_linear_rows_bwd(std::vector<Tensor> dys, std::optional<Tensor> x,
+                          std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
+                          std::vector<double> scales, std::vector<int64_t> thresholds,
+                          std::optional<Tensor> s, std::optional<Tensor> bits,
+                          std::optional<Tensor> dx, std::vector<std::optional<Tensor>> da,
+                          std::vector<std::optional<Tensor>> db);
 
 }  // namespace modxfer

@@ -1,12 +1,17 @@
-// Sixteen floats as a compiler vector type, and the transcendental functions a row kernel needs.
+// Floats as a compiler vector type, sixteen unless MODXFER_VECTOR_BYTES says otherwise, and the
+// transcendental functions a row kernel needs.
 //
 // Included once per instruction set, inside that set's namespace and target pragma, so that the
 // vectors lower to its registers: no include guard and no includes of its own.
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int vi __attribute__((vector_size(64)));
+#ifndef MODXFER_VECTOR_BYTES
+#define MODXFER_VECTOR_BYTES 64
+#endif
 
-constexpr int kLanes = 16;
+typedef float vf __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
+typedef int vi __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
+
+constexpr int kLanes = MODXFER_VECTOR_BYTES / sizeof(float);
 
 #define MODXFER_INLINE static inline __attribute__((always_inline))
 
@@ -31,6 +36,27 @@ MODXFER_INLINE void store_tail(float* dst, int n, vf x) {
   __builtin_memcpy(dst, &x, n * sizeof(float));
 }
 
+// Calls body(index, count) for each vector of [begin, end); count < kLanes at the tail.
+template <class Body>
+MODXFER_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+  if (i < end) body(i, static_cast<int>(end - i));
+}
+
+MODXFER_INLINE vf load_or_zero(const float* src, int n) {
+  return n == kLanes ? load(src) : load_tail(src, n, 0.0f);
+}
+
+// The row ends where it ends: a buffer holds exactly its values.
+MODXFER_INLINE void store_n(float* dst, int n, vf x) {
+  if (n == kLanes) {
+    store(dst, x);
+  } else {
+    store_tail(dst, n, x);
+  }
+}
+
 MODXFER_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 MODXFER_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 MODXFER_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
@@ -43,9 +69,9 @@ MODXFER_INLINE float reduce_max(vf x) {
 }
 
 MODXFER_INLINE double reduce_sum(vf x) {
-  double s = 0;
-  for (int i = 0; i < kLanes; ++i) s += x[i];
-  return s;
+  double s[4] = {x[0], x[1], x[2], x[3]};  // four chains of additions, not one
+  for (int i = 4; i < kLanes; ++i) s[i % 4] += x[i];
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 // e^x to 1.2 ulp for x <= 88; 0 below -87.3 (no subnormals), NaN stays NaN.

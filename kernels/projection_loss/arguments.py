@@ -1,0 +1,184 @@
+"""What a user passes to a loss of hidden states, checked and brought to what the ops take."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..common import (
+    cast_for_autocast,
+    check_float,
+    check_reduction,
+    check_row_tensor,
+    check_same_device,
+    combine_row_weights,
+    denominator,
+)
+from .spec import ProjectionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Inputs of the ops.
+
+    Attributes:
+        student_hidden, teacher_hidden: [N, D_s], [N, D_t].
+        factors: (), (P,) or (P_b, P_a). bias: [D_t] or None.
+        mask: [N] bool or None.
+        row_weights: [N], the factor of each row in the sum of losses.
+        spec: of a row; "relative" has become "mse" and part of the weights.
+        late_divisor: what the sum is still divided by, or None.
+    """
+
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    factors: tuple[Tensor, ...]
+    bias: Tensor | None
+    mask: Tensor | None
+    row_weights: Tensor
+    spec: ProjectionSpec
+    late_divisor: Tensor | None
+    backend: str
+
+    def finish(self, result: Tensor) -> Tensor:
+        """The loss, of what an op returned."""
+        return result if self.late_divisor is None else result / self.late_divisor
+
+
+def prepare(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    projection: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    bias: Tensor | None,
+    spec: ProjectionSpec,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    reduction: str,
+    workspace_mb: int,
+    backend: str | None,
+    num_valid: int | None = None,
+) -> Arguments:
+    """Checks the arguments of `projection_loss`, whose docstring describes them.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `projection_loss` documents.
+    """
+    check_reduction(reduction, normalizer)
+    teacher_hidden = teacher_hidden.detach()
+    factors = _factors(projection)
+    if factors:
+        student_hidden, factors, bias = _cast(student_hidden, factors, bias)
+    _check(student_hidden, teacher_hidden, factors, bias)
+    lead = student_hidden.shape[:-1]
+    check_row_tensor("mask", mask, lead, "student_hidden", student_hidden)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+    check_row_tensor("token_weights", token_weights, lead, "student_hidden", student_hidden)
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+    if num_valid is not None and mask is None:
+        raise ValueError(f"num_valid: expected a mask to count, got num_valid={num_valid} alone")
+    backend = dispatch.resolve(
+        "projection_loss", student_hidden, teacher_hidden, *factors, backend=backend
+    )
+
+    student_hidden = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(lead.numel(), teacher_hidden.shape[-1])
+    mask = None if mask is None else mask.reshape(-1)
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    weights = combine_row_weights(mask, token_weights, student_hidden, dtype)
+    divisor = denominator(reduction, normalizer, mask, student_hidden, dtype)
+    if spec.loss == "relative":
+        spec = dataclasses.replace(spec, loss="mse")
+        energy = torch.ops.modxfer.projection_loss_energy(
+            teacher_hidden, weights, spec.norm, spec.norm_eps, backend
+        )
+        energy = energy / denominator("mean", None, mask, student_hidden, dtype)
+        energy = torch.where(energy == 0, 1.0, energy)
+        divisor = energy if divisor is None else divisor * energy
+    # fp16 would lose gradients of size 1 / (N D_t): there both join the upstream gradient
+    late = None
+    if student_hidden.dtype == torch.float16:
+        width = teacher_hidden.shape[-1]
+        weights = weights * width
+        late = weights.new_full((), width) if divisor is None else divisor * float(width)
+    elif divisor is not None:
+        weights = weights / divisor
+    return Arguments(
+        student_hidden, teacher_hidden, factors, bias, mask, weights, spec, late, backend
+    )
+
+
+def _factors(projection) -> tuple[Tensor, ...]:
+    if projection is None:
+        return ()
+    if isinstance(projection, Tensor):
+        return (projection,)
+    if len(projection) != 2:
+        raise ValueError(
+            f"projection: expected a tensor or a pair (P_b, P_a), got {len(projection)} tensors"
+        )
+    return tuple(projection)
+
+
+def _cast(hidden: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None):
+    """As `F.linear` would, but fp32 parameters stay: the op rounds them, and sums in fp32."""
+    (cast,) = cast_for_autocast(hidden)
+    if cast is hidden:
+        return hidden, factors, bias
+
+    def parameter(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype in (torch.float32, torch.float64):
+            return tensor
+        return tensor.to(cast.dtype)
+
+    return cast, tuple(parameter(factor) for factor in factors), parameter(bias)
+
+
+def _check(student_hidden, teacher_hidden, factors, bias) -> None:
+    for name, hidden in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        check_float(name, hidden)
+        if hidden.dim() == 0 or hidden.shape[-1] == 0:
+            raise ValueError(
+                f"{name}: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}"
+            )
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            "teacher_hidden: expected the leading dimensions of student_hidden, "
+            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}"
+        )
+    check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    d_s, d_t = student_hidden.shape[-1], teacher_hidden.shape[-1]
+    if not factors:
+        if d_s != d_t:
+            raise ValueError(
+                f"projection: expected shape ({d_t}, {d_s}) because the widths differ, got None"
+            )
+        if bias is not None:
+            raise ValueError("bias: expected a projection to add to, got bias alone")
+        return
+    rank = factors[0].shape[1] if len(factors) == 2 and factors[0].dim() == 2 else "R"
+    wanted = [(d_t, d_s)] if len(factors) == 1 else [(d_t, rank), (rank, d_s)]
+    for index, (factor, shape) in enumerate(zip(factors, wanted, strict=True)):
+        name = "projection" if len(factors) == 1 else f"projection[{index}]"
+        if factor.dim() != 2 or 0 in factor.shape or tuple(factor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(factor.shape)}")
+        _check_parameter(name, factor, student_hidden)
+    if bias is None:
+        return
+    if tuple(bias.shape) != (d_t,):
+        raise ValueError(f"bias: expected shape ({d_t},), got {tuple(bias.shape)}")
+    _check_parameter("bias", bias, student_hidden)
+
+
+def _check_parameter(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    if tensor.dtype != hidden.dtype and not (half and tensor.dtype == torch.float32):
+        expected = f"{hidden.dtype}, the dtype of student_hidden"
+        raise TypeError(
+            f"{name}: expected {expected}{', or torch.float32' if half else ''}, got {tensor.dtype}"
+        )
+    check_same_device(name, tensor, "student_hidden", hidden)

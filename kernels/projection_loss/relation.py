@@ -1,0 +1,394 @@
+"""Losses between attention relations of student and teacher: MiniLM and MiniLMv2.
+
+B sequences   T tokens   A relation heads   H_s, H_t widths   d = H / A   p teacher   q student
+
+    relation(a, b)[h] = softmax(a_h b_h^T / sqrt(d))       a_h, b_h [T, d]: columns of head h
+    loss_i = 1/A sum_h KL(relation(teacher)[h, i] || relation(student)[h, i])     of query token i
+
+MiniLM (Wang et al. 2020, arXiv 2002.10957): relation(query, key), which is the attention, and
+relation(value, value). MiniLMv2 (Wang et al. 2021, arXiv 2012.15828): relations of query, key and
+value with themselves. The concatenated heads of a layer are split again into A relation heads, so A
+need not be the number of attention heads, and d differs between student and teacher.
+
+For every sequence and head this is a small linear KD loss: queries are its rows, keys its head and
+tokens its classes. Its gradient is computed in the forward, by the row kernels of room `kd_loss`,
+and logits [B, A, T, T] exist for one block at a time; see relation_stream.py. They are fp32 at the
+softmax whatever the dtype of the inputs; a key without probability is -inf.
+
+FLOPs: 2 B T^2 (3 H_s + H_t), about half of it when causal; 2 B T^2 (H_s + H_t) without gradient,
+which reduction="none" spends once more in its backward.
+Limits: no gradient to the teacher; no double backward.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..common import (
+    cast_for_autocast,
+    check_float,
+    check_reduction,
+    check_row_tensor,
+    check_same_device,
+    combine_row_weights,
+    debug_check_finite,
+    denominator,
+    refuse_double_backward,
+    scaled,
+    without_autocast,
+)
+from ..kd_loss.reference import kd_loss_reference
+from .relation_stream import Arguments, mean_over_heads, stream
+
+_INPUTS = (
+    "Tensor student_a, Tensor? student_b, Tensor teacher_a, Tensor? teacher_b, Tensor? mask, "
+    "Tensor row_weights, int num_heads, bool causal, int workspace_mb, str backend"
+)
+_NUM_INPUTS = 10
+_ROW_WEIGHTS = 5
+
+torch.library.define(
+    "modxfer::relation_loss_fwd",
+    f"({_INPUTS}, bool need_da, bool need_db) -> (Tensor loss, Tensor da, Tensor db)",
+)
+torch.library.define("modxfer::relation_loss_rows", f"({_INPUTS}) -> Tensor")
+
+
+def relation_loss(
+    student_a: Tensor,
+    student_b: Tensor | None,
+    teacher_a: Tensor,
+    teacher_b: Tensor | None,
+    *,
+    num_heads: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    workspace_mb: int = 64,
+    backend: str | None = None,
+) -> Tensor:
+    """KL of the teacher's relation softmax(a b^T / sqrt(d)) from the student's, per query token.
+
+    Args:
+        student_a: [B, T, H_s], the queries of the relation; fp64, fp32, fp16 or bf16.
+        student_b: [B, T, H_s], its keys, dtype of student_a. None or student_a itself: the relation
+            of student_a with itself, whose gradient counts both roles.
+        teacher_a: [B, T, H_t]; H_t and dtype may differ. A constant.
+        teacher_b: [B, T, H_t], as student_b.
+        num_heads: relation heads A; divides H_s and H_t. Grouped keys or values are repeated to the
+            width of the queries first.
+        mask: [B, T] bool, True for a real token. Padding counts neither as a query nor as a key,
+            and may hold anything, NaN included.
+        causal: token i sees the tokens j <= i only, as in a decoder.
+        token_weights: [B, T], multiplies each query's loss; does not enter the mean's denominator.
+        normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
+            of real tokens. Under gradient accumulation: the tokens of the whole step.
+        reduction: "mean", "sum", or "none" (shape [B, T]), whose backward recomputes the logits
+            because each token brings a gradient of its own. Heads are averaged in all of them.
+        workspace_mb: MiB for the logits in flight and for what is copied of the heads they belong
+            to. Exceeded where 16 rows of one head do not fit. A CPU uses 8 of them at most.
+        backend: "triton", "cpp" or "reference"; None takes the best available.
+
+    Returns:
+        fp32 scalar, or [B, T] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        BackendError: the backend asked for cannot run these inputs.
+
+    Under `torch.autocast` the inputs are cast as `F.linear` would.
+    """
+    check_reduction(reduction, normalizer)
+    student_b = None if student_b is student_a else student_b
+    teacher_b = None if teacher_b is teacher_a else teacher_b
+    student_a, student_b = cast_for_autocast(student_a, student_b)
+    teacher_a, teacher_b = cast_for_autocast(
+        teacher_a.detach(), None if teacher_b is None else teacher_b.detach()
+    )
+    _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_weights)
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+    backend = dispatch.resolve("kd_loss", student_a, teacher_a, backend=backend)
+
+    rows = student_a.shape[:2]
+    tokens = student_a.detach()[..., 0].reshape(rows.numel())
+    valid = None if mask is None else mask.reshape(-1)
+    dtype = torch.promote_types(student_a.dtype, torch.float32)
+    weights = combine_row_weights(valid, token_weights, tokens, dtype)
+    divisor = denominator(reduction, normalizer, valid, tokens, dtype)
+    # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient
+    late = divisor is not None and student_a.dtype == torch.float16
+    if divisor is not None and not late:
+        weights = weights / divisor
+
+    inputs = (
+        student_a,
+        student_b,
+        teacher_a,
+        teacher_b,
+        mask,
+        weights.reshape(rows),
+        num_heads,
+        causal,
+        workspace_mb,
+        backend,
+    )
+    if reduction == "none":
+        return torch.ops.modxfer.relation_loss_rows(*inputs)
+    needs = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (student_a, student_b)
+    ]
+    loss, *_ = torch.ops.modxfer.relation_loss_fwd(*inputs, *needs)
+    return loss / divisor if late else loss
+
+
+def minilm_loss(
+    student_qkv: tuple[Tensor, Tensor, Tensor],
+    teacher_qkv: tuple[Tensor, Tensor, Tensor],
+    *,
+    num_heads: int,
+    value_weight: float = 1.0,
+    **options,
+) -> Tensor:
+    """MiniLM: KL of the attention distributions plus KL of the value relations, of one layer each.
+
+    Args:
+        student_qkv: (query, key, value), each [B, T, H_s]: what the three projections of an
+            attention layer return, before they are split into heads. MiniLM takes the last layer.
+        teacher_qkv: the same of the teacher, each [B, T, H_t].
+        num_heads: attention heads, as many in both models.
+        value_weight: factor of the value relation, 1 in the paper.
+        options: mask, causal, token_weights, normalizer, reduction, workspace_mb and backend of
+            `relation_loss`. `causal` holds for both relations.
+
+    Rotary embeddings belong to query and key: pass them rotated.
+    """
+    s_query, s_key, s_value = _triple("student_qkv", student_qkv)
+    t_query, t_key, t_value = _triple("teacher_qkv", teacher_qkv)
+    options["num_heads"] = num_heads
+    attention = relation_loss(s_query, s_key, t_query, t_key, **options)
+    value = relation_loss(s_value, None, t_value, None, **options)
+    return attention + value_weight * value
+
+
+def minilmv2_loss(
+    student_qkv: tuple[Tensor, Tensor, Tensor],
+    teacher_qkv: tuple[Tensor, Tensor, Tensor],
+    *,
+    num_heads: int,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    **options,
+) -> Tensor:
+    """MiniLMv2: weighted sum of the KL of query-query, key-key and value-value relations.
+
+    Args:
+        student_qkv: (query, key, value), each [B, T, ...]: what the three projections of an
+            attention layer return. Grouped keys and values may be narrower than the queries.
+        teacher_qkv: the same of the teacher. The paper takes its last layer for a base-size teacher
+            and one a few layers below the top for a large one.
+        num_heads: relation heads; divides every width. More than the attention heads (48 in the
+            paper) describe finer relations.
+        weights: factors of the three relations. One with weight 0 is not computed.
+        options: mask, causal, token_weights, normalizer, reduction, workspace_mb and backend of
+            `relation_loss`.
+    """
+    _triple("student_qkv", student_qkv)
+    _triple("teacher_qkv", teacher_qkv)
+    if len(weights) != 3 or not any(weights):
+        raise ValueError(f"weights: expected three numbers, not all 0, got {weights}")
+    terms = [
+        weight * relation_loss(student, None, teacher, None, num_heads=num_heads, **options)
+        for student, teacher, weight in zip(student_qkv, teacher_qkv, weights, strict=True)
+        if weight != 0.0
+    ]
+    return sum(terms[1:], start=terms[0])
+
+
+def relation_loss_reference(
+    student_a: Tensor,
+    student_b: Tensor,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """The definition: [B, T] mean over heads of the KL, 0 at padding; dense, for autograd."""
+    batch, seq, _ = student_a.shape
+    seen = torch.ones(batch, 1, seq, seq, dtype=torch.bool, device=student_a.device)
+    if mask is not None:
+        # a query that does not count sees itself, so that no softmax is empty
+        own = torch.eye(seq, dtype=torch.bool, device=mask.device)
+        seen = (mask[:, None, :] | own)[:, None].expand_as(seen)
+        student_a, student_b, teacher_a, teacher_b = (
+            torch.where(mask[..., None], tensor, 0.0)
+            for tensor in (student_a, student_b, teacher_a, teacher_b)
+        )
+    if causal:
+        seen = seen.tril()
+
+    def logits(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (a, b))
+        # finite, because autograd of a softmax meets inf - inf at -inf
+        return (a @ b.mT / math.sqrt(a.shape[-1])).masked_fill(~seen, -1e9).flatten(0, 2)
+
+    kd, _ = kd_loss_reference(
+        logits(student_a, student_b), logits(teacher_a, teacher_b), None, mean_over_heads(num_heads)
+    )
+    kd = kd.view(batch, num_heads, seq).mean(1)
+    return kd if mask is None else torch.where(mask, kd, 0.0)
+
+
+def _triple(name: str, tensors) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(tensors, (tuple, list)) or len(tensors) != 3:
+        got = f"{len(tensors)} of them" if isinstance(tensors, (tuple, list)) else type(tensors)
+        raise ValueError(f"{name}: expected a tuple of query, key and value, got {got}")
+    return tuple(tensors)
+
+
+def _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_weights) -> None:
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected a positive number, got {num_heads}")
+    for role, a, b in (("student", student_a, student_b), ("teacher", teacher_a, teacher_b)):
+        check_float(f"{role}_a", a)
+        if a.dim() != 3 or a.shape[-1] == 0:
+            raise ValueError(f"{role}_a: expected shape [B, T, H] with H > 0, got {tuple(a.shape)}")
+        if a.shape[-1] % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of {a.shape[-1]}, the width of {role}_a, "
+                f"got {num_heads}"
+            )
+        if b is None:
+            continue
+        if b.shape != a.shape:
+            raise ValueError(
+                f"{role}_b: expected the shape of {role}_a, {tuple(a.shape)}, got {tuple(b.shape)}"
+            )
+        if b.dtype != a.dtype:
+            raise TypeError(f"{role}_b: expected {a.dtype}, the dtype of {role}_a, got {b.dtype}")
+        check_same_device(f"{role}_b", b, f"{role}_a", a)
+    rows = student_a.shape[:2]
+    if teacher_a.shape[:2] != rows:
+        raise ValueError(
+            f"teacher_a: expected the leading dimensions of student_a, {tuple(rows)}, "
+            f"got {tuple(teacher_a.shape[:2])}"
+        )
+    check_same_device("teacher_a", teacher_a, "student_a", student_a)
+    check_row_tensor("mask", mask, rows, "student_a", student_a)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected torch.bool, True for a real token, got {mask.dtype}")
+    check_row_tensor("token_weights", token_weights, rows, "student_a", student_a)
+
+
+def _fwd(*args):
+    rows, da, db = _run(*args)
+    empty = args[_ROW_WEIGHTS].new_empty
+    return rows.sum(), *(empty(0) if grad is None else grad for grad in (da, db))
+
+
+def _rows(*inputs):
+    return _run(*inputs, False, False)[0]
+
+
+def _run(
+    student_a,
+    student_b,
+    teacher_a,
+    teacher_b,
+    mask,
+    row_weights,
+    num_heads,
+    causal,
+    workspace_mb,
+    backend,
+    need_da,
+    need_db,
+):
+    debug_check_finite(
+        student_a=student_a, student_b=student_b, teacher_a=teacher_a, teacher_b=teacher_b
+    )
+    args = Arguments(
+        mask,
+        row_weights,
+        num_heads,
+        causal,
+        workspace_mb * 2**20,
+        dispatch.load("kd_loss", backend),
+    )
+    with without_autocast(student_a.device.type):
+        kd, da, db = stream(student_a, student_b, teacher_a, teacher_b, args, need_da, need_db)
+    # the divergence of padding may be NaN
+    return torch.where(row_weights != 0, row_weights * kd, 0.0), da, db
+
+
+torch.library.impl("modxfer::relation_loss_fwd", "CompositeExplicitAutograd", _fwd)
+torch.library.impl("modxfer::relation_loss_rows", "CompositeExplicitAutograd", _rows)
+
+
+@torch.library.register_fake("modxfer::relation_loss_fwd")
+def _(student_a, student_b, *rest):
+    row_weights, needs = rest[_ROW_WEIGHTS - 2], rest[-2:]
+    grads = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need
+        else row_weights.new_empty(0)
+        for tensor, need in zip((student_a, student_b), needs, strict=True)
+    )
+    return row_weights.new_empty(()), *grads
+
+
+@torch.library.register_fake("modxfer::relation_loss_rows")
+def _(student_a, student_b, *rest):
+    return torch.empty_like(rest[_ROW_WEIGHTS - 2])
+
+
+def _fwd_setup_context(ctx, inputs, output):
+    ctx.needs = inputs[_NUM_INPUTS:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _fwd_backward(ctx, dloss, *_):
+    refuse_double_backward("relation_loss")
+    grads = [None] * (_NUM_INPUTS + 2)
+    for position, (grad, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
+        if needed and dloss is not None:
+            grads[position] = scaled(grad, dloss)
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "modxfer::relation_loss_fwd", _fwd_backward, setup_context=_fwd_setup_context
+)
+
+
+def _rows_setup_context(ctx, inputs, output):
+    ctx.options = inputs[_ROW_WEIGHTS + 1 :]
+    ctx.save_for_backward(*inputs[: _ROW_WEIGHTS + 1])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_backward(ctx, drows):
+    refuse_double_backward("relation_loss")
+    grads = [None] * _NUM_INPUTS
+    if drows is None:
+        return tuple(grads)
+    *tensors, row_weights = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    # a row without weight may bring any upstream gradient, inf * 0 included
+    row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
+    _, *found = torch.ops.modxfer.relation_loss_fwd(*tensors, row_weights, *ctx.options, *needs)
+    for position, (grad, needed) in enumerate(zip(found, needs, strict=True)):
+        grads[position] = grad if needed else None
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "modxfer::relation_loss_rows", _rows_backward, setup_context=_rows_setup_context
+)

@@ -1,0 +1,131 @@
+"""Which layers of a model share an input, and the hooks that open a window around their parent."""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .layer import FusedForward
+from .window import Window
+
+logger = logging.getLogger(__package__)
+
+# Names that Llama, Qwen, Mistral, Gemma (first and third) and BERT, RoBERTa, XLM-R (second) give to
+# linears that read the parent's one input.
+_SHARING = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
+# A parent with such an argument may give its keys another input than its queries.
+_SECOND_INPUTS = {
+    "context",
+    "encoder_hidden_states",
+    "key",
+    "key_states",
+    "key_value_states",
+    "memory",
+    "value",
+}
+
+
+@dataclass
+class GroupHooks:
+    """Opens and closes the window of one group; hooks of its parent, found there by its type.
+
+    Holds names, not modules: so the hooks of a copied or replicated parent see its own members.
+    """
+
+    names: tuple[str, ...]
+    warned: bool = field(default=False, compare=False)
+
+    def open(self, parent: nn.Module, args: tuple) -> None:
+        # a traced tensor does not tell whether the parent wrote to it between two members: that
+        # none of transformers' models does so is known, of others it is not
+        if torch.compiler.is_compiling() and not _is_of_transformers(type(parent)):
+            return
+        members = tuple(self._members(parent))
+        if len(members) < 2:
+            return
+        window = Window(members)
+        for member in members:
+            member._fused_lora_window = window
+
+    def close(self, parent: nn.Module, args: tuple, result) -> None:
+        wasted = False
+        for member in self._members(parent):
+            window = member._fused_lora_window
+            member._fused_lora_window = None
+            if window is not None:
+                window.clear()
+                wasted |= window.wasted
+        # an exception, of which this hook sees no result, leaves outputs behind rightly
+        if wasted and result is not None and not self.warned:
+            self.warned = True
+            logger.warning(
+                "%s: of %s, computed together, not all were called with the same input; the work "
+                "for the others was wasted. patch_peft_model(model, group=False) fuses each alone.",
+                type(parent).__name__,
+                ", ".join(self.names),
+            )
+
+    def _members(self, parent: nn.Module) -> Iterator[FusedForward]:
+        for name in self.names:
+            member = getattr(parent, name, None)
+            if isinstance(member, FusedForward):
+                yield member
+
+
+def _is_of_transformers(cls: type) -> bool:
+    return cls.__module__.startswith("transformers.models.")
+
+
+def find_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """Parents, and the names of their fused layers that by their names read one input."""
+    for parent in model.modules():
+        for sharing in _SHARING:
+            names = tuple(name for name in sharing if _is_fused(getattr(parent, name, None)))
+            if len(names) > 1:
+                yield parent, names
+
+
+def apart_reason(parent: nn.Module, names: tuple[str, ...]) -> str:
+    """Why layers that find_groups found are to be computed one by one; empty if they need not."""
+    arguments = inspect.signature(type(parent).forward).parameters
+    second = sorted(_SECOND_INPUTS.intersection(arguments))
+    if second:
+        return f"{type(parent).__name__} may give them different inputs ({second[0]})"
+    members = [getattr(parent, name) for name in names]
+    if len({member.in_features for member in members}) > 1:
+        return "their widths differ"
+    if any(hasattr(p, "ds_id") for member in members for p in member.parameters()):
+        return "ZeRO-3 gathers the parameters of one module at a time"
+    return ""
+
+
+def _is_fused(module) -> bool:
+    return isinstance(module, FusedForward)
+
+
+def groups_of(parent: nn.Module) -> list[tuple[str, ...]]:
+    """The groups whose hooks the parent has."""
+    return [hook.__self__.names for hook in parent._forward_pre_hooks.values() if _is_ours(hook)]
+
+
+def set_groups(parent: nn.Module, groups: list[tuple[str, ...]]) -> None:
+    """Hooks of these groups on the parent, and of no others."""
+    for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+            parent._forward_hooks_always_called.pop(key, None)
+    for names in groups:
+        hooks = GroupHooks(names)
+        parent.register_forward_pre_hook(hooks.open)
+        parent.register_forward_hook(hooks.close, always_call=True)
+
+
+def _is_ours(hook) -> bool:
+    return isinstance(getattr(hook, "__self__", None), GroupHooks)

@@ -1,0 +1,162 @@
+"""Existing LoRA models on the fused op, reversibly."""
+
+import logging
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
+from torch import nn
+
+from modxfer_fast.models.errors import ModelError
+
+from .eligibility import kernel_reason, read_branch
+from .group import apart_reason, find_groups, groups_of, set_groups
+from .layer import FusedForward, fused_class, plain_class
+from .report import FusedLoraReport
+
+logger = logging.getLogger(__package__)
+
+_PART_REASON = "it is part of a MultiheadAttention, which does not call it"
+
+
+def patch_peft_model(model: nn.Module, *, group: bool = True) -> FusedLoraReport:
+    """Runs the LoRA linears of a model on `lora_linear`, those that share an input as one op.
+
+    Values, gradients, dropout and dtypes are PEFT's up to rounding; masks are other draws of the
+    same distribution. Parameters, their names, checkpoints, merging and switching of adapters stay
+    PEFT's. Any call the op does not cover (DoRA, several active adapters, mixed batches, disabled
+    or merged adapters, hooks on sub-modules, tensor parallelism) is PEFT's own forward; whether it
+    is, is decided call by call, and the report says what holds now.
+
+    Patch before `torch.compile` and before DeepSpeed, FSDP or DDP wrap the model. Under ZeRO-3 and
+    FSDP groups are computed layer by layer where parameters of several modules are not gathered at
+    once. Gradients of gradients and `torch.func` transforms need PEFT's forward: unpatch first.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers; changed in place.
+        group: False computes each layer alone.
+
+    Returns:
+        A report that prints what was fused and why the rest was not, and that can `unpatch()`.
+
+    Raises:
+        TypeError: not a module. ModelError: no LoRA layer in it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    if not layers:
+        raise ModelError(
+            f"model: expected LoRA layers, as in a PeftModel with a LoraConfig; the "
+            f"{type(model).__name__} has none"
+        )
+    parts = _parts_of_attention(layers)
+    undo = [_fuse(la) for name, la in layers.items() if name not in parts and _is_fusable(la)]
+    if group:
+        for parent, groups in _wanted_groups(model).items():
+            previous = groups_of(parent)
+            if groups != previous:
+                set_groups(parent, groups)
+                undo.append(partial(_regroup, weakref.ref(parent), previous))
+    report = _report(model, layers, parts, undo)
+    logger.info("%s", report)
+    return report
+
+
+def unpatch_peft_model(model: nn.Module) -> None:
+    """Gives every LoRA layer of the model PEFT's own forward, whoever fused it."""
+    for module in model.modules():
+        if groups_of(module):
+            set_groups(module, [])
+        if isinstance(module, FusedForward):
+            _unfuse(weakref.ref(module))
+
+
+def _parts_of_attention(layers: dict[str, nn.Module]) -> set[str]:
+    """Names of the linears that PEFT's MultiheadAttention merges and never calls."""
+    wholes = [f"{n}." for n, layer in layers.items() if isinstance(layer, MultiheadAttention)]
+    return {name for name in layers if name.startswith(tuple(wholes))}
+
+
+def _is_fusable(layer: nn.Module) -> bool:
+    return fused_class(type(layer)) is not None and "forward" not in layer.__dict__
+
+
+def _fuse(layer: nn.Module) -> Callable[[], None]:
+    layer.__class__ = fused_class(type(layer))
+    return partial(_unfuse, weakref.ref(layer))
+
+
+def _unfuse(ref: weakref.ref) -> None:
+    layer = ref()
+    if isinstance(layer, FusedForward):
+        layer.__dict__.pop("_fused_lora_window", None)
+        layer.__class__ = plain_class(type(layer))
+
+
+def _regroup(ref: weakref.ref, groups: list[tuple[str, ...]]) -> None:
+    parent = ref()
+    if parent is not None:
+        set_groups(parent, groups)
+
+
+def _wanted_groups(model: nn.Module) -> dict[nn.Module, list[tuple[str, ...]]]:
+    wanted = {}
+    for parent, names in find_groups(model):
+        if not apart_reason(parent, names):
+            wanted.setdefault(parent, []).append(names)
+    return wanted
+
+
+def _report(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    parts: set[str],
+    undo: list[Callable[[], None]],
+) -> FusedLoraReport:
+    declined, plain, branches = [], [], []
+    for name, layer in layers.items():
+        reason = _PART_REASON if name in parts else _reason(layer)
+        if reason:
+            declined.append((name, reason))
+        elif read_branch(layer)[0].plain_base:
+            plain.append(name)
+        else:
+            branches.append(name)
+    path = {module: name for name, module in model.named_modules()}
+    groups, apart = [], []
+    for parent, names in find_groups(model):
+        members = [path[getattr(parent, name)] for name in names]
+        members = tuple(name for name in members if name in plain)
+        if len(members) < 2:
+            continue
+        if names in groups_of(parent):
+            groups.append(members)
+        elif reason := apart_reason(parent, names):
+            apart.append((members, reason))
+    grouped = {name for group in groups for name in group}
+    return FusedLoraReport(
+        groups=tuple(groups),
+        singles=tuple(name for name in plain if name not in grouped),
+        branches=tuple(branches),
+        apart=tuple(apart),
+        declined=tuple(declined),
+        already_patched=not undo and any(isinstance(m, FusedForward) for m in layers.values()),
+        _undo=undo,
+    )
+
+
+def _reason(layer: nn.Module) -> str:
+    """Why PEFT's own forward runs the layer at present, as far as it can be told without input."""
+    if not isinstance(layer, FusedForward):
+        if "forward" in layer.__dict__:
+            return "its forward has been replaced"
+        return f"{type(layer).__name__} is no linear that the op knows"
+    branch, reason = read_branch(layer)
+    if branch is None:
+        return reason
+    # the input has the dtype of a plain base, or that of the adapters where the base is quantised
+    dtype = (branch.lora_a if branch.weight is None else branch.weight).dtype
+    return kernel_reason(branch, branch.lora_a.device.type, dtype, dtype)

@@ -1,0 +1,81 @@
+"""The row kernels of `kd_loss` as they are launched in training."""
+
+import dataclasses
+import itertools
+
+import torch
+
+from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.kd_loss import triton_impl
+
+FUNCTIONS = ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")
+# (student and teacher, dlogits); the first is the streamed loss, the others are logits of a model
+DTYPES = {
+    "fp32-bf16": (torch.float32, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+}
+# (ce_weight, temperature): without labels, sharing the softmax with the divergence, with its own
+OBJECTIVES = {"kd": (0.0, 1.0), "kd+ce": (0.5, 1.0), "kd+ce-t2": (0.5, 2.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel: a function of `kd_loss.triton_impl` and the inputs it is launched for."""
+
+    function: str
+    divergence: str
+    objective: str
+    dtypes: str
+    rows: int = 4096
+    vocab_size: int = 128256
+
+    @property
+    def most_registers(self) -> int:
+        """Two programs of 512 threads share a multiprocessor's 65536 registers (fp32 logits); with
+        16-bit logits a program has half the threads."""
+        return 64 if self.dtypes.startswith("fp32") else 128
+
+    def launch(self) -> None:
+        logits_dtype, dlogits_dtype = DTYPES[self.dtypes]
+        ce_weight, temperature = OBJECTIVES[self.objective]
+        spec = KDSpec(self.divergence, 0.5, temperature, 1.0, ce_weight)
+        shape = (self.rows, self.vocab_size)
+        student = torch.empty(shape, dtype=logits_dtype, device="meta")
+        teacher = torch.empty_like(student)
+        labels = torch.empty(self.rows, dtype=torch.int64, device="meta") if ce_weight else None
+        weights = torch.empty(self.rows, device="meta")
+        stats = torch.empty(self.rows, 6, device="meta")
+        dlogits = torch.empty(shape, dtype=dlogits_dtype, device="meta")
+        if self.function == "kd_loss_fwd":
+            triton_impl.kd_loss_fwd(student, teacher, labels, spec)
+        elif self.function == "kd_loss_bwd":
+            triton_impl.kd_loss_bwd(student, teacher, labels, weights, stats, spec, dlogits)
+        else:
+            triton_impl.kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits)
+
+
+def all_cases() -> list[Case]:
+    """The whole product at the large vocabulary, then every other launch of `row_config`.
+
+    V and the number of rows are run-time arguments: 32000 and 128256 columns share a kernel.
+    """
+    cases = [
+        Case(*parts) for parts in itertools.product(FUNCTIONS, DIVERGENCES, OBJECTIVES, DTYPES)
+    ]
+    for function, divergence in itertools.product(FUNCTIONS, DIVERGENCES):
+        case = Case(function, divergence, "kd+ce-t2", "fp32-bf16")
+        cases.append(dataclasses.replace(case, rows=8))
+        cases.append(dataclasses.replace(case, vocab_size=8192))
+        cases.append(dataclasses.replace(case, vocab_size=1000))
+    return cases
+
+
+def core_cases() -> list[Case]:
+    """Every kernel and divergence as most often launched, and where it needs most registers."""
+    return [
+        Case(function, divergence, objective, dtypes)
+        for function, divergence in itertools.product(FUNCTIONS, DIVERGENCES)
+        for objective, dtypes in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
+    ]

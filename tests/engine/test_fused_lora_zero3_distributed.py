@@ -1,0 +1,220 @@
+"""Fused LoRA layers under ZeRO and DDP on two ranks: trained adapters equal a dense reference.
+
+Plain PEFT in one process, in fp64, is the truth. All cells run in one launch.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective
+from modxfer_fast.engine.deepspeed import zero_config
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.lora_linear import op
+from modxfer_fast.models import patch_peft_model, register_fused_lora
+from modxfer_fast.testing import run_distributed
+from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
+from modxfer_fast.testing.reference import train_dense
+
+STEPS, ACCUMULATION, BATCH, RANKS = 3, 2, 2, 2
+LEARNING_RATE = 0.5
+OBJECTIVE = Objective(kd_weight=0.0, ce_weight=1.0)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    stage: int | None  # None: plain DDP
+    checkpointing: str | None = None
+    student_on_disk: bool = True  # else patched first, and partitioned by DeepSpeed afterwards
+    registered: bool = False  # fused by the configuration instead of a patch
+    persistence: int = 0  # at 0 adapters are partitioned too
+
+    @property
+    def name(self) -> str:
+        parts = ["ddp" if self.stage is None else f"zero{self.stage}", self.checkpointing or ""]
+        parts += ["built"] * (not self.student_on_disk) + ["registered"] * self.registered
+        parts += ["persistent"] * bool(self.persistence)
+        return "-".join(part for part in parts if part)
+
+
+CELLS = [
+    Cell(None),
+    Cell(2),
+    Cell(3),
+    Cell(3, registered=True),
+    Cell(3, student_on_disk=False),
+    Cell(3, persistence=100_000),
+    Cell(3, checkpointing="nonreentrant"),
+    Cell(3, checkpointing="reentrant"),
+    Cell(None, checkpointing="reentrant"),
+]
+
+
+def add_lora(model, registered=False):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        # with the usual B = 0 the first gradient of A is zero
+        config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+        return get_peft_model(model, register_fused_lora(config) if registered else config)
+
+
+@contextlib.contextmanager
+def calls_of_the_op():
+    """Sizes of the groups that the op is called with."""
+    sizes, apply = [], op._LoraLinear.apply
+    op._LoraLinear.apply = lambda x, seed, options, *rest: (
+        sizes.append(len(options.scalings)) or apply(x, seed, options, *rest)
+    )
+    yield sizes
+    op._LoraLinear.apply = apply
+
+
+def run_cells(cells: list[Cell], folder: str) -> list[dict]:
+    fast, _ = dispatch.accelerated("lora_linear", "cpu", (torch.float32, torch.float32))
+    with dispatch.use_backend(None if fast else "reference"):
+        return [run_cell(cell, Path(folder)) for cell in cells]
+
+
+def run_cell(cell: Cell, folder: Path) -> dict:
+    checkpointing = {}
+    if cell.checkpointing:
+        kwargs = {"use_reentrant": cell.checkpointing == "reentrant"}
+        checkpointing = {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": kwargs,
+        }
+    deepspeed = None
+    if cell.stage is not None:
+        deepspeed = zero_config(cell.stage)
+        deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
+    args = DistillConfig(
+        output_dir=str(folder / cell.name),
+        zero_stage=cell.stage,
+        deepspeed=deepspeed,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        kd_weight=0.0,
+        ce_weight=1.0,
+        **checkpointing,
+    )
+    if cell.student_on_disk:
+        student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    else:
+        student = tiny_llama()
+    student = add_lora(student, cell.registered)
+    report = None if cell.registered else patch_peft_model(student)
+    trainer = DistillTrainer(
+        student,
+        args,
+        None,
+        train_dataset=TokenDataset(STEPS * ACCUMULATION * BATCH * RANKS),
+        data_collator=align_collate,
+    )
+    with calls_of_the_op() as sizes:
+        trainer.train()
+        trainer.evaluate(TokenDataset(3, seed=7))
+    gathered = [
+        name
+        for name, parameter in trainer.student.named_parameters()
+        if getattr(parameter, "ds_status", None) == ZeroParamStatus.AVAILABLE
+        and not parameter.ds_persist
+    ]
+    trainer.save_model(str(folder / cell.name))
+    return {
+        "gathered": gathered,
+        "zero_stage": trainer.zero_stage,
+        "sizes": set(sizes),
+        "partitioned": any(hasattr(p, "ds_id") for p in trainer.student.parameters()),
+        "report": report,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fused_lora")
+    tiny_llama().save_pretrained(folder / "student")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    ranks = run_distributed(run_cells, CELLS, str(folder), world_size=RANKS, timeout=300)
+    return {cell: [rank[i] for rank in ranks] for i, cell in enumerate(CELLS)}
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """(start, fp64 truth, fp32 yardstick) of plain PEFT."""
+    student = add_lora(AutoModelForCausalLM.from_pretrained(folder / "student"))
+    data = TokenDataset(STEPS * ACCUMULATION * BATCH * RANKS)
+    size = len(data) // STEPS
+    rows = [data[i] for i in range(len(data))]
+    steps = [[align_collate(rows[s * size : (s + 1) * size])] for s in range(STEPS)]
+    truth, yardstick = (
+        train_dense(student, None, steps, OBJECTIVE, LEARNING_RATE, dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    return tuple(dict(model.named_parameters()) for model in (student, truth, yardstick))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_weights_equal_the_dense_reference(cell, folder, results, reference):
+    start, truth, yardstick = reference
+    base = AutoModelForCausalLM.from_pretrained(folder / "student")
+    saved = dict(PeftModel.from_pretrained(base, folder / cell.name).named_parameters())
+    assert saved.keys() == truth.keys()
+    for name, expected in truth.items():
+        if not start[name].requires_grad:
+            assert torch.equal(saved[name].double(), expected), name
+            continue
+        moved = (expected - start[name]).abs().max().item()
+        # the order of additions differs between ranks and micro-batches: a few roundings of the
+        # update
+        own = (yardstick[name].double() - expected).abs().max().item()
+        budget = 2 * own + 8 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+        error = (saved[name].double() - expected).abs().max().item()
+        assert moved > 20 * budget, f"{name} moved {moved:.2e}, too little to tell"
+        assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_the_op_ran_and_groups_only_where_parameters_are_whole(cell, results):
+    for rank in results[cell]:
+        assert rank["zero_stage"] == cell.stage
+        assert rank["partitioned"] == (cell.stage == 3)
+        assert rank["sizes"] == ({1} if cell.stage == 3 else {1, 2, 3})
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_no_parameter_stays_gathered(cell, results):
+    """A layer that read parameters of its sub-modules has to give them back."""
+    for rank in results[cell]:
+        assert rank["gathered"] == []
+
+
+def test_the_report_says_why_partitioned_layers_are_not_grouped(results):
+    partitioned, whole = results[Cell(3)][0]["report"], results[Cell(2)][0]["report"]
+    assert not partitioned.groups
+    assert {reason for _, reason in partitioned.apart} == {
+        "ZeRO-3 gathers the parameters of one module at a time"
+    }
+    assert len(partitioned.singles) == 14
+    assert len(whole.groups) == 4
+    assert not whole.apart

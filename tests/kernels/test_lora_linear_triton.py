@@ -1,0 +1,231 @@
+"""The Triton kernels of lora_linear, interpreted on a CPU: tiles, strides and launches.
+
+Values and gradients of every kind of input are in test_lora_linear.py; here are the sizes at
+which a launch changes shape.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.lora_linear import triton_impl
+from modxfer_fast.kernels.lora_linear.config import (
+    Architecture,
+    da_config,
+    ds_db_config,
+    padded_rank,
+    product_config,
+    shrink_config,
+)
+from modxfer_fast.kernels.lora_linear.dropout import dropout_bits
+from tests.lora_inputs import BF16, BF16_FP32, FP32, check, lora_inputs, run
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # NumPy, which interprets Triton, warns of infinities that the kernels mask
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+interpreted = pytest.mark.skipif(
+    not env.triton_interpreted(), reason="a GPU is present: test_lora_linear_gpu.py runs there"
+)
+ARCHITECTURES = [
+    *(Architecture("cuda", capability) for capability in (80, 89, 90, 100, 120)),
+    Architecture("hip", 0),
+]
+KERNELS = ("shrink", "expand", "ds_db", "dx", "da", "reduce")
+
+
+@interpreted
+@pytest.mark.parametrize("dtypes", [FP32, BF16, BF16_FP32], ids=["fp32", "bf16", "bf16+fp32"])
+def test_several_tiles_of_everything(dtypes):
+    """More than GROUP_M row tiles, two column tiles of each kernel, several splits of the rows."""
+    check(lora_inputs(600, 80, (140, 20), dtypes, dropouts=(0.5, 0.0)), backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("num_targets", [1, 3])
+@pytest.mark.parametrize("rank", [17, 33, 65, 200])
+def test_ranks_of_several_blocks(rank, num_targets):
+    """Ranks are cut over the grid in the skinny passes and over steps in the products."""
+    inputs = lora_inputs(20, 70, (24, 40, 8)[:num_targets], ranks=(rank, 3, rank // 2))
+    check(inputs, backend="triton")
+
+
+@interpreted
+def test_programs_of_higher_ranks_agree_on_the_mask():
+    inputs = lora_inputs(40, 130, (24, 8, 8, 8), ranks=(130,), dropouts=(0.3, 0.0, 0.9, 1.0))
+    config = shrink_config(40, 130, 4, 4, Architecture("cuda", 80))
+    assert config.block_r < 130
+    _, bits = triton_impl.shrink(inputs.x.detach(), inputs.targets, inputs.seed, 0)
+    expected = dropout_bits(inputs.seed, 40, 130, [0.3, 0.0, 0.9, 1.0])
+    assert torch.equal(bits, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("start", [0, 1, 31, 32, 69])
+def test_chunks_of_rows_draw_the_mask_of_the_whole(start):
+    inputs = lora_inputs(70, 40)
+    _, whole = triton_impl.shrink(inputs.x.detach(), inputs.targets, inputs.seed, 0)
+    _, chunk = triton_impl.shrink(inputs.x.detach()[start:], inputs.targets, inputs.seed, start)
+    assert torch.equal(chunk, whole[:, start:])
+
+
+@interpreted
+@pytest.mark.parametrize("part", ["weight", "lora_a", "lora_b", "bias"])
+def test_strided_parameters(part):
+    inputs = lora_inputs(9, 70, (24, 40), bias=(True,))
+    expected = run(inputs, backend="triton")
+    for index, target in enumerate(inputs.targets):
+        tensor = getattr(target, part).detach()
+        wide = torch.full((*tensor.shape, 2), float("nan"))
+        wide[..., 0] = tensor
+        strided = (wide[..., 0] if part == "bias" else tensor.t().contiguous().t()).requires_grad_()
+        assert not strided.is_contiguous()
+        inputs.targets[index] = target._replace(**{part: strided})
+    results = run(inputs, backend="triton")
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
+@interpreted
+def test_two_runs_are_equal():
+    inputs = lora_inputs(140, 70, (140, 24))
+    first, second = (run(inputs, backend="triton") for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels in the order they are launched."""
+    names = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name in KERNELS:
+        kernel = getattr(triton_impl, f"_{name}_kernel")
+        monkeypatch.setattr(triton_impl, f"_{name}_kernel", Counted(name, kernel))
+    return names
+
+
+@interpreted
+def test_a_group_costs_two_launches_forward_and_five_backward(launches):
+    inputs = lora_inputs(9, 40, (24, 8, 8))
+    inputs.require("x", "lora_a", "lora_b")
+    run(inputs, backend="triton")
+    assert launches == ["shrink", "expand", "ds_db", "reduce", "dx", "da", "reduce"]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("needs", "backward"),
+    [
+        (("x",), ["ds_db", "reduce", "dx"]),
+        (("lora_a",), ["ds_db", "reduce", "da", "reduce"]),
+        (("lora_b",), ["ds_db", "reduce"]),
+        (("lora_a0",), ["ds_db", "reduce", "da", "reduce"]),
+    ],
+    ids=["x", "lora_a", "lora_b", "one lora_a"],
+)
+def test_what_is_not_needed_is_not_launched(launches, needs, backward):
+    inputs = lora_inputs(9, 40, (24, 8))
+    inputs.require(*needs)
+    run(inputs, backend="triton", dys=inputs.dys)
+    assert launches == ["shrink", "expand", *backward]
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "width"), [(0, 40), (5, 0), (0, 0)])
+def test_nothing_to_do(rows, width):
+    results = run(lora_inputs(rows, width or 1, (24, 8)), backend="triton")
+    assert all(result.isfinite().all() for result in results.values())
+    if width == 0:
+        inputs = lora_inputs(rows, 1, (24, 8), bias=(True,))
+        inputs.x = inputs.x.detach()[:, :0]
+        inputs.targets = [
+            target._replace(weight=target.weight[:, :0], lora_a=target.lora_a[:, :0])
+            for target in inputs.targets
+        ]
+        for y, target in zip(
+            triton_impl.lora_linear_fwd(inputs.x, inputs.targets, inputs.seed)[0],
+            inputs.targets,
+            strict=True,
+        ):
+            assert torch.equal(y, target.bias.expand(rows, -1))
+
+
+# --- configurations
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_launches_are_within_hardware_limits(architecture):
+    warp_size = 64 if architecture.backend == "hip" else 32
+    for rows, columns, rank, itemsize in itertools.product(
+        (1, 100, 2048, 8192, 2**20), (1, 1000, 4096, 28672), (1, 16, 24, 64, 1000), (2, 4)
+    ):
+        for is_exact, second in itertools.product((False, True), repeat=2):
+            config = product_config(
+                rows,
+                columns,
+                rank,
+                itemsize,
+                architecture,
+                is_exact=is_exact,
+                has_second_accumulator=second,
+            )
+            tile = config.block_m * config.block_n
+            assert config.block_r >= 16  # what tl.dot multiplies at least
+            # fp32 accumulators of a thread leave room for operands and addresses
+            assert tile <= 128 * config.num_warps * warp_size
+            assert not (second and tile > 128 * 128)
+            step = (config.block_m + config.block_n) * config.block_l * itemsize
+            buffers = config.num_stages - (architecture.backend == "hip")
+            ranks = 4 * config.block_r * (config.block_m + config.block_n)
+            assert step * buffers + ranks <= 1024 * architecture.shared_kib
+        for config in (
+            shrink_config(rows, rank, 3, itemsize, architecture),
+            ds_db_config(rows, columns, rank, itemsize, architecture),
+            da_config(rows, columns, rank, 3, itemsize, architecture),
+        ):
+            assert 16 <= config.block_r <= padded_rank(rank)
+            assert config.block_n % 32 == 0  # whole words of the mask
+            step = config.block_m * config.block_n * itemsize
+            assert step * config.num_stages <= 1024 * architecture.shared_kib
+            for number in (config.block_m, config.block_n, config.block_r, config.num_warps):
+                assert number & (number - 1) == 0
+
+
+def test_rows_are_split_for_two_programs_a_multiprocessor():
+    for rows, columns in ((8192, 4096), (2048, 1536), (100, 4096), (2**20, 256)):
+        config = ds_db_config(rows, columns, 16, 2, Architecture("cuda", 90))
+        assert config.split_rows % config.block_m == 0
+        programs = -(-columns // config.block_n) * -(-rows // config.split_rows)
+        assert programs <= 264 or config.split_rows == config.block_m
+        # one block of rows less a program, and there are too many of them
+        fewer = config.split_rows - config.block_m
+        assert fewer == 0 or -(-columns // config.block_n) * -(-rows // fewer) > 264 * 0.9
+
+
+def test_a_small_product_gets_small_tiles():
+    architecture = Architecture("cuda", 90)
+    small, medium, large = (
+        product_config(rows, 4096, 16, 2, architecture) for rows in (256, 1024, 8192)
+    )
+    assert small.block_m * small.block_n <= medium.block_m * medium.block_n
+    assert (large.block_m, large.block_n) == (128, 256)
+    assert product_config(8192, 4096, 16, 2, Architecture("cuda", 120)).block_n == 128
+
+
+@pytest.mark.parametrize(("rank", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128)])
+def test_padded_rank(rank, padded):
+    assert padded_rank(rank) == padded
