@@ -156,7 +156,7 @@ def test_room_is_complete(room):
         wanted.append(folder / FILE_OF_BACKEND.get(backend, f"{backend}_impl.py"))
     for backend, source in (("cpp", f"cpu/{room}.cpp"), ("cuda", f"cuda/{room}.cu")):
         path = folder / f"{backend}_impl.py"
-        if path.exists() and "torch.ops.modxfer_csrc" in path.read_text():
+        if path.exists() and "compiled.ops()" in path.read_text():
             wanted.append(ROOT / "csrc" / source)
     missing = [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
     assert not missing

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import env
-from ..common import KDSpec
+from ..common import KDSpec, triton_device
 from .config import row_config
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -387,21 +386,8 @@ def _kd_loss_fwd_bwd_kernel(
     )  # fmt: skip
 
 
-def available() -> tuple[bool, str]:
-    if env.triton_interpreted() or torch.cuda.is_available():
-        return True, ""
-    return False, "no GPU is visible to torch; TRITON_INTERPRET=1 runs the kernels on a CPU"
-
-
-def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
-    if device_type == "cpu" and not env.triton_interpreted():
-        return False, "tensors on a CPU need TRITON_INTERPRET=1 at import"
-    if device_type not in ("cpu", "cuda"):
-        return False, f"runs on cuda devices, not on {device_type}"
-    for dtype in dtypes:
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return False, f"supports float32, float16 and bfloat16, got {dtype}"
-    return True, ""
+available = triton_device.available
+supports = triton_device.supports
 
 
 def kd_loss_fwd(

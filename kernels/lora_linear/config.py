@@ -85,7 +85,9 @@ def product_config(
     architecture: Architecture,
     *,
     is_exact: bool = False,
-    has_second_accumulator: bool = False,
+    is_masked_sum: bool = False,
+    is_crowded: bool = False,
+    is_scattered: bool = False,
 ) -> ProductConfig:
     """Launch for a result of `rows` times `columns`.
 
@@ -93,16 +95,24 @@ def product_config(
         rank: largest rank of the targets.
         itemsize: bytes of an element of x.
         is_exact: fp32 without tf32, which has no tensor cores.
-        has_second_accumulator: products of several targets are masked before they are added.
+        is_masked_sum: products of several targets are masked before they are added, in a second
+            accumulator.
+        is_crowded: a masked sum whose operands are wide, or are all that is loaded; the compiler
+            then loads those of every target at once.
+        is_scattered: an operand is not read in vectors, and goes through registers.
     """
     block_r = min(padded_rank(rank), 32)
     if is_exact:
         return ProductConfig(64, 64, 16, 16, 8, 4, 2)
     tiles = rows * columns / (128 * 128)
     is_large = architecture.shared_kib > SHARED_KIB_OTHER
-    if tiles < MULTIPROCESSORS:
+    if is_crowded and is_large:
+        block_m, block_n, num_warps = 64, 128, 8
+    elif is_crowded:
+        block_m, block_n, num_warps = 64, 64, 4
+    elif tiles < MULTIPROCESSORS:
         block_m, block_n, num_warps = 64, 128 if is_large else 64, 4
-    elif tiles < 2 * MULTIPROCESSORS or has_second_accumulator or itemsize == 4:
+    elif tiles < 2 * MULTIPROCESSORS or is_masked_sum or is_scattered or itemsize == 4:
         block_m, block_n, num_warps = 128, 128, 8
     else:
         block_m, block_n, num_warps = 128, 256 if architecture.has_wide_products else 128, 8
@@ -126,7 +136,8 @@ def shrink_config(
         block_m //= 2
     block_r = _rank_block(rank, 256 // num_targets)
     stages = 2 if architecture.backend == "hip" else 3
-    return SkinnyConfig(block_m, 128 // itemsize, block_r, 0, 4, stages)
+    num_warps = 4 if num_targets * block_r < 48 else 8
+    return SkinnyConfig(block_m, 128 // itemsize, block_r, 0, num_warps, stages)
 
 
 @functools.lru_cache(maxsize=1024)

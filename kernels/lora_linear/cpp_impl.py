@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kd_loss import cpp_impl as library
+from ..common import compiled
 from .dropout import keep_scale, num_words, threshold
 from .target import LoraTarget, uses_dropout
 
-available = library.available
-supports = library.supports
+available = compiled.available
+supports = compiled.supports
 
 
 def lora_linear_fwd(
@@ -39,7 +39,7 @@ def lora_linear_fwd(
     bits = None
     if uses_dropout(targets):
         bits = x.new_empty(len(targets), rows, num_words(width), dtype=torch.int32)
-    _ops().lora_linear_rows_fwd(
+    compiled.ops().lora_linear_rows_fwd(
         x,
         [target.lora_a for target in targets],
         [target.lora_b for target in targets],
@@ -75,7 +75,7 @@ def lora_linear_bwd(
     dx = dys[0].new_empty(rows, width) if need_dx else None
     da = [_grad(t.lora_a) if need else None for t, need in zip(targets, need_da, strict=True)]
     db = [_grad(t.lora_b) if need else None for t, need in zip(targets, need_db, strict=True)]
-    _ops().lora_linear_rows_bwd(
+    compiled.ops().lora_linear_rows_bwd(
         dys,
         _rows(x) if any(need_da) else None,
         [target.lora_a for target in targets],
@@ -97,15 +97,7 @@ def lora_linear_bwd(
 
 def lora_shrink(x: Tensor, lora_a: Tensor, scale: float = 1.0) -> Tensor:
     """scale x lora_a^T [M, R] in fp32, for x [M, K] and lora_a [R, K], without dropout."""
-    return _ops().lora_shrink(_rows(x), lora_a, scale)
-
-
-def _ops():
-    # a graph loaded from disk names its backend and comes here without asking dispatch
-    ok, reason = available()
-    if not ok:
-        raise RuntimeError(f"backend cpp: {reason}")
-    return torch.ops.modxfer_csrc
+    return compiled.ops().lora_shrink(_rows(x), lora_a, scale)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -29,8 +29,16 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .. import env
-from ..kd_loss import triton_impl as device
-from .config import Architecture, da_config, ds_db_config, product_config, shrink_config
+from ..common import triton_device
+from .config import (
+    Architecture,
+    ProductConfig,
+    SkinnyConfig,
+    da_config,
+    ds_db_config,
+    product_config,
+    shrink_config,
+)
 from .dropout import ROUNDS, keep_scale, num_words, threshold
 from .target import LoraTarget, uses_dropout
 
@@ -39,8 +47,8 @@ REDUCE_BLOCK = 1024
 # Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
 WIDEN_DOTS = tl.constexpr(env.triton_interpreted())
 
-available = device.available
-supports = device.supports
+available = triton_device.available
+supports = triton_device.supports
 
 
 @triton.jit
@@ -522,7 +530,7 @@ def expand(
     if rows == 0:
         return ys
     with torch.cuda.device_of(x):
-        config = _product_config(x, targets, sum(widths))
+        config = _product_config([x], targets, x, sum(widths))
         tiles = sum(triton.cdiv(n, config.block_n) for n in widths)
         _expand_kernel[(triton.cdiv(rows, config.block_m) * tiles,)](
             x,
@@ -633,11 +641,12 @@ def dx(
         return result
     widths = tuple(target.lora_b.shape[0] for target in targets)
     with torch.cuda.device_of(result):
+        is_masked_sum = len(targets) > 1 and any(mask is not None for mask in masks)
+        is_crowded = is_masked_sum and (
+            ds[0].dtype != result.dtype or any(target.weight is None for target in targets)
+        )
         config = _product_config(
-            result,
-            targets,
-            width,
-            has_second_accumulator=len(targets) > 1 and any(mask is not None for mask in masks),
+            dys, targets, result, width, is_masked_sum=is_masked_sum, is_crowded=is_crowded
         )
         tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
         _dx_kernel[(tiles,)](
@@ -786,16 +795,30 @@ def _lora_precision(x: Tensor) -> str:
     return _base_precision() if x.dtype == torch.float32 else "tf32"
 
 
-def _product_config(x: Tensor, targets: Sequence[LoraTarget], columns: int, **options):
+def _product_config(
+    operands: Sequence[Tensor],
+    targets: Sequence[LoraTarget],
+    like: Tensor,
+    columns: int,
+    **options: bool,
+) -> ProductConfig:
+    """Launch of operands times weights; `like` has the rows and the dtype of the result."""
+    weights = [target.weight for target in targets if target.weight is not None]
     return product_config(
-        x.shape[0],
+        like.shape[0],
         columns,
         max(_ranks(targets)),
-        x.dtype.itemsize,
+        like.dtype.itemsize,
         _architecture(),
-        is_exact=x.dtype == torch.float32 and _base_precision() == "ieee",
+        is_exact=like.dtype == torch.float32 and _base_precision() == "ieee",
+        is_scattered=not all(_is_read_in_vectors(tensor) for tensor in (*operands, *weights)),
         **options,
     )
+
+
+def _is_read_in_vectors(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    return 1 in strides and all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
 def _architecture() -> Architecture:
@@ -805,7 +828,7 @@ def _architecture() -> Architecture:
     return Architecture(target.backend, target.arch if target.backend == "cuda" else 0)
 
 
-def _launch(config) -> dict:
+def _launch(config: ProductConfig | SkinnyConfig) -> dict:
     # fusion is said here because the default differs between Triton releases
     options = {
         "num_warps": config.num_warps,

@@ -2,26 +2,21 @@
 
 import functools
 
-import torch
 from torch import Tensor
 
-from ..kd_loss import cpp_impl as library
+from ..common import compiled
 from .spec import NORMS, ROW_LOSSES, ProjectionSpec
 from .stream import stream
 
-available = library.available
-supports = library.supports
+available = compiled.available
+supports = compiled.supports
 
 
 def projection_loss_rows(
     z: Tensor, t: Tensor, row_weights: Tensor, spec: ProjectionSpec, dz: Tensor | None
 ) -> Tensor:
     """Loss [M] of each row of z, t [M, D]; dz [M, D], where given, of sum(row_weights * loss)."""
-    # a graph loaded from disk names its backend and comes here without asking dispatch
-    ok, reason = available()
-    if not ok:
-        raise RuntimeError(f"backend cpp: {reason}")
-    return torch.ops.modxfer_csrc.projection_loss_rows(
+    return compiled.ops().projection_loss_rows(
         z,
         t,
         row_weights,

@@ -3,16 +3,18 @@
     h = x W^T + bias + scaling drop(x) A^T B^T + residual      room lora_linear
     loss = sum_n w_n L(norm(P h_n + c), norm(t_n))             op.py of this room
 
-Fused: rows of h go through the projection, the loss and its gradient while they are in the cache
-that the base product left them in, before the next rows are produced. A low-rank P = P_b P_a
-shrinks h by P_a as the LoRA branch shrinks x by A. In the backward the loss's gradient joins the
-upstream gradient of h, and one backward of the LoRA linear takes both.
+Fused: bias, LoRA branch and residual join the base product's accumulator, the loss's gradient is
+made in the forward, and in the backward it joins the upstream gradient of h in place, so that one
+backward of the linear takes both. h is written once, because the next layer reads it; it is not cut
+into chunks between the two products, which would have to read the base weight anew for each: on a
+CPU that costs more than a cached h saves (2048 rows of 1024 in chunks of 512: half as long again).
 
-FLOPs: those of the two ops. Bytes saved against them in turn: one read of h [M, N] in the forward;
-one pass of autograd over two gradients of h in the backward.
-Limits: those of both; rows that do not count are run, because h is wanted of every row.
+FLOPs: those of the two ops. Bytes saved against them in turn, b per element of h: 3 M N b of adding
+the residual, 3 M N b of adding two gradients.
+Limits: those of both.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -25,18 +27,18 @@ from ..lora_linear.dropout import num_words
 from ..lora_linear.op import prepare as prepare_linear
 from .arguments import prepare
 from .spec import ProjectionSpec
-from .stream import MIN_ROWS, ProjectionBlock
 
 _NUM_LINEAR = 6  # x, weight, bias, lora_a, lora_b, residual
 _NUM_DIFFERENTIABLE = _NUM_LINEAR + 3  # projection, projection_a, projection_bias
+_SCALING, _NUM_INPUTS = 13, 24
 
 torch.library.define(
     "modxfer::lora_projection_loss_fwd",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? residual, "
     "Tensor? projection, Tensor? projection_a, Tensor? projection_bias, Tensor teacher_hidden, "
     "Tensor? mask, Tensor row_weights, Tensor? seed, float scaling, float dropout, "
-    "str loss, float beta, str norm, float norm_eps, int workspace_mb, str backend, "
-    "bool need_dhidden, bool[] need_dprojection) "
+    "str loss, float beta, str norm, float norm_eps, SymInt? num_valid, "
+    "int workspace_mb, str backend, bool need_dhidden, bool[] need_dprojection) "
     "-> (Tensor hidden, Tensor loss, Tensor s, Tensor bits, Tensor dhidden, "
     "Tensor dprojection, Tensor dprojection_a, Tensor dprojection_bias)",
 )
@@ -65,11 +67,12 @@ def lora_projection_loss(
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     reduction: str = "mean",
+    num_valid: int | None = None,
     seed: Tensor | None = None,
     workspace_mb: int = 64,
     backend: str | None = None,
 ) -> LoraProjectionLoss:
-    """`lora_linear` plus `residual`, and `projection_loss` of the result, reading it once.
+    """`lora_linear` plus `residual`, and `projection_loss` of the result, as one op.
 
     Args:
         x: [..., K].
@@ -79,12 +82,12 @@ def lora_projection_loss(
         residual: [..., N], dtype of x, added to the linear's output: the stream that a block's last
             linear (`down_proj`) adds to.
         seed: as for `lora_linear`.
-        projection_bias, loss, beta, norm, norm_eps, mask, token_weights, normalizer,
+        projection_bias, loss, beta, norm, norm_eps, mask, token_weights, normalizer, num_valid,
             workspace_mb, backend: as for `projection_loss`.
         reduction: "mean" or "sum".
 
     Returns:
-        hidden and loss.
+        hidden and loss. A token that does not count has its hidden state, and no part in the loss.
 
     Raises:
         ValueError, TypeError, BackendError: as the two ops do.
@@ -114,11 +117,11 @@ def lora_projection_loss(
         token_weights=token_weights,
         normalizer=normalizer,
         reduction=reduction,
+        num_valid=num_valid,
         workspace_mb=workspace_mb,
         backend=backend,
     )
-    spec = arguments.spec
-    hidden, value = _LoraProjectionLoss.apply(
+    inputs = (
         x.reshape(lead.numel(), x.shape[-1]),
         target.weight,
         target.bias,
@@ -131,80 +134,21 @@ def lora_projection_loss(
         arguments.mask,
         arguments.row_weights,
         seed,
-        (float(target.scaling), float(target.dropout)),
-        (spec.loss, spec.beta, spec.norm, spec.norm_eps, workspace_mb, backend),
+        float(target.scaling),
+        float(target.dropout),
+        *dataclasses.astuple(arguments.spec),
+        num_valid,
+        workspace_mb,
+        backend,
+    )
+    needs = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in inputs[:_NUM_DIFFERENTIABLE]
+    ]
+    hidden, value, *_ = torch.ops.modxfer.lora_projection_loss_fwd(
+        *inputs, any(needs[:_NUM_LINEAR]), needs[_NUM_LINEAR:]
     )
     return LoraProjectionLoss(hidden.reshape(*lead, width), arguments.finish(value))
-
-
-class _LoraProjectionLoss(torch.autograd.Function):
-    """Autograd above `lora_projection_loss_fwd` and the backward of `lora_linear`."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        tensors, (scaling, dropout), options = args[:-2], args[-2], args[-1]
-        x, weight, _, lora_a, lora_b, _, *projection = tensors[:_NUM_DIFFERENTIABLE]
-        needs = ctx.needs_input_grad
-        need_dhidden = any(needs[:_NUM_LINEAR])
-        need_dprojection = list(needs[_NUM_LINEAR:_NUM_DIFFERENTIABLE])
-        hidden, loss, s, bits, *grads = torch.ops.modxfer.lora_projection_loss_fwd(
-            *tensors, scaling, dropout, *options, need_dhidden, need_dprojection
-        )
-        ctx.options = (scaling, dropout, options[-1])
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in projection]
-        ctx.save_for_backward(
-            x if needs[1] or needs[3] else None,
-            s if needs[4] else None,
-            bits if needs[0] or needs[3] else None,
-            weight if needs[0] else None,
-            lora_a,
-            lora_b,
-            *grads,
-        )
-        ctx.set_materialize_grads(False)
-        return hidden, loss
-
-    @staticmethod
-    def backward(ctx, dhidden, dloss):
-        refuse_double_backward("lora_projection_loss")
-        scaling, dropout, backend = ctx.options
-        x, s, bits, weight, lora_a, lora_b, loss_dhidden, *loss_grads = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grads = [None] * len(needs)
-        if dloss is not None:
-            dloss = dloss.reshape(1, 1) if loss_dhidden.dtype == torch.float16 else dloss
-            for i, (grad, dtype) in enumerate(zip(loss_grads, ctx.dtypes, strict=True)):
-                if needs[_NUM_LINEAR + i]:
-                    grads[_NUM_LINEAR + i] = scaled(grad, dloss.reshape(())).to(dtype)
-            if any(needs[:_NUM_LINEAR]):
-                of_loss = scaled(loss_dhidden, dloss)
-                dhidden = of_loss if dhidden is None else dhidden + of_loss
-        if dhidden is None:
-            return tuple(grads)
-        if needs[0] or needs[3] or needs[4]:
-            dx, (da,), (db,) = torch.ops.modxfer.lora_linear_bwd(
-                [dhidden],
-                x,
-                [weight],
-                [None],
-                [lora_a],
-                [lora_b],
-                [scaling],
-                [dropout],
-                s,
-                bits,
-                backend,
-                needs[0],
-                [needs[3]],
-                [needs[4]],
-            )
-            grads[0] = dx if needs[0] else None
-            grads[3] = da if needs[3] else None
-            grads[4] = db if needs[4] else None
-        grads[1] = dhidden.t() @ x if needs[1] else None
-        grads[2] = dhidden.sum(0) if needs[2] else None
-        grads[5] = dhidden if needs[5] else None
-        return tuple(grads)
 
 
 def _fwd(
@@ -227,72 +171,38 @@ def _fwd(
     beta,
     norm,
     norm_eps,
+    num_valid,
     workspace_mb,
     backend,
     need_dhidden,
     need_dprojection,
 ):
     target = LoraTarget(weight, lora_a, lora_b, scaling, bias, dropout)
-    spec = ProjectionSpec(loss, beta, norm, norm_eps)
-    factors = [factor for factor in (projection, projection_a) if factor is not None]
-    linear = dispatch.load("lora_linear", backend).lora_linear_fwd
-    compare = dispatch.load("projection_loss", backend).projection_loss_rows
-    work_dtype, rows, width = row_weights.dtype, x.shape[0], lora_b.shape[0]
-    chunk = rows_at_once(width, teacher_hidden.shape[1], x, work_dtype, workspace_mb)
-
-    hidden = x.new_empty(rows, width)
-    dhidden = torch.empty_like(hidden) if need_dhidden else None
-    s = lora_a.new_empty(rows, lora_a.shape[0])
-    bits = x.new_empty((1, rows, num_words(x.shape[1])) if dropout else (0,), dtype=torch.int32)
-    losses = torch.zeros_like(row_weights)
-    block = None
-    if factors:
-        block = ProjectionBlock(
-            compare,
-            factors,
-            projection_bias,
-            spec,
-            hidden_dtype=x.dtype,
-            work_dtype=work_dtype,
-            need_dprojection=need_dprojection[: len(factors)],
-            need_dbias=need_dprojection[2],
-            is_single=chunk >= rows,
-            keep_work_dtype=x.dtype == torch.float16,
-        )
     with without_autocast(x.device.type):
-        for start in range(0, rows, chunk):
-            span = slice(start, min(start + chunk, rows))
-            h, t, w = hidden[span], teacher_hidden[span], row_weights[span]
-            dh = None if dhidden is None else dhidden[span]
-            _, s[span], chunk_bits = linear(
-                x[span],
-                [target],
-                seed,
-                first_row=start,
-                residual=None if residual is None else residual[span],
-                out=[h],
-            )
-            if dropout:
-                bits[:, span] = chunk_bits
-            if block is None:
-                losses[span] = compare(h, t, w, spec, dh)
-            else:
-                # rows that do not count have weight 0, and 0 * NaN must not reach dP
-                counted = h if mask is None else h.masked_fill(~mask[span, None], 0.0)
-                losses[span] = block(counted, t, w, None, dh)
-        grads, dbias = ([], None) if block is None else block.gradients()
-    total = torch.where(row_weights != 0, row_weights * losses, 0.0).sum()
-    absent = row_weights.new_empty(0)
-    outputs = (dhidden, *(*grads, None, None)[:2], dbias)
-    return hidden, total, s, bits, *(absent.clone() if g is None else g for g in outputs)
-
-
-def rows_at_once(
-    width: int, teacher_width: int, x: Tensor, work_dtype: torch.dtype, workspace_mb: int
-) -> int:
-    """Rows whose h, z and t stay in the last-level cache between the two products."""
-    row_bytes = work_dtype.itemsize * teacher_width
-    return max(MIN_ROWS, workspace_mb * 2**20 // row_bytes)
+        (hidden,), s, bits = dispatch.load("lora_linear", backend).lora_linear_fwd(
+            x, [target], seed, residual=residual
+        )
+    if bits is None:
+        bits = x.new_empty(0, dtype=torch.int32)
+    value, *grads = torch.ops.modxfer.projection_loss_fwd(
+        hidden,
+        projection,
+        projection_a,
+        projection_bias,
+        teacher_hidden,
+        mask,
+        row_weights,
+        loss,
+        beta,
+        norm,
+        norm_eps,
+        num_valid,
+        workspace_mb,
+        backend,
+        need_dhidden,
+        *need_dprojection,
+    )
+    return hidden, value, s, bits, *grads
 
 
 torch.library.impl("modxfer::lora_projection_loss_fwd", "CompositeExplicitAutograd", _fwd)
@@ -320,3 +230,73 @@ def _(x, weight, bias, lora_a, lora_b, residual, *rest):
         torch.empty_like(hidden) if need_dhidden else row_weights.new_empty(0),
         *grads,
     )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, lora_a, lora_b, _, *projection = inputs[:_NUM_DIFFERENTIABLE]
+    _, _, s, bits, *grads = output
+    needs = ctx.needs_input_grad
+    scaling, dropout, *_, backend, _, _ = inputs[_SCALING:]
+    ctx.options = (scaling, dropout, backend)
+    ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in projection]
+    ctx.save_for_backward(
+        x if needs[1] or needs[3] else None,
+        s if needs[4] else None,
+        bits if needs[0] or needs[3] else None,
+        weight if needs[0] else None,
+        lora_a,
+        lora_b,
+        *grads,
+    )
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dhidden, dloss, *_):
+    refuse_double_backward("lora_projection_loss")
+    scaling, dropout, backend = ctx.options
+    x, s, bits, weight, lora_a, lora_b, of_loss, *of_projection = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grads = [None] * _NUM_INPUTS
+    if dloss is not None:
+        saved = zip(of_projection, ctx.dtypes, strict=True)
+        for position, (grad, dtype) in enumerate(saved, start=_NUM_LINEAR):
+            if needs[position]:
+                grads[position] = scaled(grad, dloss).to(dtype)
+        if any(needs[:_NUM_LINEAR]):
+            # dloss may hold 1 / (N D_t), no fp16 number; with dimensions it is not cast to one
+            factor = dloss.reshape(1, 1) if of_loss.dtype == torch.float16 else dloss
+            total = scaled(of_loss, factor)
+            # what `scaled` returns is nobody else's
+            dhidden = (total if dhidden is None else total.add_(dhidden)).to(of_loss.dtype)
+    if dhidden is None:
+        return tuple(grads)
+    if needs[0] or needs[3] or needs[4]:
+        dx, (da,), (db,) = torch.ops.modxfer.lora_linear_bwd(
+            [dhidden],
+            x,
+            [weight],
+            [None],
+            [lora_a],
+            [lora_b],
+            [scaling],
+            [dropout],
+            s,
+            bits,
+            backend,
+            needs[0],
+            [needs[3]],
+            [needs[4]],
+        )
+        grads[0] = dx if needs[0] else None
+        grads[3] = da if needs[3] else None
+        grads[4] = db if needs[4] else None
+    grads[1] = dhidden.t() @ x if needs[1] else None
+    grads[2] = dhidden.sum(0) if needs[2] else None
+    grads[5] = dhidden if needs[5] else None
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "modxfer::lora_projection_loss_fwd", _backward, setup_context=_setup_context
+)

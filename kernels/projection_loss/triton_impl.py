@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kd_loss import triton_impl as device
+from ..common import triton_device
 from .config import row_config
 from .spec import MIN_LENGTH, ProjectionSpec
 from .stream import stream
 
-available = device.available
-supports = device.supports
+available = triton_device.available
+supports = triton_device.supports
 
 
 @triton.jit

@@ -93,7 +93,8 @@ def all_cases() -> list[Case]:
 
 
 def core_cases() -> list[Case]:
-    """Every kernel of the group that needs most registers, and of fp32 adapters."""
-    cases = [Case(function, "qkv", "bf16") for function in FUNCTIONS]
-    cases += [Case("expand", "one", "bf16-fp32", rank=64), Case("dx", "one", "bf16-fp32", rank=64)]
-    return [*cases, Case("reduce", "qkv", "bf16")]
+    """Every kernel, masks of several targets where they meet, and fp32 adapters of rank 64."""
+    cases = [Case(function, "qkv", "bf16") for function in ("shrink", "dx", "da", "reduce")]
+    cases += [Case(function, "gate-up", "bf16") for function in ("expand", "ds_db")]
+    cases += [Case(function, "one", "bf16-fp32", rank=64) for function in ("expand", "dx")]
+    return cases

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
-    *("-std=c++17", "-O1", "-g", "-Wno-psabi"),
+    # -O0: the optimiser takes minutes over instrumented register tiles
+    *("-std=c++17", "-O0", "-g1", "-Wno-psabi"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
 ]
 
@@ -30,7 +31,7 @@ def compiler(tmp_path_factory) -> str:
 
 
 # rows that a driver checks on each instruction set
-ROWS = {"kd_loss": 3024, "projection_loss": 3168}
+ROWS = {"kd_loss": 3024, "projection_loss": 3168, "lora_linear": 1348}
 
 
 @pytest.mark.parametrize("room", ROWS)

@@ -1,9 +1,10 @@
-"""Fused LoRA layers under ZeRO and DDP on two ranks: trained adapters equal a dense reference.
+"""Fused LoRA layers under ZeRO, DDP and FSDP on two ranks equal plain PEFT in one process.
 
-Plain PEFT in one process, in fp64, is the truth. All cells run in one launch.
+Under ZeRO and DDP trained adapters are compared with a run in fp64; all these cells run in one
+launch. Under FSDP outputs and gradients are compared, in another.
 """
 
-import contextlib
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -11,16 +12,27 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.kernels import dispatch
-from modxfer_fast.kernels.lora_linear import op
 from modxfer_fast.models import patch_peft_model, register_fused_lora
 from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from modxfer_fast.testing.reference import train_dense
+from tests.fused_lora_models import (
+    assert_all_within_budget,
+    calls_of_the_op,
+    fused_backend,
+    lora_model,
+    outputs_and_gradients,
+    sizes,
+)
 
 STEPS, ACCUMULATION, BATCH, RANKS = 3, 2, 2, 2
 LEARNING_RATE = 0.5
@@ -65,20 +77,8 @@ def add_lora(model, registered=False):
         return get_peft_model(model, register_fused_lora(config) if registered else config)
 
 
-@contextlib.contextmanager
-def calls_of_the_op():
-    """Sizes of the groups that the op is called with."""
-    sizes, apply = [], op._LoraLinear.apply
-    op._LoraLinear.apply = lambda x, seed, options, *rest: (
-        sizes.append(len(options.scalings)) or apply(x, seed, options, *rest)
-    )
-    yield sizes
-    op._LoraLinear.apply = apply
-
-
 def run_cells(cells: list[Cell], folder: str) -> list[dict]:
-    fast, _ = dispatch.accelerated("lora_linear", "cpu", (torch.float32, torch.float32))
-    with dispatch.use_backend(None if fast else "reference"):
+    with fused_backend():
         return [run_cell(cell, Path(folder)) for cell in cells]
 
 
@@ -93,7 +93,12 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     deepspeed = None
     if cell.stage is not None:
         deepspeed = zero_config(cell.stage)
-        deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
+        # by default parameters as few and small as these are gathered once and stay
+        deepspeed["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": cell.persistence,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        }
     args = DistillConfig(
         output_dir=str(folder / cell.name),
         zero_stage=cell.stage,
@@ -127,7 +132,7 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         train_dataset=TokenDataset(STEPS * ACCUMULATION * BATCH * RANKS),
         data_collator=align_collate,
     )
-    with calls_of_the_op() as sizes:
+    with calls_of_the_op() as calls:
         trainer.train()
         trainer.evaluate(TokenDataset(3, seed=7))
     gathered = [
@@ -140,7 +145,7 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     return {
         "gathered": gathered,
         "zero_stage": trainer.zero_stage,
-        "sizes": set(sizes),
+        "sizes": set(sizes(calls)),
         "partitioned": any(hasattr(p, "ds_id") for p in trainer.student.parameters()),
         "report": report,
     }
@@ -207,6 +212,68 @@ def test_no_parameter_stays_gathered(cell, results):
     """A layer that read parameters of its sub-modules has to give them back."""
     for rank in results[cell]:
         assert rank["gathered"] == []
+
+
+# --- FSDP
+
+
+def run_fsdp(versions: list[int]) -> list[dict]:
+    torch.distributed.init_process_group("gloo")
+    with fused_backend():
+        return [run_sharded(version) for version in versions]
+
+
+def run_sharded(version: int) -> dict:
+    plain = lora_model()
+    truth = outputs_and_gradients(copy.deepcopy(plain).double())
+    yardstick = outputs_and_gradients(plain)
+    model = lora_model()
+    patch_peft_model(model)
+    if version == 2:
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = FullyShardedDataParallel(
+            model,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+        )
+    with calls_of_the_op() as calls:
+        got = outputs_and_gradients(model)
+    if version == 2:
+        got = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in got.items()}
+    else:
+        got = {"logits": got["logits"]}
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    got[name.replace("_fsdp_wrapped_module.", "")] = parameter.grad.clone()
+    assert_all_within_budget(got, truth, yardstick)
+    return {"sizes": sizes(calls), "report": patch_peft_model(model)}
+
+
+@pytest.fixture(scope="module")
+def fsdp():
+    ranks = run_distributed(run_fsdp, [1, 2], world_size=RANKS)
+    return {version: [rank[version - 1] for rank in ranks] for version in (1, 2)}
+
+
+def test_fsdp2_runs_groups_within_a_sharded_layer(fsdp):
+    for rank in fsdp[2]:
+        assert rank["sizes"] == sorted(2 * [1, 1, 2, 3])
+
+
+def test_fsdp1_is_left_to_peft_and_the_report_says_so(fsdp):
+    for rank in fsdp[1]:
+        assert rank["sizes"] == []
+        assert rank["report"].num_fused == 0
+        assert {reason.split()[0] for _, reason in rank["report"].declined} == {"FSDP1"}
+
+
+# --- reports
 
 
 def test_the_report_says_why_partitioned_layers_are_not_grouped(results):
