@@ -1,4 +1,4 @@
-"""Distillation from hidden states and relations written out by hand: whole states, any precision."""
+"""Distillation from hidden states and relations written out by hand, in any precision."""
 
 import contextlib
 import copy
@@ -14,8 +14,8 @@ from modxfer_fast.testing.reference import dense_loss, dense_terms
 
 
 @contextlib.contextmanager
-def states_of(model: nn.Module) -> Iterator[tuple[dict[int, Tensor], dict[int, dict[str, Tensor]]]]:
-    """{layer: hidden states} and {block: {q, k, v}} of one call of a Llama, with or without LoRA."""
+def states_of(model: nn.Module) -> Iterator[tuple[dict, dict]]:
+    """{layer: [B, T, D]} and {block: {"q", "k", "v": [B, T, H]}} of one call of a Llama."""
     hidden, qkv, hooks = {}, {}, []
     decoder = model.get_decoder() if not hasattr(model, "peft_config") else model.model.model
 

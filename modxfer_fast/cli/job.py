@@ -19,14 +19,15 @@ from modxfer_fast import __version__
 from modxfer_fast.cli.cache import fingerprint
 from modxfer_fast.cli.loss_timing import time_losses
 from modxfer_fast.cli.material import Material
+from modxfer_fast.cli.part_timing import time_parts
 from modxfer_fast.cli.prepare import CROSS_ENTROPY, prepare_model, prepare_tokenizer
 from modxfer_fast.cli.ranks import barrier, is_main
 from modxfer_fast.cli.summary import print_summary, summarise
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
 from modxfer_fast.cli.work_folder import REPORT_FILE, WorkFolder
-from modxfer_fast.config import JobConfig, LossSection
+from modxfer_fast.config import ConfigError, JobConfig, LossSection
 from modxfer_fast.data import build_rows, load_documents, tokenizer_digest
-from modxfer_fast.engine import Teacher, last_complete_checkpoint
+from modxfer_fast.engine import DistillModule, Objective, Teacher, last_complete_checkpoint
 from modxfer_fast.models import (
     apply_peft,
     check_packing,
@@ -35,11 +36,13 @@ from modxfer_fast.models import (
     load_adapter,
     load_model,
     make_config,
+    patch_peft_model,
 )
 from modxfer_fast.report import JobConsole, plot_curves, write_json
 
 # Held-out figures always mean this, whatever a run minimises.
 _MEASURED = LossSection(divergence="forward_kl", temperature=1.0, kd_weight=1.0, ce_weight=1.0)
+_TIMED_ROWS = 32  # where compare.loss_rows says nothing
 
 
 def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -123,6 +126,9 @@ class _Job:
         if config.compare.loss_rows is not None:
             with console.phase("Loss: fused against dense"):
                 report["loss"] = self._time_loss(runs[0], teacher)
+        if config.compare.parts:
+            with console.phase("Parts: each fused one against its plain counterpart"):
+                report["parts"] = self._time_parts(runs[0], teacher)
         report["summary"] = summarise(report)
         report["phases"] = console.phase_seconds
         report["seconds"] = time.perf_counter() - self.start
@@ -183,12 +189,7 @@ class _Job:
             start = self._start(seed, teacher)
             console.say(_figures(start))
         run = {"seed": seed, "start": start}
-        roles = [("student", config.loss, "Student, distilled")]
-        if config.compare.ce_only:
-            # the same loss without its teacher, so that the two runs differ in nothing else
-            alone = config.loss.model_copy(update={"kd_weight": 0.0, "ce_weight": 1.0})
-            roles.insert(0, ("ce_only", alone, "Student, cross entropy alone"))
-        for role, loss, title in roles:
+        for role, loss, title in _roles(config):
             with console.phase(f"{title}{label}"):
                 run[role] = self._train(role, loss, seed, start["path"], teacher)
                 console.say(_figures(run[role]))
@@ -203,8 +204,9 @@ class _Job:
             seed=seed,
             vocab_size=teacher.vocab_size,
         )
-        student = self._load_student(source.path, seed)
+        student = self._load_student(source.path, seed, tell=True)
         check_same_vocabulary(teacher.model, student, self.material.tokenizer)
+        self._check_features(student, teacher)
         if self.config.data.packing:
             check_packing(student.to(self.device), "student")
         return {
@@ -216,11 +218,27 @@ class _Job:
             **self._evaluate(student, teacher),
         }
 
-    def _load_student(self, path: str, seed: int) -> PreTrainedModel:
-        model = load_model(path, self.config.student)
-        if self.config.student.peft is not None:
-            model = apply_peft(model, self.config.student.peft, "student.peft", seed=seed)
+    def _load_student(
+        self, path: str, seed: int, *, fuse_lora: bool = True, tell: bool = False
+    ) -> PreTrainedModel:
+        section = self.config.student
+        model = load_model(path, section)
+        if section.peft is not None:
+            model = apply_peft(model, section.peft, "student.peft", seed=seed)
+        if section.fuses_lora and fuse_lora:
+            report = patch_peft_model(model)
+            for line in str(report).splitlines() if tell else ():
+                self.console.say(line)
         return model
+
+    def _check_features(self, student: PreTrainedModel, teacher: Teacher) -> None:
+        """Raise a ConfigError unless the losses inside the networks fit the two models."""
+        args = evaluation_args(self.config.training, self.work, self.config.loss)
+        options = args.hidden_state_options(), args.relation_options()
+        try:
+            DistillModule(student, teacher, Objective(), *options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"loss.{error}") from error
 
     def _train(
         self, role: str, loss: LossSection, seed: int, path: str, teacher: Teacher
@@ -247,6 +265,7 @@ class _Job:
             "tokens_per_s": _last(history, "tokens_per_s"),
             "peak_mem_mib": _last(history, "peak_mem_mib"),
             **self._evaluate(self._load_trained(folder / role, path), teacher),
+            **_last_of_features(history),
             "history": history,
         }
         barrier()
@@ -269,22 +288,63 @@ class _Job:
         return {key: metrics[key] for key in ("eval_perplexity", "eval_kd") if key in metrics}
 
     def _time_loss(self, run: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
-        compare, rows = self.config.compare, self.material.rows.train
-        batch = self.material.collator([rows[i % len(rows)] for i in range(compare.loss_rows)])
-        args = evaluation_args(self.config.training, self.work, _MEASURED)
         return time_losses(
             self._load_student(run["start"]["path"], run["seed"]),
             teacher,
-            batch,
+            self._timed_batch(),
             self.config.loss,
-            repeats=compare.loss_repeats,
-            device=args.device,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            **self._timing_options(),
         )
+
+    def _time_parts(self, run: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+        path, seed = run["start"]["path"], run["seed"]
+        plain = None
+        if self.config.student.fuses_lora:
+            plain = self._load_student(path, seed, fuse_lora=False)
+        return time_parts(
+            self._load_student(path, seed),
+            plain,
+            teacher,
+            self._timed_batch(),
+            self.config.loss,
+            **self._timing_options(),
+        )
+
+    def _timed_batch(self) -> dict[str, Any]:
+        rows = self.material.rows.train
+        number = self.config.compare.loss_rows or _TIMED_ROWS
+        return self.material.collator([rows[i % len(rows)] for i in range(number)])
+
+    def _timing_options(self) -> dict[str, Any]:
+        args = evaluation_args(self.config.training, self.work, _MEASURED)
+        return {
+            "repeats": self.config.compare.loss_repeats,
+            "device": args.device,
+            "autocast": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        }
+
+
+def _roles(config: JobConfig) -> list[tuple[str, LossSection, str]]:
+    """The runs of each seed: name in the report, loss, title. They differ in the loss alone."""
+    compare, loss = config.compare, config.loss
+    logits = loss.model_copy(update={"hidden_states": None, "relations": None})
+    roles = [("student", loss, "Student, distilled")]
+    if compare.parts and loss.has_features and loss.kd_weight:
+        roles.insert(0, ("logit_kd", logits, "Student, distilled from logits alone"))
+    if compare.ce_only or compare.parts:
+        alone = logits.model_copy(update={"kd_weight": 0.0, "ce_weight": 1.0})
+        roles.insert(0, ("ce_only", alone, "Student, cross entropy alone"))
+    return roles
 
 
 def _last(history: list[dict[str, Any]], key: str) -> float | None:
     return next((entry[key] for entry in reversed(history) if key in entry), None)
+
+
+def _last_of_features(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last held-out losses inside the networks; the saved student has no projections."""
+    last = {name: _last(history, name) for name in ("eval_hidden_loss", "eval_relation_loss")}
+    return {name: value for name, value in last.items() if value is not None}
 
 
 def _read_result(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def time_losses(
     weight = student.get_output_embeddings().weight
     backend = dispatch.resolve("linear_kd_loss", weight, backend=loss.backend)
     result: dict[str, Any] = {"backend": backend, "tokens": tokens}
-    options = loss.model_dump(exclude={"impl"})
+    options = loss.of_logits()
 
     def step(module: DistillModule) -> None:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -61,11 +61,11 @@ def time_losses(
     for impl in ("fused", "dense"):
         module = DistillModule(student, teacher, Objective(**options, impl=impl))
         steps[impl] = functools.partial(step, module)
-    for impl, step_ms in _median_ms(steps, repeats, device).items():
+    for impl, step_ms in median_ms(steps, repeats, device).items():
         result[impl] = {
             "step_ms": step_ms,
             "tokens_per_s": tokens / step_ms * 1e3,
-            "peak_mib": _peak_mib(steps[impl], device),
+            "peak_mib": peak_mib(steps[impl], device),
         }
     result["head"] = time_head(student, teacher, batch, options, repeats, device)
     return result
@@ -115,14 +115,14 @@ def time_head(
         name: functools.partial(step, weight.detach().clone().requires_grad_(trainable))
         for name, trainable in (("frozen", False), ("trainable", True))
     }
-    for name, loss_ms in _median_ms(steps, repeats, device).items():
+    for name, loss_ms in median_ms(steps, repeats, device).items():
         gemms = _count_gemms(functools.partial(steps[name], _ONE_CHUNK))
         result[name] = {"loss_ms": loss_ms, "gemms": gemms}
     result["frozen_speedup"] = result["trainable"]["loss_ms"] / result["frozen"]["loss_ms"]
     return result
 
 
-def _median_ms(
+def median_ms(
     steps: dict[str, Callable[[], None]], repeats: int, device: torch.device
 ) -> dict[str, float]:
     """Median time of each step; they take turns, so that a busy moment hits all of them."""
@@ -143,7 +143,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_mib(step: Callable[[], None], device: torch.device) -> float:
+def peak_mib(step: Callable[[], None], device: torch.device) -> float:
     """Peak of torch's allocations during `step`, above the level at its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -4,11 +4,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from modxfer_fast.report import JobConsole
+from modxfer_fast.report import STEP_LABELS, JobConsole
 
 _ROLES = {
     "start": "student at start",
     "ce_only": "student, CE alone",
+    "logit_kd": "student, logit KD",
     "student": "student, distilled",
 }
 
@@ -16,7 +17,8 @@ _ROLES = {
 def summarise(report: dict[str, Any]) -> dict[str, Any]:
     """Mean, least and most over the seeds of each figure of each role.
 
-    With `compare.ce_only` also in how many seeds the distilled student has the lower perplexity.
+    With `compare.ce_only` also in how many seeds the distilled student has the lower perplexity;
+    with `compare.parts` also what each part changes, on average over the seeds.
     """
     runs = report["runs"]
     summary: dict[str, Any] = {}
@@ -30,7 +32,36 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
         summary["distilled_below_ce_only"] = sum(
             run["student"]["eval_perplexity"] < run["ce_only"]["eval_perplexity"] for run in runs
         )
+    if "parts" in report:
+        summary["parts"] = _quality_of_parts(report, summary)
     return summary
+
+
+def _quality_of_parts(report: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs in the order in which parts are added, each with its change from the one before."""
+    loss = report["config"]["loss"]
+    inside = [
+        name
+        for key, name in (("hidden_states", "hidden states"), ("relations", "attention relations"))
+        if loss[key] is not None
+    ]
+    added = [] if "logit_kd" in summary or not loss["kd_weight"] else ["logit KD"]
+    names = {
+        "ce_only": "CE alone",
+        "logit_kd": "+ logit KD",
+        "student": "+ " + " + ".join(added + inside),
+    }
+    parts, before = [], None
+    for role, name in names.items():
+        if role not in summary:
+            continue
+        means = {key: value["mean"] for key, value in summary[role].items()}
+        entry = {"role": role, "part": name, **means}
+        if before is not None:
+            entry |= {f"{key}_change": means[key] - before[key] for key in means}
+        parts.append(entry)
+        before = means
+    return parts
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -58,6 +89,9 @@ def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> 
     )
     if "loss" in report:
         _print_loss(console, report["loss"])
+    if "parts" in report:
+        _print_quality(console, report)
+        _print_cost(console, report["parts"])
     if "distilled_below_ce_only" in summary:
         console.say(
             "distilled below cross entropy alone in perplexity: "
@@ -93,6 +127,44 @@ def _print_loss(console: JobConsole, loss: dict[str, Any]) -> None:
                 f"{head['trainable']['loss_ms'] / head[name]['loss_ms']:.2f}",
             ]
             for name in ("trainable", "frozen")
+        ],
+    )
+
+
+def _print_quality(console: JobConsole, report: dict[str, Any]) -> None:
+    def change(entry: dict[str, Any], key: str, fmt: str) -> str:
+        return f"{entry[f'{key}_change']:{fmt}}" if f"{key}_change" in entry else ""
+
+    console.table(
+        "What each part changes: quality on held-out text",
+        ["trained with", "perplexity", "change", "KL to teacher", "change"],
+        [
+            [
+                entry["part"],
+                f"{entry['eval_perplexity']:.4g}",
+                change(entry, "eval_perplexity", "+.3g"),
+                f"{entry['eval_kd']:.3g}",
+                change(entry, "eval_kd", "+.3g"),
+            ]
+            for entry in report["summary"]["parts"]
+        ],
+    )
+
+
+def _print_cost(console: JobConsole, parts: dict[str, Any]) -> None:
+    fused = parts["steps"]["fused"]
+    console.table(
+        f"What each part changes: forward and backward of {parts['tokens']:,} tokens",
+        ["step", "ms", "times slower", "peak MiB"],
+        [
+            [
+                label,
+                f"{parts['steps'][name]['step_ms']:.0f}",
+                f"{parts['steps'][name]['step_ms'] / fused['step_ms']:.2f}",
+                f"{parts['steps'][name]['peak_mib']:.0f}",
+            ]
+            for name, label in STEP_LABELS.items()
+            if name in parts["steps"]
         ],
     )
 

@@ -60,7 +60,8 @@ def evaluation_args(section: dict[str, Any], output_dir: Path, loss: LossSection
 
 
 def _loss_fields(loss: LossSection) -> dict[str, Any]:
-    return {**{name: getattr(loss, name) for name in _LOSS_FIELDS}, "loss_impl": loss.impl}
+    fields = loss.model_dump()
+    return {**{name: fields[name] for name in _LOSS_FIELDS}, "loss_impl": loss.impl}
 
 
 def _build(where: str, **fields: Any) -> DistillConfig:

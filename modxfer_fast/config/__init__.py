@@ -6,9 +6,11 @@ from modxfer_fast.config.loading import dump_config, load_config
 from modxfer_fast.config.schema import (
     CompareSection,
     DataSection,
+    HiddenStatesSection,
     JobConfig,
     LossSection,
     ModelSection,
+    RelationsSection,
     StudentSection,
     TokenizerSection,
 )
@@ -17,9 +19,11 @@ __all__ = [
     "CompareSection",
     "ConfigError",
     "DataSection",
+    "HiddenStatesSection",
     "JobConfig",
     "LossSection",
     "ModelSection",
+    "RelationsSection",
     "StudentSection",
     "TokenizerSection",
     "check_fields",

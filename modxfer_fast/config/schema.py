@@ -4,9 +4,10 @@ Sections that belong to a library stay open dictionaries here (`training`, `pret
 model's `config`): their keys are checked against that library's own classes by `fields.py`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -81,13 +82,102 @@ class ModelSection(Section):
 
 
 class StudentSection(ModelSection):
-    """peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen."""
+    """peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen.
+
+    fused_lora: whether LoRA layers run on the fused op; null means wherever there is `peft`.
+    """
 
     peft: dict[str, Any] | None = None
+    fused_lora: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_adapters(self):
+        if self.fused_lora and self.peft is None:
+            raise ValueError("fused_lora: expected a peft section, whose layers it fuses")
+        return self
+
+    @property
+    def fuses_lora(self) -> bool:
+        return self.peft is not None and self.fused_lora is not False
+
+
+def _layer_numbers(value: Any) -> Any:
+    """Layer numbers as ints: keys of JSON, and of `--set` with a dotted path, are text."""
+    if not isinstance(value, dict):
+        return value
+    is_number = re.compile(r"-?[0-9]+").fullmatch
+    return {
+        int(key) if isinstance(key, str) and is_number(key) else key: item
+        for key, item in value.items()
+    }
+
+
+Layers = Annotated[dict[int, int], BeforeValidator(_layer_numbers), Field(min_length=1)]
+LayerWeights = Annotated[float | dict[int, float], BeforeValidator(_layer_numbers)]
+Backend = Literal["triton", "cpp", "reference"] | None
+
+
+class HiddenStatesSection(Section):
+    """Arguments of `modxfer_fast.losses.HiddenStateLoss`: layers that learn from layers.
+
+    layers: {student layer: teacher layer}; 0 is the embeddings, i the output of block i, -1 that of
+        the last block.
+    weight: one number, or {student layer: number}.
+    tokens: which tokens count, `all` that are no padding or those with `labels`.
+    learning_rate, weight_decay: of the projections; null takes those of `training`.
+    impl: eager is the plain PyTorch yardstick.
+    """
+
+    layers: Layers
+    loss: Literal["mse", "normalized_mse", "cosine", "smooth_l1", "relative"] = "mse"
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    norm: Literal["none", "rms", "layer"] = "none"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    weight: LayerWeights = 1.0
+    pair_reduction: Literal["mean", "sum"] = "mean"
+    projection: Literal["none", "full", "low_rank"] = "full"
+    rank: PositiveInt | None = None
+    bias: bool = False
+    shared: bool = False
+    init: Literal["orthogonal", "identity", "xavier"] = "orthogonal"
+    workspace_mb: PositiveInt = 64
+    backend: Backend = None
+    impl: Literal["fused", "eager"] = "fused"
+    tokens: Literal["all", "labels"] = "all"
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.projection == "low_rank") != (self.rank is not None):
+            raise ValueError("rank: expected together with projection: low_rank, and only there")
+        return self
+
+
+class RelationsSection(Section):
+    """Arguments of `modxfer_fast.losses.AttentionRelationLoss`; needs `data.packing: false`.
+
+    layers: {student block: teacher block}, from 1; -1 is the last.
+    num_heads: relation heads; null takes as many as fit the widths of both models.
+    """
+
+    layers: Layers
+    kind: Literal["minilmv2", "minilm"] = "minilmv2"
+    num_heads: PositiveInt | None = None
+    weight: LayerWeights = 1.0
+    relation_weights: Annotated[
+        list[Annotated[float, Field(ge=0)]], Field(min_length=3, max_length=3)
+    ] = [1.0, 1.0, 1.0]
+    pair_reduction: Literal["mean", "sum"] = "mean"
+    workspace_mb: PositiveInt = 64
+    backend: Backend = None
 
 
 class LossSection(Section):
-    """Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is the plain PyTorch yardstick."""
+    """Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is the plain PyTorch yardstick.
+
+    hidden_states, relations: losses inside the networks, beside those of the logits.
+    """
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -96,8 +186,19 @@ class LossSection(Section):
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
     scale_by_temperature_squared: bool = False
     workspace_mb: PositiveInt = 512
-    backend: Literal["triton", "cpp", "reference"] | None = None
+    backend: Backend = None
     impl: Literal["fused", "dense"] = "fused"
+    hidden_states: HiddenStatesSection | None = None
+    relations: RelationsSection | None = None
+
+    def of_logits(self) -> dict[str, Any]:
+        """The arguments of `linear_kd_loss` alone."""
+        return self.model_dump(exclude={"impl", "hidden_states", "relations"})
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there is a loss inside the networks."""
+        return self.hidden_states is not None or self.relations is not None
 
 
 class CompareSection(Section):
@@ -106,9 +207,13 @@ class CompareSection(Section):
     ce_only: train the same student with cross entropy alone, from the same start, on the same
         batches.
     loss_rows: time fused and dense loss on one batch of that many rows; null leaves it out.
+    parts: what each part of the job gains. In quality: the same student with cross entropy alone,
+        then with the loss of the logits, then with everything. In cost: a step as it is, and with
+        each fused part replaced by its plain counterpart, on a batch of `loss_rows` rows or 32.
     """
 
     ce_only: bool = False
+    parts: bool = False
     loss_rows: PositiveInt | None = None
     loss_repeats: PositiveInt = 5
 
@@ -134,5 +239,9 @@ class JobConfig(Section):
         if self.tokenizer is None and self.teacher.path is None:
             raise ValueError(
                 "tokenizer: expected a section, because the teacher is not loaded from a path"
+            )
+        if self.loss.relations is not None and self.data.packing:
+            raise ValueError(
+                "loss.relations: expected data.packing: false, because a relation spans a row"
             )
         return self

@@ -18,6 +18,7 @@ class CausalCollator:
         labels         [B, T] int64; labels[t] is the target of position t, that is token t + 1 of
                        the same document; -100 where there is none
         num_valid      int, number of labels that are not -100
+        num_tokens     int, number of tokens that are no padding
 
     Of a packed batch the engine hands a model the positions and not the mask: transformers keeps
     documents apart by their positions only when it gets no mask, and no token sees the padding on
@@ -53,5 +54,6 @@ class CausalCollator:
             "attention_mask": attention_mask,
             "labels": labels,
             "num_valid": int((labels != IGNORE_INDEX).sum()),
+            "num_tokens": int(attention_mask.sum()),
         }
         return {**batch, "position_ids": position_ids} if self.packed else batch

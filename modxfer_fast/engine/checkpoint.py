@@ -11,7 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MARKER = "complete.json"
-_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
+_WEIGHTS = (
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    "adapter_model.*",
+    "adapter_config.json",
+    "projections.*",
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from . import deepspeed
+from .feature_options import HiddenStateOptions, RelationOptions, parse_options
 from .objective import Objective
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,12 @@ class DistillConfig(TrainingArguments):
         default="fused",
         metadata={"help": "fused, or dense: whole logits in plain PyTorch, to compare."},
     )
+    hidden_states: dict | None = field(
+        default=None, metadata={"help": "Fields of HiddenStateOptions: a loss of mapped layers."}
+    )
+    relations: dict | None = field(
+        default=None, metadata={"help": "Fields of RelationOptions: a loss of attention relations."}
+    )
     zero_stage: int | None = field(
         default=None, metadata={"help": "Run under DeepSpeed with this ZeRO stage (0, 1, 2 or 3)."}
     )
@@ -61,6 +68,8 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self):
         self.objective()
+        self.hidden_state_options()
+        self.relation_options()
         self._refuse_unsupported()
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -94,6 +103,14 @@ class DistillConfig(TrainingArguments):
             backend=self.backend,
             impl=self.loss_impl,
         )
+
+    def hidden_state_options(self) -> HiddenStateOptions | None:
+        """The loss of hidden states that `hidden_states` describes."""
+        return parse_options(HiddenStateOptions, self.hidden_states, "hidden_states")
+
+    def relation_options(self) -> RelationOptions | None:
+        """The loss of attention relations that `relations` describes."""
+        return parse_options(RelationOptions, self.relations, "relations")
 
     def _refuse_unsupported(self) -> None:
         if self.max_skipped_steps < 0:

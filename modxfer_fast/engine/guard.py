@@ -68,9 +68,17 @@ class StepGuard(TrainerCallback):
         sums = self._module.meter.totals(self._reduce, device)
         if not sums["nonfinite"]:
             return "the gradient was not finite though every loss was"
+        # pairs of layers only where one is to blame, since there may be many
+        features = [
+            name
+            for name in self._module.meter.features
+            if name.endswith("_loss") or sums[f"nonfinite_{name}"]
+        ]
+        terms = ["kd", "ce", *features]
+        parts = ", ".join(f"{name} in {sums[f'nonfinite_{name}']:.0f}" for name in terms)
         return (
             f"the loss was not finite in {sums['nonfinite']:.0f} micro-batches since the last "
-            f"report (kd in {sums['nonfinite_kd']:.0f}, ce in {sums['nonfinite_ce']:.0f})"
+            f"report ({parts})"
         )
 
     def _broken_parameters(self) -> str:

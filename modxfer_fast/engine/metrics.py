@@ -2,7 +2,8 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,18 +18,40 @@ class LossMeter:
     """Token-weighted sums over micro-batches. `add` never waits for the device.
 
     A micro-batch whose loss is not finite is counted, and left out of every other sum.
+
+    Args:
+        features: names of further terms; each gets a sum under its name, the tokens it is a sum
+            over under `num_<name>`, and the micro-batches in which it was not finite under
+            `nonfinite_<name>`.
     """
 
     FIELDS = ("kd", "ce", "num_valid", "num_tokens", "nonfinite_kd", "nonfinite_ce", "nonfinite")
 
-    def __init__(self):
+    def __init__(self, features: tuple[str, ...] = ()):
+        self.features = features
         self._sums: Tensor | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Keys of `totals`."""
+        prefixes = ("", "num_", "nonfinite_")
+        return (*self.FIELDS, *(prefix + name for prefix in prefixes for name in self.features))
 
     @torch.no_grad()
     def add(
-        self, terms: KDTerms, labels: Tensor, attention_mask: Tensor | None, num_valid: int | None
+        self,
+        terms: KDTerms,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        num_valid: int | None,
+        features: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
     ) -> None:
-        """Adds one micro-batch: its mean terms, and the tokens they are means over."""
+        """Adds one micro-batch.
+
+        Args:
+            terms: its mean terms, and its whole loss. num_valid: the labels they are means over.
+            features: {name: (sum over tokens, number of tokens)} of the further terms.
+        """
         count = (labels != IGNORE_INDEX).sum() if num_valid is None else num_valid
         tokens = labels.numel() if attention_mask is None else attention_mask.sum()
         device = terms.loss.device
@@ -38,8 +61,12 @@ class LossMeter:
             [terms.kd * count + zero, terms.ce * count + zero, zero + count, zero + tokens]
         )
         nonfinite = ~torch.stack([terms.kd, terms.ce, terms.loss.detach()]).isfinite()
-        counted = torch.where(nonfinite[-1], 0.0, counted)
-        row = torch.cat([counted, nonfinite.double()])
+        further = counted[:0]
+        if self.features:
+            further = torch.stack([features[name][i] for i in (0, 1) for name in self.features])
+        broken = ~further[: len(self.features)].isfinite()
+        counted, further = (torch.where(nonfinite[-1], 0.0, x) for x in (counted, further))
+        row = torch.cat([counted, nonfinite.double(), further, broken.double()])
         self._sums = row if self._sums is None else self._sums + row
 
     def totals(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
@@ -50,8 +77,8 @@ class LossMeter:
         """
         sums = self._sums
         if sums is None:
-            sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
-        return dict(zip(self.FIELDS, reduce(sums.clone()).tolist(), strict=True))
+            sums = torch.zeros(len(self.fields), dtype=torch.float64, device=device)
+        return dict(zip(self.fields, reduce(sums.clone()).tolist(), strict=True))
 
     def restart(self) -> None:
         self._sums = None

@@ -6,11 +6,15 @@ DeepSpeed wrap: gradients are reduced, and ZeRO-3 gathers the head while the los
 
 import contextlib
 
+import torch
 from torch import Tensor, nn
 
 from .causal_lm import SplitCausalLM, base_model
 from .deepspeed import gathered
-from .metrics import LossMeter
+from .feature_options import HiddenStateOptions, RelationOptions
+from .features import FeatureLosses, TokenSet
+from .layer_taps import LayerTaps
+from .metrics import IGNORE_INDEX, LossMeter
 from .objective import Objective
 from .teacher import Teacher
 
@@ -19,24 +23,41 @@ class DistillModule(nn.Module):
     """Student plus frozen teacher as one module whose output is {"loss": fp32 scalar}.
 
     Args:
-        student: PreTrainedModel or PeftModel; the only registered submodule.
+        student: PreTrainedModel or PeftModel; registered, like `features` and nothing else.
         teacher: frozen teacher, or None for cross entropy alone.
         objective: weights and options of the loss.
+        hidden_states, relations: options of losses inside the networks, None for none.
+        seed: of the projections' start.
 
     Attributes:
         meter: where `forward` leaves its unweighted terms, as device tensors.
+        features: the losses inside the networks and their projections, or None.
 
     Raises:
-        ValueError: the vocabularies differ, or the objective asks for a teacher that is not there.
+        ValueError: the vocabularies differ, an option does not fit the models, or one asks for a
+            teacher that is not there.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
-    def __init__(self, student: nn.Module, teacher: Teacher | None, objective: Objective):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        objective: Objective,
+        hidden_states: HiddenStateOptions | None = None,
+        relations: RelationOptions | None = None,
+        seed: int = 0,
+    ):
         super().__init__()
         if teacher is None and objective.kd_weight != 0.0:
             raise ValueError(
                 f"teacher: expected a model because kd_weight is {objective.kd_weight}, got None"
+            )
+        has_features = hidden_states is not None or relations is not None
+        if teacher is None and has_features:
+            raise ValueError(
+                "teacher: expected a model because hidden_states or relations are given, got None"
             )
         if teacher is not None and teacher.model is student:
             raise ValueError(
@@ -45,13 +66,28 @@ class DistillModule(nn.Module):
         self.student = student
         self.teacher = teacher
         self.objective = objective
-        self.meter = LossMeter()
         self._parts = SplitCausalLM.of(student, "student")
         if teacher is not None and teacher.vocab_size != self._parts.vocab_size:
             raise ValueError(
                 f"teacher: expected the student's {self._parts.vocab_size} output classes, "
                 f"got {teacher.vocab_size}"
             )
+        self.features = None
+        if has_features:
+            self._student_taps = LayerTaps(self._parts.backbone, "student")
+            self._teacher_taps = teacher.taps()
+            self.features = FeatureLosses(
+                hidden_states,
+                relations,
+                self._student_taps,
+                self._teacher_taps,
+                torch.Generator().manual_seed(seed),
+            )
+        self.meter = self.new_meter()
+
+    def new_meter(self) -> LossMeter:
+        """A meter for the terms of this module."""
+        return LossMeter(() if self.features is None else self.features.names)
 
     @property
     def config(self):
@@ -74,8 +110,21 @@ class DistillModule(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs=None, **kwargs
     ) -> None:
-        """Checkpoints the student's layers; Trainer calls this."""
+        """Checkpoints the student's layers; Trainer calls this.
+
+        Raises:
+            ValueError: reentrant, with relations: queries, keys and values inside a block have no
+                gradient then, while what leaves the block has one.
+        """
         base = base_model(self.student, "student")
+        if self.features is not None and self.features.relation is not None:
+            asked = activation_checkpointing_kwargs or {}
+            if asked.get("use_reentrant"):
+                raise ValueError(
+                    "activation_checkpointing_kwargs: expected use_reentrant=False together with "
+                    "relations, which take queries, keys and values from inside a block; got True"
+                )
+            activation_checkpointing_kwargs = {**asked, "use_reentrant": False}
         if hasattr(base, "activation_checkpointing_enable"):
             base.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
@@ -97,6 +146,9 @@ class DistillModule(nn.Module):
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_valid: int | None = None,
+        token_mask: Tensor | None = None,
+        num_tokens: int | None = None,
+        num_tokens_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Loss of one micro-batch.
 
@@ -108,14 +160,33 @@ class DistillModule(nn.Module):
             num_items_in_batch: number of labels of the optimiser step, over all ranks and
                 micro-batches, that divides the sum over this one. Without it the loss is the mean.
             num_valid: number of labels other than -100 here, known on the host.
+            token_mask: [B, T] bool, the tokens that hidden states and relations are compared on.
+                Without it those of `attention_mask`, or all.
+            num_tokens: number of those tokens here, known on the host.
+            num_tokens_in_batch: number of those tokens of the optimiser step, as
+                `num_items_in_batch` is of labels.
         """
         objective = self.objective
         if not self.training:
             objective = objective.measured(self.teacher is not None)
-        student_hidden = self._parts.hidden(input_ids, attention_mask, position_ids)
+        inputs = (input_ids, attention_mask, position_ids)
+        if self.features is not None:
+            if position_ids is not None and self.features.relation is not None:
+                raise ValueError(
+                    "relations: expected rows of one document each, because a relation spans a "
+                    "row; use a collator that neither packs nor emits position_ids"
+                )
+            # first, while no activations of the student are kept
+            teacher_hidden, teacher_states = self.teacher.hidden_and_states(
+                self._teacher_taps, *inputs
+            )
+            student_hidden, student_states = self._student_taps.run(self._parts, *inputs)
+        else:
+            student_hidden = self._parts.hidden(*inputs)
+            if objective.kd_weight != 0.0:
+                teacher_hidden = self.teacher.hidden(*inputs)
         student_head = self._parts.weight_and_bias()
-        if self.teacher is not None and objective.kd_weight != 0.0:
-            teacher_hidden = self.teacher.hidden(input_ids, attention_mask, position_ids)
+        if objective.kd_weight != 0.0:
             teacher_head = self.teacher.head
         else:
             # of no width, so that its GEMM costs nothing; its divergence has weight 0
@@ -130,5 +201,18 @@ class DistillModule(nn.Module):
             num_items_in_batch,
             num_valid,
         )
-        self.meter.add(terms, labels, attention_mask, num_valid)
+        sums = {}
+        if self.features is not None:
+            if token_mask is None and attention_mask is not None:
+                token_mask = attention_mask.bool()
+            features = self.features(
+                student_states,
+                teacher_states,
+                TokenSet(token_mask, num_tokens, num_tokens_in_batch),
+                TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch),
+                labels,
+            )
+            terms = terms._replace(loss=terms.loss + features.loss)
+            sums = features.sums
+        self.meter.add(terms, labels, attention_mask, num_valid, sums)
         return {"loss": terms.loss}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .causal_lm import SplitCausalLM
 from .deepspeed import materialise
+from .layer_taps import LayerStates, LayerTaps
 
 
 class TeacherPlan(enum.Enum):
@@ -62,3 +63,20 @@ class Teacher:
         if self.model.training:
             self.model.eval()
         return self._parts.hidden(input_ids, attention_mask, position_ids)
+
+    def taps(self) -> LayerTaps:
+        """New taps on the blocks, for `hidden_and_states`."""
+        return LayerTaps(self._parts.backbone, "teacher")
+
+    @torch.no_grad()
+    def hidden_and_states(
+        self,
+        taps: LayerTaps,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, LayerStates]:
+        """Last hidden states [B, T, D_t], and what `taps` take on the way."""
+        if self.model.training:
+            self.model.eval()
+        return taps.run(self._parts, input_ids, attention_mask, position_ids)

@@ -17,8 +17,9 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkp
 from . import checkpoint, deepspeed
 from .config import DistillConfig
 from .guard import StepGuard
-from .metrics import IGNORE_INDEX, LossMeter, TrainingClock, peak_mem_mib
+from .metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
 from .module import DistillModule
+from .projections import load_projections, save_projections
 from .teacher import Teacher
 
 
@@ -33,7 +34,9 @@ class DistillTrainer(Trainer):
     Logs, besides Trainer's: kd_loss and ce_loss (unweighted means over the supervised tokens since
     the last report), num_tokens (tokens that are not padding, over all ranks, since the start),
     tokens_per_s (evaluation and saving left out), peak_mem_mib, and skipped_steps where there are
-    any.
+    any; with losses inside the networks hidden_loss and relation_loss (weighted means over their
+    own tokens) and each pair of layers, unweighted, as hidden_<student>_<teacher>. Collators may
+    then tell the int "num_tokens", the tokens that are no padding.
 
     Args:
         model: student, PreTrainedModel or PeftModel.
@@ -66,7 +69,14 @@ class DistillTrainer(Trainer):
             )
         if isinstance(teacher, nn.Module):
             teacher = Teacher(teacher)
-        module = DistillModule(model, teacher, args.objective())
+        module = DistillModule(
+            model,
+            teacher,
+            args.objective(),
+            args.hidden_state_options(),
+            args.relation_options(),
+            seed=args.seed,
+        )
         with deepspeed.contained_launch_flag():
             super().__init__(
                 model=module,
@@ -89,6 +99,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self.clock)
         self.add_callback(self.guard)
         self._num_tokens = 0
+        self._num_tokens_in_batch = None
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -135,8 +146,27 @@ class DistillTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if created:
             # DeepSpeed drops an empty group (LoRA has no biases or norms), schedulers then miscount
+            self._group_projections(optimizer)
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
         return optimizer
+
+    def _group_projections(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives projections a group of their own where they have options of their own."""
+        options = self.args.hidden_state_options()
+        if options is None or (options.learning_rate is None and options.weight_decay is None):
+            return
+        projections = list(self.model.features.parameters())
+        if not projections:
+            return
+        own = {id(param) for param in projections}
+        for group in optimizer.param_groups:
+            group["params"] = [param for param in group["params"] if id(param) not in own]
+        group = {"params": projections}
+        if options.learning_rate is not None:
+            group["lr"] = options.learning_rate
+        weight_decay = options.weight_decay
+        group["weight_decay"] = self.args.weight_decay if weight_decay is None else weight_decay
+        optimizer.add_param_group(group)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # resumed below: Trainer loads a DeepSpeed checkpoint strictly unless `self.model` is a
@@ -151,6 +181,20 @@ class DistillTrainer(Trainer):
         if not self.zero_stage:
             self.guard.watch(_torch_optimizer(self.optimizer))
         return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        features = self.model.features
+        self._num_tokens_in_batch = None
+        if features is not None and features.needs_all_tokens and batch_samples:
+            count = sum(_num_tokens(batch) for batch in batch_samples)
+            count = torch.as_tensor(count, dtype=torch.float32).to(device)
+            self._num_tokens_in_batch = self._sum_over_ranks(count)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._num_tokens_in_batch is not None:
+            inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -173,12 +217,20 @@ class DistillTrainer(Trainer):
                 measured["kd_loss"] = sums["kd"] / sums["num_valid"]
             if self.args.ce_weight:
                 measured["ce_loss"] = sums["ce"] / sums["num_valid"]
+        measured |= self._feature_means(sums)
         measured["num_tokens"] = self._num_tokens
         measured["tokens_per_s"] = round(sums["num_tokens"] / seconds, 1)
         measured["peak_mem_mib"] = round(peak_mem_mib(self.args.device), 1)
         if self.guard.skipped:
             measured["skipped_steps"] = self.guard.skipped
         return measured
+
+    def _feature_means(self, sums: dict[str, float]) -> dict[str, float]:
+        return {
+            name: sums[name] / sums[f"num_{name}"]
+            for name in self.model.meter.features
+            if sums[f"num_{name}"]
+        }
 
     # ---- evaluation ----
 
@@ -192,6 +244,8 @@ class DistillTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Means over the supervised tokens of the whole set: <prefix>_loss, _kd, _ce, _perplexity.
 
+        With losses inside the networks also <prefix>_hidden_loss and the like, means over theirs.
+
         Each row counts once, also those that the sampler repeats to give all ranks equal batches.
         """
         if self.args.world_size > 1 and not has_length(dataloader.dataset):
@@ -199,7 +253,7 @@ class DistillTrainer(Trainer):
                 "eval_dataset: expected one with a length, which tells the rows that ranks repeat"
             )
         paused = self.clock.pause()
-        training_meter, self.model.meter = self.model.meter, LossMeter()
+        training_meter, self.model.meter = self.model.meter, self.model.new_meter()
         was_training = self.model.training
         self.model.eval()
         try:
@@ -232,7 +286,12 @@ class DistillTrainer(Trainer):
         else:
             kd, ce = sums["kd"] / sums["num_valid"], sums["ce"] / sums["num_valid"]
         perplexity = math.exp(ce) if not ce > 700 else math.inf
-        metrics = {"loss": self.model.objective.combine(kd, ce), "ce": ce, "perplexity": perplexity}
+        features = self._feature_means(sums)
+        if sums["nonfinite"]:
+            features = dict.fromkeys(features, math.nan)
+        loss = self.model.objective.combine(kd, ce)
+        loss += sum(value for name, value in features.items() if name.endswith("_loss"))
+        metrics = {"loss": loss, "ce": ce, "perplexity": perplexity, **features}
         if self.model.teacher is not None:
             metrics["kd"] = kd
         return metrics
@@ -255,31 +314,47 @@ class DistillTrainer(Trainer):
         new_rows = max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0)
         labels = inputs["labels"].clone()
         labels[new_rows:] = IGNORE_INDEX
-        return {**inputs, "labels": labels, "num_valid": None}
+        repeated = {**inputs, "labels": labels, "num_valid": None}
+        if self.model.features is not None:
+            mask = inputs.get("attention_mask")
+            mask = torch.ones_like(labels) if mask is None else mask.clone()
+            mask[new_rows:] = 0
+            repeated |= {"token_mask": mask.bool(), "num_tokens": None}
+        return repeated
 
     # ---- saving and loading ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the student as AutoModelForCausalLM or PeftModel read it. All ranks must call."""
         output_dir = output_dir or self.args.output_dir
-        state = None
+        state = projections = None
         if self.zero_stage == 3:
+            keep = self.args.should_save
             state = deepspeed.whole_state_dict(
-                self.student,
-                keep=self.args.should_save,
-                only_trainable=isinstance(self.student, PeftModel),
+                self.student, keep, only_trainable=isinstance(self.student, PeftModel)
             )
+            if self.model.features is not None:
+                projections = deepspeed.whole_state_dict(
+                    self.model.features, keep, only_trainable=False
+                )
         if self.args.should_save:
             if _internal_call:  # inside a checkpoint, which gets its marker when it is whole
-                self._save(output_dir, state)
+                self._save(output_dir, state, projections)
             else:
                 with checkpoint.atomic_folder(output_dir) as folder:
-                    self._save(str(folder), state)
+                    self._save(str(folder), state, projections)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(
+        self,
+        output_dir: str | None = None,
+        state_dict: dict | None = None,
+        projections: dict | None = None,
+    ) -> None:
         self.student.save_pretrained(output_dir, state_dict=state_dict)
+        if self.model.features is not None:
+            save_projections(output_dir, self.model.features, projections)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 
@@ -322,6 +397,8 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model or self.student)
+        if self.model.features is not None:
+            load_projections(resume_from_checkpoint, self.model.features)
 
     def _load_deepspeed_checkpoint(self, folder: str) -> None:
         is_peft = isinstance(self.student, PeftModel)
@@ -332,6 +409,14 @@ class DistillTrainer(Trainer):
             self._load_deepspeed_checkpoint(self.state.best_model_checkpoint)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _num_tokens(batch: dict) -> Tensor | int:
+    """Tokens of a micro-batch that are no padding."""
+    if batch.get("num_tokens") is not None:
+        return batch["num_tokens"]
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else mask.sum()
 
 
 def _torch_optimizer(optimizer) -> torch.optim.Optimizer:

@@ -8,8 +8,12 @@ _SHOWN = {
     "loss": "loss",
     "kd_loss": "kd",
     "ce_loss": "ce",
+    "hidden_loss": "hidden",
+    "relation_loss": "relation",
     "eval_perplexity": "held-out perplexity",
     "eval_kd": "held-out KL",
+    "eval_hidden_loss": "held-out hidden",
+    "eval_relation_loss": "held-out relation",
     "tokens_per_s": "tokens/s",
     "peak_mem_mib": "peak MiB",
 }

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,7 +22,7 @@ class JobConsole:
 
     def say(self, message: str) -> None:
         """One indented line about the current phase."""
-        self._console.print(f"  {message}")
+        self._console.print(f"  {escape(message)}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

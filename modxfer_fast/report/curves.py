@@ -4,16 +4,31 @@ import math
 from pathlib import Path
 from typing import Any
 
-_COLOURS = {"teacher": "#555555", "ce_only": "#d1702c", "student": "#1f6fb4"}
+_COLOURS = {
+    "teacher": "#555555",
+    "ce_only": "#d1702c",
+    "logit_kd": "#3a9a5b",
+    "student": "#1f6fb4",
+}
 _LABELS = {
     "teacher": "teacher",
     "ce_only": "student, cross entropy alone",
+    "logit_kd": "student, logits alone",
     "student": "student, distilled",
+}
+STEP_LABELS = {
+    "fused": "all parts fused",
+    "lora": "PEFT's LoRA",
+    "logits": "dense logit loss",
+    "hidden": "eager hidden loss",
+    "plain": "nothing fused",
 }
 
 
 def plot_curves(report: dict[str, Any], path: Path) -> None:
     """Held-out perplexity, KL to the teacher and training loss over steps; one line per run.
+
+    With `compare.parts` also bars: time and memory of a step without each fused part.
 
     Args:
         report: what `report.json` holds.
@@ -31,17 +46,19 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
         return {k: v for k, v in run["start"].items() if is_kl or k != "eval_kd"}
 
     distance = "KL" if is_kl else f"{divergence} divergence"
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    parts = report.get("parts")
+    columns = 5 if parts else 3
+    figure = Figure(figsize=(5 * columns, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, columns)
     panels = (
         ("eval_perplexity", "held-out perplexity", True),
         ("eval_kd", f"held-out {distance} to the teacher [nats/token]", True),
         ("loss", "training loss, as minimised [nats/token]", False),
     )
-    for axis, (key, title, logarithmic) in zip(axes, panels, strict=True):
+    for axis, (key, title, logarithmic) in zip(axes[:3], panels, strict=True):
         for run in report["runs"]:
-            for role in ("ce_only", "student"):
+            for role in ("ce_only", "logit_kd", "student"):
                 if role in run:
                     history = [{"step": 0, **start(run)}, *run[role]["history"]]
                     _line(axis, history, key, role, first=run is report["runs"][0])
@@ -60,6 +77,9 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
+    if parts:
+        _bars(axes[3], parts, "step_ms", "forward and backward [ms]")
+        _bars(axes[4], parts, "peak_mib", "peak memory of a step [MiB]", labelled=False)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -77,6 +97,20 @@ def _line(axis, history: list[dict[str, Any]], key: str, role: str, *, first: bo
             alpha=0.9,
             marker="." if len(points) < 30 else None,
         )
+
+
+def _bars(axis, parts: dict[str, Any], key: str, title: str, *, labelled: bool = True) -> None:
+    names = [name for name in STEP_LABELS if name in parts["steps"]]
+    values = [parts["steps"][name][key] for name in names]
+    colours = [_COLOURS["student"], *[_COLOURS["teacher"]] * (len(names) - 1)]
+    bars = axis.barh(range(len(names)), values, color=colours)
+    axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
+    axis.set_yticks(range(len(names)), [STEP_LABELS[n] for n in names] if labelled else [])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.15 * max(values))
+    axis.set_title(title, loc="left")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
 
 
 def _plain_ticks(axis) -> None:

@@ -43,12 +43,14 @@ def test_padding_starts_no_document():
 
 def test_rows_of_one_document_need_no_positions():
     batch = CausalCollator(0, packed=False)([row([5, 6]), row([7])])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "num_valid"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "num_valid", "num_tokens"}
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
 def test_types():
     batch = CausalCollator(0)([row([5, 6])])
-    assert set(batch) == {"input_ids", "attention_mask", "position_ids", "labels", "num_valid"}
+    tensors = {"input_ids", "attention_mask", "position_ids", "labels"}
+    assert set(batch) == {*tensors, "num_valid", "num_tokens"}
     assert isinstance(batch["num_valid"], int)
-    assert all(batch[k].dtype == torch.int64 for k in batch if k != "num_valid")
+    assert isinstance(batch["num_tokens"], int)
+    assert all(batch[k].dtype == torch.int64 for k in batch if not k.startswith("num_"))

@@ -30,9 +30,10 @@ def patch_peft_model(model: nn.Module, *, group: bool = True) -> FusedLoraReport
     or merged adapters, hooks on sub-modules, tensor parallelism) is PEFT's own forward; whether it
     is, is decided call by call, and the report says what holds now.
 
-    Patch before `torch.compile` and before DeepSpeed, FSDP or DDP wrap the model. Under ZeRO-3 and
-    FSDP groups are computed layer by layer where parameters of several modules are not gathered at
-    once. Gradients of gradients and `torch.func` transforms need PEFT's forward: unpatch first.
+    Patch before `torch.compile` and before DeepSpeed, FSDP2 or DDP wrap the model. Under ZeRO-3
+    each layer runs alone, because parameters are gathered module by module. Replicas of
+    `nn.DataParallel` and FSDP1 run PEFT's forward. The op has no gradient of its gradient and no
+    rule for `torch.func` transforms: unpatch for these.
 
     Args:
         model: a PeftModel, or any module with LoRA layers; changed in place.
@@ -157,6 +158,8 @@ def _reason(layer: nn.Module) -> str:
     branch, reason = read_branch(layer)
     if branch is None:
         return reason
+    if hasattr(branch.lora_a, "_fsdp_flattened"):
+        return "FSDP1 puts views in the place of its parameters while it runs; FSDP2 does not"
     # the input has the dtype of a plain base, or that of the adapters where the base is quantised
     dtype = (branch.lora_a if branch.weight is None else branch.weight).dtype
     return kernel_reason(branch, branch.lora_a.device.type, dtype, dtype)

@@ -1,0 +1,198 @@
+"""Losses inside the networks: hidden states and attention relations of mapped layers.
+
+Their mean is over the tokens of a whole optimiser step, like that of the other terms, but over
+another set of them: all that are no padding, unless `tokens` says that those with labels count.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, HiddenTerms
+from modxfer_fast.losses.layer_pairs import pair_name
+
+from .feature_options import HiddenStateOptions, RelationOptions
+from .layer_taps import LayerStates, LayerTaps
+
+
+class TokenSet(NamedTuple):
+    """Which tokens of a micro-batch count.
+
+    Attributes:
+        mask: [B, T] bool, True where a token counts; None for all.
+        num_valid: number of them, if known on the host.
+        normalizer: number of them in the optimiser step, over all ranks; None for the mean here.
+    """
+
+    mask: Tensor | None
+    num_valid: int | None
+    normalizer: Tensor | float | None
+
+    def count(self, like: Tensor) -> Tensor:
+        """Number of tokens that count here, fp64 on the device of `like` [B, T]."""
+        if self.mask is not None:
+            return self.mask.sum().double()
+        return torch.full((), like.numel(), dtype=torch.float64, device=like.device)
+
+
+class FeatureTerms(NamedTuple):
+    """What the losses of one micro-batch came to.
+
+    Attributes:
+        loss: scalar, sum of the terms.
+        sums: {name in the logs: (sum over tokens, number of tokens)}, detached.
+    """
+
+    loss: Tensor
+    sums: dict[str, tuple[Tensor, Tensor]]
+
+
+class FeatureLosses(nn.Module):
+    """Hidden-state and relation losses of one student and its teacher.
+
+    Registered in the module that DDP and DeepSpeed wrap: projections are trained, sharded and
+    resumed with the student's parameters, and saved apart from them.
+
+    Args:
+        hidden_options, relation_options: one of them may be None.
+        student_taps, teacher_taps: of the two backbones; told here what to take.
+        generator: random numbers of the projections.
+
+    Raises:
+        ValueError, TypeError: an option that does not fit the two models.
+    """
+
+    def __init__(
+        self,
+        hidden_options: HiddenStateOptions | None,
+        relation_options: RelationOptions | None,
+        student_taps: LayerTaps,
+        teacher_taps: LayerTaps,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        counts = {
+            "num_student_layers": student_taps.num_layers,
+            "num_teacher_layers": teacher_taps.num_layers,
+        }
+        self.hidden = self.relation = None
+        self.hidden_options = hidden_options
+        if hidden_options is not None:
+            with _named("hidden_states"):
+                self.hidden = HiddenStateLoss(
+                    student_width=student_taps.hidden_width,
+                    teacher_width=teacher_taps.hidden_width,
+                    generator=generator,
+                    **counts,
+                    **hidden_options.of_loss(),
+                )
+            student_taps.hidden_layers = self.hidden.student_layers
+            teacher_taps.hidden_layers = self.hidden.teacher_layers
+        if relation_options is not None:
+            with _named("relations"):
+                self.relation = AttentionRelationLoss(**counts, **relation_options.of_loss())
+                student_taps.qkv_layers = self.relation.student_layers
+                teacher_taps.qkv_layers = self.relation.teacher_layers
+                _check_relations(self.relation, student_taps, teacher_taps)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of `FeatureTerms.sums`, which are the names in the logs."""
+        terms = (("hidden", self.hidden), ("relation", self.relation))
+        return tuple(
+            name
+            for kind, term in terms
+            if term is not None
+            for name in (f"{kind}_loss", *(f"{kind}_{pair_name(pair)}" for pair in term.pairs))
+        )
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether a term is a mean over all tokens, not over those with labels."""
+        return self.relation is not None or self.hidden_options.tokens == "all"
+
+    def forward(
+        self,
+        student: LayerStates,
+        teacher: LayerStates,
+        all_tokens: TokenSet,
+        labelled: TokenSet,
+        like: Tensor,
+    ) -> FeatureTerms:
+        """Terms of one micro-batch; `like` is any [B, T] tensor on its device."""
+        losses, sums = [], {}
+        if self.hidden is not None:
+            tokens = all_tokens if self.hidden_options.tokens == "all" else labelled
+            terms = self.hidden(
+                student.hidden,
+                teacher.hidden,
+                mask=tokens.mask,
+                normalizer=tokens.normalizer,
+                num_valid=tokens.num_valid,
+            )
+            losses.append(terms.loss)
+            sums.update(_sums("hidden", self.hidden.pairs, terms, tokens, like))
+        if self.relation is not None:
+            terms = self.relation(
+                student.qkv,
+                teacher.qkv,
+                mask=all_tokens.mask,
+                normalizer=all_tokens.normalizer,
+            )
+            losses.append(terms.loss)
+            sums.update(_sums("relation", self.relation.pairs, terms, all_tokens, like))
+        return FeatureTerms(sum(losses[1:], start=losses[0]), sums)
+
+
+def _sums(
+    kind: str, pairs, terms: HiddenTerms, tokens: TokenSet, like: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums over tokens: the weighted term under `<kind>_loss`, and each pair unweighted."""
+    count = tokens.count(like)
+    divisor = count if tokens.normalizer is None else tokens.normalizer
+    sums = {f"{kind}_loss": (terms.loss.detach().double() * divisor, count)}
+    for pair, value in zip(pairs, terms.pairs, strict=True):
+        sums[f"{kind}_{pair_name(pair)}"] = (value.double() * divisor, count)
+    return sums
+
+
+class _named:
+    """Puts the name of the section in front of an error about its options."""
+
+    def __init__(self, where: str):
+        self._where = where
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, TypeError | ValueError) and not str(error).startswith(self._where):
+            raise kind(f"{self._where}.{error}") from error
+
+
+def _check_relations(
+    relation: AttentionRelationLoss, student_taps: LayerTaps, teacher_taps: LayerTaps
+) -> None:
+    for student, teacher in relation.pairs:
+        widths = [*student_taps.qkv_widths(student), *teacher_taps.qkv_widths(teacher)]
+        if relation.kind == "minilm":
+            rotary = [
+                role
+                for role, taps, layer in (
+                    ("student", student_taps, student),
+                    ("teacher", teacher_taps, teacher),
+                )
+                if taps.is_rotary(layer)
+            ]
+            if rotary:
+                raise ValueError(
+                    f"kind: expected minilmv2, because the {rotary[0]} rotates queries and keys "
+                    "after their projections, so their product is not its attention; got 'minilm'"
+                )
+            continue
+        if relation.num_heads is not None and any(w % relation.num_heads for w in widths):
+            raise ValueError(
+                f"num_heads: expected a divisor of the widths {sorted(set(widths))} of queries, "
+                f"keys and values, got {relation.num_heads}"
+            )

@@ -1,0 +1,163 @@
+"""What chosen blocks of a backbone see and produce, taken while it runs.
+
+Hooks sit on the blocks for the time of one call and no longer, so that nothing else is kept, the
+recomputation of a checkpointed block is not taken for a second output, and DeepSpeed's own hooks,
+which wrap what a block returns, come first.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .causal_lm import SplitCausalLM
+from .deepspeed import true_shape
+
+# Names of the query, key and value projections: of decoders, and of encoders such as BERT.
+_QKV_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """What one call of a backbone left.
+
+    Attributes:
+        hidden: {layer: [B, T, D]}; 0 what enters the first block, i what leaves block i.
+        qkv: {block: (query, key, value)}, each [B, T, H], as the projections return them.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    qkv: dict[int, QKV] = field(default_factory=dict)
+
+    def shaped(self, shape: Iterable[int]) -> "LayerStates":
+        """With [B, T] again, where the backbone saw one long row."""
+        return LayerStates(
+            {layer: x.reshape(*shape, -1) for layer, x in self.hidden.items()},
+            {b: tuple(x.reshape(*shape, -1) for x in qkv) for b, qkv in self.qkv.items()},
+        )
+
+
+class LayerTaps:
+    """Takes hidden states, or queries, keys and values, of a backbone.
+
+    Args:
+        backbone: a transformers backbone whose blocks are one nn.ModuleList.
+        role: "student" or "teacher", the name that errors use.
+
+    Attributes:
+        hidden_layers, qkv_layers: what `recording` takes; empty until they are set.
+
+    Raises:
+        TypeError: no such list, or several.
+    """
+
+    def __init__(self, backbone: nn.Module, role: str):
+        self._role = role
+        self._blocks = _find_blocks(backbone, role)
+        self.hidden_width: int = backbone.config.get_text_config().hidden_size
+        self.hidden_layers: tuple[int, ...] = ()
+        self.qkv_layers: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._blocks)
+
+    def run(
+        self,
+        parts: SplitCausalLM,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, LayerStates]:
+        """Last hidden states [B, T, D] of the model whose backbone this taps, and the others."""
+        with self.recording() as states:
+            hidden = parts.hidden(input_ids, attention_mask, position_ids)
+        return hidden, states.shaped(input_ids.shape)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[LayerStates]:
+        """Fills what it yields while the backbone runs once inside the block."""
+        states, hooks, parts = LayerStates(), [], {}
+        try:
+            for layer in self.hidden_layers:
+                block = self._blocks[max(layer, 1) - 1]
+                if layer == 0:
+
+                    def keep_input(module, args, kwargs):
+                        states.hidden[0] = args[0] if args else kwargs["hidden_states"]
+
+                    hooks.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
+                    continue
+
+                def keep(module, args, output, layer=layer):
+                    states.hidden[layer] = output[0] if isinstance(output, tuple) else output
+
+                hooks.append(block.register_forward_hook(keep))
+            for layer in self.qkv_layers:
+                for name, module in zip("qkv", self.qkv_modules(layer), strict=True):
+
+                    def keep_part(module, args, output, key=(layer, name)):
+                        parts[key] = output
+
+                    hooks.append(module.register_forward_hook(keep_part))
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer in self.qkv_layers:
+            states.qkv[layer] = tuple(parts[layer, name] for name in "qkv")
+
+    def qkv_modules(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The projections of block `layer`.
+
+        Raises:
+            ValueError: it has none under the names known, or several.
+        """
+        block = self._blocks[layer - 1]
+        for names in _QKV_NAMES:
+            found = [
+                [m for path, m in block.named_modules() if path.rpartition(".")[2] == name]
+                for name in names
+            ]
+            if all(len(modules) == 1 for modules in found):
+                return tuple(modules[0] for modules in found)
+        known = " or ".join(", ".join(names) for names in _QKV_NAMES)
+        raise ValueError(
+            f"relations: expected one {known} in block {layer} of the {self._role}, "
+            f"found none in {type(block).__name__}"
+        )
+
+    def is_rotary(self, layer: int) -> bool:
+        """Whether queries and keys are rotated between their projections and their product."""
+        return any(
+            "position_embeddings" in inspect.signature(module.forward).parameters
+            for module in self._blocks[layer - 1].modules()
+        )
+
+    def qkv_widths(self, layer: int) -> tuple[int, int, int]:
+        """Widths of query, key and value in block `layer`."""
+        return tuple(
+            true_shape(getattr(module, "base_layer", module).weight)[0]
+            for module in self.qkv_modules(layer)
+        )
+
+
+def _find_blocks(backbone: nn.Module, role: str) -> nn.ModuleList:
+    count = backbone.config.get_text_config().num_hidden_layers
+    lists = [
+        (name.count("."), name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    shallowest = [entry for entry in lists if entry[0] == min(depth for depth, *_ in lists)]
+    if len(shallowest) != 1:
+        names = ", ".join(name for _, name, _ in shallowest) or "none"
+        raise TypeError(
+            f"{role}: expected one list of the {count} blocks in {type(backbone).__name__}, whose "
+            f"hidden states are asked for; found {names}"
+        )
+    return shallowest[0][2]

@@ -1,0 +1,307 @@
+"""Losses of a student's hidden states against a teacher's, with the projections they train."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.projection_loss import projection_loss
+from ..kernels.projection_loss.reference import projection_loss_reference
+from ..kernels.projection_loss.spec import ProjectionSpec
+from .layer_pairs import pair_name, resolve_layers, resolve_weights
+
+PROJECTIONS = ("none", "full", "low_rank")
+INITS = ("orthogonal", "identity", "xavier")
+IMPLS = ("fused", "eager")
+PAIR_REDUCTIONS = ("mean", "sum")
+
+
+class HiddenTerms(NamedTuple):
+    """A weighted loss of several pairs of layers, and its parts for logs.
+
+    Attributes:
+        loss: scalar with its gradient, weights and reduction over pairs included.
+        pairs: [number of pairs], detached and unweighted; normalised as `loss` is.
+    """
+
+    loss: Tensor
+    pairs: Tensor
+
+
+class HiddenProjection(nn.Module):
+    """One trainable map from the student's width to the teacher's, and the loss behind it.
+
+    weight [D_t, D_s], or up [D_t, R] and down [R, D_s] whose product it is; bias [D_t] or None;
+    fp32. The loss is computed in the module's own call, in which ZeRO-3 gathers the parameters.
+    """
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        rank: int | None,
+        bias: bool,
+        init: str,
+        generator: torch.Generator | None,
+    ):
+        super().__init__()
+        if rank is None:
+            self.weight = nn.Parameter(torch.empty(teacher_width, student_width))
+        else:
+            self.up = nn.Parameter(torch.empty(teacher_width, rank))
+            self.down = nn.Parameter(torch.empty(rank, student_width))
+        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
+        for factor in self.factors:
+            if init == "identity":
+                nn.init.eye_(factor)
+            elif init == "xavier":
+                nn.init.xavier_uniform_(factor, generator=generator)
+            else:
+                nn.init.orthogonal_(factor, generator=generator)
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """(weight,) or (up, down)."""
+        return (self.weight,) if hasattr(self, "weight") else (self.up, self.down)
+
+    def forward(self, student_hidden: Tensor, teacher_hidden: Tensor, compute, **options) -> Tensor:
+        factors = self.factors
+        projection = factors[0] if len(factors) == 1 else factors
+        return compute(student_hidden, teacher_hidden, projection, bias=self.bias, **options)
+
+
+class HiddenStateLoss(nn.Module):
+    """sum over pairs of weight_i * loss(P_i h_student, h_teacher) [/ number of pairs].
+
+    The loss of a pair is `projection_loss`, a mean over the tokens that count. Projections are
+    parameters of this module and serve training alone.
+
+    Args:
+        layers: {student layer: teacher layer}, counted as in `output_hidden_states`: 0 is the
+            embeddings, i the output of block i, -1 that of the last block. See layer_pairs.py.
+        student_width, teacher_width: D_s and D_t.
+        num_student_layers, num_teacher_layers: blocks of each model; needed for negative layers.
+        loss, beta, norm, norm_eps, workspace_mb, backend: as for `projection_loss`.
+        weight: one number, or {student layer: number}.
+        pair_reduction: "mean" divides the weighted sum by the number of pairs, "sum" does not.
+        projection: "none" (equal widths), "full" ([D_t, D_s]) or "low_rank" (rank `rank`).
+        rank: of "low_rank".
+        bias: whether projections have one; starts at 0.
+        shared: one projection for all pairs instead of one each.
+        init: "orthogonal", "identity" (ones on the diagonal, cut to the shape) or "xavier".
+        generator: random numbers of the initialisation; None takes torch's own.
+        impl: "fused", or "eager": plain PyTorch with autograd, to compare.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Example:
+        loss_fn = HiddenStateLoss({1: 3, 2: 6}, 128, 256, projection="full", norm="rms")
+        terms = loss_fn({1: h1, 2: h2}, {3: t3, 6: t6}, mask=attention_mask.bool())
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, int],
+        student_width: int,
+        teacher_width: int,
+        *,
+        num_student_layers: int | None = None,
+        num_teacher_layers: int | None = None,
+        loss: str = "mse",
+        beta: float = 1.0,
+        norm: str = "none",
+        norm_eps: float = 1e-6,
+        weight: float | Mapping[int, float] = 1.0,
+        pair_reduction: str = "mean",
+        projection: str = "none",
+        rank: int | None = None,
+        bias: bool = False,
+        shared: bool = False,
+        init: str = "orthogonal",
+        generator: torch.Generator | None = None,
+        workspace_mb: int = 64,
+        backend: str | None = None,
+        impl: str = "fused",
+    ):
+        super().__init__()
+        self.pairs = resolve_layers(layers, num_student_layers, num_teacher_layers)
+        self.weights = resolve_weights(weight, layers, self.pairs, num_student_layers)
+        for name, value, known in (
+            ("pair_reduction", pair_reduction, PAIR_REDUCTIONS),
+            ("projection", projection, PROJECTIONS),
+            ("init", init, INITS),
+            ("impl", impl, IMPLS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        self.spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
+        if not workspace_mb > 0:
+            raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+        if projection == "none":
+            if student_width != teacher_width:
+                raise ValueError(
+                    f"projection: expected full or low_rank, because the student is "
+                    f"{student_width} wide and the teacher {teacher_width}, got 'none'"
+                )
+            if bias or shared:
+                raise ValueError("bias, shared: expected False without a projection")
+        limit = min(student_width, teacher_width)
+        if (projection == "low_rank") != (rank is not None) or not 0 < (rank or 1) <= limit:
+            raise ValueError(
+                f"rank: expected a number from 1 to {limit} with projection 'low_rank' and none "
+                f"without, got {rank} with {projection!r}"
+            )
+        self.pair_reduction = pair_reduction
+        self.impl = impl
+        self.workspace_mb = workspace_mb
+        self.backend = backend
+        names = [] if projection == "none" else [pair_name(pair) for pair in self.pairs]
+        self.projections = nn.ModuleDict(
+            {
+                name: HiddenProjection(student_width, teacher_width, rank, bias, init, generator)
+                for name in (["shared"] if shared and names else names)
+            }
+        )
+
+    @property
+    def student_layers(self) -> tuple[int, ...]:
+        return tuple(student for student, _ in self.pairs)
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({teacher for _, teacher in self.pairs}))
+
+    def projection_of(self, pair: tuple[int, int]) -> HiddenProjection | None:
+        """The projection of one of `pairs`, None where widths are equal."""
+        if "shared" in self.projections:
+            return self.projections["shared"]
+        return self.projections[pair_name(pair)] if len(self.projections) else None
+
+    def forward(
+        self,
+        student_hiddens: Mapping[int, Tensor],
+        teacher_hiddens: Mapping[int, Tensor],
+        *,
+        mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> HiddenTerms:
+        """Loss of the states of one micro-batch.
+
+        Args:
+            student_hiddens: {layer: [..., D_s]}, every student layer of `pairs`.
+            teacher_hiddens: {layer: [..., D_t]}, every teacher layer; constants.
+            mask: [...] bool, True where a token counts.
+            normalizer: replaces the number of tokens that count, e.g. those of the whole step.
+            num_valid: number of True in `mask`, if known on the host.
+
+        `loss="relative"` divides by the teacher's energy over the tokens of this call, also with a
+        normalizer.
+        """
+        losses = []
+        for pair in self.pairs:
+            student, teacher = pair
+            for name, states, layer in (
+                ("student_hiddens", student_hiddens, student),
+                ("teacher_hiddens", teacher_hiddens, teacher),
+            ):
+                if layer not in states:
+                    given = ", ".join(map(str, states)) or "none"
+                    raise ValueError(f"{name}: expected layer {layer}, got layers {given}")
+            losses.append(
+                self.pair_loss(
+                    pair,
+                    student_hiddens[student],
+                    teacher_hiddens[teacher],
+                    mask=mask,
+                    normalizer=normalizer,
+                    num_valid=num_valid,
+                )
+            )
+        return weighted_terms(losses, self.weights, self.pair_reduction)
+
+    def pair_loss(
+        self,
+        pair: tuple[int, int],
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        *,
+        mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> Tensor:
+        """Unweighted loss of one pair, for a caller that has the states of one layer at a time."""
+        options = {
+            "loss": self.spec.loss,
+            "beta": self.spec.beta,
+            "norm": self.spec.norm,
+            "norm_eps": self.spec.norm_eps,
+            "mask": mask,
+            "normalizer": normalizer,
+        }
+        if self.impl == "fused":
+            compute = projection_loss
+            options.update(
+                num_valid=None if mask is None else num_valid,
+                workspace_mb=self.workspace_mb,
+                backend=self.backend,
+            )
+        else:
+            compute = _eager_loss
+        projection = self.projection_of(pair)
+        if projection is None:
+            return compute(student_hidden, teacher_hidden, **options)
+        return projection(student_hidden, teacher_hidden, compute, **options)
+
+    def extra_repr(self) -> str:
+        layers = ", ".join(f"{student}: {teacher}" for student, teacher in self.pairs)
+        return f"layers={{{layers}}}, weights={self.weights}, loss={self.spec.loss!r}"
+
+
+def weighted_terms(losses: list[Tensor], weights: tuple[float, ...], reduction: str) -> HiddenTerms:
+    """The weighted sum or mean of the pairs' losses, and each alone."""
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    if reduction == "mean":
+        total = total / len(losses)
+    return HiddenTerms(total, torch.stack([loss.detach() for loss in losses]))
+
+
+def _eager_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    projection: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    bias: Tensor | None = None,
+    loss: str,
+    beta: float,
+    norm: str,
+    norm_eps: float,
+    mask: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """`projection_loss` as one would write it: every state projected, whole, by autograd."""
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    spec = ProjectionSpec(loss, beta, norm, norm_eps)
+    cast = student_hidden.dtype
+    if isinstance(projection, tuple):
+        projection = tuple(factor.to(cast) for factor in projection)
+    elif projection is not None:
+        projection = projection.to(cast)
+    bias = None if bias is None else bias.to(cast)
+    teacher = teacher_hidden.detach().to(cast)
+    rows = projection_loss_reference(student_hidden, teacher, projection, bias, spec).to(dtype)
+    counts = torch.ones_like(rows) if mask is None else mask.to(dtype)
+    rows = torch.where(counts != 0, rows, 0.0)
+    divisor = (
+        counts.sum() if normalizer is None else torch.as_tensor(normalizer, device=rows.device)
+    )
+    divisor = torch.where(divisor == 0, 1.0, divisor.to(dtype))
+    if loss == "relative":
+        nothing = torch.zeros_like(teacher)
+        square = ProjectionSpec("mse", norm=norm, norm_eps=norm_eps)
+        energy = projection_loss_reference(nothing, teacher, None, None, square).to(dtype)
+        energy = torch.where(counts != 0, energy, 0.0).sum() / counts.sum().clamp(min=1)
+        divisor = divisor * torch.where(energy == 0, 1.0, energy)
+    return rows.sum() / divisor
