@@ -1,13 +1,16 @@
 """Benchmarks of every room against its peers and its floor: checked first, timed second.
 
-    modxfer bench ROOM [--device cpu|cuda] [--shape NAME] [--json FILE]
+    modxfer bench ROOM [--device cpu|cuda] [--shape NAME] [--variant NAME ...] [--json FILE]
     python -m benchmarks.plot FILE.json --output FILE.png
 
-bench_<room>.py   who takes part, the floors     peers.py        Liger and TRL, both optional
-harness.py        check, measure, make rows      dense.py        plain PyTorch, as users write it
-timing.py         interleaved rounds             memory.py       peak of one step
-inputs.py         close student, fp64 truth      shapes.py       named sizes of real models
-results.py        columns, JSON and CSV          plot.py         figures, from those files only
+bench_<room>.py   shapes, who takes part, floors  rooms.py        what a room declares
+harness.py        check, count, time, make rows   candidates.py   our backends, one training step
+timing.py         interleaved rounds              memory.py       peak of one step
+roofline.py       roof of the machine, measured   counting.py     saved tensors, launches
+inputs.py         close student, fp64 truth       shapes.py       named sizes of the KD rooms
+peers.py          Liger, TRL and PEFT, optional   dense.py        plain PyTorch, as users write it
+unsloth_style.py  LoRA by addmm, as libraries do  tracing.py      the profiler's events
+results.py        columns, JSON and CSV           plot.py         figures, from those files only
 
 Not part of the wheel: run from a checkout.
 """
