@@ -154,6 +154,15 @@ def test_lora_student_keeps_its_backbone_and_head(tmp_path, write_job):
     assert not torch.equal(load_adapter(base, folder)(ids).logits, before)
 
 
+def test_fused_lora_can_be_left_out(tmp_path, write_job, capsys):
+    student = {"peft": LORA, "fused_lora": False}
+    training = {"save_strategy": "no", "max_steps": 2, "eval_strategy": "no", "eval_steps": None}
+    compare = {"ce_only": False, "loss_rows": None}
+    path, _ = write_job(tmp_path, student=student, training=training, compare=compare)
+    assert main(["distill", str(path)]) == 0
+    assert "fused LoRA" not in capsys.readouterr().out
+
+
 def test_a_model_that_cannot_be_packed(tmp_path, write_job, capsys):
     bloom = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}
     path, out = write_job(tmp_path, training={"save_strategy": "no"})

@@ -127,3 +127,49 @@ def test_overrides_are_yaml_and_make_sections(write):
 def test_wrong_overrides(write, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(MINIMAL), [override])
+
+
+HIDDEN = {"layers": {1: 3, -1: -1}, "weight": {1: 0.5, -1: 1.0}, "norm": "rms"}
+
+
+def test_layer_numbers_survive_a_dump(write):
+    config = load_config(write(changed(loss={"hidden_states": HIDDEN})))
+    assert config.loss.hidden_states.layers == {1: 3, -1: -1}
+    again = load_config(write(dump_config(config), "again.yaml"))
+    assert again == config
+    assert again.loss.hidden_states.weight == {1: 0.5, -1: 1.0}
+
+
+def test_layers_can_be_set_by_their_dotted_path(write):
+    path = write(changed(loss={"hidden_states": {"layers": {1: 3}}}))
+    config = load_config(path, ["loss.hidden_states.layers.2=6", "loss.hidden_states.weight=2"])
+    assert config.loss.hidden_states.layers == {1: 3, 2: 6}
+    assert config.loss.hidden_states.weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"hidden_states": {}}}, "loss.hidden_states.layers: missing"),
+        ({"loss": {"hidden_states": {"layers": {}}}}, "loss.hidden_states.layers"),
+        ({"loss": {"hidden_states": {"layers": {"a": 1}}}}, "loss.hidden_states.layers"),
+        (
+            {"loss": {"hidden_states": {"layer": {1: 1}}}},
+            "loss.hidden_states.layer: unknown key; did you mean 'layers'?",
+        ),
+        (
+            {"loss": {"hidden_states": {**HIDDEN, "projection": "low_rank"}}},
+            "loss.hidden_states: rank: expected together with projection: low_rank",
+        ),
+        (
+            {"loss": {"relations": {"layers": {1: 1}}}},
+            "loss.relations: expected data.packing: false",
+        ),
+        ({"student": {"path": "s", "fused_lora": True}}, "fused_lora: expected a peft section"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:40],
+)
+def test_mistakes_in_losses_inside_the_networks(write, sections, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(changed(**sections)))
+    assert message in str(caught.value)

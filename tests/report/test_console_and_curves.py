@@ -49,8 +49,9 @@ def test_a_failed_phase_is_not_counted():
     assert console.phase_seconds == {}
 
 
+@pytest.mark.parametrize("with_parts", [True, False])
 @pytest.mark.parametrize("with_evaluations", [True, False])
-def test_plot(tmp_path, with_evaluations):
+def test_plot(tmp_path, with_evaluations, with_parts):
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     if with_evaluations:
         history.append({"step": 2, "eval_perplexity": 30.0, "eval_kd": float("nan")})
@@ -67,8 +68,13 @@ def test_plot(tmp_path, with_evaluations):
             {"start": {"eval_perplexity": 61.0, "eval_kd": 2.1}, "student": trained},
         ],
     }
+    if with_parts:
+        steps = {name: {"step_ms": 3.0, "peak_mib": 4.0} for name in ("fused", "lora", "plain")}
+        report["parts"] = {"tokens": 8, "steps": steps}
+        report["runs"][0]["logit_kd"] = trained
     plot_curves(report, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.format == "PNG"
+        assert image.width == 600 * (5 if with_parts else 3)
         assert image.width > image.height > 300
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
