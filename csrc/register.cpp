@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def("lora_shrink(Tensor x, Tensor lora_a, float scale) -> Tensor s");
   m.def(
       "lora_linear_rows_fwd(Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, "
-      "Tensor? residual, float[] scales, int[] thresholds, Tensor? seed, int first_row, "
+      "Tensor? residual, float[] scales, int[] thresholds, Tensor? seed, "
       "Tensor(a!)? bits, Tensor(b!) s, Tensor(c!)[] ys) -> ()");
   m.def(
       "lora_linear_rows_bwd(Tensor[] dys, Tensor? x, Tensor[] lora_a, Tensor[] lora_b, "

@@ -175,15 +175,14 @@ class Masks {
     return thresholds_[target] == 0 ? Mask{nullptr, 0} : Mask{words(target, row), num_words_};
   }
 
-  void draw(uint64_t seed, size_t target, int64_t row, int64_t rows, int64_t first_row) const {
+  void draw(uint64_t seed, size_t target, int64_t row, int64_t rows) const {
     if (thresholds_[target] == 0) {
       std::fill_n(words(target, row), rows * num_words_, ~uint32_t{0});
       return;
     }
     const DropoutKey key{seed, static_cast<uint32_t>(target),
                          static_cast<uint32_t>(thresholds_[target])};
-    lora_kernels().draw_mask(key, first_row + row, rows, num_words_, words(target, row),
-                             num_words_);
+    lora_kernels().draw_mask(key, row, rows, num_words_, words(target, row), num_words_);
   }
 
   bool given() const { return words_ != nullptr; }
@@ -278,8 +277,8 @@ Tensor lora_shrink(Tensor x, Tensor lora_a, double scale) {
 void lora_linear_rows_fwd(Tensor x, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
                           std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
                           std::vector<double> scales, std::vector<int64_t> thresholds,
-                          std::optional<Tensor> seed, int64_t first_row, std::optional<Tensor> bits,
-                          Tensor s, std::vector<Tensor> ys) {
+                          std::optional<Tensor> seed, std::optional<Tensor> bits, Tensor s,
+                          std::vector<Tensor> ys) {
   const int64_t M = x.size(0), K = x.size(1);
   const size_t T = lora_a.size();
   const LoraKernels& kernels = lora_kernels();
@@ -311,7 +310,7 @@ void lora_linear_rows_fwd(Tensor x, std::vector<Tensor> lora_a, std::vector<Tens
       float* s_block = s_rows.target(first);
       for (size_t t = 0; t < T; ++t) {
         const int64_t N = lora_b[t].size(0), R = lora_a[t].size(0);
-        if (masks.given()) masks.draw(key, t, first, rows, first_row);
+        if (masks.given()) masks.draw(key, t, first, rows);
         kernels.shrink(x_block, masks.at(t, first), rows, K, a_panels[t].data(), R,
                        static_cast<float>(scales[t]), s_block + offsets[t], s_width);
         float* y = y_rows[t].target(first);

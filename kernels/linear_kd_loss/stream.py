@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..common import KDSpec, gemm, valid_rows
 from ..common.packing import kept_rows, put, take
-from .workspace import Plan, logits_buffers
+from ..common.scratch import logits_buffers
+from .workspace import Plan
 
 
 def stream(

@@ -25,15 +25,11 @@ def lora_linear_fwd(
     targets: Sequence[LoraTarget],
     seed: Tensor | None,
     *,
-    first_row: int = 0,
     residual: Tensor | None = None,
-    out: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     x = _rows(x)
     rows, width = x.shape
-    if out is None:
-        out = [x.new_empty(rows, target.lora_b.shape[0]) for target in targets]
-    ys = list(out)
+    ys = [x.new_empty(rows, target.lora_b.shape[0]) for target in targets]
     ranks = sum(target.lora_a.shape[0] for target in targets)
     s = x.new_empty(rows, ranks, dtype=targets[0].lora_a.dtype)
     bits = None
@@ -48,7 +44,6 @@ def lora_linear_fwd(
         _scales(targets),
         _thresholds(targets),
         None if bits is None else seed,
-        first_row,
         bits,
         s,
         ys,

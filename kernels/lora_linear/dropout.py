@@ -4,8 +4,8 @@
     o = Philox4x32-7(key = seed, counter = (4 w + q, m, 0, t))      four 32-bit words, eight halves
     kept  <=>  (o[h // 2] >> 16 (h % 2)) & 0xffff  >=  threshold(dropout)
 
-A bit depends on the seed and on its place alone, so that targets are independent, chunks of rows
-agree with the whole, and a recomputation that restores torch's generator draws the same mask.
+A bit depends on the seed and on its place alone, so that targets are independent, threads and tiles
+need no order, and a recomputation that restores torch's generator draws the same mask.
 Philox and its constants: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
 seven rounds are the fewest they found to pass every test of BigCrush.
 """
@@ -38,9 +38,7 @@ def num_words(width: int) -> int:
     return (width + 31) // 32
 
 
-def dropout_bits(
-    seed: Tensor, rows: int, width: int, dropouts: list[float], first_row: int = 0
-) -> Tensor:
+def dropout_bits(seed: Tensor, rows: int, width: int, dropouts: list[float]) -> Tensor:
     """[T, rows, ceil(width / 32)] int32: bit k % 32 of word k // 32 is 1 where element k is kept.
 
     Bits past `width` are unspecified, but equal in every backend.
@@ -48,12 +46,11 @@ def dropout_bits(
     Args:
         seed: int64 scalar.
         dropouts: probability of each of the T targets.
-        first_row: index of the first row, for a chunk of a longer tensor.
     """
     device, words = seed.device, num_words(width)
     bits = torch.empty(len(dropouts), rows, words, dtype=torch.int32, device=device)
     key = (seed & _MASK_32, (seed >> 32) & _MASK_32)
-    row = torch.arange(first_row, first_row + rows, device=device)[:, None]
+    row = torch.arange(rows, device=device)[:, None]
     word = torch.arange(words, device=device)[None, :]
     for target, dropout in enumerate(dropouts):
         packed = torch.zeros(rows, words, dtype=torch.int64, device=device)

@@ -41,17 +41,13 @@ def lora_linear_fwd(
     targets: Sequence[LoraTarget],
     seed: Tensor | None,
     *,
-    first_row: int = 0,
     residual: Tensor | None = None,
-    out: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Outputs of all targets and what their backward needs.
 
     Args:
         x: [M, K]. seed: int64 scalar, given when a target has dropout.
-        first_row: index of the first row of x in the mask, where x is a chunk of a longer tensor.
         residual: [M, N], dtype of x, added to the output of a single target before it is rounded.
-        out: [M, N] each, rows contiguous: where the outputs go; allocated when None.
 
     Returns:
         ys: [M, N] each, dtype of x.
@@ -61,7 +57,7 @@ def lora_linear_fwd(
     work = _work_dtype(x)
     bits = None
     if uses_dropout(targets):
-        bits = dropout_bits(seed, *x.shape, [target.dropout for target in targets], first_row)
+        bits = dropout_bits(seed, *x.shape, [target.dropout for target in targets])
     ys, parts = [], []
     for index, target in enumerate(targets):
         part = target.scaling * (_dropped(x.to(work), target, bits, index) @ _wide(target.lora_a).T)
@@ -73,7 +69,7 @@ def lora_linear_fwd(
             y += target.bias.to(work)
         if residual is not None:
             y += residual.to(work)
-        ys.append(y.to(x.dtype) if out is None else out[index].copy_(y))
+        ys.append(y.to(x.dtype))
         parts.append(part)
     return ys, torch.cat(parts, dim=1), bits
 

@@ -144,7 +144,7 @@ def _shrink_kernel(
     bits_ptr,                            # out  [T, M, num_bytes], uint8, or None
     M, K, num_bytes, sum_ranks, ranks,
     stride_xm, stride_xk,
-    first_row, scales, thresholds,
+    scales, thresholds,
     HAS_DROPOUT: tl.constexpr, T: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +157,7 @@ def _shrink_kernel(
         accs += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
     if bits_ptr is not None:
         seed = tl.load(seed_ptr)
-        rows = (first_row + offs_m).to(tl.int32)
+        rows = offs_m.to(tl.int32)
         # programs of higher ranks draw the same bytes
         stored_bytes = tl.where(tl.program_id(1) == 0, num_bytes, 0)
     for k in range(0, K, BLOCK_K):
@@ -433,14 +433,12 @@ def lora_linear_fwd(
     targets: Sequence[LoraTarget],
     seed: Tensor | None,
     *,
-    first_row: int = 0,
     residual: Tensor | None = None,
-    out: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As `reference.lora_linear_fwd`."""
     targets = [_dense(target) for target in targets]
-    s, bits = shrink(x, targets, seed, first_row)
-    return expand(x, targets, s, residual, out), s, bits
+    s, bits = shrink(x, targets, seed)
+    return expand(x, targets, s, residual), s, bits
 
 
 def lora_linear_bwd(
@@ -472,7 +470,7 @@ def lora_linear_bwd(
 
 
 def shrink(
-    x: Tensor, targets: Sequence[LoraTarget], seed: Tensor | None, first_row: int
+    x: Tensor, targets: Sequence[LoraTarget], seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """s [M, sum R] and the mask words [T, M, num_words] of all targets, or None."""
     rows, width = x.shape
@@ -500,7 +498,6 @@ def shrink(
             ranks=ranks,
             stride_xm=x.stride(0),
             stride_xk=x.stride(1),
-            first_row=first_row,
             scales=_scales(targets),
             thresholds=tuple(threshold(target.dropout) for target in targets),
             HAS_DROPOUT=tuple(target.dropout > 0.0 for target in targets),
@@ -520,13 +517,12 @@ def expand(
     targets: Sequence[LoraTarget],
     s: Tensor,
     residual: Tensor | None,
-    out: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     """y [M, N] of each target."""
     rows, width = x.shape
     ranks = _ranks(targets)
     widths = tuple(target.lora_b.shape[0] for target in targets)
-    ys = [x.new_empty(rows, n) for n in widths] if out is None else list(out)
+    ys = [x.new_empty(rows, n) for n in widths]
     if rows == 0:
         return ys
     with torch.cuda.device_of(x):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common import KDSpec
-from ..linear_kd_loss.workspace import logits_buffers
+from ..common.scratch import logits_buffers
 
 MIN_ROWS = 16  # GEMMs of fewer rows degenerate, and the budget is exceeded instead
 # A CPU gains when both blocks of logits stay in its cache between the GEMMs and the row kernel.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common import gemm
 from ..common.packing import kept_rows, put, take
-from ..linear_kd_loss.workspace import scratch
+from ..common.scratch import scratch
 from .spec import ProjectionSpec
 
 RowKernel = Callable[[Tensor, Tensor, Tensor, ProjectionSpec, Tensor | None], Tensor]

@@ -145,8 +145,8 @@ class DistillTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created:
-            # DeepSpeed drops an empty group (LoRA has no biases or norms), schedulers then miscount
             self._group_projections(optimizer)
+            # DeepSpeed drops an empty group (LoRA has no biases or norms), schedulers then miscount
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
         return optimizer
 

@@ -10,8 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_mib
 from modxfer_fast import LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
-from modxfer_fast.kernels.common import DIVERGENCES
-from modxfer_fast.kernels.linear_kd_loss import workspace
+from modxfer_fast.kernels.common import DIVERGENCES, scratch
 from tests.inputs import (
     BACKENDS,
     DTYPES,
@@ -547,7 +546,7 @@ def test_peak_memory_is_the_workspace(n, v, d_s, dtype, frozen, labels):
     workspace_mb = 8
     inputs = linear_inputs(n, v, dtype, d_s=d_s, d_t=16, labels=labels)
     inputs.student_weight.requires_grad_(not frozen)
-    workspace.release_workspace()
+    scratch.release_workspace()
     peak = peak_mib(lambda: loss_and_grads(inputs, Objective(), workspace_mb=workspace_mb), "cpu")
     # the smallest chunk, 16 rows, is within the budget here
     assert 16 * 2 * 4 * v <= workspace_mb * 2**20
@@ -561,8 +560,8 @@ def test_peak_memory_is_the_workspace(n, v, d_s, dtype, frozen, labels):
 def test_released_workspace_is_freed():
     inputs = linear_inputs(64, 1000)
     call(inputs, Objective())
-    workspace.release_workspace()
-    assert not workspace._spare
+    scratch.release_workspace()
+    assert not scratch._spare
 
 
 def test_peak_memory_counts_every_byte():
@@ -682,7 +681,7 @@ def test_two_runs_are_equal(dtype, labels, backend):
     inputs = linear_inputs(120, 4000, dtype, labels=labels, bias=True)
     runs = []
     for _ in range(2):
-        for buffer in workspace._spare:
+        for buffer in scratch._spare:
             buffer.fill_(float("nan"))
         runs.append(loss_and_grads(inputs, Objective("jsd"), backend=backend, workspace_mb=1))
     for name, result in runs[0].items():

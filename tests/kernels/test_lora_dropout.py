@@ -109,20 +109,15 @@ def test_backends_draw_the_same_bits(seed, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_chunk_of_rows_has_the_bits_of_the_whole(backend):
+@pytest.mark.parametrize("rows", [1, 4, 10])
+def test_bits_do_not_depend_on_the_rows_behind(rows, backend):
     inputs = lora_inputs(11, 40, (8, 8), ranks=(2,), dropouts=(0.5,))
     module, x = dispatch.load("lora_linear", backend), inputs.x.detach()
     targets = [t._replace(weight=None, bias=None) for t in inputs.targets]
     with torch.no_grad():
-        ys, s, bits = module.lora_linear_fwd(x, targets, inputs.seed)
-        parts = [
-            module.lora_linear_fwd(x[rows], targets, inputs.seed, first_row=rows.start)
-            for rows in (slice(0, 4), slice(4, 5), slice(5, 11))
-        ]
-    assert torch.equal(bits, torch.cat([part[2] for part in parts], dim=1))
-    torch.testing.assert_close(s, torch.cat([part[1] for part in parts]))
-    for index, y in enumerate(ys):
-        torch.testing.assert_close(y, torch.cat([part[0][index] for part in parts]))
+        _, _, whole = module.lora_linear_fwd(x, targets, inputs.seed)
+        _, _, part = module.lora_linear_fwd(x[:rows], targets, inputs.seed)
+    assert torch.equal(part, whole[:, :rows])
 
 
 # --- its statistics

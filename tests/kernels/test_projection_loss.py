@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_mib
 from modxfer_fast.kernels import dispatch
-from modxfer_fast.kernels.linear_kd_loss import workspace
+from modxfer_fast.kernels.common import scratch
 from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import (
     projection_loss_reference,
@@ -691,7 +691,7 @@ def test_peak_memory_is_the_workspace(n, dtype, frozen, kind, mask):
     inputs = projection_inputs(n, 64, 2048, dtype, kind=kind, mask=mask)
     for factor in inputs.projection if kind == "low-rank" else [inputs.projection]:
         factor.requires_grad_(not frozen)
-    workspace.release_workspace()
+    scratch.release_workspace()
     peak = peak_mib(
         lambda: loss_and_grads(inputs, ProjectionSpec(), workspace_mb=workspace_mb), "cpu"
     )
@@ -703,7 +703,7 @@ def test_peak_memory_is_the_workspace(n, dtype, frozen, kind, mask):
 
 def test_equal_widths_need_no_memory():
     inputs = projection_inputs(2048, 512, 512, kind="none")
-    workspace.release_workspace()
+    scratch.release_workspace()
     assert peak_mib(lambda: loss_and_grads(inputs, ProjectionSpec()), "cpu") < 0.1
 
 
@@ -813,7 +813,7 @@ def test_two_runs_are_equal(dtype, kind, backend):
     inputs = projection_inputs(500, 24, 1100, dtype, kind=kind, mask=True, bias=True)
     runs = []
     for _ in range(2):
-        for buffer in workspace._spare:
+        for buffer in scratch._spare:
             buffer.fill_(NAN)
         spec = ProjectionSpec("relative", norm="layer")
         runs.append(loss_and_grads(inputs, spec, backend=backend, workspace_mb=1))

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_mib
 from modxfer_fast.kernels import dispatch
-from modxfer_fast.kernels.linear_kd_loss import workspace
+from modxfer_fast.kernels.common import scratch
 from modxfer_fast.kernels.projection_loss import relation_stream
 from modxfer_fast.kernels.projection_loss.relation import (
     minilm_loss,
@@ -656,7 +656,7 @@ def test_padding_at_the_ends_enters_no_product():
 def test_peak_memory_is_the_workspace(dtype, is_self, causal, seq):
     """Whole relations of both models would be 8 to 128 MiB."""
     inputs = make_inputs(1, seq, dtype, num_heads=4, causal=causal, is_self=is_self)
-    workspace.release_workspace()
+    scratch.release_workspace()
     peak = peak_mib(lambda: loss_and_grads(inputs, workspace_mb=2), "cpu")
     assert 0.5 < peak <= 1.01 * 2
 
@@ -691,7 +691,7 @@ def test_two_runs_are_equal(dtype, mask, backend):
     inputs = make_inputs(2, 400, dtype, mask=mask)
     runs = []
     for _ in range(2):
-        for buffer in workspace._spare:
+        for buffer in scratch._spare:
             buffer.fill_(float("nan"))
         runs.append(loss_and_grads(inputs, backend=backend, workspace_mb=1))
     for name, result in runs[0].items():

@@ -41,8 +41,8 @@ Tensor lora_shrink(Tensor x, Tensor lora_a, double scale);
 void lora_linear_rows_fwd(Tensor x, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
                           std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
                           std::vector<double> scales, std::vector<int64_t> thresholds,
-                          std::optional<Tensor> seed, int64_t first_row, std::optional<Tensor> bits,
-                          Tensor s, std::vector<Tensor> ys);
+                          std::optional<Tensor> seed, std::optional<Tensor> bits, Tensor s,
+                          std::vector<Tensor> ys);
 
 // writes dx = sum of mask(ds A), da and db, each where given
 void lora_linear_rows_bwd(std::vector<Tensor> dys, std::optional<Tensor> x,
