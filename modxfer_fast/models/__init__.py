@@ -1,5 +1,6 @@
 """Causal language models: build, load, adapt, and check that two of them fit together."""
 
+from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.build import (
     apply_peft,
     build_model,
@@ -19,6 +20,7 @@ from modxfer_fast.models.fused_lora import (
 )
 
 __all__ = [
+    "Architecture",
     "FusedLoraLinear",
     "FusedLoraReport",
     "ModelError",

@@ -1,0 +1,239 @@
+"""Where things are in a transformer: blocks, their linears, what each linear reads and writes.
+
+A *space* is a place in a block where features live; a *role* is a linear of a block, which reads
+one space and writes another. Module names differ between families, roles and spaces do not.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import nn
+
+from modxfer_fast.models.errors import ModelError
+
+
+class Role(NamedTuple):
+    """The spaces that a linear reads and writes."""
+
+    reads: str
+    writes: str
+
+
+ROLES: Mapping[str, Role] = MappingProxyType(
+    {
+        "query": Role("attention_in", "query"),
+        "key": Role("attention_in", "key"),
+        "value": Role("attention_in", "value"),
+        "attention_output": Role("context", "attention_out"),
+        "ffn_gate": Role("ffn_in", "ffn_gate"),
+        "ffn_up": Role("ffn_in", "ffn_up"),
+        "ffn_down": Role("ffn_inner", "ffn_out"),
+    }
+)
+
+# attention_out and ffn_out are sublayer outputs before the residual is added.
+SPACES = (
+    "attention_in",
+    "query",
+    "key",
+    "value",
+    "context",
+    "attention_out",
+    "ffn_in",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_inner",
+    "ffn_out",
+    "layer_out",
+)
+_RESIDUAL = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
+_INNER = ("ffn_gate", "ffn_up", "ffn_inner")
+
+
+class _Family(NamedTuple):
+    layers: str  # of the blocks, inside the base model
+    modules: Mapping[str, str]  # role -> path inside a block
+    post_norm: bool
+
+
+_BERT = _Family(
+    "encoder.layer",
+    {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "attention_output": "attention.output.dense",
+        "ffn_up": "intermediate.dense",
+        "ffn_down": "output.dense",
+    },
+    post_norm=True,
+)
+_DISTILBERT = _Family(
+    "transformer.layer",
+    {
+        "query": "attention.q_lin",
+        "key": "attention.k_lin",
+        "value": "attention.v_lin",
+        "attention_output": "attention.out_lin",
+        "ffn_up": "ffn.lin1",
+        "ffn_down": "ffn.lin2",
+    },
+    post_norm=True,
+)
+_LLAMA = _Family(
+    "layers",
+    {
+        "query": "self_attn.q_proj",
+        "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj",
+        "attention_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    post_norm=False,
+)
+_FAMILIES: Mapping[str, _Family] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "distilbert": _DISTILBERT,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The blocks of one model.
+
+    Attributes:
+        family: `model_type` of its configuration.
+        layers: dotted name of the list of blocks, e.g. `bert.encoder.layer`, in the model without
+            PEFT around it.
+        modules: role -> path of its linear inside a block.
+        num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: its sizes.
+        post_norm: whether a norm follows the addition of the residual, as in BERT, and so stands
+            between one block's sublayers and what the next one reads.
+    """
+
+    family: str
+    layers: str
+    modules: Mapping[str, str]
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    post_norm: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Architecture":
+        """The architecture of a transformers model, with or without a head, or PEFT around it.
+
+        Raises:
+            ModelError: another family than those known.
+        """
+        model = without_peft(model)
+        config = model.config.get_text_config()
+        family = _FAMILIES.get(config.model_type)
+        if family is None:
+            raise ModelError(
+                f"model: expected one of the families {', '.join(_FAMILIES)}, "
+                f"got {config.model_type}"
+            )
+        base = model.base_model
+        prefix = next(name for name, module in model.named_modules() if module is base)
+        num_heads = config.num_attention_heads
+        return cls(
+            family=config.model_type,
+            layers=f"{prefix}.{family.layers}" if prefix else family.layers,
+            modules=MappingProxyType(dict(family.modules)),
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=getattr(config, "intermediate_size", None) or config.hidden_dim,
+            num_heads=num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            post_norm=family.post_norm,
+        )
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """The spaces that a block of this family has."""
+        return SPACES if "ffn_gate" in self.modules else tuple(s for s in SPACES if s != "ffn_gate")
+
+    def module_name(self, layer: int, role: str) -> str:
+        """Dotted name of the linear of `role` in block `layer`.
+
+        Raises:
+            ModelError: no such block or role.
+        """
+        self._check_layer(layer)
+        if role not in self.modules:
+            raise ModelError(
+                f"role: expected one of {', '.join(self.modules)} in a {self.family} block, "
+                f"got {role!r}"
+            )
+        return f"{self.layers}.{layer}.{self.modules[role]}"
+
+    def place(self, name: str) -> tuple[int, str] | None:
+        """Block and role of a linear by its dotted name, which may stand behind PEFT's prefixes.
+
+        Args:
+            name: of the linear itself, e.g. `base_model.model.bert.encoder.layer.3.output.dense`.
+        Returns:
+            None where the name is no linear of a block.
+        """
+        match = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\.(.+)$", name)
+        if match is None:
+            return None
+        for role, path in self.modules.items():
+            if match[2] == path:
+                return int(match[1]), role
+        return None
+
+    def layer_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """Block `layer` of `model`."""
+        self._check_layer(layer)
+        return without_peft(model).get_submodule(f"{self.layers}.{layer}")
+
+    def width(self, space: str) -> int:
+        """Features of a space.
+
+        Raises:
+            ModelError: no such space in this family.
+        """
+        if space not in self.spaces:
+            raise ModelError(
+                f"space: expected one of {', '.join(self.spaces)} in a {self.family} block, "
+                f"got {space!r}"
+            )
+        if space in _RESIDUAL:
+            return self.hidden_size
+        return self.intermediate_size if space in _INNER else self.heads(space) * self.head_dim
+
+    def heads(self, space: str) -> int | None:
+        """Attention heads that share a space, each with `head_dim` features; None elsewhere."""
+        if space in ("query", "context"):
+            return self.num_heads
+        return self.num_kv_heads if space in ("key", "value") else None
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ModelError(
+                f"layer: expected 0 to {self.num_layers - 1} in this {self.family} model, "
+                f"got {layer}"
+            )
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
