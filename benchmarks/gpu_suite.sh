@@ -72,7 +72,9 @@ if [[ $device == cuda ]]; then
     bench linear_kd_loss llama3-1b-from-8b 50 forward_kl jsd
     bench lora_block llama3-8b 60 all-linear
     bench projection_loss llama3-1b-from-8b 35 mse cosine
+    bench lora_projection llama3-1b-from-8b 50 full rank16 none
     bench kd_loss llama3-1b-from-8b 35 forward_kl jsd
+    bench correlation llama3-1b-from-8b 35 cross cross+grams
     bench linear_kd_loss llama3-8b-self 45 forward_kl
     bench lora_block qwen2.5-1.5b 50 all-linear
     bench lora_linear qwen2.5-1.5b 50 qkv gate_up
@@ -84,10 +86,13 @@ else
     bench linear_kd_loss smoke 60 forward_kl
     bench projection_loss smoke 60 mse
     bench lora_linear smoke 60 single qkv
+    bench lora_projection smoke 60 full rank16
     bench lora_block smoke 120 all-linear
+    bench correlation smoke 60 cross cross+grams
 fi
 ((deadline += 30))
-for room in kd_loss linear_kd_loss lora_linear lora_block projection_loss; do
+for room in kd_loss linear_kd_loss lora_linear lora_block projection_loss lora_projection \
+    correlation; do
     plot "$room"
 done
 echo "results in $out"

@@ -50,6 +50,11 @@ def peft_inject() -> tuple[Callable[..., Any] | None, str]:
     return apply, ""
 
 
+def r_regression() -> tuple[Callable[..., Any] | None, str]:
+    """scikit-learn's Pearson correlation of many features with one target."""
+    return _find("scikit-learn", "sklearn.feature_selection", "r_regression")
+
+
 def without_dropout(module: Any, step: Callable[[], Any]) -> Any:
     """What `step` returns with the module in evaluation mode, which only turns dropout off."""
     module.eval()

@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "
       "norm, "
       "float norm_eps, Tensor(a!)? dz) -> Tensor loss");
+  m.def(
+      "projection_loss_low_rank(Tensor hidden, Tensor teacher, Tensor projection, "
+      "Tensor projection_a, Tensor? bias, Tensor row_weights, Tensor? kept, int loss, float beta, "
+      "int norm, float norm_eps, Tensor(a!) losses, Tensor(b!)? dhidden, Tensor(c!)? dprojection, "
+      "Tensor(d!)? dprojection_a, Tensor(e!)? dbias) -> ()");
   m.def("lora_shrink(Tensor x, Tensor lora_a, float scale) -> Tensor s");
   m.def(
       "lora_linear_rows_fwd(Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, "
@@ -31,6 +36,10 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "lora_linear_rows_bwd(Tensor[] dys, Tensor? x, Tensor[] lora_a, Tensor[] lora_b, "
       "float[] scales, int[] thresholds, Tensor? s, Tensor? bits, Tensor(a!)? dx, "
       "Tensor?[] da, Tensor?[] db) -> ()");
+  m.def(
+      "correlation_centre(Tensor x, Tensor? mask, Tensor shift, Tensor(a!) centred, "
+      "Tensor(b!) sums) -> ()");
+  m.def("correlation_add(Tensor tile, Tensor(a!) total) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
@@ -38,7 +47,10 @@ STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
   m.impl("kd_loss_bwd", TORCH_BOX(&modxfer::kd_loss_bwd));
   m.impl("kd_loss_fwd_bwd", TORCH_BOX(&modxfer::kd_loss_fwd_bwd));
   m.impl("projection_loss_rows", TORCH_BOX(&modxfer::projection_loss_rows));
+  m.impl("projection_loss_low_rank", TORCH_BOX(&modxfer::projection_loss_low_rank));
   m.impl("lora_shrink", TORCH_BOX(&modxfer::lora_shrink));
   m.impl("lora_linear_rows_fwd", TORCH_BOX(&modxfer::lora_linear_rows_fwd));
   m.impl("lora_linear_rows_bwd", TORCH_BOX(&modxfer::lora_linear_rows_bwd));
+  m.impl("correlation_centre", TORCH_BOX(&modxfer::correlation_centre));
+  m.impl("correlation_add", TORCH_BOX(&modxfer::correlation_add));
 }

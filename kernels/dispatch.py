@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "linear_kd_loss": ("triton", "cpp", "reference"),
     "projection_loss": ("triton", "cpp", "reference"),
     "lora_linear": ("triton", "cpp", "reference"),
+    "correlation": ("triton", "cpp", "reference"),
 }
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),

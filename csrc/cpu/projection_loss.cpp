@@ -12,20 +12,13 @@
 #include <vector>
 
 #include "modxfer/ops.h"
+#include "projection_spec.h"
 #include "rows.h"
 
 namespace modxfer {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-ProjectionSpec make_spec(int64_t loss, double beta, int64_t norm, double norm_eps) {
-  STD_TORCH_CHECK(0 <= loss && loss <= 3, "loss: expected 0, 1, 2 or 3");
-  STD_TORCH_CHECK(0 <= norm && norm <= 2, "norm: expected 0, 1 or 2");
-  const float width = static_cast<float>(beta);
-  return {static_cast<ProjectionLoss>(loss), width, 1.0f / width, static_cast<ProjectionNorm>(norm),
-          static_cast<float>(norm_eps)};
-}
 
 void check_same_shape(const Tensor& z, const Tensor& other) {
   STD_TORCH_CHECK(other.dim() == 2 && other.size(0) == z.size(0) && other.size(1) == z.size(1),
@@ -40,7 +33,7 @@ int64_t grain(int64_t D) { return std::max<int64_t>(1, 65536 / std::max<int64_t>
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
                             int64_t norm, double norm_eps, std::optional<Tensor> dz) {
   const int64_t M = z.size(0), D = z.size(1);
-  const ProjectionSpec spec = make_spec(loss, beta, norm, norm_eps);
+  const ProjectionSpec spec = make_projection_spec(loss, beta, norm, norm_eps);
   check_same_shape(z, t);
   if (dz.has_value()) check_same_shape(z, *dz);
   STD_TORCH_CHECK(row_weights.scalar_type() == ScalarType::Float && row_weights.is_contiguous() &&

@@ -4,6 +4,7 @@ M rows   K, N widths   R rank   T targets   m mask of x   keep = 1 / (1 - dropou
 
     shrink    bits, s = scaling keep (m x) A^T          all targets, one pass over x
     expand    y = x W^T + s B^T + bias + residual       all targets, s as the last steps of the sum
+              u = y P^T                                 one target, of y's tiles in registers
     ds_db     ds = scaling keep dy B, dB = dy^T s       all targets, one pass over each dy
     dx        dx = sum over t of m (ds A) + dy W        all targets, one accumulator
     da        dA = ds^T (m x)                           all targets, one pass over x
@@ -36,6 +37,7 @@ from .config import (
     SkinnyConfig,
     da_config,
     ds_db_config,
+    padded_rank,
     product_config,
     shrink_config,
 )
@@ -44,6 +46,8 @@ from .target import LoraTarget, uses_dropout
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 REDUCE_BLOCK = 1024
+# Columns of P whose tile fits the registers beside a tile of y.
+MAX_PROJECTED = 32
 # Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
 WIDEN_DOTS = tl.constexpr(env.triton_interpreted())
 
@@ -195,19 +199,29 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _store_output(
-    acc, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, M, N,
-    stride_rm, stride_rn, stride_ym,
-):  # fmt: skip
-    """The epilogue of `expand`: bias and residual join the sum before it is rounded."""
+def _store_output(acc, bias_ptr, y_ptr, offs_m, offs_n, M, N, stride_ym):
+    """The epilogue of `expand`: the bias joins the sum before it is rounded; returns y."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if residual_ptr is not None:
-        residual = _load_tile(residual_ptr, offs_m, offs_n, M, N, stride_rm, stride_rn)
-        acc += residual.to(tl.float32)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, y, mask=mask)
+    return y
+
+
+@triton.jit
+def _project_output(
+    y, p_ptr, u_ptr, offs_m, offs_n, M, N,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """u [M, P], the part of y p^T that the columns of a tile of y make."""
+    offs_p = tl.arange(0, P)
+    p_ptrs = p_ptr + offs_p[None, :] * N + offs_n[:, None]
+    p = tl.load(p_ptrs, mask=(offs_n < N)[:, None], other=0.0)
+    u = _dot(y, p, tl.zeros([BLOCK_M, P], tl.float32), PRECISION)
+    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * P + offs_p[None, :]
+    tl.store(u_ptrs, u, mask=(offs_m < M)[:, None])
 
 
 @triton.jit
@@ -216,12 +230,14 @@ def _expand_kernel(
     w_ptrs, b_ptrs, bias_ptrs,           # in   [N, K] or None, [N, R], [N] or None; each
     s_ptr,                               # in   [M, sum R]
     residual_ptr,                        # in   [M, N] of the only target, or None
+    p_ptr,                               # in   [P, N] of the only target, or None
     y_ptrs,                              # out  [M, N] each
+    u_ptr,                               # out  [tiles of N, M, P], fp32, or None
     M, K, sum_ranks, widths, ranks,
     stride_xm, stride_xk, strides_wn, strides_wk, stride_rm, stride_rn, strides_ym,
     T: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, LORA_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, P: tl.constexpr, RESIDUAL_LAST: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     num_m = tl.cdiv(M, BLOCK_M)
@@ -238,6 +254,11 @@ def _expand_kernel(
             s = _load_tile(s_ptr + column, offs_m, offs_r, M, ranks[t], sum_ranks, 1)
             b = _load_tile(b_ptrs[t], offs_r, offs_n, ranks[t], widths[t], 1, ranks[t])
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if residual_ptr is not None and not RESIDUAL_LAST:
+                residual = _load_tile(
+                    residual_ptr, offs_m, offs_n, M, widths[t], stride_rm, stride_rn
+                )
+                acc = residual.to(tl.float32)
             if w_ptrs[t] is not None:
                 acc = _add_product(
                     acc, x_ptr, w_ptrs[t], offs_m, offs_n, M, widths[t], K,
@@ -249,10 +270,19 @@ def _expand_kernel(
                 s = _load_tile(s_ptr + column, offs_m, r + offs_r, M, ranks[t], sum_ranks, 1)
                 b = _load_tile(b_ptrs[t], r + offs_r, offs_n, ranks[t], widths[t], 1, ranks[t])
                 acc = _dot(s.to(b.dtype), b, acc, LORA_PRECISION)
-            _store_output(
-                acc, bias_ptrs[t], residual_ptr, y_ptrs[t], offs_m, offs_n, M, widths[t],
-                stride_rm, stride_rn, strides_ym[t],
-            )  # fmt: skip
+            if residual_ptr is not None and RESIDUAL_LAST:
+                residual = _load_tile(
+                    residual_ptr, offs_m, offs_n, M, widths[t], stride_rm, stride_rn
+                )
+                acc += residual.to(tl.float32)
+            y = _store_output(
+                acc, bias_ptrs[t], y_ptrs[t], offs_m, offs_n, M, widths[t], strides_ym[t]
+            )
+            if u_ptr is not None:
+                _project_output(
+                    y, p_ptr, u_ptr + pid_n.to(tl.int64) * M * P, offs_m, offs_n,
+                    M, widths[t], PRECISION, BLOCK_M, P,
+                )  # fmt: skip
         first += num_m * num_n
         column += ranks[t]
 
@@ -438,7 +468,48 @@ def lora_linear_fwd(
     """As `reference.lora_linear_fwd`."""
     targets = [_dense(target) for target in targets]
     s, bits = shrink(x, targets, seed)
-    return expand(x, targets, s, residual), s, bits
+    ys, _ = expand(x, targets, s, residual)
+    return ys, s, bits
+
+
+def projects_in_epilogue(x: Tensor, target: LoraTarget, rank: int) -> bool:
+    """Whether `lora_linear_projected_fwd` moves fewer bytes than a product that reads y again.
+
+    Partial sums of `rank` columns, padded, are written and read, 8 bytes each a row and tile of
+    columns, in place of one reading of y. fp32 without tensor cores is bound by its products.
+    """
+    if _is_exact(x):
+        return False
+    config = _product_config([x], [_dense(target)], x, target.lora_b.shape[0])
+    return rank <= MAX_PROJECTED and 8 * padded_rank(rank) < config.block_n * x.element_size()
+
+
+def lora_linear_projected_fwd(
+    x: Tensor,
+    target: LoraTarget,
+    seed: Tensor | None,
+    projection_a: Tensor,
+    *,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """`lora_linear_fwd` of one target, and u = y projection_a^T while a tile of y is in registers.
+
+    Args:
+        projection_a: [P, N], used in the dtype of x.
+
+    Returns:
+        y [M, N], s, bits, and u [M, P] in the dtype of x, summed in fp32 and rounded once.
+    """
+    targets = [_dense(target)]
+    s, bits = shrink(x, targets, seed)
+    rank, width = projection_a.shape
+    # to what a matrix instruction multiplies, here once instead of in every tile
+    padded = x.new_zeros(padded_rank(rank), width)
+    padded[:rank] = projection_a
+    (y,), parts = expand(x, targets, s, residual, padded)
+    u = x.new_empty(parts.shape[1:])
+    reduce([parts], [u])
+    return y, s, bits, u[:, :rank]
 
 
 def lora_linear_bwd(
@@ -517,17 +588,23 @@ def expand(
     targets: Sequence[LoraTarget],
     s: Tensor,
     residual: Tensor | None,
-) -> list[Tensor]:
-    """y [M, N] of each target."""
+    projection_a: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """y [M, N] of each target; u [tiles of N, M, P], fp32 partial sums of y projection_a^T.
+
+    `residual` and `projection_a` [P, N], P a power of two from 16 on, belong to a single target.
+    """
     rows, width = x.shape
     ranks = _ranks(targets)
     widths = tuple(target.lora_b.shape[0] for target in targets)
-    ys = [x.new_empty(rows, n) for n in widths]
-    if rows == 0:
-        return ys
+    ys, u = [x.new_empty(rows, n) for n in widths], None
     with torch.cuda.device_of(x):
         config = _product_config([x], targets, x, sum(widths))
         tiles = sum(triton.cdiv(n, config.block_n) for n in widths)
+        if projection_a is not None:
+            u = x.new_empty(tiles, rows, projection_a.shape[0], dtype=torch.float32)
+        if rows == 0:
+            return ys, u
         _expand_kernel[(triton.cdiv(rows, config.block_m) * tiles,)](
             x,
             tuple(target.weight for target in targets),
@@ -535,7 +612,9 @@ def expand(
             tuple(target.bias for target in targets),
             s,
             residual,
+            projection_a,
             tuple(ys),
+            u,
             M=rows,
             K=width,
             sum_ranks=sum(ranks),
@@ -557,9 +636,12 @@ def expand(
             BLOCK_K=config.block_l,
             BLOCK_R=config.block_r,
             GROUP_M=config.group_m,
+            P=0 if u is None else u.shape[2],
+            # of tensor cores, tile and sum would both be in registers at the end
+            RESIDUAL_LAST=_is_exact(x),
             **_launch(config),
         )
-    return ys
+    return ys, u
 
 
 def ds_db(
@@ -806,10 +888,14 @@ def _product_config(
         max(_ranks(targets)),
         like.dtype.itemsize,
         _architecture(),
-        is_exact=like.dtype == torch.float32 and _base_precision() == "ieee",
+        is_exact=_is_exact(like),
         is_scattered=not all(_is_read_in_vectors(tensor) for tensor in (*operands, *weights)),
         **options,
     )
+
+
+def _is_exact(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and _base_precision() == "ieee"
 
 
 def _is_read_in_vectors(tensor: Tensor) -> bool:

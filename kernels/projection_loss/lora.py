@@ -3,19 +3,33 @@
     h = x W^T + bias + scaling drop(x) A^T B^T + residual      room lora_linear
     loss = sum_n w_n L(norm(P h_n + c), norm(t_n))             op.py of this room
 
-Fused: bias, LoRA branch and residual join the base product's accumulator, the loss's gradient is
+Fused: bias, residual and LoRA branch join the base product's accumulator; the loss's gradient is
 made in the forward, and in the backward it joins the upstream gradient of h in place, so that one
-backward of the linear takes both. h is written once, because the next layer reads it. It is not cut
-into chunks that stay in a cache between the two products, because each chunk packs the base weight
-anew. Forward of 2048 rows of 1024 on a CPU in chunks of 512, against one chunk: 1.03 of the time
-with a full P, 1.05 without P, 0.98 with a low-rank P; in chunks of 256: 1.15, 1.14, 1.06.
+backward of the linear takes both. h is written once, because the next layer reads it.
+
+    P_a of rank R_p    Triton   u = h P_a^T is made of h's tiles in registers, as the linear's tile
+                                of columns ends: fp32 partial sums [tiles, M, R_p], added in a fixed
+                                order. Only where 8 R_p bytes a tile, R_p padded to 16 or 32, are
+                                fewer than those of its columns of h; otherwise a product reads h.
+                       C++      u, z, loss, du, dP_a, dP_b and dh of a block of rows, one pass over
+                                h that z never leaves; see cpp_impl.py
+    full P, no P       the product, or the row kernel, reads h again
 
 FLOPs: those of the two ops. Bytes saved against them in turn, b per element of h: 3 M N b of adding
-the residual, 3 M N b of adding two gradients.
+the residual, 3 M N b of adding two gradients, M N b - 8 M R_p N / BLOCK_N of the epilogue.
+
+Where it gains little. A GPU's products are bound by arithmetic: at M 8192, N 4096, R_p 16 in bf16
+the epilogue saves 50 MB, 10 us of a step of milliseconds at an H200's 4.8 TB/s (predicted, not
+measured); that, and the 0.4 GB of both additions, is what there is. Through a full P nothing is
+saved but the additions. Chunks of rows that stay in a CPU's cache between the two products do not
+help, because each packs the base weight anew: forward of 2048 rows of 1024 in chunks of 512 against
+one, 1.03 of the time with a full P, 1.05 without P; in chunks of 256, 1.15 and 1.14.
+
 Limits: those of both.
 """
 
 import dataclasses
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -27,6 +41,7 @@ from ..lora_linear import LoraTarget
 from ..lora_linear.dropout import num_words
 from ..lora_linear.op import prepare as prepare_linear
 from .arguments import prepare
+from .op import run
 from .spec import ProjectionSpec
 
 _NUM_LINEAR = 6  # x, weight, bias, lora_a, lora_b, residual
@@ -191,13 +206,18 @@ def _fwd(
     need_dprojection,
 ):
     target = LoraTarget(weight, lora_a, lora_b, scaling, bias, dropout)
+    linear = dispatch.load("lora_linear", backend)
     with without_autocast(x.device.type):
-        (hidden,), s, bits = dispatch.load("lora_linear", backend).lora_linear_fwd(
-            x, [target], seed, residual=residual
-        )
+        if _rides_along(linear, x, target, projection_a):
+            hidden, s, bits, u = linear.lora_linear_projected_fwd(
+                x, target, seed, projection_a, residual=residual
+            )
+        else:
+            (hidden,), s, bits = linear.lora_linear_fwd(x, [target], seed, residual=residual)
+            u = None
     if bits is None:
         bits = x.new_empty(0, dtype=torch.int32)
-    value, *grads = torch.ops.modxfer.projection_loss_fwd(
+    rows, *grads = run(
         hidden,
         projection,
         projection_a,
@@ -214,8 +234,20 @@ def _fwd(
         backend,
         need_dhidden,
         *need_dprojection,
+        u=u,
     )
-    return hidden, value, s, bits, *grads
+    return hidden, rows.sum(), s, bits, *grads
+
+
+def _rides_along(
+    linear: ModuleType, x: Tensor, target: LoraTarget, projection_a: Tensor | None
+) -> bool:
+    """Whether h P_a^T is made in the linear's epilogue; Triton is the backend that has one."""
+    return (
+        projection_a is not None
+        and hasattr(linear, "projects_in_epilogue")
+        and linear.projects_in_epilogue(x, target, projection_a.shape[0])
+    )
 
 
 torch.library.impl("modxfer::lora_projection_loss_fwd", "CompositeExplicitAutograd", _fwd)

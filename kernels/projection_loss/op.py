@@ -173,15 +173,15 @@ def _check_num_valid(num_valid: int | None, mask: Tensor | None) -> None:
 
 
 def _fwd(*args):
-    rows, *grads = _run(*args)
+    rows, *grads = run(*args)
     return rows.sum(), *grads
 
 
 def _rows(*inputs):
-    return _run(*inputs, False, False, False, False)[0]
+    return run(*inputs, False, False, False, False)[0]
 
 
-def _run(
+def run(
     student_hidden,
     projection,
     projection_a,
@@ -200,7 +200,9 @@ def _run(
     need_dprojection,
     need_dprojection_a,
     need_dbias,
+    u=None,
 ):
+    """Rows of loss, weighted, and gradients; u [N, R] is student_hidden P_a^T, where known."""
     _check_num_valid(num_valid, mask)
     debug_check_finite(
         student_hidden=student_hidden,
@@ -226,6 +228,7 @@ def _run(
             need_dhidden=need_dhidden,
             need_dprojection=(need_dprojection, need_dprojection_a)[: len(factors)],
             need_dbias=need_dbias,
+            **({} if u is None else {"u": u}),
         )
     rows = torch.where(row_weights != 0, row_weights * rows, 0.0)
     grads = (dhidden, *dfactors, *[None] * (2 - len(factors)), dbias)

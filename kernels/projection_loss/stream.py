@@ -84,6 +84,7 @@ class ProjectionBlock:
         row_weights: Tensor,
         z: Tensor | None = None,
         dhidden: Tensor | None = None,
+        u: Tensor | None = None,
     ) -> Tensor:
         """Runs one chunk.
 
@@ -92,21 +93,25 @@ class ProjectionBlock:
             row_weights: [m], factor of each row's loss in the gradients.
             z: [m, D_t] of work_dtype, a buffer to be overwritten; None allocates it.
             dhidden: [m, D_s], written where given.
+            u: [m, R] of hidden_dtype, hidden P_a^T where it is known already.
 
         Returns:
             [m] losses, unweighted.
         """
         if not self._factors:
-            rows = (_row_major(hidden), _row_major(teacher))
+            rows = (row_major(hidden), row_major(teacher))
             return self._rows(*rows, row_weights, self._spec, dhidden)
         m = hidden.shape[0]
         outer, *inner = self._factors
         if z is None:
             z = hidden.new_empty(m, outer.shape[0], dtype=self._work_dtype)
-        u = hidden
-        if inner:
+        if not inner:
+            u = hidden
+        elif u is None:
             u = hidden.new_empty(m, outer.shape[1], dtype=self._operand_dtype)
             gemm.project(hidden, inner[0], None, u, self._tile)
+        else:
+            u = u.to(self._operand_dtype)
         gemm.project(u, outer, self._bias, z, self._tile)
 
         dz = None
@@ -115,7 +120,7 @@ class ProjectionBlock:
             dz = z
             if self._operand_dtype != z.dtype:  # over the first half of each row's bytes
                 dz = z.view(self._operand_dtype)[:, : z.shape[1]]
-        loss = self._rows(z, _row_major(teacher), row_weights, self._spec, dz)
+        loss = self._rows(z, row_major(teacher), row_weights, self._spec, dz)
         if dz is None:
             return loss
         if self._dbias is not None:
@@ -222,6 +227,7 @@ def stream(
     need_dhidden: bool,
     need_dprojection: Sequence[bool],
     need_dbias: bool,
+    u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None], Tensor | None]:
     """Losses of all rows and the gradients asked for.
 
@@ -231,6 +237,7 @@ def stream(
         projection: (), (P,) or (P_b, P_a).
         mask: [N] bool, True where a row counts, or None.
         row_weights: [N], the factor of each row's loss in the gradient; 0 where it does not count.
+        u: [N, R], student_hidden P_a^T in its dtype, where what made student_hidden made it too.
 
     Returns:
         loss [N], unweighted, 0 where the weight is; dhidden [N, D_s] in its input's dtype, one
@@ -245,7 +252,7 @@ def stream(
         if need_dhidden:
             dhidden = torch.empty(student_hidden.shape, device=device, dtype=student_hidden.dtype)
         loss = rows(
-            _row_major(student_hidden), _row_major(teacher_hidden), row_weights, spec, dhidden
+            row_major(student_hidden), row_major(teacher_hidden), row_weights, spec, dhidden
         )
         return loss, dhidden, [], None
 
@@ -290,13 +297,16 @@ def stream(
         def run(span: slice) -> None:  # a function, whose rows are freed before the next chunk's
             index = None if kept is None else kept[span]
             hidden, teacher = take(student_hidden, span, index), take(teacher_hidden, span, index)
+            projected = None if u is None else take(u, span, index)
             if is_blanked:
                 hidden = hidden.masked_fill(~mask[span, None], 0.0)
+                projected = None if u is None else projected.masked_fill(~mask[span, None], 0.0)
             dh = None
             if need_dhidden:
                 dh = dhidden[span] if index is None else torch.empty_like(hidden)
             weights = take(row_weights, span, index)
-            put(loss, span, index, block(hidden, teacher, weights, z[: hidden.shape[0]], dh))
+            z_rows = z[: hidden.shape[0]]
+            put(loss, span, index, block(hidden, teacher, weights, z_rows, dh, projected))
             if need_dhidden and index is not None:
                 dhidden.index_copy_(0, index, dh)
 
@@ -305,6 +315,6 @@ def stream(
     return loss, dhidden, *block.gradients()
 
 
-def _row_major(rows: Tensor) -> Tensor:
+def row_major(rows: Tensor) -> Tensor:
     """Row kernels take any row stride but contiguous rows."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -13,7 +13,7 @@ from types import ModuleType
 from modxfer_fast.errors import UserError
 
 # of all rooms; a room takes those that its shapes have
-_SIZES = ("N", "D_s", "D_t", "V", "M", "B", "T", "H", "H_kv", "F", "D_head", "R")
+_SIZES = ("N", "D_s", "D_t", "V", "M", "B", "T", "H", "H_kv", "F", "D_head", "K", "R")
 _OPTIONS = {"beta": "of jsd", "dropout": "of the LoRA input, in training"}
 
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--divergence",
         "--loss",
         "--targets",
+        "--projection",
         dest="variants",
         nargs="+",
         metavar="NAME",

@@ -32,6 +32,8 @@ class Case:
     rows: int = 8192
     width: int = 4096
     has_weight: bool = True
+    has_residual: bool = False
+    projected: int = 0  # columns of a projection of the output
 
     @property
     def most_registers(self) -> int:
@@ -66,7 +68,9 @@ class Case:
         if self.function == "shrink":
             triton_impl.shrink(x, targets, empty(1, dtype=torch.int64))
         elif self.function == "expand":
-            triton_impl.expand(x, targets, s, None)
+            residual = empty(*dys[0].shape) if self.has_residual else None
+            p = empty(self.projected, dys[0].shape[1]) if self.projected else None
+            triton_impl.expand(x, targets, s, residual, p)
         elif self.function == "ds_db":
             triton_impl.ds_db(dys, targets, s, needs, needs)
         elif self.function == "dx":
@@ -89,6 +93,10 @@ def all_cases() -> list[Case]:
             dataclasses.replace(case, width=1001),
             dataclasses.replace(case, has_weight=False),
         ]
+    for dtypes, ranks in itertools.product(("bf16", "bf16-fp32", "fp16"), (16, 32)):
+        cases.append(Case("expand", "one", dtypes, has_residual=True, projected=ranks))
+    cases += [Case("expand", "one", dtypes, has_residual=True) for dtypes in DTYPES]
+    cases += [Case("expand", "one", "bf16", rows=rows, projected=16) for rows in (100, 2048)]
     return [*cases, Case("reduce", "qkv", "bf16")]
 
 
@@ -97,4 +105,5 @@ def core_cases() -> list[Case]:
     cases = [Case(function, "qkv", "bf16") for function in ("shrink", "dx", "da", "reduce")]
     cases += [Case(function, "gate-up", "bf16") for function in ("expand", "ds_db")]
     cases += [Case(function, "one", "bf16-fp32", rank=64) for function in ("expand", "dx")]
+    cases.append(Case("expand", "one", "bf16", has_residual=True, projected=32))
     return cases

@@ -8,9 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
+    bench_correlation,
     bench_linear_kd_loss,
     bench_lora_block,
     bench_lora_linear,
+    bench_lora_projection,
     bench_projection_loss,
     candidates,
     peers,
@@ -29,6 +31,8 @@ SHAPES = {
     "linear_kd_loss": SHAPE,
     "projection_loss": bench_projection_loss.Shape(N=24, D_s=16, D_t=40),
     "lora_linear": bench_lora_linear.Shape(M=24, H=48, H_kv=16, F=40, R=4),
+    "correlation": bench_correlation.Shape(N=24, D_s=16, D_t=40),
+    "lora_projection": bench_lora_projection.Shape(M=24, K=48, N=32, D_t=40, R=4),
     "lora_block": bench_lora_block.Shape(B=2, T=8, H=32, H_kv=16, F=40, D_head=8, R=4),
 }
 ROOMS = {name: load_benchmarks()(f"bench_{name}") for name in rooms.names()}
@@ -82,6 +86,19 @@ def test_floor_of_the_projection_counts_the_gemms(name, gemms):
     assert flops_of(floor.step) == floor.work.flops == gemms * 2 * SHAPE.N * SHAPE.D_s * SHAPE.D_t
 
 
+@pytest.mark.parametrize("products", bench_correlation.ROOM.variants)
+def test_floor_of_the_correlation_multiplies_both_halves(products):
+    (floor,) = bench_correlation.lineup(case("correlation", products)).floors.values()
+    assert flops_of(floor.step) == floor.work.flops
+
+
+@pytest.mark.parametrize("projection", bench_lora_projection.ROOM.variants)
+def test_floor_of_lora_projection_is_the_frozen_linear_and_the_projection(projection):
+    lineup = bench_lora_projection.lineup(case("lora_projection", projection))
+    floor = lineup.floors[bench_lora_projection.FLOOR]
+    assert flops_of(floor.step) == floor.work.flops
+
+
 @pytest.mark.parametrize("targets", bench_lora_linear.ROOM.variants)
 def test_floor_of_lora_is_the_frozen_linears(targets):
     lineup = bench_lora_linear.lineup(case("lora_linear", targets))
@@ -93,6 +110,10 @@ def test_formulas_count_what_autograd_multiplies():
     lineup = bench_lora_linear.lineup(case("lora_linear", "qkv", dropout=0.0))
     peft = next(c for c in lineup.candidates if c.name.startswith("peft"))
     assert flops_of(peft.step) == peft.work.flops
+    for projection in bench_lora_projection.ROOM.variants:
+        lineup = bench_lora_projection.lineup(case("lora_projection", projection, dropout=0.0))
+        eager = next(c for c in lineup.candidates if c.name == "eager")
+        assert flops_of(eager.step) == eager.work.flops
     lineup = bench_projection_loss.lineup(case("projection_loss"))
     for eager in (c for c in lineup.candidates if c.name.startswith("eager")):
         assert flops_of(eager.step) == eager.work.flops
@@ -134,7 +155,7 @@ def test_every_implementation_computes_the_same_function(room, variant, dtype, u
     assert any(name.startswith("ours") for name in results)
 
 
-@pytest.mark.parametrize("room", ["lora_linear", "lora_block"])
+@pytest.mark.parametrize("room", ["lora_linear", "lora_block", "lora_projection"])
 def test_a_wrong_scale_of_the_adapters_is_seen(room, monkeypatch, uncompiled):
     """The budgets in half precision are wide: they must not cover a LoRA part that is off."""
     module = ROOMS[room]

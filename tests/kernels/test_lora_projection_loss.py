@@ -1,6 +1,7 @@
 """lora_projection_loss against the fp64 definition, and against the two ops it joins."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from modxfer_fast import (
     lora_projection_loss,
     projection_loss,
 )
+from modxfer_fast.kernels import env
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, keep_scale, unpack
 from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
@@ -464,6 +466,87 @@ def test_no_row_counts(projection, backend):
     assert torch.equal(hidden, fused(make(projection=projection), backend=backend).hidden)
     assert loss == 0.0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, inputs.leaves()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_every_loss_of_a_low_rank_projection(loss, norm, backend):
+    inputs = make(37, "low_rank", residual=norm != "rms", dropout=0.25 if norm != "layer" else 0.0)
+    check(inputs, loss, norm, backend)
+
+
+# --- h P_a^T in the epilogue of the linear
+
+
+@pytest.fixture
+def epilogue(monkeypatch):
+    """Shapes of u made beside h. `.wanted`: True, False, or None for what the rule chooses."""
+    triton_impl = pytest.importorskip("modxfer_fast.kernels.lora_linear.triton_impl")
+    if not env.triton_interpreted():
+        pytest.skip("a GPU is present: test_lora_projection_loss_gpu.py runs there")
+    run, choose = triton_impl.lora_linear_projected_fwd, triton_impl.projects_in_epilogue
+    record = SimpleNamespace(shapes=[], wanted=True)
+
+    def recorded(*args, **options):
+        results = run(*args, **options)
+        record.shapes.append(tuple(results[-1].shape))
+        return results
+
+    monkeypatch.setattr(triton_impl, "lora_linear_projected_fwd", recorded)
+    chosen = lambda *args: choose(*args) if record.wanted is None else record.wanted
+    monkeypatch.setattr(triton_impl, "projects_in_epilogue", chosen)
+    return record
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("rows", [1, 37, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue_equals_a_product_that_reads_h_again(dtype, rows, residual, epilogue):
+    inputs = make(rows, "low_rank", dtype, residual=residual)
+    inputs.mask[0] = True
+    one = results(inputs, *fused(inputs, loss="cosine", norm="rms", backend="triton"))
+    assert epilogue.shapes == [(rows, 8)]
+    epilogue.wanted = False
+    other = results(inputs, *fused(inputs, loss="cosine", norm="rms", backend="triton"))
+    assert len(epilogue.shapes) == 1
+    assert torch.equal(one[0], other[0])
+    # u of half precision is rounded in one route, and on a CPU widened in the other
+    assert_close(one, other, max(4 * torch.finfo(dtype).eps, 2e-6))
+
+
+def test_epilogue_over_several_tiles_of_columns(epilogue):
+    """Partial sums are added in a fixed order, the last tile is ragged, P has strides."""
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(shape, generator=generator)
+    x, weight, residual = randn(70, 40), randn(150, 40), randn(70, 150)
+    target = LoraTarget(weight, randn(5, 40), randn(150, 5), 0.5, randn(150), 0.25)
+    for rank in (1, 16):
+        projection = randn(200, rank), randn(150, rank).t()
+        arguments = (x, target, randn(70, 200), projection)
+        options = {"residual": residual, "seed": torch.tensor(SEED)}
+        first, second = (
+            lora_projection_loss(*arguments, **options, backend="triton") for _ in range(2)
+        )
+        assert epilogue.shapes.pop() == epilogue.shapes.pop() == (70, rank)
+        assert torch.equal(first.loss, second.loss)
+        expected = lora_projection_loss(*arguments, **options, backend="reference")
+        assert_close(list(first), list(expected), 2e-6)
+
+
+def test_epilogue_is_for_ranks_whose_partial_sums_are_fewer_bytes_than_h(epilogue):
+    """8 bytes a rank, 16 or 32 of them, and tile of 128 columns, against 2 bytes a column."""
+    epilogue.wanted = None
+    for rank, dtype, expected in (
+        (16, torch.bfloat16, 1),
+        (17, torch.bfloat16, 0),
+        (5, torch.float32, 0),
+    ):
+        inputs = make(5, "low_rank", dtype)
+        inputs.projection = (torch.randn(56, rank).to(dtype), torch.randn(rank, 40).to(dtype))
+        fused(inputs, backend="triton")
+        assert len(epilogue.shapes) == expected
+        epilogue.shapes.clear()
 
 
 # --- what is computed and kept

@@ -87,6 +87,28 @@ def test_the_two_ops_in_turn(dtype, loss, counted):
         assert error <= 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("rank", [8, 32, 64], ids=lambda rank: f"R{rank}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_rank_projection_equals_the_two_ops(dtype, rank):
+    """In the epilogue of the linear, and past it; rows without weight are NaN in u as in h."""
+    given = tensors(8000, 1024, 4096, 1536, dtype)
+    with torch.no_grad():
+        p_b = given["projection"][:, :rank].clone() * (4096 / rank) ** 0.5
+        p_a = given["projection"][:rank].clone()
+    given |= {"p_b": p_b.requires_grad_(), "p_a": p_a.requires_grad_()}
+    given["projection"] = (given["p_b"], given["p_a"])
+    given["residual"] = given["residual"].detach()
+    given["residual"][~given["mask"]] = float("nan")
+
+    def grads(hidden, loss):
+        names = ("x", "lora_a", "lora_b", "p_b", "p_a")
+        return [loss.detach(), *torch.autograd.grad(3.0 * loss, [given[name] for name in names])]
+
+    for one, other in zip(grads(*fused(given)), grads(*in_turn(given)), strict=True):
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error <= 2 * torch.finfo(dtype).eps
+
+
 def test_two_runs_are_equal():
     given = tensors(2000, 1024, 2048, 1536)
     first, second = (results(given, *fused(given)) for _ in range(2))

@@ -34,6 +34,15 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
                             int64_t norm, double norm_eps, std::optional<Tensor> dz);
 
+// the same of z = hidden projection_a^T projection^T + bias, which is not stored: writes losses
+// [M] and the gradients that are given, all in rows `kept` alone where that is given
+void projection_loss_low_rank(Tensor hidden, Tensor teacher, Tensor projection, Tensor projection_a,
+                              std::optional<Tensor> bias, Tensor row_weights,
+                              std::optional<Tensor> kept, int64_t loss, double beta, int64_t norm,
+                              double norm_eps, Tensor losses, std::optional<Tensor> dhidden,
+                              std::optional<Tensor> dprojection,
+                              std::optional<Tensor> dprojection_a, std::optional<Tensor> dbias);
+
 // -> scale x lora_a^T [M, R] fp32
 Tensor lora_shrink(Tensor x, Tensor lora_a, double scale);
 
@@ -51,5 +60,12 @@ void lora_linear_rows_bwd(std::vector<Tensor> dys, std::optional<Tensor> x,
                           std::optional<Tensor> s, std::optional<Tensor> bits,
                           std::optional<Tensor> dx, std::vector<std::optional<Tensor>> da,
                           std::vector<std::optional<Tensor>> db);
+
+// writes centred [N, D] = x - shift, 0 where mask is false; sums [2, D] += sums and squares of it
+void correlation_centre(Tensor x, std::optional<Tensor> mask, Tensor shift, Tensor centred,
+                        Tensor sums);
+
+// total [M, D] += tile
+void correlation_add(Tensor tile, Tensor total);
 
 }  // namespace modxfer
