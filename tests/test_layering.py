@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "modxfer_fast"
 # Data flows one way; a package imports from those left of it. `kernels` and `losses` are on a
 # branch of their own, and stand where they are first needed: by the models, and by the engine.
-ORDER = ("errors", "config", "data", "kernels", "models", "transfer", "losses", "engine", "report")
+ORDER = (
+    *("errors", "files", "config", "data", "kernels"),
+    *("models", "transfer", "losses", "engine", "report"),
+)
 ONTO = ("cli", "testing", "__main__")  # may import all of them, and are imported by none
 FILE_OF_BACKEND = {"reference": "reference.py"}
 

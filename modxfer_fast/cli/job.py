@@ -1,18 +1,12 @@
 """The phases of `modxfer distill`: data, teacher, then per seed the runs, then the report."""
 
 import json
-import logging
 import math
-import os
-import platform
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from modxfer_fast import __version__
@@ -23,15 +17,24 @@ from modxfer_fast.cli.part_timing import time_parts
 from modxfer_fast.cli.prepare import CROSS_ENTROPY, prepare_model, prepare_tokenizer
 from modxfer_fast.cli.ranks import barrier, is_main
 from modxfer_fast.cli.summary import print_summary, summarise
+from modxfer_fast.cli.surroundings import environment, quieten_libraries
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
 from modxfer_fast.cli.work_folder import REPORT_FILE, WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig, LossSection
 from modxfer_fast.data import build_rows, load_documents, tokenizer_digest
-from modxfer_fast.engine import DistillModule, Objective, Teacher, last_complete_checkpoint
+from modxfer_fast.engine import (
+    DistillConfig,
+    DistillModule,
+    Objective,
+    Teacher,
+    last_complete_checkpoint,
+    load_projections,
+)
 from modxfer_fast.models import (
     apply_peft,
     check_packing,
     check_peft,
+    check_rows_fit,
     check_same_vocabulary,
     load_adapter,
     load_model,
@@ -40,7 +43,7 @@ from modxfer_fast.models import (
 )
 from modxfer_fast.report import JobConsole, plot_curves, write_json
 
-# Held-out figures always mean this, whatever a run minimises.
+# Held-out figures of causal language models always mean this, whatever a run minimises.
 _MEASURED = LossSection(divergence="forward_kl", temperature=1.0, kd_weight=1.0, ce_weight=1.0)
 _TIMED_ROWS = 32  # where compare.loss_rows says nothing
 
@@ -55,7 +58,7 @@ def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         UserError: anything in the configuration that cannot work.
     """
-    _quieten_libraries()
+    quieten_libraries()
     check_open_sections(config)
     folder = WorkFolder(config)
     if is_main():
@@ -69,17 +72,6 @@ def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
     if is_main():
         folder.finish()
     return report
-
-
-def _quieten_libraries() -> None:
-    """The console is ours; libraries speak up only when something is wrong."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def check_open_sections(config: JobConfig) -> None:
@@ -98,11 +90,13 @@ class _Job:
         self.work = work
         self.console = JobConsole(is_main=is_main())
         self.start = time.perf_counter()
+        # those of an encoder are its own losses
+        self.measured = config.loss if config.kind == "encoder" else _MEASURED
 
     def run(self) -> dict[str, Any]:
         config, console = self.config, self.console
         # opens the process group, which must exist before processes wait for one another
-        self.device = evaluation_args(config.training, self.work, _MEASURED).device
+        self.device = self._evaluation_args(self.measured).device
         barrier()
         with console.phase("Data"):
             self.material = self._prepare_material()
@@ -111,7 +105,7 @@ class _Job:
         runs = [self._run_seed(seed, teacher) for seed in config.seeds]
         report = {
             "modxfer_fast": __version__,
-            "environment": _environment(),
+            "environment": environment(),
             "config": json.loads(config.model_dump_json()),
             "data": {
                 "documents": len(self.documents.train),
@@ -143,9 +137,10 @@ class _Job:
         documents = load_documents(config.data)
         tokenizer = prepare_tokenizer(config, documents)
         for role, section in (("teacher", config.teacher), ("student", config.student)):
-            if section.config is not None:  # a mistake in it is told before the teacher trains
-                make_config(section.config, tokenizer, f"{role}.config")
-        rows = build_rows(documents, config.data, tokenizer)
+            # a mistake in it is told before the teacher trains; what is inherited needs the teacher
+            if section.is_built and not section.inherits:
+                make_config(section.config, tokenizer, f"{role}.config", kind=config.kind)
+        rows = build_rows(documents, config.data, tokenizer, config.kind)
         self.documents = documents
         self.console.say(
             f"{len(documents.train)} documents, {rows.train_tokens:,} tokens; held out "
@@ -159,15 +154,20 @@ class _Job:
                 "tokenizer": tokenizer_digest(tokenizer),
             }
         )
-        return Material(self.console, self.work, tokenizer, rows, config.data.packing, digest)
+        packed = config.data.packing
+        return Material(self.console, self.work, tokenizer, rows, packed, config.kind, digest)
 
     def _prepare_teacher(self) -> tuple[Teacher, dict[str, Any]]:
         section = self.config.teacher
         source = prepare_model(section, "teacher", self.material, seed=0)
-        model = load_model(source.path, section)
+        model = load_model(source.path, section, self.config.kind)
         if self.config.data.packing:
             check_packing(model.to(self.device), "teacher")
-        metrics = self._evaluate(model, None)
+        # an encoder has no figures without a student
+        is_encoder = self.config.kind == "encoder"
+        if is_encoder:
+            check_rows_fit(model, self.material.tokenizer, self.config.data.max_length, "teacher")
+        metrics = {} if is_encoder else self._evaluate(model, None)
         facts = {
             "path": source.path,
             "from_cache": source.cached,
@@ -178,9 +178,9 @@ class _Job:
         self.console.say(
             f"{model.num_parameters() / 1e6:.2f} M parameters"
             + (" (from the cache)" if source.cached else "")
-            + f", held-out perplexity {metrics['eval_perplexity']:.2f}"
+            + ("" if is_encoder else f", held-out perplexity {metrics['eval_perplexity']:.2f}")
         )
-        return Teacher(model), facts
+        return Teacher(model, kind=self.config.kind), facts
 
     def _run_seed(self, seed: int, teacher: Teacher) -> dict[str, Any]:
         config, console = self.config, self.console
@@ -203,9 +203,15 @@ class _Job:
             self.material,
             seed=seed,
             vocab_size=teacher.vocab_size,
+            teacher=teacher.model,
         )
         student = self._load_student(source.path, seed, tell=True)
-        check_same_vocabulary(teacher.model, student, self.material.tokenizer)
+        if self.config.kind == "encoder":
+            check_rows_fit(student, self.material.tokenizer, self.config.data.max_length, "student")
+        else:
+            check_same_vocabulary(teacher.model, student, self.material.tokenizer)
+        if source.from_teacher is not None:
+            self.console.say(_taken(source.from_teacher))
         self._check_features(student, teacher)
         if self.config.data.packing:
             check_packing(student.to(self.device), "student")
@@ -213,16 +219,17 @@ class _Job:
             "path": source.path,
             "from_cache": source.cached,
             "pretrain": source.pretrain,
+            "from_teacher": source.from_teacher,
             "parameters": student.num_parameters(),
             "trainable_parameters": student.num_parameters(only_trainable=True),
-            **self._evaluate(student, teacher),
+            **self._evaluate(student, teacher, seed=seed),
         }
 
     def _load_student(
         self, path: str, seed: int, *, fuse_lora: bool = True, tell: bool = False
     ) -> PreTrainedModel:
         section = self.config.student
-        model = load_model(path, section)
+        model = load_model(path, section, self.config.kind)
         if section.peft is not None:
             model = apply_peft(model, section.peft, "student.peft", seed=seed)
         if section.fuses_lora and fuse_lora:
@@ -233,10 +240,11 @@ class _Job:
 
     def _check_features(self, student: PreTrainedModel, teacher: Teacher) -> None:
         """Raise a ConfigError unless the losses inside the networks fit the two models."""
-        args = evaluation_args(self.config.training, self.work, self.config.loss)
+        args = self._evaluation_args(self.config.loss)
         options = args.hidden_state_options(), args.relation_options()
+        objective = None if self.config.kind == "encoder" else Objective()
         try:
-            DistillModule(student, teacher, Objective(), *options)
+            DistillModule(student, teacher, objective, *options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"loss.{error}") from error
 
@@ -251,7 +259,14 @@ class _Job:
             return _read_result(result_file)
         checkpoints = self.work / "checkpoints" / f"seed-{seed}" / role
         # before the student: under ZeRO-3 it is partitioned while it is loaded
-        args = training_args(self.config.training, "training", checkpoints, loss, seed=seed)
+        args = training_args(
+            self.config.training,
+            "training",
+            checkpoints,
+            loss,
+            seed=seed,
+            kind=self.config.kind,
+        )
         trainer = self.material.trainer(self._load_student(path, seed), args, teacher)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
@@ -264,8 +279,10 @@ class _Job:
             "seconds": seconds,
             "tokens_per_s": _last(history, "tokens_per_s"),
             "peak_mem_mib": _last(history, "peak_mem_mib"),
-            **self._evaluate(self._load_trained(folder / role, path), teacher),
             **_last_of_features(history),
+            **self._evaluate(
+                self._load_trained(folder / role, path), teacher, projections=folder / role
+            ),
             "history": history,
         }
         barrier()
@@ -277,15 +294,38 @@ class _Job:
         """The saved student, as anyone would load it."""
         section = self.config.student
         if section.peft is None:
-            return load_model(str(folder), section)
+            return load_model(str(folder), section, self.config.kind)
         return load_adapter(load_model(start_path, section), folder)
 
-    def _evaluate(self, model: PreTrainedModel, teacher: Teacher | None) -> dict[str, float]:
-        """Held-out eval_perplexity and, with a teacher, eval_kd: KL(teacher || model) per token."""
-        loss = _MEASURED if teacher is not None else CROSS_ENTROPY
-        args = evaluation_args(self.config.training, self.work, loss)
-        metrics = self.material.trainer(model, args, teacher).evaluate()
+    def _evaluate(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        *,
+        seed: int = 0,
+        projections: Path | None = None,
+    ) -> dict[str, float]:
+        """Held-out figures of a model.
+
+        Of a causal language model eval_perplexity and, with a teacher, eval_kd: KL(teacher ||
+        model) per token. Of an encoder eval_hidden_loss and the like.
+
+        Args:
+            seed: that projections start from. projections: folder of trained ones, for encoders.
+        """
+        args = self._evaluation_args(CROSS_ENTROPY if teacher is None else self.measured, seed)
+        trainer = self.material.trainer(model, args, teacher)
+        if self.config.kind == "encoder":
+            if projections is not None:
+                load_projections(projections, trainer.model.features)
+            prefixes = ("eval_hidden_", "eval_relation_")
+            return {k: v for k, v in trainer.evaluate().items() if k.startswith(prefixes)}
+        metrics = trainer.evaluate()
         return {key: metrics[key] for key in ("eval_perplexity", "eval_kd") if key in metrics}
+
+    def _evaluation_args(self, loss: LossSection, seed: int = 0) -> DistillConfig:
+        config = self.config
+        return evaluation_args(config.training, self.work, loss, seed=seed, kind=config.kind)
 
     def _time_loss(self, run: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
         return time_losses(
@@ -350,23 +390,25 @@ def _last_of_features(history: list[dict[str, Any]]) -> dict[str, float]:
 def _read_result(path: Path) -> dict[str, Any]:
     """A finished run; JSON has no infinity, and a figure that was infinite became null."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    infinite = {key: math.inf for key in ("eval_perplexity", "eval_kd") if result[key] is None}
+    keys = ("eval_perplexity", "eval_kd")
+    infinite = {key: math.inf for key in keys if result.get(key, 0.0) is None}
     return {**result, **infinite}
 
 
 def _figures(run: dict[str, Any]) -> str:
+    if "eval_perplexity" not in run:
+        return (
+            f"held-out hidden loss {run['eval_hidden_loss']:.4g}, cosine to the teacher "
+            f"{run['eval_hidden_cosine']:.4f}"
+        )
     return (
         f"held-out perplexity {run['eval_perplexity']:.2f}, KL to the teacher {run['eval_kd']:.4f}"
     )
 
 
-def _environment() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
+def _taken(weights: dict[str, Any]) -> str:
+    """What a student took from its teacher, on one line."""
+    text = f"from the teacher: {weights['copied']} tensors copied"
+    if weights["projected"]:
+        text += f", {weights['projected']} projected ({weights['energy']:.1%} of their energy)"
+    return f"{text}, {len(weights['fresh'])} fresh"

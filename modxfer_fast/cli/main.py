@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "distill": "distil a teacher into a student, as a YAML file says",
+    "transfer": "move a trained PEFT module from a teacher to a student, as a YAML file says",
     "doctor": "show which backends run on this machine, and why others do not",
     "bench": "time our ops against their peers and their floor",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from modxfer_fast.data import CausalCollator, Rows
+from modxfer_fast.data import CausalCollator, EncoderCollator, Rows
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Teacher
 from modxfer_fast.report import ConsoleCallback, JobConsole
 
@@ -15,6 +15,7 @@ class Material:
     """Console, folder of the unfinished output, tokenizer and rows.
 
     packed: whether a row may hold several documents.
+    kind: of the models, "causal_lm" or "encoder".
     digest: identifies the training documents and how they became rows.
     """
 
@@ -23,10 +24,13 @@ class Material:
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
     packed: bool
+    kind: str
     digest: str
 
     @property
-    def collator(self) -> CausalCollator:
+    def collator(self) -> CausalCollator | EncoderCollator:
+        if self.kind == "encoder":
+            return EncoderCollator(self.tokenizer.pad_token_id)
         return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed)
 
     def trainer(

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast import __version__
 from modxfer_fast.cli.cache import cache_root, fingerprint
 from modxfer_fast.cli.material import Material
 from modxfer_fast.cli.ranks import barrier, from_main, is_main
 from modxfer_fast.cli.training_args import training_args
-from modxfer_fast.config import JobConfig, LossSection, ModelSection
+from modxfer_fast.config import JobConfig, LossSection, ModelSection, StudentSection
 from modxfer_fast.data import (
     DataError,
     Documents,
@@ -25,19 +25,31 @@ from modxfer_fast.data import (
     train_tokenizer,
 )
 from modxfer_fast.engine import last_complete_checkpoint
-from modxfer_fast.models import build_model, check_same_tokenizer, make_config
+from modxfer_fast.models import (
+    build_model,
+    check_same_tokenizer,
+    make_config,
+    take_from_teacher,
+    weights_digest,
+)
 from modxfer_fast.report import new_folder, write_json
 
 CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
 _RECORD = "modxfer_pretrain.json"
+_TAKEN = "modxfer_from_teacher.json"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model in a folder or on the hub. pretrain: the record of its training here, if any."""
+    """A model in a folder or on the hub.
+
+    pretrain: the record of its training here, if any.
+    from_teacher: what it took from the teacher, if anything: `TakenWeights`.
+    """
 
     path: str
     pretrain: dict[str, Any] | None = None
+    from_teacher: dict[str, Any] | None = None
     cached: bool = False
 
 
@@ -51,14 +63,16 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
     if section is not None and section.vocab_size is not None:
         tokenizer = train_tokenizer(documents.texts(), section.vocab_size)
     elif section is not None:
-        tokenizer = load_tokenizer(section.path)
+        tokenizer = load_tokenizer(section.path, kind=config.kind)
     else:
-        tokenizer = load_tokenizer(config.teacher.path, revision=config.teacher.revision)
+        tokenizer = load_tokenizer(
+            config.teacher.path, revision=config.teacher.revision, kind=config.kind
+        )
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.path is None:
             continue
         try:
-            theirs = load_tokenizer(model.path, revision=model.revision)
+            theirs = load_tokenizer(model.path, revision=model.revision, kind=config.kind)
         except DataError:
             if Path(model.path).is_dir():  # weights without a tokenizer: nothing to compare
                 continue
@@ -74,6 +88,7 @@ def prepare_model(
     *,
     seed: int,
     vocab_size: int | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> ModelSource:
     """Where the model of `section` is; built, and pretrained if asked for, when nobody did before.
 
@@ -83,11 +98,18 @@ def prepare_model(
     Args:
         seed: of the fresh weights; a `pretrain` section has a seed of its own, 0 if it names none.
         vocab_size: rows of the head, where the other model decides; None to follow the tokenizer.
+        teacher: what a student's `from_teacher` takes from.
     """
-    if section.config is None:
+    if not section.is_built:
         return ModelSource(section.path)
+    taken = section.from_teacher if section.inherits else None
     config = make_config(
-        section.config, material.tokenizer, f"{role}.config", vocab_size=vocab_size
+        _student_fields(section, teacher) if taken is not None else section.config,
+        material.tokenizer,
+        f"{role}.config",
+        vocab_size=vocab_size,
+        kind=material.kind,
+        inherited=teacher.config if taken is not None else None,
     )
     pretrain = section.pretrain
     if pretrain is not None:
@@ -100,24 +122,53 @@ def prepare_model(
         "versions": [__version__, torch.__version__, transformers.__version__],
         "tokenizer": tokenizer_digest(material.tokenizer),
     }
+    if material.kind != "causal_lm":
+        facts["kind"] = material.kind
+    if taken is not None:
+        facts.update(from_teacher=taken.model_dump(), teacher=weights_digest(teacher))
     if pretrain is not None:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         facts.update(pretrain=pretrain, rows=material.digest, world=world)
     folder = cache_root() / "models" / fingerprint(facts)
     cached = from_main(folder.is_dir())
     if not cached:
-        model = build_model(config, section, seed=seed)
+        model = build_model(config, section, seed=seed, kind=material.kind)
+        records = {}
+        if taken is not None:
+            weights = take_from_teacher(
+                model, teacher, **taken.model_dump(), where=f"{role}.from_teacher"
+            )
+            records[_TAKEN] = weights._asdict()
         if pretrain is None:
-            _store(model.save_pretrained, material.tokenizer, None, folder)
+            _store(model.save_pretrained, material.tokenizer, records, folder)
         else:
-            _pretrain(model, pretrain, role, material, folder, seed)
-    record = folder / _RECORD
-    return ModelSource(
-        str(folder), json.loads(record.read_text()) if pretrain is not None else None, cached
-    )
+            _pretrain(model, pretrain, role, material, records, folder, seed)
+    return ModelSource(str(folder), _read(folder / _RECORD), _read(folder / _TAKEN), cached)
 
 
-def _pretrain(model, section, role: str, material: Material, folder: Path, seed: int) -> None:
+def _student_fields(section: StudentSection, teacher: PreTrainedModel) -> dict[str, Any]:
+    """The `config` block of a student that has as many blocks as it takes from the teacher."""
+    fields = dict(section.config or {})
+    if section.from_teacher.layers:
+        # DistilBERT has another name for it
+        name = teacher.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        fields.setdefault(name, len(section.from_teacher.layers))
+    return fields
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _pretrain(
+    model: PreTrainedModel,
+    section: dict[str, Any],
+    role: str,
+    material: Material,
+    records: dict[str, Any],
+    folder: Path,
+    seed: int,
+) -> None:
     """Next-token training of `model`, then `folder`."""
     checkpoints = material.work / "checkpoints" / f"{role}-pretrain"
     args = training_args(section, f"{role}.pretrain", checkpoints, CROSS_ENTROPY, seed=seed)
@@ -130,19 +181,23 @@ def _pretrain(model, section, role: str, material: Material, folder: Path, seed:
     _store(
         lambda scratch: shutil.copytree(trained, scratch, dirs_exist_ok=True),
         material.tokenizer,
-        record,
+        {**records, _RECORD: record},
         folder,
     )
     if is_main():
         shutil.rmtree(checkpoints)
 
 
-def _store(save, tokenizer, record: dict[str, Any] | None, folder: Path) -> None:
-    """On the main process: fill `folder` at once. The others wait until it is there."""
+def _store(save, tokenizer, records: dict[str, Any], folder: Path) -> None:
+    """On the main process: fill `folder` at once. The others wait until it is there.
+
+    Args:
+        records: contents of further JSON files, by name.
+    """
     if is_main():
         with new_folder(folder, keep_existing=True) as scratch:
             save(scratch)
             tokenizer.save_pretrained(scratch)
-            if record is not None:
-                write_json(scratch / _RECORD, record)
+            for name, record in records.items():
+                write_json(scratch / name, record)
     barrier()

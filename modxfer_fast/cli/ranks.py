@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from modxfer_fast.config import ConfigError
+
 T = TypeVar("T")
 
 
@@ -30,3 +32,13 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def single_process(command: str) -> None:
+    """Raise a ConfigError under a launcher with several processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ConfigError(
+            f"{command}: expected one process, got {world}; run different cells of a grid in "
+            "different processes instead"
+        )

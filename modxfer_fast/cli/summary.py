@@ -6,6 +6,18 @@ from typing import Any
 
 from modxfer_fast.report import STEP_LABELS, JobConsole
 
+# Of each kind of job: keys of the held-out figures, their columns and formats in the table.
+_FIGURES = {
+    "causal_lm": (
+        ("eval_perplexity", "perplexity", ".4g"),
+        ("eval_kd", "KL to teacher", ".3g"),
+    ),
+    "encoder": (
+        ("eval_hidden_loss", "hidden loss", ".4g"),
+        ("eval_hidden_cosine", "cosine to teacher", ".4f"),
+    ),
+}
+_INSIDE = ("eval_hidden_", "eval_relation_")
 _ROLES = {
     "start": "student at start",
     "ce_only": "student, CE alone",
@@ -15,19 +27,19 @@ _ROLES = {
 
 
 def summarise(report: dict[str, Any]) -> dict[str, Any]:
-    """Mean, least and most over the seeds of each figure of each role.
+    """Mean, least and most over the seeds of each figure of each role, of an encoder also by pair.
 
     With `compare.ce_only` also in how many seeds the distilled student has the lower perplexity;
     with `compare.parts` also what each part changes, on average over the seeds.
     """
-    runs = report["runs"]
+    runs, is_encoder = report["runs"], report["config"]["kind"] == "encoder"
     summary: dict[str, Any] = {}
     for role in _ROLES:
         if role in runs[0]:
-            summary[role] = {
-                key: _spread([run[role][key] for run in runs])
-                for key in ("eval_perplexity", "eval_kd")
-            }
+            keys = [key for key, *_ in _FIGURES[report["config"]["kind"]]]
+            if is_encoder:  # and of each pair of layers
+                keys = [key for key in runs[0][role] if key.startswith(_INSIDE)]
+            summary[role] = {key: _spread([run[role][key] for run in runs]) for key in keys}
     if "ce_only" in runs[0]:
         summary["distilled_below_ce_only"] = sum(
             run["student"]["eval_perplexity"] < run["ce_only"]["eval_perplexity"] for run in runs
@@ -71,22 +83,19 @@ def _spread(values: list[float]) -> dict[str, float]:
 def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> None:
     """The closing tables."""
     runs, summary = report["runs"], report["summary"]
-    rows = [["teacher", f"{report['teacher']['eval_perplexity']:.4g}", "", ""]]
+    figures = _FIGURES[report["config"]["kind"]]
+    rows = []
+    if report["config"]["kind"] != "encoder":
+        rows.append(["teacher", f"{report['teacher']['eval_perplexity']:.4g}", "", ""])
     for role, label in _ROLES.items():
         if role in summary:
-            figures = summary[role]
-            rows.append(
-                [
-                    label,
-                    _cell(figures["eval_perplexity"], ".4g"),
-                    _cell(figures["eval_kd"], ".3g"),
-                    _tokens_per_s([run[role] for run in runs]),
-                ]
-            )
+            cells = [_cell(summary[role][key], fmt) for key, _, fmt in figures]
+            rows.append([label, *cells, _tokens_per_s([run[role] for run in runs])])
     seeds = f"; {len(runs)} seeds, mean (least-most)" if len(runs) > 1 else ""
-    console.table(
-        f"Held-out text{seeds}", ["model", "perplexity", "KL to teacher", "tokens/s"], rows
-    )
+    columns = ["model", *(name for _, name, _ in figures), "tokens/s"]
+    console.table(f"Held-out text{seeds}", columns, rows)
+    if report["config"]["kind"] == "encoder":
+        _print_pairs(console, summary)
     if "loss" in report:
         _print_loss(console, report["loss"])
     if "parts" in report:
@@ -98,6 +107,27 @@ def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> 
             f"{summary['distilled_below_ce_only']} of {len(runs)} seeds"
         )
     console.say(f"{report['seconds']:.0f} s; report, curves and students in {output}")
+
+
+def _print_pairs(console: JobConsole, summary: dict[str, Any]) -> None:
+    """Each pair of layers of an encoder, before and after training."""
+    start, end = summary["start"], summary["student"]
+    prefix = "eval_hidden_cosine_"
+    pairs = [key.removeprefix(prefix) for key in end if key.startswith(prefix)]
+    console.table(
+        "Hidden states of each pair of layers",
+        ["student, teacher layer", "loss before", "after", "cosine before", "after"],
+        [
+            [
+                pair.replace("_", ", "),
+                _cell(start[f"eval_hidden_{pair}"], ".4g"),
+                _cell(end[f"eval_hidden_{pair}"], ".4g"),
+                _cell(start[prefix + pair], ".4f"),
+                _cell(end[prefix + pair], ".4f"),
+            ]
+            for pair in pairs
+        ],
+    )
 
 
 def _print_loss(console: JobConsole, loss: dict[str, Any]) -> None:

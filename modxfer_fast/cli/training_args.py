@@ -10,6 +10,7 @@ _LOSS_FIELDS = tuple(name for name in LossSection.model_fields if name != "impl"
 _OWNED = {
     "output_dir": "output_dir",
     "seed": "seeds",
+    "kind": "kind",
     **dict.fromkeys((*_LOSS_FIELDS, "loss_impl"), "the loss section"),
 }
 # What evaluation alone needs of a training section; sharding is for training.
@@ -39,15 +40,32 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
 
 
 def training_args(
-    section: dict[str, Any], where: str, output_dir: Path, loss: LossSection, *, seed: int
+    section: dict[str, Any],
+    where: str,
+    output_dir: Path,
+    loss: LossSection,
+    *,
+    seed: int,
+    kind: str = "causal_lm",
 ) -> DistillConfig:
     """The arguments of one training run."""
     quiet = {"report_to": "none", "disable_tqdm": True, "seed": seed}
-    return _build(where, **{**quiet, **section}, output_dir=str(output_dir), **_loss_fields(loss))
+    fields = {**quiet, **section, **_loss_fields(loss)}
+    return _build(where, **fields, output_dir=str(output_dir), kind=kind)
 
 
-def evaluation_args(section: dict[str, Any], output_dir: Path, loss: LossSection) -> DistillConfig:
-    """Arguments for evaluating with the precision and batch size of `section`, unsharded."""
+def evaluation_args(
+    section: dict[str, Any],
+    output_dir: Path,
+    loss: LossSection,
+    *,
+    seed: int = 0,
+    kind: str = "causal_lm",
+) -> DistillConfig:
+    """Arguments for evaluating with the precision and batch size of `section`, unsharded.
+
+    seed: that fresh projections start from, as in the training run of that seed.
+    """
     kept = {key: section[key] for key in _FOR_EVALUATION if key in section}
     return _build(
         "training",
@@ -56,6 +74,8 @@ def evaluation_args(section: dict[str, Any], output_dir: Path, loss: LossSection
         report_to="none",
         disable_tqdm=True,
         output_dir=str(output_dir),
+        seed=seed,
+        kind=kind,
     )
 
 

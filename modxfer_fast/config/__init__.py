@@ -6,6 +6,7 @@ from modxfer_fast.config.loading import dump_config, load_config
 from modxfer_fast.config.schema import (
     CompareSection,
     DataSection,
+    FromTeacherSection,
     HiddenStatesSection,
     JobConfig,
     LossSection,
@@ -14,17 +15,20 @@ from modxfer_fast.config.schema import (
     StudentSection,
     TokenizerSection,
 )
+from modxfer_fast.config.task import TaskSection
 
 __all__ = [
     "CompareSection",
     "ConfigError",
     "DataSection",
+    "FromTeacherSection",
     "HiddenStatesSection",
     "JobConfig",
     "LossSection",
     "ModelSection",
     "RelationsSection",
     "StudentSection",
+    "TaskSection",
     "TokenizerSection",
     "check_fields",
     "check_keys",

@@ -1,15 +1,17 @@
-"""YAML file and `--set` overrides -> `JobConfig`, or a `ConfigError` that says where and what."""
+"""YAML file and `--set` overrides -> a job, or a `ConfigError` that says where and what."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
 from modxfer_fast.config.errors import ConfigError, nearest
 from modxfer_fast.config.schema import JobConfig
+
+Job = TypeVar("Job", bound=pydantic.BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,14 +47,24 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> JobConfig:
+def load_config(path: str | Path, overrides: list[str] = (), schema: type[Job] = JobConfig) -> Job:
     """Read a job file.
 
     Args:
         path: YAML file.
         overrides: `dotted.path=value` strings; the value is read as YAML.
+        schema: the class of the job.
     Raises:
         ConfigError: missing file, broken YAML, unknown key, wrong type or range.
+    """
+    return validate(load_raw(path, overrides), schema, str(path))
+
+
+def load_raw(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with the overrides of `load_config` applied, unchecked.
+
+    Raises:
+        ConfigError: missing file, broken YAML, no mapping, or an override that cannot be applied.
     """
     path = Path(path)
     try:
@@ -68,38 +80,62 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> JobConfig:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        dotted, value = _parse_override(override)
+        apply_override(raw, dotted, value, f"--set {override}")
+    return raw
+
+
+def validate(raw: dict[str, Any], schema: type[Job], where: str) -> Job:
+    """`raw` as a job.
+
+    Args:
+        where: of the job, for messages.
+    Raises:
+        ConfigError: unknown key, wrong type or range; one line each.
+    """
     try:
-        return JobConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+        lines = _explain(error, schema)
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
-def _apply_override(raw: dict, override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
     dotted, sign, value = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not sign or not all(keys):
+    if not sign or not all(dotted.strip().split(".")):
         raise ConfigError(f"--set {override}: expected dotted.path=value")
     try:
-        value = yaml.load(value, Loader=_Loader)
+        return dotted.strip(), yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: not valid YAML: {error}") from None
+
+
+def apply_override(raw: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Put `value` at a dotted path of `raw`; sections that are missing or null appear.
+
+    Args:
+        where: what asks for it, for messages.
+    Raises:
+        ConfigError: something on the way is no section.
+    """
+    keys = dotted.split(".")
     target: Any = raw
     for key in keys[:-1]:
         if target.get(key) is None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {key} is not a section")
+            raise ConfigError(f"{where}: {key} is not a section")
     target[keys[-1]] = value
 
 
-def _explain(error: pydantic.ValidationError) -> list[str]:
+def _explain(error: pydantic.ValidationError, schema: type[Job]) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{nearest(item['loc'][-1], _keys_at(item['loc']))}")
+            hint = nearest(item["loc"][-1], _keys_at(item["loc"], schema))
+            lines.append(f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing, and it has no default")
         elif item["type"] == "value_error":
@@ -109,9 +145,9 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
     return lines
 
 
-def _keys_at(loc: tuple) -> list[str]:
+def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
     """Valid keys of the section that holds the last element of `loc`."""
-    section = JobConfig
+    section: type[pydantic.BaseModel] = schema
     for part in loc[:-1]:
         annotation = section.model_fields[part].annotation
         candidates = getattr(annotation, "__args__", (annotation,))
@@ -121,6 +157,6 @@ def _keys_at(loc: tuple) -> list[str]:
     return list(section.model_fields)
 
 
-def dump_config(config: JobConfig) -> str:
+def dump_config(config: pydantic.BaseModel) -> str:
     """The complete configuration, defaults included, as YAML that `load_config` reads back."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)

@@ -35,13 +35,16 @@ class DataSection(Section):
 
     source: `python-docs`, a file (.txt .md .json .jsonl .csv .parquet), a folder of such files or
         of a dataset saved by `datasets`, or the id of a dataset on the hub.
+    lines: a .txt or .md file holds one text a line; else the file is one text.
     format: `auto` looks at the columns: `messages`, `prompt` + `completion`, or `text`.
+    packing: several documents in one row of `max_length`; an encoder gets one text a row.
     eval_source: held-out data; without it `eval_fraction` of the documents is kept out of training.
     """
 
     source: str
     name: str | None = None
     split: str = "train"
+    lines: bool = False
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 1024
     packing: bool = True
@@ -54,7 +57,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """A causal language model: a folder or hub id (`path`), or built from scratch (`config`).
+    """A model: a folder or hub id (`path`), or built from scratch (`config`).
 
     config: fields of the transformers configuration, with `model_type`; vocabulary and special
         tokens come from the tokenizer.
@@ -70,23 +73,62 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     attn_implementation: str | None = None
 
+    @property
+    def is_built(self) -> bool:
+        """Whether the model is made here rather than loaded."""
+        return self.config is not None
+
+    @property
+    def inherits(self) -> bool:
+        """Whether fields that `config` leaves out come from another model."""
+        return False
+
     @model_validator(mode="after")
     def _one_way(self):
-        if (self.path is None) == (self.config is None):
+        if (self.path is None) != self.is_built:
             raise ValueError("expected exactly one of path and config")
-        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+        named = self.inherits or isinstance((self.config or {}).get("model_type"), str)
+        if self.config is not None and not named:
             raise ValueError("config: expected a model_type such as llama")
         if self.pretrain is not None and self.config is None:
             raise ValueError("pretrain: expected only together with config")
         return self
 
 
+class FromTeacherSection(Section):
+    """What a built student takes from the teacher's weights.
+
+    layers: the teacher's block for each block of the student, counted from 0, where widths are
+        equal; empty for fresh blocks.
+    embeddings: `copy` what stands outside the blocks (embeddings, norms, pooler, head); with `pca`
+        the embeddings, projected on the leading singular directions of the teacher's table, where
+        the student is narrower; or `none`.
+    """
+
+    layers: list[Annotated[int, Field(ge=0)]] = []
+    embeddings: Literal["copy", "pca", "none"] = "copy"
+
+    @model_validator(mode="after")
+    def _takes_something(self):
+        if self.embeddings == "pca" and self.layers:
+            raise ValueError(
+                "layers: expected none with embeddings: pca, because blocks of another width "
+                f"cannot be copied, got {self.layers}"
+            )
+        if self.embeddings == "none" and not self.layers:
+            raise ValueError("layers: expected at least one where embeddings is none")
+        return self
+
+
 class StudentSection(ModelSection):
-    """peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen.
+    """from_teacher: start from the teacher's weights; fields that `config` leaves out are then the
+        teacher's, and as many blocks as are copied.
+    peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen.
 
     fused_lora: whether LoRA layers run on the fused op; null means wherever there is `peft`.
     """
 
+    from_teacher: FromTeacherSection | None = None
     peft: dict[str, Any] | None = None
     fused_lora: bool | None = None
 
@@ -95,6 +137,14 @@ class StudentSection(ModelSection):
         if self.fused_lora and self.peft is None:
             raise ValueError("fused_lora: expected a peft section, whose layers it fuses")
         return self
+
+    @property
+    def is_built(self) -> bool:
+        return self.config is not None or self.from_teacher is not None
+
+    @property
+    def inherits(self) -> bool:
+        return self.from_teacher is not None
 
     @property
     def fuses_lora(self) -> bool:
@@ -219,8 +269,14 @@ class CompareSection(Section):
 
 
 class JobConfig(Section):
-    """A whole `modxfer distill` job."""
+    """A whole `modxfer distill` job.
 
+    kind: `causal_lm`; or `encoder`, which learns from `loss.hidden_states` on plain text, one a
+        row, without logits or labels: where not given, `kd_weight` is then 0, `packing` false and
+        `max_length` 512.
+    """
+
+    kind: Literal["causal_lm", "encoder"] = "causal_lm"
     output_dir: str
     overwrite: bool = False
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
@@ -232,8 +288,24 @@ class JobConfig(Section):
     training: dict[str, Any] = {}
     compare: CompareSection = CompareSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_encoders(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("kind") != "encoder":
+            return raw
+        raw = dict(raw)
+        for name, default in (
+            ("data", {"packing": False, "max_length": 512}),
+            ("loss", {"kd_weight": 0.0}),
+        ):
+            if isinstance(raw.get(name), dict):
+                raw[name] = {**default, **raw[name]}
+        return raw
+
     @model_validator(mode="after")
     def _consistent(self):
+        if self.kind == "encoder":
+            self._check_encoder()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
         if self.tokenizer is None and self.teacher.path is None:
@@ -245,3 +317,36 @@ class JobConfig(Section):
                 "loss.relations: expected data.packing: false, because a relation spans a row"
             )
         return self
+
+    def _check_encoder(self) -> None:
+        loss, wrong = self.loss, "with kind: encoder"
+        if loss.hidden_states is None:
+            raise ValueError(f"loss.hidden_states: expected a section {wrong}, which learns by it")
+        for name in ("kd_weight", "ce_weight"):
+            if getattr(loss, name) != 0:
+                raise ValueError(
+                    f"loss.{name}: expected 0 or nothing {wrong}, which has no logits, "
+                    f"got {getattr(loss, name)}"
+                )
+        if loss.hidden_states.tokens != "all":
+            raise ValueError(
+                f"loss.hidden_states.tokens: expected all {wrong}, whose text has no labels, "
+                f"got {loss.hidden_states.tokens}"
+            )
+        if self.data.packing:
+            raise ValueError(f"data.packing: expected false {wrong}, which sees a whole row")
+        if self.data.format not in ("auto", "text"):
+            raise ValueError(f"data.format: expected text {wrong}, got {self.data.format}")
+        if self.tokenizer is not None and self.tokenizer.path is None:
+            raise ValueError(f"tokenizer.vocab_size: expected a path {wrong}, or no section")
+        if self.teacher.path is None:
+            raise ValueError(f"teacher.path: missing; expected a trained model {wrong}")
+        for name, given in (
+            ("student.pretrain", self.student.pretrain is not None),
+            ("student.peft", self.student.peft is not None),
+            ("compare.ce_only", self.compare.ce_only),
+            ("compare.parts", self.compare.parts),
+            ("compare.loss_rows", self.compare.loss_rows is not None),
+        ):
+            if given:
+                raise ValueError(f"{name}: expected nothing {wrong}")

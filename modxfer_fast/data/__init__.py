@@ -1,7 +1,7 @@
 """Sources -> documents -> pieces -> packed rows -> batches, and the tokenizer in between."""
 
 from modxfer_fast.data.build import Documents, Rows, build_rows, load_documents
-from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator
+from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator, EncoderCollator
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.python_docs import python_docs
 from modxfer_fast.data.sources import load_source
@@ -12,6 +12,7 @@ __all__ = [
     "CausalCollator",
     "DataError",
     "Documents",
+    "EncoderCollator",
     "Rows",
     "build_rows",
     "load_documents",

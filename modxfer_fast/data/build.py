@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config import DataSection
-from modxfer_fast.data.encoding import encoder
+from modxfer_fast.data.encoding import encoder, encoder_rows
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.sources import COLUMNS, detect_format, load_source
@@ -55,7 +55,7 @@ def load_documents(section: DataSection) -> Documents:
     Raises:
         DataError: missing source or columns, or too few documents to hold any out.
     """
-    train = load_source(section.source, name=section.name, split=section.split)
+    train = load_source(section.source, name=section.name, split=section.split, lines=section.lines)
     train_format = detect_format(train, section.format, section.source)
     if section.max_documents is not None and len(train) > section.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(section.max_documents))
@@ -65,7 +65,12 @@ def load_documents(section: DataSection) -> Documents:
                 f"data.eval_source: expected other documents than {section.source}, split "
                 f"{section.split}, which the student trains on; name another eval_split"
             )
-        held_out = load_source(section.eval_source, name=section.name, split=section.eval_split)
+        held_out = load_source(
+            section.eval_source,
+            name=section.name,
+            split=section.eval_split,
+            lines=section.lines,
+        )
         held_out_format = detect_format(held_out, section.format, section.eval_source)
     else:
         if len(train) < 2:
@@ -81,21 +86,47 @@ def load_documents(section: DataSection) -> Documents:
 
 
 def build_rows(
-    documents: Documents, section: DataSection, tokenizer: PreTrainedTokenizerBase
+    documents: Documents,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str = "causal_lm",
 ) -> Rows:
-    """Tokenise and pack both halves.
+    """Tokenise both halves, and pack them where `section` says so.
+
+    Args:
+        kind: "causal_lm", or "encoder", whose rows hold one text each and no targets.
 
     Raises:
-        DataError: a half without a single token to learn from.
+        DataError: a half without a single token to learn from, or not of text for an encoder.
     """
-    train = _rows(documents.train, documents.train_format, section, tokenizer)
-    held_out = _rows(documents.held_out, documents.held_out_format, section, tokenizer)
-    for name, half in (("training", train), ("held-out", held_out)):
-        if not any(any(mask) for mask in half["is_target"]):
-            raise DataError(f"data: expected targets in the {name} documents, got none")
+    halves = []
+    for name, half, fmt in (
+        ("training", documents.train, documents.train_format),
+        ("held-out", documents.held_out, documents.held_out_format),
+    ):
+        if kind == "encoder":
+            rows = _encoder_rows(half, fmt, section, tokenizer)
+            if not len(rows):
+                raise DataError(f"data: expected text in the {name} documents, got none")
+        else:
+            rows = _rows(half, fmt, section, tokenizer)
+            if not any(any(mask) for mask in rows["is_target"]):
+                raise DataError(f"data: expected targets in the {name} documents, got none")
+        halves.append(rows)
+    train, held_out = halves
     if section.max_eval_rows is not None and len(held_out) > section.max_eval_rows:
         held_out = held_out.shuffle(seed=section.split_seed).select(range(section.max_eval_rows))
     return Rows(train, held_out, _count(train), _count(held_out))
+
+
+def _encoder_rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Dataset:
+    if fmt != "text":
+        raise DataError(f"data: expected a column text for an encoder, got the format {fmt}")
+    return documents.map(
+        encoder_rows(tokenizer, section.max_length),
+        batched=True,
+        remove_columns=documents.column_names,
+    )
 
 
 def _rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Dataset:
@@ -113,4 +144,4 @@ def _rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Data
 
 
 def _count(rows: Dataset) -> int:
-    return sum(sum(lengths) for lengths in rows["lengths"])
+    return sum(len(ids) for ids in rows["input_ids"])

@@ -57,3 +57,29 @@ class CausalCollator:
             "num_tokens": int(attention_mask.sum()),
         }
         return {**batch, "position_ids": position_ids} if self.packed else batch
+
+
+@dataclass(frozen=True)
+class EncoderCollator:
+    """Pad rows of text on the right, without labels.
+
+    Batch, B rows of T tokens, T of the longest row:
+        input_ids      [B, T] int64
+        attention_mask [B, T] int64, 0 on padding
+        num_tokens     int, number of tokens that are no padding
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        input_ids = torch.full((len(rows), max(lengths)), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for b, row in enumerate(rows):
+            input_ids[b, : lengths[b]] = torch.tensor(row["input_ids"])
+            attention_mask[b, : lengths[b]] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "num_tokens": sum(lengths),
+        }

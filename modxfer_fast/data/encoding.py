@@ -32,6 +32,31 @@ def encoder(
     return encode_batch
 
 
+def encoder_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
+    """A function for `Dataset.map(batched=True)`: texts -> rows of an encoder.
+
+    A row is `{"input_ids", "length"}` of at most `max_length` tokens, with the tokenizer's special
+    tokens around each; a longer text becomes several rows, an empty one none.
+    """
+
+    def encode_batch(rows: Rows) -> Rows:
+        texts = [text for text in rows["text"] if text and text.strip()]
+        if not texts:
+            return {"input_ids": [], "length": []}
+        encoded = tokenizer(
+            texts,
+            truncation=True,
+            max_length=max_length,
+            return_overflowing_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return {"input_ids": encoded["input_ids"], "length": list(map(len, encoded["input_ids"]))}
+
+    return encode_batch
+
+
 def _encode_text(rows: Rows, tokenizer, max_length: int):
     texts = [text for text in rows["text"] if text]
     pieces = []

@@ -27,18 +27,25 @@ _READERS = {
 }
 
 
-def load_source(source: str, *, name: str | None = None, split: str = "train") -> Dataset:
+def load_source(
+    source: str, *, name: str | None = None, split: str = "train", lines: bool = False
+) -> Dataset:
     """Load `python-docs`, a file, a folder or a hub id.
+
+    Args:
+        lines: of a text file each line is a row, empty ones left out; else the file is one.
 
     Raises:
         DataError: the source does not exist, cannot be read or holds no rows.
     """
+    if lines and not (Path(source).suffix in _READERS and _READERS[Path(source).suffix] == "text"):
+        raise DataError(f"data source {source}: lines: true is for a .txt or .md file")
     if source == "python-docs":
         return Dataset.from_dict({"text": python_docs()})
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            return _load_file(path, source)
+            return _load_file(path, source, lines)
         if path.is_dir():
             return _load_folder(path, name, split)
         if path.suffix in _READERS or source.startswith((".", "/", "~")):
@@ -51,15 +58,22 @@ def load_source(source: str, *, name: str | None = None, split: str = "train") -
         raise DataError(f"data source {source}: cannot be loaded ({error})") from error
 
 
-def _load_file(path: Path, source: str) -> Dataset:
+def _load_file(path: Path, source: str, lines: bool) -> Dataset:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise DataError(
             f"data source {source}: expected a file ending in {', '.join(_READERS)}, "
             f"got {path.suffix or 'no ending'}"
         )
-    options = {"sample_by": "document"} if reader == "text" else {}
-    return load_dataset(reader, data_files=str(path), split="train", **options)
+    options = {}
+    if reader == "text":
+        options["sample_by"] = "line" if lines else "document"
+    dataset = load_dataset(reader, data_files=str(path), split="train", **options)
+    if lines:
+        dataset = dataset.filter(lambda row: bool(row["text"].strip()))
+        if not len(dataset):
+            raise DataError(f"data source {source}: expected lines of text, found none")
+    return dataset
 
 
 def _load_folder(path: Path, name: str | None, split: str) -> Dataset:

@@ -43,11 +43,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, revision: str | None = None, kind: str = "causal_lm"
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer and see to its padding token.
 
+    Args:
+        kind: of the model it is for; an "encoder" needs padding of its own, and no end of text.
+
     Raises:
-        DataError: nothing there, or a tokenizer without an end-of-text token.
+        DataError: nothing there, or a tokenizer without the token that `kind` needs.
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise DataError(f"tokenizer {path}: no such folder")
@@ -57,6 +62,15 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
         )
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
+    if kind == "encoder":
+        if tokenizer.pad_token_id is None:
+            raise DataError(f"tokenizer {path}: expected a padding token (pad_token), got none")
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"tokenizer {path}: expected a fast one (tokenizer.json), which can cut long texts "
+                f"into rows, got {type(tokenizer).__name__}"
+            )
+        return tokenizer
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {path}: expected an end-of-text token (eos_token), got none")
     if tokenizer.pad_token_id is None:
@@ -68,5 +82,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Short hash of what turns text into ids: the vocabulary and the fast model, if any."""
     state = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     if tokenizer.is_fast:
-        state += tokenizer.backend_tokenizer.to_str()
+        # a call with truncation or padding leaves them set
+        untouched = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        untouched.no_truncation()
+        untouched.no_padding()
+        state += untouched.to_str()
     return hashlib.sha256(state.encode()).hexdigest()[:16]

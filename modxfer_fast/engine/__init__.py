@@ -5,6 +5,13 @@ from .config import DistillConfig
 from .guard import NonFiniteError
 from .module import DistillModule
 from .objective import Objective
+from .projections import load_projections
+from .task_distillation import (
+    TaskDistillTrainer,
+    TaskHiddenOptions,
+    TaskTextCollator,
+    distil_task,
+)
 from .teacher import Teacher, TeacherPlan
 from .trainer import DistillTrainer
 
@@ -14,7 +21,12 @@ __all__ = [
     "DistillTrainer",
     "NonFiniteError",
     "Objective",
+    "TaskDistillTrainer",
+    "TaskHiddenOptions",
+    "TaskTextCollator",
     "Teacher",
     "TeacherPlan",
+    "distil_task",
     "last_complete_checkpoint",
+    "load_projections",
 ]

@@ -126,7 +126,10 @@ def base_model(model: nn.Module, role: str) -> PreTrainedModel:
             f"{role}: expected a PreTrainedModel or PeftModel, got {type(model).__name__}"
         )
     if model.config.is_encoder_decoder:
-        raise TypeError(f"{role}: expected a decoder-only model, got {type(model).__name__}")
+        raise TypeError(
+            f"{role}: expected a decoder-only model, or an encoder alone, "
+            f"got {type(model).__name__}"
+        )
     return model
 
 

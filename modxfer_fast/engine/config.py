@@ -10,6 +10,7 @@ from transformers.utils import logging
 from . import deepspeed
 from .feature_options import HiddenStateOptions, RelationOptions, parse_options
 from .objective import Objective
+from .teacher import checked_kind
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,10 @@ class DistillConfig(TrainingArguments):
             honour.
     """
 
+    kind: str = field(
+        default="causal_lm",
+        metadata={"help": "causal_lm, or encoder: no logits, learned by hidden_states."},
+    )
     divergence: str = field(
         default="forward_kl",
         metadata={"help": "forward_kl = KL(teacher || student), reverse_kl, jsd."},
@@ -34,7 +39,10 @@ class DistillConfig(TrainingArguments):
     temperature: float = field(
         default=1.0, metadata={"help": "Divides both rows of logits inside the divergence."}
     )
-    kd_weight: float = field(default=1.0, metadata={"help": "Factor of the divergence."})
+    kd_weight: float | None = field(
+        default=None,
+        metadata={"help": "Factor of the divergence; 1 when not given, 0 for encoders."},
+    )
     ce_weight: float = field(default=0.0, metadata={"help": "Factor of the cross entropy."})
     scale_by_temperature_squared: bool = field(
         default=False, metadata={"help": "Multiply the divergence by temperature squared."}
@@ -67,9 +75,14 @@ class DistillConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See max_skipped_steps."})
 
     def __post_init__(self):
+        checked_kind(self.kind)
+        if self.kd_weight is None:
+            self.kd_weight = 0.0 if self.kind == "encoder" else 1.0
         self.objective()
         self.hidden_state_options()
         self.relation_options()
+        if self.kind == "encoder":
+            self._check_encoder()
         self._refuse_unsupported()
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -90,8 +103,10 @@ class DistillConfig(TrainingArguments):
             )
             self._n_gpu = 1
 
-    def objective(self) -> Objective:
-        """The loss that the options describe."""
+    def objective(self) -> Objective | None:
+        """The loss of the logits that the options describe; None for encoders, which have none."""
+        if self.kind == "encoder":
+            return None
         return Objective(
             divergence=self.divergence,
             beta=self.beta,
@@ -111,6 +126,22 @@ class DistillConfig(TrainingArguments):
     def relation_options(self) -> RelationOptions | None:
         """The loss of attention relations that `relations` describes."""
         return parse_options(RelationOptions, self.relations, "relations")
+
+    def _check_encoder(self) -> None:
+        for name in ("kd_weight", "ce_weight"):
+            if getattr(self, name) != 0:
+                raise ValueError(
+                    f"{name}: expected 0 with kind 'encoder', which has no logits, "
+                    f"got {getattr(self, name)}"
+                )
+        hidden = self.hidden_state_options()
+        if hidden is None:
+            raise ValueError("hidden_states: expected with kind 'encoder', which learns by them")
+        if hidden.tokens != "all":
+            raise ValueError(
+                "hidden_states.tokens: expected all with kind 'encoder', whose text has no labels, "
+                f"got {hidden.tokens!r}"
+            )
 
     def _refuse_unsupported(self) -> None:
         if self.max_skipped_steps < 0:

@@ -57,6 +57,7 @@ class FeatureLosses(nn.Module):
     Args:
         hidden_options, relation_options: one of them may be None.
         student_taps, teacher_taps: of the two backbones; told here what to take.
+        causal: whether a token attends to those before it alone.
         generator: random numbers of the projections.
 
     Raises:
@@ -69,6 +70,7 @@ class FeatureLosses(nn.Module):
         relation_options: RelationOptions | None,
         student_taps: LayerTaps,
         teacher_taps: LayerTaps,
+        causal: bool = True,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
@@ -91,7 +93,9 @@ class FeatureLosses(nn.Module):
             teacher_taps.hidden_layers = self.hidden.teacher_layers
         if relation_options is not None:
             with _named("relations"):
-                self.relation = AttentionRelationLoss(**counts, **relation_options.of_loss())
+                self.relation = AttentionRelationLoss(
+                    causal=causal, **counts, **relation_options.of_loss()
+                )
                 student_taps.qkv_layers = self.relation.student_layers
                 teacher_taps.qkv_layers = self.relation.teacher_layers
                 _check_relations(self.relation, student_taps, teacher_taps)
@@ -108,6 +112,14 @@ class FeatureLosses(nn.Module):
         )
 
     @property
+    def measured_names(self) -> tuple[str, ...]:
+        """`names`, and those that evaluation alone adds."""
+        if self.hidden is None:
+            return self.names
+        pairs = (f"hidden_cosine_{pair_name(pair)}" for pair in self.hidden.pairs)
+        return (*self.names, "hidden_cosine", *pairs)
+
+    @property
     def needs_all_tokens(self) -> bool:
         """Whether a term is a mean over all tokens, not over those with labels."""
         return self.relation is not None or self.hidden_options.tokens == "all"
@@ -120,7 +132,11 @@ class FeatureLosses(nn.Module):
         labelled: TokenSet,
         like: Tensor,
     ) -> FeatureTerms:
-        """Terms of one micro-batch; `like` is any [B, T] tensor on its device."""
+        """Terms of one micro-batch; `like` is any [B, T] tensor on its device.
+
+        In eval mode also the cosine of projected state and teacher's state, after the norm of the
+        loss: hidden_cosine, a mean over the pairs, and each pair's.
+        """
         losses, sums = [], {}
         if self.hidden is not None:
             tokens = all_tokens if self.hidden_options.tokens == "all" else labelled
@@ -133,6 +149,15 @@ class FeatureLosses(nn.Module):
             )
             losses.append(terms.loss)
             sums.update(_sums("hidden", self.hidden.pairs, terms, tokens, like))
+            if not self.training:
+                cosines = self.hidden.cosines(
+                    student.hidden, teacher.hidden, mask=tokens.mask, num_valid=tokens.num_valid
+                )
+                count = tokens.count(like)
+                cosines = cosines.double() * count
+                sums["hidden_cosine"] = (cosines.mean(), count)
+                for pair, cosine in zip(self.hidden.pairs, cosines, strict=True):
+                    sums[f"hidden_cosine_{pair_name(pair)}"] = (cosine, count)
         if self.relation is not None:
             terms = self.relation(
                 student.qkv,

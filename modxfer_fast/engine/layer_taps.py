@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 from .causal_lm import SplitCausalLM
 from .deepspeed import true_shape
+from .encoder import EncoderBackbone
 
-# Names of the query, key and value projections: of decoders, and of encoders such as BERT.
-_QKV_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+# Names of the query, key and value projections: of decoders, of BERT and its kin, of DistilBERT.
+_QKV_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -49,6 +54,7 @@ class LayerTaps:
         role: "student" or "teacher", the name that errors use.
 
     Attributes:
+        blocks: that list.
         hidden_layers, qkv_layers: what `recording` takes; empty until they are set.
 
     Raises:
@@ -57,18 +63,18 @@ class LayerTaps:
 
     def __init__(self, backbone: nn.Module, role: str):
         self._role = role
-        self._blocks = _find_blocks(backbone, role)
+        self.blocks = _find_blocks(backbone, role)
         self.hidden_width: int = backbone.config.get_text_config().hidden_size
         self.hidden_layers: tuple[int, ...] = ()
         self.qkv_layers: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def run(
         self,
-        parts: SplitCausalLM,
+        parts: SplitCausalLM | EncoderBackbone,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -84,7 +90,7 @@ class LayerTaps:
         states, hooks, parts = LayerStates(), [], {}
         try:
             for layer in self.hidden_layers:
-                block = self._blocks[max(layer, 1) - 1]
+                block = self.blocks[max(layer, 1) - 1]
                 if layer == 0:
 
                     def keep_input(module, args, kwargs):
@@ -117,7 +123,7 @@ class LayerTaps:
         Raises:
             ValueError: it has none under the names known, or several.
         """
-        block = self._blocks[layer - 1]
+        block = self.blocks[layer - 1]
         for names in _QKV_NAMES:
             found = [
                 [m for path, m in block.named_modules() if path.rpartition(".")[2] == name]
@@ -135,7 +141,7 @@ class LayerTaps:
         """Whether queries and keys are rotated between their projections and their product."""
         return any(
             "position_embeddings" in inspect.signature(module.forward).parameters
-            for module in self._blocks[layer - 1].modules()
+            for module in self.blocks[layer - 1].modules()
         )
 
     def qkv_widths(self, layer: int) -> tuple[int, int, int]:

@@ -41,24 +41,28 @@ class LossMeter:
     def add(
         self,
         terms: KDTerms,
-        labels: Tensor,
-        attention_mask: Tensor | None,
-        num_valid: int | None,
+        num_valid: Tensor | int,
+        num_tokens: Tensor | int,
         features: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
     ) -> None:
         """Adds one micro-batch.
 
         Args:
             terms: its mean terms, and its whole loss. num_valid: the labels they are means over.
-            features: {name: (sum over tokens, number of tokens)} of the further terms.
+            num_tokens: the tokens that are no padding.
+            features: {name: (sum over tokens, number of tokens)} of the further terms; those
+                without a place here are left out.
         """
-        count = (labels != IGNORE_INDEX).sum() if num_valid is None else num_valid
-        tokens = labels.numel() if attention_mask is None else attention_mask.sum()
         device = terms.loss.device
         # zeros + value: a host number reaches the device as a kernel argument, without a copy
         zero = torch.zeros((), dtype=torch.float64, device=device)
         counted = torch.stack(
-            [terms.kd * count + zero, terms.ce * count + zero, zero + count, zero + tokens]
+            [
+                terms.kd * num_valid + zero,
+                terms.ce * num_valid + zero,
+                zero + num_valid,
+                zero + num_tokens,
+            ]
         )
         nonfinite = ~torch.stack([terms.kd, terms.ce, terms.loss.detach()]).isfinite()
         further = counted[:0]

@@ -1,4 +1,4 @@
-"""The student's wrapped forward: student backbone, teacher and fused loss, one scalar out.
+"""The student's wrapped forward: student backbone, teacher and losses, one scalar out.
 
 Everything that touches a parameter of the student happens inside `forward`, which is what DDP and
 DeepSpeed wrap: gradients are reduced, and ZeRO-3 gathers the head while the loss reads its weight.
@@ -9,14 +9,16 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import SplitCausalLM, base_model
+from modxfer_fast import KDTerms
+
+from .causal_lm import base_model
 from .deepspeed import gathered
 from .feature_options import HiddenStateOptions, RelationOptions
 from .features import FeatureLosses, TokenSet
 from .layer_taps import LayerTaps
 from .metrics import IGNORE_INDEX, LossMeter
 from .objective import Objective
-from .teacher import Teacher
+from .teacher import PARTS, Teacher
 
 
 class DistillModule(nn.Module):
@@ -25,7 +27,9 @@ class DistillModule(nn.Module):
     Args:
         student: PreTrainedModel or PeftModel; registered, like `features` and nothing else.
         teacher: frozen teacher, or None for cross entropy alone.
-        objective: weights and options of the loss.
+        objective: weights and options of the loss of the logits. None for encoders: the losses
+            inside the networks are then all there is, no model needs a head, and the student's
+            parameters that they do not reach, such as a pooler, are frozen.
         hidden_states, relations: options of losses inside the networks, None for none.
         seed: of the projections' start.
 
@@ -44,16 +48,19 @@ class DistillModule(nn.Module):
         self,
         student: nn.Module,
         teacher: Teacher | None,
-        objective: Objective,
+        objective: Objective | None,
         hidden_states: HiddenStateOptions | None = None,
         relations: RelationOptions | None = None,
         seed: int = 0,
     ):
         super().__init__()
-        if teacher is None and objective.kd_weight != 0.0:
+        kind = "encoder" if objective is None else "causal_lm"
+        if teacher is None and objective is not None and objective.kd_weight != 0.0:
             raise ValueError(
                 f"teacher: expected a model because kd_weight is {objective.kd_weight}, got None"
             )
+        if objective is None and hidden_states is None:
+            raise ValueError("hidden_states: expected options, because there is no other loss")
         has_features = hidden_states is not None or relations is not None
         if teacher is None and has_features:
             raise ValueError(
@@ -63,13 +70,16 @@ class DistillModule(nn.Module):
             raise ValueError(
                 "teacher: expected a model of its own, got the student, frozen by that"
             )
+        if teacher is not None and teacher.kind != kind:
+            raise ValueError(f"teacher: expected one of kind {kind!r}, got {teacher.kind!r}")
         self.student = student
         self.teacher = teacher
         self.objective = objective
-        self._parts = SplitCausalLM.of(student, "student")
+        self._parts = PARTS[kind].of(student, "student")
         if teacher is not None and teacher.vocab_size != self._parts.vocab_size:
+            what = "rows of the embeddings" if objective is None else "output classes"
             raise ValueError(
-                f"teacher: expected the student's {self._parts.vocab_size} output classes, "
+                f"teacher: expected the student's {self._parts.vocab_size} {what}, "
                 f"got {teacher.vocab_size}"
             )
         self.features = None
@@ -81,13 +91,32 @@ class DistillModule(nn.Module):
                 relations,
                 self._student_taps,
                 self._teacher_taps,
-                torch.Generator().manual_seed(seed),
+                causal=objective is not None,
+                generator=torch.Generator().manual_seed(seed),
             )
+            if objective is None:
+                self._freeze_what_no_loss_reaches()
         self.meter = self.new_meter()
 
-    def new_meter(self) -> LossMeter:
-        """A meter for the terms of this module."""
-        return LossMeter(() if self.features is None else self.features.names)
+    def _freeze_what_no_loss_reaches(self) -> None:
+        """DDP waits for the gradient of every trainable parameter."""
+        blocks = self._student_taps.blocks
+        if len(blocks) not in self.features.hidden.student_layers:
+            raise ValueError(
+                f"hidden_states.layers: expected the student's last block, {len(blocks)}, among "
+                "its layers, because the blocks above the last one that learns would learn nothing"
+            )
+        reached = {id(param) for param in self._parts.backbone.parameters()}
+        reached -= {id(param) for param in self._parts.parameters_behind(blocks)}
+        for param in self.student.parameters():
+            if id(param) not in reached:
+                param.requires_grad_(False)
+
+    def new_meter(self, *, evaluation: bool = False) -> LossMeter:
+        """A meter for the terms of this module, or for those that it has in eval mode."""
+        if self.features is None:
+            return LossMeter()
+        return LossMeter(self.features.measured_names if evaluation else self.features.names)
 
     @property
     def config(self):
@@ -99,6 +128,8 @@ class DistillModule(nn.Module):
 
     def gathered_head(self) -> contextlib.AbstractContextManager:
         """Keeps the head whole, which `forward` reads but does not call. Collective."""
+        if self.objective is None:
+            return contextlib.nullcontext()
         return gathered(self._parts.head.parameters(recurse=False))
 
     def tie_weights(self) -> None:
@@ -141,7 +172,7 @@ class DistillModule(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -154,7 +185,8 @@ class DistillModule(nn.Module):
 
         Args:
             input_ids: [B, T].
-            labels: [B, T], labels[t] is the target of position t, unshifted; -100 masks.
+            labels: [B, T], labels[t] is the target of position t, unshifted; -100 masks. Encoders
+                take none.
             attention_mask: [B, T]; says where padding is when `position_ids` is not given.
             position_ids: [B, T], restarting at every packed document.
             num_items_in_batch: number of labels of the optimiser step, over all ranks and
@@ -166,10 +198,10 @@ class DistillModule(nn.Module):
             num_tokens_in_batch: number of those tokens of the optimiser step, as
                 `num_items_in_batch` is of labels.
         """
-        objective = self.objective
-        if not self.training:
-            objective = objective.measured(self.teacher is not None)
         inputs = (input_ids, attention_mask, position_ids)
+        objective = self.objective
+        if objective is not None and not self.training:
+            objective = objective.measured(self.teacher is not None)
         if self.features is not None:
             if position_ids is not None and self.features.relation is not None:
                 raise ValueError(
@@ -183,24 +215,17 @@ class DistillModule(nn.Module):
             student_hidden, student_states = self._student_taps.run(self._parts, *inputs)
         else:
             student_hidden = self._parts.hidden(*inputs)
+            teacher_hidden = None
             if objective.kd_weight != 0.0:
                 teacher_hidden = self.teacher.hidden(*inputs)
-        student_head = self._parts.weight_and_bias()
-        if objective.kd_weight != 0.0:
-            teacher_head = self.teacher.head
+        if objective is None:
+            zero = torch.zeros((), device=input_ids.device)
+            terms, labelled, num_valid = KDTerms(zero, zero, zero), None, 0
         else:
-            # of no width, so that its GEMM costs nothing; its divergence has weight 0
-            teacher_hidden = student_hidden.detach()[..., :0]
-            teacher_head = student_head[0].detach()[:, :0], None
-        terms = objective.terms(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            labels,
-            num_items_in_batch,
-            num_valid,
-        )
+            valid = labels != IGNORE_INDEX
+            labelled = TokenSet(valid, num_valid, num_items_in_batch)
+            terms = self._logit_terms(objective, student_hidden, teacher_hidden, labels, labelled)
+            num_valid = valid.sum() if num_valid is None else num_valid
         sums = {}
         if self.features is not None:
             if token_mask is None and attention_mask is not None:
@@ -209,10 +234,37 @@ class DistillModule(nn.Module):
                 student_states,
                 teacher_states,
                 TokenSet(token_mask, num_tokens, num_tokens_in_batch),
-                TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch),
-                labels,
+                labelled,
+                input_ids,
             )
             terms = terms._replace(loss=terms.loss + features.loss)
             sums = features.sums
-        self.meter.add(terms, labels, attention_mask, num_valid, sums)
+        present = input_ids.numel() if attention_mask is None else attention_mask.sum()
+        self.meter.add(terms, num_valid, present, sums)
         return {"loss": terms.loss}
+
+    def _logit_terms(
+        self,
+        objective: Objective,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor | None,
+        labels: Tensor,
+        labelled: TokenSet,
+    ) -> KDTerms:
+        """Terms of the logits, from last hidden states [B, T, D] and the heads."""
+        student_head = self._parts.weight_and_bias()
+        if objective.kd_weight != 0.0:
+            teacher_head = self.teacher.head
+        else:
+            # of no width, so that its GEMM costs nothing; its divergence has weight 0
+            teacher_hidden = student_hidden.detach()[..., :0]
+            teacher_head = student_head[0].detach()[:, :0], None
+        return objective.terms(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            labelled.normalizer,
+            labelled.num_valid,
+        )

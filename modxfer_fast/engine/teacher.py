@@ -7,7 +7,18 @@ from torch import Tensor, nn
 
 from .causal_lm import SplitCausalLM
 from .deepspeed import materialise
+from .encoder import EncoderBackbone
 from .layer_taps import LayerStates, LayerTaps
+
+# What is taken of a model of each kind.
+PARTS = {"causal_lm": SplitCausalLM, "encoder": EncoderBackbone}
+
+
+def checked_kind(kind: str) -> str:
+    """`kind` if it is one of PARTS, else a ValueError."""
+    if kind not in PARTS:
+        raise ValueError(f"kind: expected one of {', '.join(PARTS)}, got {kind!r}")
+    return kind
 
 
 class TeacherPlan(enum.Enum):
@@ -27,9 +38,15 @@ class Teacher:
             loaded under ZeRO-3, and thus partitioned, is gathered; all ranks must then construct
             the teacher together.
         plan: a TeacherPlan or its name.
+        kind: "causal_lm", which also answers with its head, or "encoder".
     """
 
-    def __init__(self, model: nn.Module, plan: TeacherPlan | str = TeacherPlan.REPLICA):
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: TeacherPlan | str = TeacherPlan.REPLICA,
+        kind: str = "causal_lm",
+    ):
         try:
             self.plan = TeacherPlan(plan)
         except ValueError:
@@ -37,7 +54,8 @@ class Teacher:
             raise ValueError(f"plan: expected one of {known}, got {plan!r}") from None
         self.model = model.eval().requires_grad_(False)
         materialise(self.model)
-        self._parts = SplitCausalLM.of(model, "teacher")
+        self.kind = checked_kind(kind)
+        self._parts = PARTS[kind].of(model, "teacher")
 
     @property
     def vocab_size(self) -> int:
@@ -45,7 +63,7 @@ class Teacher:
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Output weight [V, D_t] and bias [V] or None, constants of the loss."""
+        """Output weight [V, D_t] and bias [V] or None of a causal language model, constants."""
         return self._parts.weight_and_bias()
 
     def to(self, device: torch.device) -> "Teacher":

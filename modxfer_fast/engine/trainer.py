@@ -38,6 +38,9 @@ class DistillTrainer(Trainer):
     own tokens) and each pair of layers, unweighted, as hidden_<student>_<teacher>. Collators may
     then tell the int "num_tokens", the tokens that are no padding.
 
+    With args.kind "encoder" there are no logits: batches need no "labels", and the student learns
+    from hidden states, and relations, of all tokens that are no padding.
+
     Args:
         model: student, PreTrainedModel or PeftModel.
         args: configuration; under ZeRO-3 made before `model` was loaded.
@@ -68,7 +71,7 @@ class DistillTrainer(Trainer):
                 "data_collator: expected one that aligns labels with positions, got None"
             )
         if isinstance(teacher, nn.Module):
-            teacher = Teacher(teacher)
+            teacher = Teacher(teacher, kind=args.kind)
         module = DistillModule(
             model,
             teacher,
@@ -189,6 +192,8 @@ class DistillTrainer(Trainer):
             count = sum(_num_tokens(batch) for batch in batch_samples)
             count = torch.as_tensor(count, dtype=torch.float32).to(device)
             self._num_tokens_in_batch = self._sum_over_ranks(count)
+        if self.args.kind == "encoder":  # no labels to count; None would divide the loss once more
+            return self._num_tokens_in_batch
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -226,11 +231,7 @@ class DistillTrainer(Trainer):
         return measured
 
     def _feature_means(self, sums: dict[str, float]) -> dict[str, float]:
-        return {
-            name: sums[name] / sums[f"num_{name}"]
-            for name in self.model.meter.features
-            if sums[f"num_{name}"]
-        }
+        return {name: sums[name] / sums[f"num_{name}"] for name in sums if sums.get(f"num_{name}")}
 
     # ---- evaluation ----
 
@@ -244,7 +245,9 @@ class DistillTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Means over the supervised tokens of the whole set: <prefix>_loss, _kd, _ce, _perplexity.
 
-        With losses inside the networks also <prefix>_hidden_loss and the like, means over theirs.
+        With losses inside the networks also <prefix>_hidden_loss and the like, means over theirs,
+        and <prefix>_hidden_cosine, over pairs, of projected states and the teacher's. Encoders have
+        these alone.
 
         Each row counts once, also those that the sampler repeats to give all ranks equal batches.
         """
@@ -253,7 +256,8 @@ class DistillTrainer(Trainer):
                 "eval_dataset: expected one with a length, which tells the rows that ranks repeat"
             )
         paused = self.clock.pause()
-        training_meter, self.model.meter = self.model.meter, self.model.new_meter()
+        training_meter = self.model.meter
+        self.model.meter = self.model.new_meter(evaluation=True)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -279,6 +283,14 @@ class DistillTrainer(Trainer):
         )
 
     def _evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        features = self._feature_means(sums)
+        if sums["nonfinite"]:
+            features = dict.fromkeys(features, math.nan)
+        inside = sum(value for name, value in features.items() if name.endswith("_loss"))
+        if self.model.objective is None:
+            if not sums["num_tokens"]:
+                raise ValueError("eval_dataset: expected at least one token, got none")
+            return {"loss": inside, **features}
         if sums["nonfinite"]:
             kd = ce = math.nan
         elif not sums["num_valid"]:
@@ -286,11 +298,7 @@ class DistillTrainer(Trainer):
         else:
             kd, ce = sums["kd"] / sums["num_valid"], sums["ce"] / sums["num_valid"]
         perplexity = math.exp(ce) if not ce > 700 else math.inf
-        features = self._feature_means(sums)
-        if sums["nonfinite"]:
-            features = dict.fromkeys(features, math.nan)
-        loss = self.model.objective.combine(kd, ce)
-        loss += sum(value for name, value in features.items() if name.endswith("_loss"))
+        loss = self.model.objective.combine(kd, ce) + inside
         metrics = {"loss": loss, "ce": ce, "perplexity": perplexity, **features}
         if self.model.teacher is not None:
             metrics["kd"] = kd
@@ -312,12 +320,14 @@ class DistillTrainer(Trainer):
             return inputs
         # of the last batches of all ranks, laid end to end, the first `remainder` rows are new
         new_rows = max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0)
-        labels = inputs["labels"].clone()
-        labels[new_rows:] = IGNORE_INDEX
-        repeated = {**inputs, "labels": labels, "num_valid": None}
+        repeated = dict(inputs)
+        if "labels" in inputs:
+            labels = inputs["labels"].clone()
+            labels[new_rows:] = IGNORE_INDEX
+            repeated |= {"labels": labels, "num_valid": None}
         if self.model.features is not None:
             mask = inputs.get("attention_mask")
-            mask = torch.ones_like(labels) if mask is None else mask.clone()
+            mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask.clone()
             mask[new_rows:] = 0
             repeated |= {"token_mask": mask.bool(), "num_tokens": None}
         return repeated
@@ -325,7 +335,7 @@ class DistillTrainer(Trainer):
     # ---- saving and loading ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the student as AutoModelForCausalLM or PeftModel read it. All ranks must call."""
+        """Writes the student as its Auto class or PeftModel reads it. All ranks must call."""
         output_dir = output_dir or self.args.output_dir
         state = projections = None
         if self.zero_stage == 3:

@@ -233,8 +233,49 @@ class HiddenStateLoss(nn.Module):
         num_valid: int | None = None,
     ) -> Tensor:
         """Unweighted loss of one pair, for a caller that has the states of one layer at a time."""
+        return self._compare(
+            pair, student_hidden, teacher_hidden, self.spec.loss, mask, normalizer, num_valid
+        )
+
+    @torch.no_grad()
+    def cosines(
+        self,
+        student_hiddens: Mapping[int, Tensor],
+        teacher_hiddens: Mapping[int, Tensor],
+        *,
+        mask: Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> Tensor:
+        """[number of pairs] mean cosine of projected and teacher's state, after the loss's norm.
+
+        Args as for `forward`.
+        """
+        distances = [
+            self._compare(
+                (student, teacher),
+                student_hiddens[student],
+                teacher_hiddens[teacher],
+                "cosine",
+                mask,
+                None,
+                num_valid,
+            )
+            for student, teacher in self.pairs
+        ]
+        return 1 - torch.stack(distances)
+
+    def _compare(
+        self,
+        pair: tuple[int, int],
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        loss: str,
+        mask: Tensor | None,
+        normalizer: float | Tensor | None,
+        num_valid: int | None,
+    ) -> Tensor:
         options = {
-            "loss": self.spec.loss,
+            "loss": loss,
             "beta": self.spec.beta,
             "norm": self.spec.norm,
             "norm_eps": self.spec.norm_eps,

@@ -1,4 +1,4 @@
-"""A model section -> a causal language model, loaded or built from scratch, and its adapters."""
+"""A model section -> a model, loaded or built from scratch, and its adapters."""
 
 import dataclasses
 from pathlib import Path
@@ -9,19 +9,33 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from modxfer_fast.config import ModelSection, check_fields, check_keys
 from modxfer_fast.config.errors import nearest
 from modxfer_fast.models.errors import ModelError
 
 _FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NOT_INHERITED = ("architectures", "dtype", "transformers_version", "_name_or_path")
+# kind of job -> class that builds and loads, architectures it may have, their name in messages
+_KINDS = {
+    "causal_lm": (
+        AutoModelForCausalLM,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "a causal language model",
+    ),
+    "encoder": (AutoModel, MODEL_FOR_MASKED_LM_MAPPING_NAMES, "an encoder"),
+}
 _LORA_OWNED = {"task_type": "the job", "peft_type": "the job", "inference_mode": "the job"}
 
 
@@ -31,11 +45,15 @@ def make_config(
     where: str,
     *,
     vocab_size: int | None = None,
+    kind: str = "causal_lm",
+    inherited: PreTrainedConfig | None = None,
 ) -> PreTrainedConfig:
     """A transformers configuration from a `config` block.
 
     Args:
         block: fields of the configuration class, and `model_type`.
+        kind: "causal_lm" or "encoder".
+        inherited: gives the fields, and `model_type`, that `block` leaves out.
         tokenizer: gives special tokens and, unless `vocab_size` or the block does, the vocabulary
             size.
         where: dotted path of the block, for messages.
@@ -43,15 +61,25 @@ def make_config(
         ConfigError: unknown field. ModelError: unknown architecture, or values it refuses.
     """
     fields = dict(block)
-    model_type = fields.pop("model_type")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        hint = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    model_type = fields.pop("model_type", None if inherited is None else inherited.model_type)
+    _, architectures, what = _KINDS[kind]
+    if model_type not in architectures:
         raise ModelError(
-            f"{where}.model_type: expected a causal language model of transformers, "
-            f"got {model_type!r}{hint}"
+            f"{where}.model_type: expected {what} of transformers, "
+            f"got {model_type!r}{nearest(model_type, architectures)}"
         )
     config_class = CONFIG_MAPPING[model_type]
-    check_keys((f.name for f in dataclasses.fields(config_class)), fields, where)
+    known = {f.name for f in dataclasses.fields(config_class)}
+    check_keys(known, fields, where)
+    if inherited is not None:
+        if inherited.model_type != model_type:
+            raise ModelError(
+                f"{where}.model_type: expected the teacher's {inherited.model_type} with "
+                f"from_teacher, got {model_type}"
+            )
+        theirs = inherited.to_diff_dict()
+        kept = known.intersection(theirs).difference(_NOT_INHERITED)
+        fields = {**{name: theirs[name] for name in kept}, **fields}
     fields.setdefault("vocab_size", vocab_size or len(tokenizer))
     for name in _FROM_TOKENIZER:
         fields.setdefault(name, getattr(tokenizer, name))
@@ -67,23 +95,25 @@ def make_config(
     return config
 
 
-def build_model(config: PreTrainedConfig, section: ModelSection, *, seed: int) -> PreTrainedModel:
+def build_model(
+    config: PreTrainedConfig, section: ModelSection, *, seed: int, kind: str = "causal_lm"
+) -> PreTrainedModel:
     """A model with fresh weights that depend on `config` and `seed` alone."""
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, **_loading_options(section))
+    return _KINDS[kind][0].from_config(config, **_loading_options(section))
 
 
-def load_model(path: str, section: ModelSection) -> PreTrainedModel:
-    """Load a causal language model from a folder or hub id.
+def load_model(path: str, section: ModelSection, kind: str = "causal_lm") -> PreTrainedModel:
+    """Load a causal language model, or an encoder without a head, from a folder or hub id.
 
     Raises:
-        ModelError: nothing there, or not a causal language model.
+        ModelError: nothing there, or not a model of that kind.
     """
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ModelError(f"model {path}: no such folder")
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = _KINDS[kind][0].from_pretrained(
             path,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -91,11 +121,18 @@ def load_model(path: str, section: ModelSection) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path}: cannot be loaded ({error})") from error
+    if kind == "encoder" and not (
+        section.trust_remote_code or model.config.model_type in _KINDS[kind][1]
+    ):
+        raise ModelError(
+            f"model {path}: expected an encoder, got a {model.config.model_type} model"
+        )
+    return model
 
 
 def _loading_options(section: ModelSection) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype) if section.dtype else "auto"}
-    if section.dtype is None and section.config is not None:
+    if section.dtype is None and section.is_built:
         options["dtype"] = torch.float32
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation

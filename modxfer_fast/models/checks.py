@@ -44,6 +44,27 @@ def check_same_vocabulary(
         )
 
 
+def check_rows_fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, role: str
+) -> None:
+    """Raise unless an encoder has an embedding for every token and for every position of a row."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ModelError(
+            f"{role}: expected at least {len(tokenizer)} rows of embeddings, one per token, "
+            f"got {rows}"
+        )
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa counts positions from behind that of padding
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            if max_length > module.num_embeddings - first:
+                raise ModelError(
+                    f"{role}: expected data.max_length of at most {module.num_embeddings - first}, "
+                    f"the positions that the model has, got {max_length}"
+                )
+
+
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, role: str) -> None:
     """Raise when a document packed behind another one sees it.

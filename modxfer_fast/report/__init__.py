@@ -1,9 +1,9 @@
 """What a job tells: console, `report.json`, picture of the curves, atomic folders."""
 
+from modxfer_fast.files import new_folder, replace_folder, write_json, write_text
 from modxfer_fast.report.callback import ConsoleCallback
 from modxfer_fast.report.console import JobConsole
 from modxfer_fast.report.curves import STEP_LABELS, plot_curves
-from modxfer_fast.report.files import new_folder, replace_folder, write_json, write_text
 
 __all__ = [
     "STEP_LABELS",

@@ -13,7 +13,10 @@ _SHOWN = {
     "eval_perplexity": "held-out perplexity",
     "eval_kd": "held-out KL",
     "eval_hidden_loss": "held-out hidden",
+    "eval_hidden_cosine": "held-out cosine",
     "eval_relation_loss": "held-out relation",
+    "eval_f1": "validation F1",
+    "eval_accuracy": "validation accuracy",
     "tokens_per_s": "tokens/s",
     "peak_mem_mib": "peak MiB",
 }
@@ -38,7 +41,9 @@ class ConsoleCallback(TrainerCallback):
             return
         numbers = {_SHOWN[key]: logs[key] for key in _SHOWN if key in logs}
         if numbers:
-            self._display.numbers(state.global_step, numbers, keep="eval_perplexity" in logs)
+            self._display.numbers(
+                state.global_step, numbers, keep=any(k.startswith("eval_") for k in logs)
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self._display.close()

@@ -1,7 +1,7 @@
 """What the person sees: phases, progress of training, and the closing table."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -37,6 +37,22 @@ class JobConsole:
     def training(self, total_steps: int) -> "TrainingDisplay":
         """A display for one training run: a live bar on a terminal, else a line per log entry."""
         return TrainingDisplay(self._console, total_steps)
+
+    @contextmanager
+    def progress(self, total: int | None) -> Iterator[Callable[[int, int], None]]:
+        """A bar that `f(done, total)` moves, on a terminal; `total` None until the first call."""
+        bar = Progress(
+            TextColumn(" "),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal or self._console.quiet,
+        )
+        with bar:
+            task = bar.add_task("work", total=total)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table whose first column is text and whose others are numbers."""

@@ -28,7 +28,8 @@ STEP_LABELS = {
 def plot_curves(report: dict[str, Any], path: Path) -> None:
     """Held-out perplexity, KL to the teacher and training loss over steps; one line per run.
 
-    With `compare.parts` also bars: time and memory of a step without each fused part.
+    Of an encoder held-out hidden loss, cosine to the teacher of each pair of layers, and training
+    loss. With `compare.parts` also bars: time and memory of a step without each fused part.
 
     Args:
         report: what `report.json` holds.
@@ -37,6 +38,9 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if report["config"]["kind"] == "encoder":
+        _plot_encoder(report, path)
+        return
     loss = report["config"]["loss"]
     divergence = loss["divergence"] if loss["temperature"] == 1.0 else "softened"
     is_kl = divergence == "forward_kl"
@@ -83,12 +87,53 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _line(axis, history: list[dict[str, Any]], key: str, role: str, *, first: bool) -> None:
-    points = [
+def _plot_encoder(report: dict[str, Any], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    prefix = "eval_hidden_cosine_"
+    for run in report["runs"]:
+        first = run is report["runs"][0]
+        history = [{"step": 0, **run["start"]}, *run["student"]["history"]]
+        _line(axes[0], history, "eval_hidden_loss", "student", first=first)
+        keys = [key for key in run["start"] if key.startswith(prefix)]
+        for index, key in enumerate(keys):
+            student, teacher = key.removeprefix(prefix).split("_")
+            label = f"student {student}, teacher {teacher}" if first else None
+            points = _points(history, key)
+            axes[1].plot(
+                *zip(*points, strict=True), color=f"C{index % 10}", label=label, marker="."
+            )
+        _line(axes[2], history, "loss", "student", first=first)
+    axes[0].set_yscale("log")
+    _plain_ticks(axes[0])
+    titles = (
+        "held-out loss of hidden states",
+        "held-out cosine of hidden states, by layer",
+        "training loss, as minimised",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3, which="both")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _points(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [
         (entry["step"], entry[key])
         for entry in history
         if entry.get(key) is not None and math.isfinite(entry[key])
     ]
+
+
+def _line(axis, history: list[dict[str, Any]], key: str, role: str, *, first: bool) -> None:
+    points = _points(history, key)
     if points:
         axis.plot(
             *zip(*points, strict=True),

@@ -57,7 +57,10 @@ def test_plot(tmp_path, with_evaluations, with_parts):
         history.append({"step": 2, "eval_perplexity": 30.0, "eval_kd": float("nan")})
     trained = {"history": history, "eval_perplexity": 30.0, "eval_kd": 0.5}
     report = {
-        "config": {"loss": {"divergence": "forward_kl", "temperature": 1.0}},
+        "config": {
+            "kind": "causal_lm",
+            "loss": {"divergence": "forward_kl", "temperature": 1.0},
+        },
         "teacher": {"eval_perplexity": 12.0},
         "runs": [
             {
@@ -77,4 +80,19 @@ def test_plot(tmp_path, with_evaluations, with_parts):
         assert image.format == "PNG"
         assert image.width == 600 * (5 if with_parts else 3)
         assert image.width > image.height > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_plot_of_an_encoder(tmp_path):
+    figures = {"eval_hidden_loss": 1.0, "eval_hidden_cosine": 0.2}
+    start = figures | {"eval_hidden_cosine_1_2": 0.1, "eval_hidden_cosine_2_3": 0.3}
+    history = [{"step": 2, "loss": 1.5}, {"step": 4, **start, "eval_hidden_cosine_1_2": 0.6}]
+    report = {
+        "config": {"kind": "encoder"},
+        "teacher": {},
+        "runs": [{"start": start, "student": {"history": history}}] * 2,
+    }
+    plot_curves(report, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width == 1800
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10

@@ -1,0 +1,35 @@
+"""What a job runs among: libraries that talk too much, and the machine that a report names."""
+
+import logging
+import os
+import platform
+import warnings
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+
+def quieten_libraries() -> None:
+    """The console is ours; libraries speak up only when something is wrong."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for a report."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }

@@ -1,0 +1,42 @@
+"""`modxfer transfer CONFIG.yaml`: a trained module moved from a teacher to a student, or a grid."""
+
+import argparse
+
+STAGES = ("teacher", "statistics", "maps", "module", "student")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file; see examples/transfer/ and examples/paper/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key by its dotted path, e.g. transfer.method=lsa (repeatable)",
+    )
+    parser.add_argument(
+        "--stage",
+        choices=STAGES,
+        help="stop after this stage; stages before it run unless their results are there",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    # before the heavy imports: a typo is told at once
+    from modxfer_fast.config import ConfigError
+    from modxfer_fast.config.grid import Grid, load_transfer
+
+    job = load_transfer(args.config, args.set)
+    if isinstance(job, Grid):
+        if args.stage is not None:
+            raise ConfigError("--stage: expected with a single job, got a grid")
+
+        from modxfer_fast.cli.transfer_grid import run_grid
+
+        run_grid(job)
+        return 0
+
+    from modxfer_fast.cli.transfer_report import run_transfer
+
+    run_transfer(job, until=args.stage)
+    return 0

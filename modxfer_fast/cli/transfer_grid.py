@@ -1,0 +1,75 @@
+"""A grid of transfer jobs, cell by cell; table and pictures grow with every cell."""
+
+import time
+from pathlib import Path
+
+from modxfer_fast.cli.ranks import single_process
+from modxfer_fast.cli.surroundings import quieten_libraries
+from modxfer_fast.cli.transfer_job import TransferJob
+from modxfer_fast.cli.transfer_report import METRIC_NAMES, cell_result
+from modxfer_fast.config import ConfigError
+from modxfer_fast.config.grid import SCRATCH, Cell, Grid
+from modxfer_fast.files import write_text
+from modxfer_fast.report import JobConsole
+from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
+from modxfer_fast.report.transfer_table import (
+    RESULTS,
+    CellResult,
+    group_results,
+    markdown,
+    write_results,
+)
+
+
+def run_grid(grid: Grid) -> list[CellResult]:
+    """Run every cell; cells whose stages are in the cache take no time.
+
+    The folder of the table holds `results.csv` and `curves.csv`, rewritten after each cell, and
+    `table.md` and pictures, rewritten whenever a seed of a group is complete and at the end.
+
+    Raises:
+        UserError: of the first cell that cannot work; what was done before stays.
+    """
+    single_process("modxfer transfer")
+    quieten_libraries()
+    output = Path(grid.output_dir).expanduser().absolute()
+    if output.exists() and any(output.iterdir()) and not (output / RESULTS).is_file():
+        raise ConfigError(
+            f"output_dir: {output} exists and holds no {RESULTS}; name another folder"
+        )
+    console = JobConsole(is_main=True)
+    for cell in grid.cells:  # every mistake before the first hour
+        TransferJob(cell.job, JobConsole(is_main=False)).check()
+    output.mkdir(parents=True, exist_ok=True)
+    results: list[CellResult] = []
+    for number, cell in enumerate(grid.cells, 1):
+        start = time.perf_counter()
+        result, metric = _run_cell(cell)
+        results.append(result)
+        write_results(results, output)
+        name = " ".join(cell.labels.values())
+        console.say(
+            f"{number}/{len(grid.cells)}  {name}: {result.score:.3f} from {result.initial:.3f}, "
+            f"teacher {result.teacher:.3f}  ({time.perf_counter() - start:.0f} s)"
+        )
+        if number == len(grid.cells) or _group(cell) != _group(grid.cells[number]):
+            _write_tables(results, metric, output)
+    console.say(f"table, CSV and pictures in {output}")
+    return results
+
+
+def _run_cell(cell: Cell) -> tuple[CellResult, str]:
+    job = TransferJob(cell.job, JobConsole(is_main=False))
+    run = job.scratch if cell.job.transfer is None else job.student
+    return cell_result(job, run, cell.labels), METRIC_NAMES[job.metric]
+
+
+def _group(cell: Cell) -> tuple[str, ...]:
+    return tuple(label for axis, label in cell.labels.items() if axis != "method")
+
+
+def _write_tables(results: list[CellResult], metric: str, output: Path) -> None:
+    groups = group_results(results, SCRATCH)
+    write_text(output / "table.md", markdown(groups, SCRATCH))
+    plot_scores(groups, SCRATCH, metric, output / "scores.png")
+    plot_learning(groups, SCRATCH, metric, output / "learning.png")

@@ -1,0 +1,544 @@
+"""The stages of `modxfer transfer`: teacher, statistics, maps, module, student.
+
+Every stage leaves a folder in the cache, under a fingerprint of all that it depends on, so that it
+is skipped where the same was done before: in an interrupted run, another job or a cell of a grid.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from modxfer_fast import __version__
+from modxfer_fast.cli.stage_cache import StageCache
+from modxfer_fast.cli.transfer_models import (
+    device_of,
+    examples,
+    examples_digest,
+    folder_digest,
+    load_with_module,
+    model_identity,
+    tokenizer_of,
+    with_fraction,
+)
+from modxfer_fast.config import ConfigError
+from modxfer_fast.config.transfer import TransferConfig, TransferSection
+from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
+from modxfer_fast.engine.task_distillation import TaskTextCollator, distil_task
+from modxfer_fast.engine.task_result import TaskResult
+from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
+from modxfer_fast.files import write_json
+from modxfer_fast.models import Architecture, patch_peft_model
+from modxfer_fast.models.task import apply_task_peft, check_task_peft, load_task_model
+from modxfer_fast.report import ConsoleCallback, JobConsole
+from modxfer_fast.transfer import (
+    DATA_FREE_METHODS,
+    PROVENANCE,
+    LayerMap,
+    MapOptions,
+    Maps,
+    Pairing,
+    PeftModuleState,
+    Statistics,
+    collect_statistics,
+    fit_maps,
+    fresh_config,
+    fresh_module,
+    make_layer_map,
+    reference_options,
+    save_adapter,
+    transport,
+    verify,
+)
+
+STAGES = ("teacher", "statistics", "maps", "module", "student")
+ADAPTER, CONTENT, RESULT = "adapter", "content", "result.json"
+VERSIONS = [__version__, torch.__version__, transformers.__version__]
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """A trained student: its folder in the cache and its scores."""
+
+    folder: Path
+    result: TaskResult
+
+
+class TransferJob:
+    """One job; every property is a stage, made when it is first asked for.
+
+    Args:
+        job: what to do.
+        console: told which stages run and which come from the cache.
+    """
+
+    def __init__(self, job: TransferConfig, console: JobConsole) -> None:
+        self.job = job
+        self.console = console
+        self.cache = StageCache()
+        self.kind = job.task.kind
+        self.metric = PRIMARY_METRIC[self.kind]
+
+    def check(self) -> None:
+        """See every mistake in the sections that belong to a library before any work begins.
+
+        Raises:
+            ConfigError, ModelError: naming the place.
+        """
+        job = self.job
+        check_task_training(split_steps(job.teacher.training)[0], "teacher.training")
+        check_task_training(split_steps(job.student.training)[0], "student.training")
+        if job.teacher.peft is not None:
+            check_task_peft(job.teacher.peft, "teacher.peft")
+        if job.transfer is not None and job.transfer.refine is not None:
+            check_task_training(job.transfer.refine.training, "transfer.refine.training")
+
+    # ---- data ----
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The student's examples."""
+        return examples(self.job.task)
+
+    @cached_property
+    def teacher_task(self):
+        return with_fraction(self.job.task, self.job.teacher.train_fraction)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return self.data.labels
+
+    @cached_property
+    def texts(self) -> list:
+        """The texts that statistics and refinement read, without labels."""
+        return examples(self.teacher_task).texts("train")
+
+    # ---- teacher ----
+
+    @cached_property
+    def teacher(self) -> Path:
+        """Folder with the teacher's module and `result.json`, its test scores."""
+        section = self.job.teacher
+        facts = {
+            "model": model_identity(section),
+            "task": examples_digest(self.teacher_task),
+            "max_length": self.job.task.max_length,
+            "training": section.training,
+            "versions": VERSIONS,
+        }
+        if section.adapter is not None:
+            facts["adapter"] = folder_digest(Path(section.adapter).expanduser())
+            return self._stage("teacher", facts, self._score_teacher)
+        return self._stage(
+            "teacher", {**facts, "peft": section.peft, "seed": section.seed}, self._train_teacher
+        )
+
+    def _train_teacher(self, folder: Path) -> None:
+        section = self.job.teacher
+        model = load_task_model(section, self.kind, self.labels, seed=section.seed)
+        model = apply_task_peft(
+            model, section.peft, self.kind, seed=section.seed, where="teacher.peft"
+        )
+        self._train(
+            model,
+            tokenizer_of(section, self.kind),
+            examples(self.teacher_task),
+            section.training,
+            section.seed,
+            folder,
+            "teacher.training",
+        )
+
+    def _score_teacher(self, folder: Path) -> None:
+        section = self.job.teacher
+        adapter = Path(section.adapter).expanduser()
+        model = load_with_module(section, adapter, self.kind, self.labels, seed=section.seed)
+        scores = evaluate_task(
+            model, tokenizer_of(section, self.kind), self.data, args=section.training
+        )
+        model.save_pretrained(str(folder / ADAPTER))
+        write_json(folder / RESULT, {"test": scores})
+
+    @cached_property
+    def teacher_score(self) -> float:
+        """The teacher's test score."""
+        return _read(self.teacher / RESULT)["test"][self.metric]
+
+    # ---- models ----
+
+    def _teacher_model(self) -> PeftModel:
+        return load_with_module(
+            self.job.teacher, self.teacher / ADAPTER, self.kind, self.labels
+        ).to(self._device)
+
+    def _student_model(self) -> PreTrainedModel:
+        model = load_task_model(self.job.student, self.kind, self.labels, seed=self.job.seed)
+        return model.to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self.job.student.training)
+
+    @cached_property
+    def _parts(self) -> tuple[Architecture, Architecture]:
+        """Architectures of the student and of the teacher."""
+        return Architecture.of(self._student_model()), Architecture.of(self._teacher_model())
+
+    # ---- transfer ----
+
+    @property
+    def transfer(self) -> TransferSection:
+        if self.job.transfer is None:
+            raise ConfigError("transfer: expected a section for this stage, got null")
+        return self.job.transfer
+
+    @cached_property
+    def module_state(self) -> PeftModuleState:
+        """The teacher's module."""
+        return PeftModuleState.from_folder(self.teacher / ADAPTER, self._teacher_model())
+
+    @cached_property
+    def layer_map(self) -> LayerMap:
+        section = self.transfer
+        sizes = tuple(parts.num_layers for parts in self._parts)
+        cka = None
+        if section.layers == "cka":
+            cka = Statistics.load(self._collect(("layer_out",), "all") / CONTENT).cka()
+        return make_layer_map(section.layers, *sizes, layers=section.sources, cka=cka)
+
+    @cached_property
+    def _output_map(self) -> LayerMap:
+        """Blocks whose outputs correspond: the last of every group."""
+        return make_layer_map("skip_last", *(parts.num_layers for parts in self._parts))
+
+    @property
+    def _matches_outputs(self) -> bool:
+        refine = self.transfer.refine
+        return refine is not None and refine.hidden_weight > 0
+
+    @cached_property
+    def statistics(self) -> Path | None:
+        """Folder with the moments of both models, None where nothing is fitted on them."""
+        section = self.transfer
+        needs_data = section.method not in DATA_FREE_METHODS
+        if section.method == "fresh" or not (needs_data or self._matches_outputs):
+            return None
+        spaces = list(self._map_options().sites(self.module_state.spaces))
+        pairs = list(self.layer_map.pairs)
+        if self._matches_outputs:
+            spaces.append("layer_out")
+            pairs += self._output_map.pairs
+        if section.head == "transport":
+            spaces.append("layer_out")
+            pairs.append(tuple(parts.num_layers - 1 for parts in self._parts))
+        return self._collect(tuple(dict.fromkeys(spaces)), sorted(set(pairs)))
+
+    def _collect(self, spaces: tuple[str, ...], pairs: list[tuple[int, int]] | str) -> Path:
+        job, section = self.job, self.transfer.statistics
+        facts = {
+            "teacher": model_identity(job.teacher),
+            "module": folder_digest(self.teacher / ADAPTER) if section.module_active else None,
+            "student": model_identity(job.student),
+            "task": examples_digest(self.teacher_task),
+            "max_length": job.task.max_length,
+            "section": section.model_dump(),
+            "spaces": spaces,
+            "pairs": pairs,
+            "versions": VERSIONS,
+        }
+        return self._stage(
+            "statistics", facts, lambda folder: self._run_statistics(folder, spaces, pairs)
+        )
+
+    def _run_statistics(self, folder: Path, spaces, pairs) -> None:
+        section = self.transfer.statistics
+        pairing = Pairing(
+            section.pairing, section.pooling, self.job.task.max_length, section.batch_size
+        )
+        batches = pairing.batches(
+            self.texts[: section.examples],
+            tokenizer_of(self.job.teacher, self.kind),
+            tokenizer_of(self.job.student, self.kind),
+        )
+        with self.console.progress(len(batches)) as progress:
+            statistics = collect_statistics(
+                self._teacher_model(),
+                self._student_model(),
+                batches,
+                layer_pairs=pairs,
+                spaces=spaces,
+                held_out_every=section.held_out_every,
+                module_active=section.module_active,
+                progress=progress,
+            )
+        facts = statistics.facts
+        self.console.say(
+            f"{facts['tokens']:,} rows and {facts['held_out_tokens']:,} held out, "
+            f"{facts['kept_fraction']:.1%} of the student's tokens"
+        )
+        statistics.save(folder / CONTENT)
+
+    @cached_property
+    def maps(self) -> Path | None:
+        """Folder with the maps of the module's spaces, None where none are used."""
+        if self.transfer.method == "fresh":
+            return None
+        section = self.transfer
+        return self._fit(self.layer_map, self.module_state.spaces, head=section.head == "transport")
+
+    def _fit(self, layer_map: LayerMap, spaces: tuple[str, ...], *, head: bool = False) -> Path:
+        section, job = self.transfer, self.job
+        # the others depend on no seed, and so serve all of them
+        seed = job.seed if section.method in ("shuffled", "random_matched") else 0
+        projections = None
+        if section.method == "kd_projection":
+            projections = Path(job.student.projections or job.student.path).expanduser()
+        options = self._map_options()
+        facts = {
+            "statistics": self.statistics and self.statistics.name,
+            "teacher": model_identity(job.teacher),
+            "student": model_identity(job.student),
+            "projections": projections and folder_digest(projections),
+            "layer_map": layer_map.facts(),
+            "method": section.method,
+            "options": asdict(options),
+            "spaces": spaces,
+            "head": head,
+            "seed": seed,
+            "versions": VERSIONS,
+        }
+
+        def build(folder: Path) -> None:
+            with self.console.progress(None) as progress:
+                maps = fit_maps(
+                    self._load_statistics(),
+                    layer_map,
+                    section.method,
+                    teacher=self._teacher_model().get_base_model(),
+                    student=self._student_model(),
+                    spaces=spaces,
+                    options=options,
+                    head=head,
+                    projections=projections,
+                    seed=seed,
+                    progress=progress,
+                )
+            maps.save(folder / CONTENT)
+
+        return self._stage("maps", facts, build)
+
+    def _load_statistics(self) -> Statistics | None:
+        return None if self.statistics is None else Statistics.load(self.statistics / CONTENT)
+
+    def _map_options(self) -> MapOptions:
+        section = self.transfer
+        if section.preset == "reference":
+            return reference_options(self.module_state.config.peft_type)
+        return MapOptions(
+            scope=section.scope,
+            head_aware=section.head_aware,
+            scale=section.scale,
+            means=self.module_state.kind in ("bottleneck", "compacter"),  # whose biases take them
+        )
+
+    @cached_property
+    def module(self) -> Path:
+        """Folder whose `adapter` is the student's module before training, verified."""
+        job, section = self.job, self.transfer
+        facts = {
+            "teacher": self.teacher.name,
+            "maps": self.maps and self.maps.name,
+            "student": model_identity(job.student),
+            "labels": self.labels,
+            "head": section.head,
+            "seed": job.seed,
+            "versions": VERSIONS,
+        }
+        moved = self._stage("module", facts, self._move)
+        if section.refine is None:
+            return moved
+        facts = {
+            "module": moved.name,
+            "refine": section.refine.model_dump(),
+            "outputs": self._output_maps and self._output_maps.name,
+            "task": examples_digest(self.teacher_task),
+            "versions": VERSIONS,
+        }
+        return self._stage("refined", facts, lambda folder: self._refine(moved, folder))
+
+    def _move(self, folder: Path) -> None:
+        student = self._student_model()
+        if self.transfer.method == "fresh":
+            self._fresh(student).save_pretrained(str(folder / ADAPTER))
+            return
+        module = transport(
+            self.module_state,
+            Maps.load(self.maps / CONTENT),
+            self.layer_map,
+            student,
+            statistics=self._load_statistics(),
+            head=self.transfer.head,
+        )
+        save_adapter(
+            module,
+            student,
+            folder / ADAPTER,
+            provenance={
+                "teacher": {"path": self.job.teacher.path, **model_identity(self.job.teacher)},
+                "seed": self.job.seed,
+            },
+        )
+        report = verify(folder / ADAPTER, student)
+        self.console.say(
+            f"{len(report.loaded)} tensors, {report.parameters:,} parameters, all loaded; "
+            f"they change the output by {report.change:.1%}"
+        )
+
+    @cached_property
+    def _fresh_config(self) -> PeftConfig:
+        return fresh_config(self.module_state, self._student_model())
+
+    def _fresh(self, student: PreTrainedModel) -> PeftModel:
+        return fresh_module(self._fresh_config, student, seed=self.job.seed)
+
+    @cached_property
+    def _output_maps(self) -> Path | None:
+        """Folder with the maps of the block outputs that refinement compares."""
+        if not self._matches_outputs or self.transfer.method == "fresh":
+            return None
+        return self._fit(self._output_map, ("layer_out",))
+
+    def _refine(self, moved: Path, folder: Path) -> None:
+        job, section = self.job, self.transfer.refine
+        student = load_with_module(
+            job.student, moved / ADAPTER, self.kind, self.labels, seed=job.seed, trainable=True
+        )
+        hidden = None
+        if self._output_maps is not None:
+            maps = Maps.load(self._output_maps / CONTENT)
+            pairs = self._output_map.pairs
+            hidden = {
+                "layers": {s + 1: t + 1 for s, t in pairs},
+                "maps": {s + 1: maps["layer_out", s, t] for s, t in pairs},
+                "weight": section.hidden_weight,
+            }
+        tokenizers = [tokenizer_of(part, self.kind) for part in (job.student, job.teacher)]
+        distil_task(
+            student,
+            self._teacher_model(),
+            text_rows(self.texts),
+            TaskTextCollator(*tokenizers, max_length=job.task.max_length),
+            section.training,
+            seed=job.seed,
+            output_dir=folder / "checkpoints",
+            temperature=section.temperature,
+            hidden=hidden,
+            callbacks=[ConsoleCallback(self.console)],
+            where="transfer.refine.training",
+        )
+        student.save_pretrained(str(folder / ADAPTER))
+        provenance = moved / ADAPTER / PROVENANCE
+        facts = json.loads(provenance.read_text()) if provenance.is_file() else {}
+        write_json(folder / ADAPTER / PROVENANCE, {**facts, "refine": section.model_dump()})
+
+    # ---- student ----
+
+    @cached_property
+    def student(self) -> StudentRun:
+        """The student trained from the moved module."""
+        return self._run_student(self.module)
+
+    @cached_property
+    def scratch(self) -> StudentRun:
+        """The student trained from a module as PEFT initialises it."""
+        return self._run_student(None)
+
+    def _run_student(self, module: Path | None) -> StudentRun:
+        job = self.job
+        facts = {
+            "module": module and module.name,
+            "peft": None if module else self._fresh_config.to_dict(),
+            "student": model_identity(job.student),
+            "task": examples_digest(job.task),
+            "max_length": job.task.max_length,
+            "training": job.student.training,
+            "fused_lora": job.student.fused_lora,
+            "seed": job.seed,
+            "versions": VERSIONS,
+        }
+        folder = self._stage("student", facts, lambda folder: self._train_student(module, folder))
+        return StudentRun(folder, TaskResult.from_dict(_read(folder / RESULT)))
+
+    def _train_student(self, module: Path | None, folder: Path) -> None:
+        job = self.job
+        if module is None:
+            model = self._fresh(self._student_model())
+        else:
+            model = load_with_module(
+                job.student, module / ADAPTER, self.kind, self.labels, seed=job.seed, trainable=True
+            )
+        if job.student.fused_lora:
+            patch_peft_model(model)
+        self._train(
+            model,
+            tokenizer_of(job.student, self.kind),
+            self.data,
+            job.student.training,
+            job.seed,
+            folder,
+            "student.training",
+        )
+
+    # ---- common ----
+
+    def _train(self, model, tokenizer, data, training, seed: int, folder: Path, where: str) -> None:
+        """Train on a task and leave `adapter` and `result.json`."""
+        fields, eval_steps = split_steps(training)
+        result = train_task(
+            model,
+            tokenizer,
+            data,
+            fields,
+            seed=seed,
+            output_dir=folder / "checkpoints",
+            eval_steps=eval_steps,
+            callbacks=[ConsoleCallback(self.console)],
+            where=where,
+        )
+        model.save_pretrained(str(folder / ADAPTER))
+        write_json(folder / RESULT, result.to_dict())
+        self.console.say(
+            f"{result.metric} {result.test[result.metric]:.3f} on test after {result.steps} steps, "
+            f"{result.initial:.3f} on validation before the first"
+        )
+
+    def _stage(self, name: str, facts: dict[str, Any], build) -> Path:
+        if self.cache.folder(name, facts).is_dir():
+            folder, _ = self.cache.get(name, facts, build)
+            self.console.say(f"{name}: from the cache")
+            return folder
+        with self.console.phase(name.capitalize()):
+            return self.cache.get(name, facts, build)[0]
+
+
+def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """A training section without `eval_steps`, and those, which the training itself asks for."""
+    return {k: v for k, v in training.items() if k != "eval_steps"}, training.get("eval_steps")
+
+
+def text_rows(texts: list) -> Dataset:
+    """Texts of a task, words or pairs, as rows of `TaskTextCollator`."""
+    if isinstance(texts[0], tuple):
+        return Dataset.from_dict({"text_a": [a for a, _ in texts], "text_b": [b for _, b in texts]})
+    return Dataset.from_dict({"words": list(texts)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,135 @@
+"""The models, tokenizers, examples and modules of transfer jobs, each loaded once per process."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modxfer_fast.config import TaskSection
+from modxfer_fast.config.transfer import EncoderSection
+from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
+from modxfer_fast.models import ModelError
+from modxfer_fast.models.task import load_task_model
+from modxfer_fast.transfer import TransferError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "vocab*", "*.model")
+
+
+@lru_cache(maxsize=8)
+def _task_of(section_json: str) -> TaskData:
+    return load_task(TaskSection.model_validate_json(section_json))
+
+
+def examples(section: TaskSection) -> TaskData:
+    """The examples of a task section."""
+    return _task_of(section.model_dump_json())
+
+
+@lru_cache(maxsize=32)
+def _digest_of(section_json: str) -> str:
+    return _task_of(section_json).digest()
+
+
+def examples_digest(section: TaskSection) -> str:
+    """`TaskData.digest` of a task section."""
+    return _digest_of(section.model_dump_json())
+
+
+def with_fraction(section: TaskSection, fraction: float) -> TaskSection:
+    """The section with another share of its training examples."""
+    return section.model_copy(update={"train_fraction": fraction})
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(path: str, kind: str, revision: str | None, trust: bool):
+    return load_task_tokenizer(path, kind, revision=revision, trust_remote_code=trust)
+
+
+def tokenizer_of(section: EncoderSection, kind: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, for a kind of task."""
+    return _tokenizer(section.path, kind, section.revision, section.trust_remote_code)
+
+
+def model_identity(section: EncoderSection) -> dict[str, str | None]:
+    """What tells one model from another: a digest of a folder's files, or the commit on the hub.
+
+    Raises:
+        ModelError: nothing there.
+    """
+    path = Path(section.path).expanduser()
+    if path.is_dir():
+        return {"files": folder_digest(path), "dtype": section.dtype}
+    try:
+        config = AutoConfig.from_pretrained(
+            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {section.path}: cannot be loaded ({error})") from error
+    commit = getattr(config, "_commit_hash", None) or section.revision
+    return {"hub": section.path, "commit": commit, "dtype": section.dtype}
+
+
+def folder_digest(folder: Path) -> str:
+    """Short hash of the weights, configuration and tokenizer in a folder."""
+    files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return _files_digest(stamps)
+
+
+@lru_cache(maxsize=64)
+def _files_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Stamps only decide when to read again; the digest is of names and contents."""
+    digest = hashlib.sha256()
+    for path, _, _ in stamps:
+        digest.update(Path(path).name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:20]
+
+
+def load_with_module(
+    section: EncoderSection,
+    adapter: str | Path,
+    kind: str,
+    labels: tuple[str, ...],
+    *,
+    seed: int = 0,
+    trainable: bool = False,
+) -> PeftModel:
+    """A task model with the module in a folder, by plain PEFT.
+
+    Args:
+        seed: of a head that the folder does not bring.
+    Raises:
+        TransferError: no module there, or one of another base model.
+    """
+    check_adapter(adapter, section)
+    model = load_task_model(section, kind, labels, seed=seed)
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+
+
+def check_adapter(adapter: str | Path, section: EncoderSection) -> None:
+    """Raise a TransferError unless `adapter` is a module of the model of `section`."""
+    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+        raise TransferError(f"adapter {adapter}: expected adapter_config.json in it, found none")
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if base is not None and Path(base).name != Path(section.path).name:
+        raise TransferError(
+            f"adapter {adapter}: expected a module of {section.path}, got one of {base}"
+        )
+
+
+def device_of(training: dict) -> torch.device:
+    """Where a training section runs: the accelerator, unless it says `use_cpu`."""
+    if training.get("use_cpu") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
+
+def bare(section: EncoderSection, kind: str, labels: tuple[str, ...]) -> PreTrainedModel:
+    """The model of a section without a module; its head is of no use."""
+    return load_task_model(section, kind, labels, seed=0)

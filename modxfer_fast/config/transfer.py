@@ -1,0 +1,172 @@
+"""The sections of a `modxfer transfer` job: a module, and the models that it moves between."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from modxfer_fast.config.schema import PositiveInt, Section
+from modxfer_fast.config.task import TaskSection
+
+LAYER_MAPS = (
+    "skip",
+    "skip_last",
+    "uniform",
+    "explicit",
+    "mean",
+    "mean_product",
+    "reference_avg",
+    "cka",
+)
+METHODS = (
+    "lsa",
+    "lsa_abs",
+    "procrustes",
+    "ridge",
+    "reduced_rank",
+    "kd_projection",
+    "identity",
+    "truncate",
+    "stride",
+    "shuffled",
+    "random_matched",
+    "fresh",
+)
+LayerMapKind = Literal[LAYER_MAPS]
+Method = Literal[METHODS]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class EncoderSection(Section):
+    """A pretrained model, from a folder or the hub.
+
+    dtype: null loads the dtype of the checkpoint.
+    """
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attn_implementation: str | None = None
+
+
+class TeacherSection(EncoderSection):
+    """The model whose module is moved.
+
+    peft: `type` lora, ia3, bottleneck or compacter, and the fields of that configuration; trained
+        on the task with `training`. Or adapter: folder of a module that somebody trained.
+    training: fields of `transformers.TrainingArguments`.
+    seed: of the module, its head and its batches; one teacher serves every seed of the student.
+    train_fraction: of the training examples, whatever the student is given.
+    """
+
+    peft: dict[str, Any] | None = None
+    adapter: str | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.peft is None) == (self.adapter is None):
+            raise ValueError("expected exactly one of peft and adapter")
+        return self
+
+
+class TransferStudentSection(EncoderSection):
+    """The model that receives the module, and how it trains from there.
+
+    projections: folder with the projections that were trained with this student; null means the
+        student's own.
+    fused_lora: whether its LoRA layers run on the fused op.
+    """
+
+    training: dict[str, Any] = Field(default_factory=dict)
+    projections: str | None = None
+    fused_lora: bool = False
+
+
+class StatisticsSection(Section):
+    """What the maps are fitted on: training texts of the task, without their labels.
+
+    examples: texts, the first of the training split.
+    pairing: `words` pools the sub-tokens of each word on both sides; `spans` pools the shortest
+        runs of characters that both tokenizers cut out; `positions` compares pieces at equal
+        positions, as the paper's code does.
+    module_active: whether the teacher's features are those with its module.
+    held_out_every: each so many batches one is kept for the fit scores.
+    """
+
+    examples: PositiveInt = 1000
+    batch_size: PositiveInt = 16
+    pairing: Literal["words", "spans", "positions"] = "words"
+    pooling: Literal["mean", "first"] = "mean"
+    module_active: bool = False
+    held_out_every: Annotated[int, Field(ge=2)] = 5
+
+
+class RefineSection(Section):
+    """Label-free distillation after a map: the student with the moved module learns the logits, and
+    the hidden states, of the teacher with its module, on the task's training texts.
+
+    training: fields of `transformers.TrainingArguments`.
+    temperature: of the logits.
+    hidden_weight: of the hidden-state loss, through the fitted maps of the block outputs; 0 leaves
+        it out.
+    """
+
+    training: dict[str, Any] = Field(default_factory=dict)
+    temperature: Positive = 2.0
+    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+class TransferSection(Section):
+    """How the module is moved.
+
+    layers: which teacher layers a student layer takes from. sources: of `explicit`.
+    method: how features of the two models are mapped onto each other; `fresh` moves nothing, so
+        that refinement alone, which is plain distillation, can be compared.
+    preset: `reference` takes the choices of the paper's code throughout.
+    scope: one map per layer, or one of the residual stream for all of them.
+    head_aware: query, key, value and context are mapped head by head; null: except by regressions.
+    scale: how standard deviations are carried; null: as suits the method.
+    head: a fresh task head for the student, or the teacher's through the map of the last layer.
+    """
+
+    layers: LayerMapKind = "skip"
+    sources: list[Annotated[int, Field(ge=0)]] | None = None
+    method: Method = "ridge"
+    preset: Literal["reference"] | None = None
+    scope: Literal["layer", "global"] = "layer"
+    head_aware: bool | None = None
+    scale: Literal["none", "global", "feature"] | None = None
+    head: Literal["fresh", "transport"] = "fresh"
+    statistics: StatisticsSection = StatisticsSection()
+    refine: RefineSection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.layers == "explicit") != (self.sources is not None):
+            raise ValueError("sources: expected together with layers: explicit, and only there")
+        if self.preset == "reference" and self.method != "lsa":
+            raise ValueError(f"method: expected lsa with preset: reference, got {self.method}")
+        if self.method == "fresh" and self.refine is None:
+            raise ValueError("method: fresh moves nothing; expected it together with refine")
+        return self
+
+
+class TransferConfig(Section):
+    """A whole `modxfer transfer` job.
+
+    transfer: null trains the student's module from scratch alone.
+    scratch: whether that baseline is trained beside the transferred module.
+    seed: of the student's head, of its fresh module and of its batches.
+    """
+
+    output_dir: str
+    overwrite: bool = False
+    seed: int = 0
+    task: TaskSection
+    teacher: TeacherSection
+    student: TransferStudentSection
+    transfer: TransferSection | None = TransferSection()
+    scratch: bool = True

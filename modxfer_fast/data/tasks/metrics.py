@@ -1,0 +1,56 @@
+"""Scores of predictions: entity-level F1 by seqeval, accuracy and macro F1 by scikit-learn."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score as entity_precision
+from seqeval.metrics import recall_score as entity_recall
+from sklearn.metrics import accuracy_score, f1_score
+
+from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.data.tasks.encoding import EncodedTask
+
+# The score that selects and is compared.
+PRIMARY_METRIC = {"ner": "f1", "nli": "accuracy", "paraphrase": "accuracy"}
+
+
+def entity_scores(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Micro averages over entities, where type and both borders must match; IOB2 tags by row."""
+    gold, predicted = list(map(list, gold)), list(map(list, predicted))
+    return {
+        "f1": float(entity_f1(gold, predicted, zero_division=0)),
+        "precision": float(entity_precision(gold, predicted, zero_division=0)),
+        "recall": float(entity_recall(gold, predicted, zero_division=0)),
+    }
+
+
+def class_scores(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    return {
+        "accuracy": float(accuracy_score(gold, predicted)),
+        "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
+    }
+
+
+def task_scores(encoded: EncodedTask, predicted: np.ndarray, labels: np.ndarray) -> dict:
+    """Scores over all words or pairs of a split.
+
+    A word whose tag no token carries, because it was truncated or has no token, is predicted as O:
+    so two tokenizers are scored on the same entities.
+
+    Args:
+        predicted: classes [rows, T], or [rows] for pairs. labels: what the rows carry, same shape.
+    """
+    if encoded.kind != "ner":
+        return class_scores(encoded.gold, predicted.tolist())
+    names = encoded.labels
+    tags = []
+    for row, (gold, words) in enumerate(zip(encoded.gold, encoded.labelled_words, strict=True)):
+        row_tags = ["O"] * len(gold)
+        carried = predicted[row][labels[row] != IGNORE_INDEX]
+        for word, tag in zip(words, carried.tolist(), strict=True):
+            row_tags[word] = names[tag]
+        tags.append(row_tags)
+    return entity_scores([[names[i] for i in gold] for gold in encoded.gold], tags)

@@ -1,0 +1,60 @@
+"""What training on a task comes to: the learning curve, the best step, the test scores."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of one training run.
+
+    metric: name of the score that is compared, among those of `history` and `test`.
+    history: {"step", "loss" and scores} of the validation split, from step 0, before any training.
+    best_step: the first step with the highest score.
+    tested_step: the step whose weights gave `test`, and are now the model's.
+    train_loss: {"step", "loss"}, means since the step before.
+    seconds: of training, evaluation left out. truncated: examples cut, by split.
+    """
+
+    metric: str
+    history: tuple[dict[str, float], ...]
+    train_loss: tuple[dict[str, float], ...]
+    best_step: int
+    tested_step: int
+    test: dict[str, float]
+    steps: int
+    seconds: float
+    trainable_parameters: int
+    truncated: dict[str, int]
+
+    def score(self, step: int) -> float:
+        """The validation score at a step of `history`."""
+        return next(point[self.metric] for point in self.history if point["step"] == step)
+
+    @property
+    def initial(self) -> float:
+        """The validation score before any training."""
+        return self.history[0][self.metric]
+
+    @property
+    def best(self) -> float:
+        return self.score(self.best_step)
+
+    @property
+    def final(self) -> float:
+        """The validation score after the last step."""
+        return self.history[-1][self.metric]
+
+    def steps_to(self, score: float) -> int | None:
+        """The first step of `history` whose validation score is at least `score`, or None."""
+        reached = (point["step"] for point in self.history if point[self.metric] >= score)
+        return next(reached, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; `TaskResult.from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TaskResult":
+        curves = {name: tuple(fields[name]) for name in ("history", "train_loss")}
+        return cls(**{**fields, **curves})

@@ -1,0 +1,89 @@
+"""A folder with the result of one stage: tensors, facts about them, and checksums of both files.
+
+    tensors.safetensors     named tensors
+    facts.json              what it is ("kind"), and where it comes from
+    SHA256SUMS              of the two, as `sha256sum -c SHA256SUMS` reads it
+
+It is written beside its place and renamed, so it is complete or absent.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modxfer_fast.files import new_folder, write_json, write_text
+from modxfer_fast.transfer.errors import TransferError
+
+TENSORS, FACTS, CHECKSUMS = "tensors.safetensors", "facts.json", "SHA256SUMS"
+
+
+def write_artefact(
+    folder: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write the folder, in place of an older one.
+
+    Args:
+        kind: what the artefact is, e.g. "statistics"; `read_artefact` asks for the same.
+        facts: what JSON can hold; a number that is not finite becomes null.
+
+    Raises:
+        TransferError: the disk is full or refuses the folder; nothing is left behind, and an
+            older artefact stays as it was.
+    """
+    folder = Path(folder)
+    try:
+        with new_folder(folder) as scratch:
+            save_file(
+                {name: t.contiguous().cpu() for name, t in tensors.items()}, scratch / TENSORS
+            )
+            write_json(scratch / FACTS, {"kind": kind, "facts": dict(facts)})
+            sums = [f"{_sha256(scratch / name)}  {name}\n" for name in (FACTS, TENSORS)]
+            write_text(scratch / CHECKSUMS, "".join(sums))
+    except (OSError, SafetensorError) as error:
+        raise TransferError(f"{folder}: cannot be written ({error})") from error
+
+
+def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU, and facts.
+
+    Raises:
+        TransferError: a missing file, one whose checksum differs, or an artefact of another kind.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TransferError(f"{folder}: no such folder; expected {kind}")
+    for name in (CHECKSUMS, FACTS, TENSORS):
+        if not (folder / name).is_file():
+            raise TransferError(f"{folder / name}: no such file; expected it in {kind}")
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        expected = {name: checksum for checksum, name in (line.split() for line in lines)}
+        for name in (FACTS, TENSORS):
+            found = _sha256(folder / name)
+            if expected.get(name) != found:
+                raise TransferError(
+                    f"{folder / name}: expected checksum {expected.get(name)}, got {found}; "
+                    f"make {kind} again"
+                )
+        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if content["kind"] != kind:
+            raise TransferError(f"{folder}: expected {kind}, got {content['kind']}")
+        return load_file(folder / TENSORS), content["facts"]
+    except TransferError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TransferError(f"{folder}: cannot be read as {kind} ({error})") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""The features of chosen spaces of chosen blocks, taken while a model runs once.
+
+Each is reduced to rows inside its hook, so that of every place only the rows outlive the block.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from modxfer_fast.models import Architecture
+from modxfer_fast.models.architecture import ROLES, without_peft
+from modxfer_fast.transfer.errors import TransferError
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Site(NamedTuple):
+    """A space of one block."""
+
+    space: str
+    layer: int
+
+
+class FeatureTaps:
+    """Takes features of a transformers model, or of one with PEFT around it.
+
+    A space that a linear writes is that linear's output. With PEFT around the linear this is the
+    output with the module, unless the module is switched off (`bare`).
+
+    Args:
+        sites: where to take them. role: "teacher" or "student", the name that errors use.
+
+    Raises:
+        TransferError: a space or layer that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site], role: str):
+        self._architecture = Architecture.of(model)
+        self._model = without_peft(model)
+        self.role = role
+        self.sites = tuple(sites)
+        for site in self.sites:
+            self._check(site)
+        self._max_tokens = _max_tokens(self._model.config.get_text_config())
+        # the head reads features and makes none
+        self._backbone = self._model.base_model
+        self._accepted = set(inspect.signature(self._backbone.forward).parameters)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features of each site."""
+        return tuple(self._architecture.width(site.space) for site in self.sites)
+
+    def run(self, inputs: Mapping[str, Tensor], reduce: Reduce) -> list[Tensor]:
+        """`reduce` of the features [B, T, width] of each site, in the order of `sites`.
+
+        Args:
+            inputs: as a tokenizer gives them, [B, T]; those that the model does not know are left
+                out, such as the token types of a family without them.
+
+        Raises:
+            TransferError: more tokens than the model has positions for; a block that did not run or
+                ran more than once; features that are not [B, T, width].
+        """
+        shape = inputs["input_ids"].shape
+        if shape[1] > self._max_tokens:
+            raise TransferError(
+                f"max_length: the {self.role} reads at most {self._max_tokens} tokens, "
+                f"got {shape[1]}"
+            )
+        known = {name: value for name, value in inputs.items() if name in self._accepted}
+        if "use_cache" in self._accepted:
+            known["use_cache"] = False
+        taken: dict[Site, Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            for site in self.sites:
+                hooks.enter_context(self._hook(site, shape, reduce, taken))
+            self._backbone(**known)
+        missing = [site for site in self.sites if site not in taken]
+        if missing:
+            raise TransferError(
+                f"{self.role}: expected block {missing[0].layer} to run in the forward pass; "
+                f"its {missing[0].space} was not computed"
+            )
+        return [taken[site] for site in self.sites]
+
+    @contextlib.contextmanager
+    def _hook(
+        self, site: Site, shape: torch.Size, reduce: Reduce, taken: dict[Site, Tensor]
+    ) -> Iterator[None]:
+        def take(features: Tensor) -> None:
+            expected = (*shape, self._architecture.width(site.space))
+            if site in taken or features.shape != expected:
+                raise TransferError(
+                    f"{self.role}: expected {site.space} of layer {site.layer} once, as "
+                    f"{list(expected)}, got {list(features.shape)}"
+                    + (" a second time" if site in taken else "")
+                )
+            taken[site] = reduce(features)
+
+        def take_input(module, args, kwargs):
+            take(args[0] if args else next(iter(kwargs.values())))
+
+        def take_output(module, args, output):
+            take(output[0] if isinstance(output, tuple) else output)
+
+        block = self._architecture.layer_module(self._model, site.layer)
+        if site.space == "layer_out":
+            handle = block.register_forward_hook(take_output)
+        else:
+            path, is_output = self._source(site.space)
+            linear = _inside(block, path)
+            handle = (
+                linear.register_forward_hook(take_output)
+                if is_output
+                else linear.register_forward_pre_hook(take_input, with_kwargs=True)
+            )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _source(self, space: str) -> tuple[str, bool]:
+        """Path of a linear in a block, and whether `space` is its output or its input."""
+        for role, path in self._architecture.modules.items():
+            if ROLES[role].writes == space:
+                return path, True
+            if ROLES[role].reads == space:
+                return path, False
+        raise AssertionError(f"no linear reads or writes {space}")
+
+    def _check(self, site: Site) -> None:
+        spaces, num_layers = self._architecture.spaces, self._architecture.num_layers
+        if site.space not in spaces:
+            raise TransferError(
+                f"spaces: the {self.role} ({self._architecture.family}) has "
+                f"{', '.join(spaces)}; got {site.space!r}"
+            )
+        if not 0 <= site.layer < num_layers:
+            raise TransferError(
+                f"layer_pairs: the {self.role} has layers 0 to {num_layers - 1}, got {site.layer}"
+            )
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module, *, module_active: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients, afterwards everything as it was.
+
+    Args:
+        module_active: leave a PEFT module switched on; without it the features are those of the
+            bare model.
+    """
+    training = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    has_module = hasattr(model, "disable_adapter") and not module_active
+    model.eval()
+    try:
+        with torch.no_grad(), model.disable_adapter() if has_module else contextlib.nullcontext():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        # PEFT makes a module that it switches on again trainable
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+
+
+def _max_tokens(config: PretrainedConfig) -> int:
+    """Tokens that the model has positions for."""
+    limit = config.max_position_embeddings
+    # RoBERTa counts positions from behind the padding token's id
+    return limit - config.pad_token_id - 1 if "roberta" in config.model_type else limit
+
+
+def _inside(block: nn.Module, path: str) -> nn.Module:
+    """The module at `path`; layers of PEFT that wrap one on the way are passed through."""
+    module = block
+    for name in path.split("."):
+        while not hasattr(module, name) and hasattr(module, "base_layer"):
+            module = module.base_layer
+        module = getattr(module, name)
+    return module

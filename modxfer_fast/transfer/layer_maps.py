@@ -1,0 +1,217 @@
+"""Which teacher layers each student layer takes its module from.
+
+L_s student and L_t teacher blocks, counted from 0. Student layer i stands for the group of teacher
+layers b_i .. b_{i+1} - 1 with b_i = floor(i * L_t / L_s), so L_t need not be a multiple of L_s.
+
+kind            sources of student layer i
+skip            b_i: the first of its group (the paper's SKIP)
+skip_last       b_{i+1} - 1: the last of its group
+uniform         round(i * (L_t - 1) / (L_s - 1)): both ends included
+explicit        as listed
+mean            the whole group, tensors averaged (the paper's AVG as it is described)
+mean_product    the whole group, products of the factors averaged and factored again
+reference_avg   the whole group of k, the first k - 1 summed and divided by k (AVG as released)
+cka             one layer each, increasing, with the largest sum of CKA
+
+A student deeper than the teacher repeats layers: its groups are empty and fall back to b_i.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from modxfer_fast.transfer.errors import TransferError
+
+LAYER_MAPS = (
+    "skip",
+    "skip_last",
+    "uniform",
+    "explicit",
+    "mean",
+    "mean_product",
+    "reference_avg",
+    "cka",
+)
+COMBINE = ("single", "mean", "mean_product", "reference_avg")
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The teacher layers of each student layer.
+
+    Attributes:
+        kind: how the sources were chosen, one of LAYER_MAPS.
+        sources: per student layer its teacher layers, in depth order.
+        combine: what becomes of several sources: one of COMBINE.
+    """
+
+    kind: str
+    sources: tuple[tuple[int, ...], ...]
+    combine: str = "single"
+
+    def __post_init__(self):
+        if self.kind not in LAYER_MAPS:
+            raise TransferError(f"kind: expected one of {', '.join(LAYER_MAPS)}, got {self.kind!r}")
+        if self.combine not in COMBINE:
+            raise TransferError(
+                f"combine: expected one of {', '.join(COMBINE)}, got {self.combine!r}"
+            )
+        for student, teachers in enumerate(self.sources):
+            if not teachers:
+                raise TransferError(f"sources: student layer {student} has no teacher layer")
+            if self.combine == "single" and len(teachers) > 1:
+                raise TransferError(
+                    f"sources: expected one teacher layer for student layer {student} because "
+                    f"combine is 'single', got {list(teachers)}"
+                )
+
+    @property
+    def num_student_layers(self) -> int:
+        """L_s."""
+        return len(self.sources)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Every (student layer, teacher layer) a map is needed for, each once."""
+        return tuple((s, t) for s, teachers in enumerate(self.sources) for t in teachers)
+
+    def weights(self, student: int) -> tuple[float, ...]:
+        """What each source of a student layer counts for; they add up to 1 unless reference_avg."""
+        count = len(self.sources[student])
+        if self.combine == "reference_avg" and count > 1:
+            return (1 / count,) * (count - 1) + (0.0,)
+        return (1 / count,) * count
+
+    def facts(self) -> dict:
+        """As written beside an adapter."""
+        return {
+            "kind": self.kind,
+            "sources": [list(teachers) for teachers in self.sources],
+            "combine": self.combine,
+        }
+
+
+def make_layer_map(
+    kind: str,
+    num_student_layers: int,
+    num_teacher_layers: int,
+    *,
+    layers: Sequence[int | Sequence[int]] | None = None,
+    cka: Tensor | None = None,
+    combine: str | None = None,
+) -> LayerMap:
+    """The layer map of a kind; see the table above.
+
+    Args:
+        layers: of "explicit": per student layer a teacher layer, or several.
+        cka: [L_s, L_t] of "cka": similarity of every student layer with every teacher layer.
+        combine: of "explicit" with several layers: "mean" (default), "mean_product" or
+            "reference_avg".
+
+    Raises:
+        TransferError: unknown kind; layers or cka missing, of another size or out of range.
+    """
+    if kind not in LAYER_MAPS:
+        raise TransferError(f"layer map: expected one of {', '.join(LAYER_MAPS)}, got {kind!r}")
+    if num_student_layers < 1 or num_teacher_layers < 1:
+        raise TransferError(
+            "num_student_layers, num_teacher_layers: expected at least one each, got "
+            f"{num_student_layers} and {num_teacher_layers}"
+        )
+    if (layers is not None) != (kind == "explicit"):
+        raise TransferError(
+            "layers: expected with the layer map 'explicit' and with no other, got "
+            f"{'them' if layers is not None else 'none'} with {kind!r}"
+        )
+    if kind == "explicit":
+        return _explicit(layers, num_student_layers, num_teacher_layers, combine)
+    if combine is not None:
+        raise TransferError(
+            f"combine: expected with the layer map 'explicit' only, got {combine!r} with {kind!r}"
+        )
+    if kind == "cka":
+        return LayerMap(
+            "cka",
+            tuple(
+                (t,) for t in _best_path(_check_cka(cka, num_student_layers, num_teacher_layers))
+            ),
+        )
+    if kind == "uniform":
+        last = max(num_student_layers - 1, 1)
+        chosen = [
+            math.floor(i * (num_teacher_layers - 1) / last + 0.5) for i in range(num_student_layers)
+        ]
+        return LayerMap(kind, tuple((t,) for t in chosen))
+    groups = _groups(num_student_layers, num_teacher_layers)
+    if kind == "skip":
+        return LayerMap(kind, tuple(group[:1] for group in groups))
+    if kind == "skip_last":
+        return LayerMap(kind, tuple(group[-1:] for group in groups))
+    return LayerMap(kind, groups, combine=kind)
+
+
+def _groups(num_student_layers: int, num_teacher_layers: int) -> tuple[tuple[int, ...], ...]:
+    bounds = [i * num_teacher_layers // num_student_layers for i in range(num_student_layers + 1)]
+    return tuple(tuple(range(start, max(end, start + 1))) for start, end in pairwise(bounds))
+
+
+def _explicit(layers, num_student_layers, num_teacher_layers, combine) -> LayerMap:
+    sources = tuple((t,) if isinstance(t, int) else tuple(t) for t in layers)
+    if len(sources) != num_student_layers:
+        raise TransferError(
+            f"layers: expected one entry for each of the {num_student_layers} student layers, "
+            f"got {len(sources)}"
+        )
+    for teachers in sources:
+        for t in teachers:
+            if not 0 <= t < num_teacher_layers:
+                raise TransferError(
+                    f"layers: expected teacher layers 0 to {num_teacher_layers - 1}, got {t}"
+                )
+    several = any(len(teachers) > 1 for teachers in sources)
+    return LayerMap("explicit", sources, combine or ("mean" if several else "single"))
+
+
+def _check_cka(cka: Tensor | None, num_student_layers: int, num_teacher_layers: int) -> Tensor:
+    expected = (num_student_layers, num_teacher_layers)
+    if cka is None or tuple(cka.shape) != expected:
+        raise TransferError(
+            f"cka: expected a matrix {list(expected)} with the layer map 'cka', got "
+            f"{'none' if cka is None else list(cka.shape)}"
+        )
+    if not cka.isfinite().all():
+        raise TransferError("cka: expected finite values, got NaN or infinity")
+    return cka
+
+
+def _best_path(cka: Tensor) -> list[int]:
+    """The increasing assignment with the largest sum; of equal ones the shallowest.
+
+    best[i][t] is the best sum for student layers 0..i with layer i at t; strictly increasing, or
+    not decreasing where the student is deeper than the teacher.
+    """
+    num_student_layers, num_teacher_layers = cka.shape
+    step = 1 if num_student_layers <= num_teacher_layers else 0
+    score = cka.double().tolist()
+    best = [score[0]]
+    came_from: list[list[int]] = []
+    for i in range(1, num_student_layers):
+        row, previous = [], []
+        winner = None  # the best place of layer i - 1 among those that leave room for t
+        for t in range(num_teacher_layers):
+            candidate = t - step
+            if candidate >= 0 and (winner is None or best[-1][candidate] > best[-1][winner]):
+                winner = candidate
+            row.append(-math.inf if winner is None else best[-1][winner] + score[i][t])
+            previous.append(-1 if winner is None else winner)
+        best.append(row)
+        came_from.append(previous)
+    t = max(range(num_teacher_layers), key=best[-1].__getitem__)
+    path = [t]
+    for previous in reversed(came_from):
+        t = previous[t]
+        path.append(t)
+    return path[::-1]

@@ -1,0 +1,411 @@
+"""Fits the maps of every space and pair of layers with one method.
+
+method           read and write
+lsa              assignment that maximises the Pearson correlation (the paper)
+lsa_abs          assignment that maximises its magnitude, signs and scales carried
+procrustes       rotation
+ridge            two regressions, student -> teacher and teacher -> student
+reduced_rank     those of ridge; transport then truncates the update on the student's own features
+kd_projection    projections trained by our distillation
+identity, truncate, stride    no data
+shuffled         lsa, with the student's features in random order
+random_matched   truncate; transport then redraws every tensor from its own mean and deviation
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor, nn
+
+from modxfer_fast.kernels.correlation import Moments
+from modxfer_fast.models.architecture import SPACES, Architecture
+from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.layer_maps import LayerMap
+from modxfer_fast.transfer.maps.controls import CONTROLS
+from modxfer_fast.transfer.maps.heads import fit_by_heads, selection_by_heads
+from modxfer_fast.transfer.maps.kd_projection import ProjectionMaps, Projections
+from modxfer_fast.transfer.maps.lsa import fit_lsa
+from modxfer_fast.transfer.maps.moment_views import (
+    in_units,
+    on_cpu,
+    pooled,
+    uncentred,
+    units_of,
+)
+from modxfer_fast.transfer.maps.procrustes import fit_procrustes
+from modxfer_fast.transfer.maps.ridge import GRID, fit_ridge
+from modxfer_fast.transfer.maps.scores import finite, scores
+from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
+from modxfer_fast.transfer.statistics import Statistics
+
+MAP_METHODS = (
+    "lsa",
+    "lsa_abs",
+    "procrustes",
+    "ridge",
+    "reduced_rank",
+    "kd_projection",
+    "identity",
+    "truncate",
+    "stride",
+    "shuffled",
+    "random_matched",
+)
+RESIDUAL_SPACES = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
+_REGRESSIONS = ("ridge", "reduced_rank")
+_FITS_MEANS = ("procrustes", *_REGRESSIONS)
+_DEFAULT_SCALE = {"lsa": "none", "shuffled": "none", "procrustes": "global"}  # others: "feature"
+DATA_FREE_METHODS = (*CONTROLS, "random_matched")
+SCALES = ("none", "global", "feature")
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """Choices that a method leaves open.
+
+    Attributes:
+        scope: "layer": each pair of layers its own maps; "global": one map for the whole residual
+            stream, from the moments of its spaces summed over all pairs.
+        head_aware: pair heads before features in query, key, value and context; None: yes, except
+            for regressions, which may draw on every head.
+        scale: how deviations are carried: "none", "global" (one ratio a space) or "feature";
+            None: "none" for lsa, "feature" for lsa_abs, "global" for procrustes.
+        means: carry means, which transport folds into biases. Without, rotations and what
+            regressions read are fitted about 0 instead of the means: right for a LoRA and IA3,
+            which have no bias.
+        ridge: the penalties to choose from.
+        measured_at: space -> the space whose map it uses instead of its own.
+    """
+
+    scope: str = "layer"
+    head_aware: bool | None = None
+    scale: str | None = None
+    means: bool = True
+    ridge: tuple[float, ...] = GRID
+    measured_at: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.scope not in SCOPES:
+            raise TransferError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.scale is not None and self.scale not in SCALES:
+            raise TransferError(f"scale: expected one of {', '.join(SCALES)}, got {self.scale!r}")
+        if not self.ridge or min(self.ridge) <= 0:
+            raise TransferError(f"ridge: expected penalties above 0, got {self.ridge}")
+        for space in (*self.measured_at, *self.measured_at.values()):
+            if space not in SPACES:
+                raise TransferError(
+                    f"measured_at: expected spaces among {', '.join(SPACES)}, got {space!r}"
+                )
+
+    def sites(self, spaces: Sequence[str]) -> tuple[str, ...]:
+        """The spaces that statistics are needed of, to fit maps for these."""
+        return tuple(dict.fromkeys(self.measured_at.get(space, space) for space in spaces))
+
+
+def reference_options(peft_type: str) -> MapOptions:
+    """The paper's choices, for the method "lsa": one Z for all tensors of a layer, nothing else.
+
+    Args:
+        peft_type: "LORA": Z from the input of the query projection, for inputs and outputs of every
+            target; "BOTTLENECK": Z from the output of the FFN.
+    """
+    measured = {
+        "LORA": dict.fromkeys(("query", "key", "value"), "attention_in"),
+        "BOTTLENECK": dict.fromkeys(("layer_out", "ffn_out"), "ffn_out"),
+    }
+    if peft_type not in measured:
+        raise TransferError(
+            f"peft_type: the paper moves {' and '.join(measured)}, got {peft_type!r}"
+        )
+    return MapOptions(head_aware=False, scale="none", means=False, measured_at=measured[peft_type])
+
+
+def fit_maps(
+    statistics: Statistics | None,
+    layer_map: LayerMap,
+    method: str,
+    *,
+    teacher: Architecture | nn.Module,
+    student: Architecture | nn.Module,
+    spaces: Sequence[str],
+    options: MapOptions | None = None,
+    head: bool = False,
+    projections: str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Maps:
+    """The maps of every space for every pair of layers of a layer map.
+
+    Fewer tokens than features, constant features and rank-deficient moments are all allowed: what
+    the data does not determine is mapped to zero (rotations, regressions) or to a partner without
+    correlation (assignments). Fit scores are of held-out tokens if there are any.
+
+    Args:
+        statistics: of these models, with these spaces and pairs; None for identity, truncate,
+            stride, random_matched, and for kd_projection.
+        teacher, student: architectures; kd_projection needs the models.
+        head: also map the output of the last layers, for a head that is moved.
+        projections: folder of kd_projection, that of the distilled student.
+        seed: of "shuffled".
+        progress: called with (maps done, maps in all).
+
+    Raises:
+        TransferError: unknown method or space, moments that are missing or not finite, widths the
+            method cannot map.
+    """
+    options = options or MapOptions()
+    teacher_parts, student_parts = _architecture(teacher), _architecture(student)
+    _check(method, statistics, layer_map, teacher_parts, student_parts, spaces)
+    pairs = layer_map.pairs
+    keys = [(space, s, t) for space in dict.fromkeys(spaces) for s, t in pairs]
+    last = ("layer_out", student_parts.num_layers - 1, teacher_parts.num_layers - 1)
+    if head and last not in keys:
+        keys.append(last)
+    fitter = _Fitter(statistics, method, teacher_parts, student_parts, options, seed)
+    if method == "kd_projection":
+        fitter.projection_maps = _projection_maps(
+            projections, teacher, student, fitter.moments_if_collected
+        )
+    if options.scope == "global":
+        fitter.pool([key for key in keys if key[0] in RESIDUAL_SPACES])
+    maps = {}
+    # the assignment and the decompositions release the interpreter's lock
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, len(keys))) as workers:
+        for key, fitted in zip(keys, workers.map(fitter.fit, keys), strict=True):
+            maps[key] = fitted
+            if progress is not None:
+                progress(len(maps), len(keys))
+    return Maps(
+        maps,
+        method,
+        options={**asdict(options), "measured_at": dict(options.measured_at)},
+        facts={
+            "layer_map": layer_map.facts(),
+            "seed": seed,
+            "statistics": dict(statistics.facts) if statistics is not None else None,
+        },
+    )
+
+
+def _architecture(model: Architecture | nn.Module) -> Architecture:
+    return model if isinstance(model, Architecture) else Architecture.of(model)
+
+
+def _check(method, statistics, layer_map, teacher, student, spaces) -> None:
+    if method not in MAP_METHODS:
+        raise TransferError(f"method: expected one of {', '.join(MAP_METHODS)}, got {method!r}")
+    if not spaces:
+        raise TransferError("spaces: expected at least one, got none")
+    both = [space for space in teacher.spaces if space in student.spaces]
+    for space in spaces:
+        if space not in both:
+            raise TransferError(
+                f"spaces: expected among those that both models have, {', '.join(both)}; "
+                f"got {space!r}"
+            )
+    if layer_map.num_student_layers != student.num_layers:
+        raise TransferError(
+            f"layer_map: expected {student.num_layers} student layers, "
+            f"got {layer_map.num_student_layers}"
+        )
+    deepest = max(t for _, t in layer_map.pairs)
+    if deepest >= teacher.num_layers:
+        raise TransferError(
+            f"layer_map: expected teacher layers 0 to {teacher.num_layers - 1}, got {deepest}"
+        )
+    if statistics is None and method not in (*DATA_FREE_METHODS, "kd_projection"):
+        raise TransferError(f"statistics: expected for the method {method!r}, got none")
+
+
+def _projection_maps(folder, teacher, student, moments) -> ProjectionMaps:
+    if folder is None:
+        raise TransferError(
+            "projections: expected the folder of the distilled student for the method "
+            "'kd_projection', got none"
+        )
+    if isinstance(teacher, Architecture) or isinstance(student, Architecture):
+        raise TransferError(
+            "teacher, student: expected models for the method 'kd_projection', whose linears carry "
+            "the projections into a block; got architectures"
+        )
+    return ProjectionMaps(Projections.load(folder), teacher, student, moments)
+
+
+class _Fitter:
+    """Fits the map of any key; several threads may ask at once."""
+
+    def __init__(self, statistics, method, teacher, student, options, seed):
+        self.statistics: Statistics | None = statistics
+        self.method: str = method
+        self.teacher: Architecture = teacher
+        self.student: Architecture = student
+        self.options: MapOptions = options
+        self.seed: int = seed
+        self.scale = options.scale or _DEFAULT_SCALE.get(method, "feature")
+        self.projection_maps: ProjectionMaps | None = None
+        self._global: tuple[Tensor, Tensor, dict[str, float]] | None = None
+        self._units: dict[Key, tuple[float, float]] = {}
+        # statistics put the last rows and triangles in place when they are first asked for
+        self._lock = Lock()
+
+    def moments(self, space: str, s: int, t: int) -> Moments:
+        """Moments of a pair on the host.
+
+        Raises:
+            TransferError: they were not collected, or hold NaN or infinity.
+        """
+        with self._lock:
+            moments = on_cpu(self.statistics.moments(space, s, t))
+        if not finite(moments):
+            raise TransferError(
+                f"statistics: NaN or infinity in the space {space!r} of student layer {s} and "
+                f"teacher layer {t}"
+            )
+        return moments
+
+    def held_out(self, space: str, s: int, t: int) -> Moments | None:
+        """Moments of the held-out tokens, None where they are too few."""
+        if self.statistics.facts["held_out_tokens"] < 2:
+            return None
+        with self._lock:
+            return on_cpu(self.statistics.moments(space, s, t, held_out=True))
+
+    def moments_if_collected(self, space: str, s: int, t: int) -> Moments | None:
+        """None where statistics lack this space or pair, or there are none."""
+        there = self.statistics
+        if there is None or space not in there.spaces or (s, t) not in there.layer_pairs:
+            return None
+        return self.moments(space, s, t)
+
+    def pool(self, keys: list[Key]) -> None:
+        """From now on one map, fitted to the moments of all these keys together, serves them."""
+        if not keys or self.method in (*DATA_FREE_METHODS, "kd_projection"):
+            return
+        for key in keys:
+            moments = self.moments(self._site(key[0]), *key[1:])
+            self._units[key] = units_of(self._about(moments))
+
+        self._global = self._fit_together(keys, self._about)
+        if self.method in _REGRESSIONS and not self.options.means:
+            # pooled moments have no means left to choose by: what writes is fitted apart
+            _, write, numbers = self._fit_together(keys, lambda moments: moments)
+            read, _, others = self._global
+            self._global = read, write, {**others, "ridge_write": numbers["ridge_write"]}
+
+    def _fit_together(
+        self, keys: list[Key], view: Callable[[Moments], Moments]
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        def together(moments: Callable[[str, int, int], Moments]) -> Moments:
+            return pooled(
+                in_units(view(moments(self._site(space), s, t)), *self._units[space, s, t])
+                for space, s, t in keys
+            )
+
+        held_out = None
+        if self.statistics.facts["held_out_tokens"] >= 2:
+            held_out = together(self.held_out)
+        return self._dense(together(self.moments), held_out, "layer_out", 0, 0)
+
+    def fit(self, key: Key) -> SpaceMap:
+        """The map of one space and pair."""
+        space, s, t = key
+        site = self._site(space)
+        if self.method in DATA_FREE_METHODS:
+            moments = self.moments_if_collected(site, s, t)
+            read, write, numbers = self._data_free(site)
+            mean_s, mean_t = read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
+        elif self.projection_maps is not None:
+            moments = self.moments_if_collected(site, s, t)
+            read, write, mean_s, mean_t = self.projection_maps.fit(site, s, t)
+            numbers = {}
+        else:
+            moments = self.moments(site, s, t)
+            mean_s, mean_t = moments.mean_x, moments.mean_y
+            if key in self._units:
+                read, write, numbers = self._pooled_map(key)
+            else:
+                read, write, numbers = self._dense(moments, self.held_out(site, s, t), site, s, t)
+        if not self.options.means:
+            mean_s, mean_t = torch.zeros_like(mean_s), torch.zeros_like(mean_t)
+        self._check_widths(key, read)
+        fit = {}
+        if moments is not None:
+            fit = scores(read, write, self.held_out(site, s, t) or moments)
+        return SpaceMap(read, write, mean_s, mean_t, {**fit, **numbers})
+
+    def _site(self, space: str) -> str:
+        return self.options.measured_at.get(space, space)
+
+    def _pooled_map(self, key: Key) -> tuple[Tensor, Tensor, dict[str, float]]:
+        read, write, numbers = self._global
+        if self.scale == "none" and self.method not in _REGRESSIONS:
+            return read, write, numbers
+        unit_s, unit_t = self._units[key]
+        return read * (unit_t / unit_s), write * (unit_s / unit_t), numbers
+
+    def _dense(
+        self, moments: Moments, held: Moments | None, site: str, s: int, t: int
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        heads_s, heads_t = self.student.heads(site), self.teacher.heads(site)
+        aware = self.options.head_aware
+        if aware is None:
+            aware = self.method not in _REGRESSIONS
+        if heads_s is not None and aware:
+            fitted = fit_by_heads(self._on_moments, moments, held, heads_s, heads_t)
+        else:
+            fitted = self._on_moments(moments, held)
+        if self.method != "shuffled":
+            return fitted
+        read, write, numbers = fitted
+        order = torch.randperm(read.shape[0], generator=self._generator(site, s, t))
+        return read[order], write[:, order], numbers
+
+    def _on_moments(
+        self, moments: Moments, held: Moments | None
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        if self.method not in _FITS_MEANS:
+            return fit_lsa(moments, self.scale, absolute=self.method == "lsa_abs")
+        if self.method == "procrustes":
+            return fit_procrustes(self._about(moments), self.scale)
+        if moments.cov_xx is None or moments.cov_yy is None:
+            raise TransferError(
+                f"statistics: the method {self.method!r} expects the Gram matrices of both models, "
+                "which were not collected"
+            )
+        return fit_ridge(moments, held, self.options.ridge, means=self.options.means)
+
+    def _data_free(self, site: str) -> tuple[Tensor, Tensor, dict[str, float]]:
+        choose = CONTROLS["truncate" if self.method == "random_matched" else self.method]
+        z = selection_by_heads(
+            choose,
+            self.student.width(site),
+            self.teacher.width(site),
+            self.student.heads(site) or 1,
+            self.teacher.heads(site) or 1,
+        )
+        return z, z.T.contiguous(), {}
+
+    def _generator(self, site: str, s: int, t: int) -> torch.Generator:
+        # a number of its own for every map: the order does not depend on which maps are fitted
+        number = (self.seed * len(SPACES) + SPACES.index(site)) * 4096 + s
+        return torch.Generator().manual_seed(number * 4096 + t)
+
+    def _check_widths(self, key: Key, read: Tensor) -> None:
+        space, s, t = key
+        expected = (self.student.width(space), self.teacher.width(space))
+        if tuple(read.shape) != expected:
+            raise TransferError(
+                f"maps: expected {list(expected)} for the space {space!r} of student layer {s} and "
+                f"teacher layer {t}, got {list(read.shape)} measured at {self._site(space)!r}"
+            )
+
+    def _about(self, moments: Moments) -> Moments:
+        """About 0 for a method that can do without means, where they are not carried."""
+        centred = self.options.means or self.method not in _FITS_MEANS
+        return moments if centred else uncentred(moments)

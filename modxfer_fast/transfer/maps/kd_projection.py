@@ -1,0 +1,188 @@
+"""Maps from the projections that our own distillation trained beside the student.
+
+A projection W [d_t, d_s] with bias b was trained so that W h_s + b is about h_t for a pair of
+hidden states (numbered as in `output_hidden_states`: 0 is the embeddings, i the output of block
+i - 1). Hence, for a space in the residual stream,
+
+    read  = g W^T, mean_s = 0, mean_t = g b
+    write = argmin_M E ||s read M - s||^2 + ridge: the inverse of read on what the student produces
+
+with g = 1, or the least-squares gain where the loss compared normalised states and statistics are
+given. Each space takes the pair of hidden states nearest to it in relative depth. Spaces that a
+linear of the block writes (query, key, value, ffn_gate, ffn_up) follow by pushing the read map
+through that linear of both models, P = read W_t^T and R = W_s^T:
+
+    read  = argmin_M E ||s R M - s P||^2        write = argmin_M E ||s P M - s R||^2
+
+E is over the student's second moments if statistics are given, else over white features.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modxfer_fast.models.architecture import ROLES, Architecture, without_peft
+from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.maps.ridge import Regression
+
+_DEPTH = {"attention_in": 0, "layer_out": 1, "ffn_in": 1, "ffn_out": 1, "attention_out": 1}
+_CHANGES = ("attention_out", "ffn_out")  # added to the stream: they have no share in its offset
+_PENALTY = 1e-6
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One trained pair: W [d_t, d_s] and b [d_t], fp64, between numbered hidden states."""
+
+    student: int
+    teacher: int
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Projections:
+    """All pairs of one distillation.
+
+    Attributes:
+        normalised: whether the loss was blind to the length of the states.
+    """
+
+    pairs: tuple[Projection, ...]
+    normalised: bool
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Projections":
+        """From projections.json and projections.safetensors beside a student.
+
+        Raises:
+            TransferError: a file is missing or cannot be read, or no layer has a projection.
+        """
+        folder = Path(folder)
+        facts_file, tensors_file = folder / "projections.json", folder / "projections.safetensors"
+        for file in (facts_file, tensors_file):
+            if not file.is_file():
+                raise TransferError(
+                    f"method: 'kd_projection' expects {file.name} in {folder}, as distillation "
+                    "with a projection writes it; found none"
+                )
+        try:
+            facts = json.loads(facts_file.read_text(encoding="utf-8"))
+            tensors = load_file(tensors_file)
+            pairs = tuple(
+                _projection(layer, tensors) for layer in facts["layers"] if layer["projection"]
+            )
+            normalised = facts["norm"] != "none" or facts["loss"] in ("cosine", "normalized_mse")
+        except (KeyError, ValueError, OSError) as error:
+            raise TransferError(f"{folder}: projections cannot be read ({error})") from error
+        if not pairs:
+            raise TransferError(f"{facts_file}: expected a layer with a projection, found none")
+        return cls(pairs, normalised)
+
+    def nearest(self, student_depth: float, teacher_depth: float, student_layers, teacher_layers):
+        """The pair closest to two hidden states, in units of each model's depth."""
+        return min(
+            self.pairs,
+            key=lambda pair: (
+                abs(pair.student - student_depth) / student_layers
+                + abs(pair.teacher - teacher_depth) / teacher_layers,
+                pair.student,
+                pair.teacher,
+            ),
+        )
+
+
+def _projection(layer: dict, tensors: dict[str, Tensor]) -> Projection:
+    name = layer["projection"]
+    if f"{name}.weight" in tensors:
+        weight = tensors[f"{name}.weight"].double()
+    else:
+        weight = tensors[f"{name}.up"].double() @ tensors[f"{name}.down"].double()
+    bias = tensors.get(f"{name}.bias", torch.zeros(weight.shape[0])).double()
+    return Projection(layer["student"], layer["teacher"], weight, bias)
+
+
+class ProjectionMaps:
+    """read, write, mean_s and mean_t of any space, from the projections of one distillation.
+
+    Args:
+        teacher, student: the models; their linears are read for the spaces inside a block.
+        moments: (space, student layer, teacher layer) -> Moments or None.
+    """
+
+    def __init__(self, projections: Projections, teacher: nn.Module, student: nn.Module, moments):
+        self.projections = projections
+        self.teacher, self.student = without_peft(teacher), without_peft(student)
+        self.teacher_parts = Architecture.of(teacher)
+        self.student_parts = Architecture.of(student)
+        self.moments = moments
+        expected = (self.teacher_parts.hidden_size, self.student_parts.hidden_size)
+        for pair in projections.pairs:
+            if tuple(pair.weight.shape) != expected:
+                raise TransferError(
+                    f"projections: expected {list(expected)} for this teacher and student, got "
+                    f"{list(pair.weight.shape)}"
+                )
+
+    def fit(self, space: str, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """read [d_s, d_t], write [d_t, d_s], mean_s and mean_t.
+
+        Raises:
+            TransferError: a space whose map does not follow from the projections.
+        """
+        if space in _DEPTH:
+            read, offset = self._residual(space, s, t)
+            gram = self._student_gram(space, s, t, read)
+            return read, _inverse(read, gram), read.new_zeros(read.shape[0]), offset
+        role = next((role for role, (_, writes) in ROLES.items() if writes == space), None)
+        if role is None:
+            raise TransferError(
+                f"spaces: 'kd_projection' has no map for {space!r}; it has one for "
+                f"{', '.join(_DEPTH)} and for what a linear of the block writes"
+            )
+        reads = ROLES[role].reads
+        outer, _ = self._residual(reads, s, t)
+        through_t = outer @ self._weight(self.teacher, self.teacher_parts, t, role).T
+        through_s = self._weight(self.student, self.student_parts, s, role).T
+        gram = self._student_gram(reads, s, t, outer)
+        xx, yy = through_s.T @ gram @ through_s, through_t.T @ gram @ through_t
+        xy = through_s.T @ gram @ through_t
+        read, write = Regression(xx, xy).solve(_PENALTY), Regression(yy, xy.T).solve(_PENALTY)
+        return read, write, read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
+
+    def _residual(self, space: str, s: int, t: int) -> tuple[Tensor, Tensor]:
+        """read of a space in the residual stream, and the constant that goes with it."""
+        depth = _DEPTH[space]
+        pair = self.projections.nearest(
+            s + depth, t + depth, self.student_parts.num_layers, self.teacher_parts.num_layers
+        )
+        read, bias = pair.weight.T, pair.bias
+        if space in _CHANGES:
+            bias = torch.zeros_like(bias)
+        moments = self.moments(space, s, t)
+        if self.projections.normalised and moments is not None and moments.cov_xx is not None:
+            # states of unit length fix a direction only; t = g (s W^T) has one number left to fit
+            power = ((moments.cov_xx @ read) * read).sum()
+            gain = (read * moments.cov_xy).sum() / power if power > 0 else torch.tensor(1.0)
+            read = read * gain
+            bias = moments.mean_y - moments.mean_x @ read
+        return read.contiguous(), bias
+
+    def _student_gram(self, space: str, s: int, t: int, read: Tensor) -> Tensor:
+        moments = self.moments(space, s, t)
+        if moments is None or moments.cov_xx is None:
+            return torch.eye(read.shape[0], dtype=read.dtype)
+        return moments.cov_xx
+
+    @staticmethod
+    def _weight(model: nn.Module, parts: Architecture, layer: int, role: str) -> Tensor:
+        return model.get_submodule(parts.module_name(layer, role)).weight.detach().double().cpu()
+
+
+def _inverse(read: Tensor, gram: Tensor) -> Tensor:
+    """M [d_t, d_s] with s read M about s for features with the second moments `gram`."""
+    return Regression(read.T @ gram @ read, read.T @ gram).solve(_PENALTY)

@@ -1,0 +1,222 @@
+"""Rewrites a teacher's module for a student, every tensor through the maps of its spaces.
+
+kind         several teacher layers          reduced_rank
+lora         factors, or products refactored  closest update of its rank on the student's features
+bottleneck   tensors, or units paired first   as ridge: a non-linearity has no closed form
+compacter    as bottleneck, then refactored   as ridge
+ia3          vectors                          as ridge
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from modxfer_fast.models.architecture import Architecture
+from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.layer_maps import LayerMap
+from modxfer_fast.transfer.layout import student_config
+from modxfer_fast.transfer.maps import Maps
+from modxfer_fast.transfer.maps.moment_views import on_cpu
+from modxfer_fast.transfer.modules import PeftModuleState, Slot, module_name, places
+from modxfer_fast.transfer.rewrite.bottleneck import rewrite_bottleneck
+from modxfer_fast.transfer.rewrite.compacter import rewrite_compacter
+from modxfer_fast.transfer.rewrite.head import rewrite_head
+from modxfer_fast.transfer.rewrite.ia3 import rewrite_ia3
+from modxfer_fast.transfer.rewrite.lora import rewrite_lora
+from modxfer_fast.transfer.rewrite.source import Source
+from modxfer_fast.transfer.statistics import Statistics
+from modxfer_fast.transfer.updates import lora_updates
+
+HEADS = ("fresh", "transport")
+_PREFIXED = ("bottleneck", "compacter")  # kinds whose tensors are named after them
+
+
+def transport(
+    module: PeftModuleState,
+    maps: Maps,
+    layer_map: LayerMap,
+    student: Architecture | nn.Module,
+    *,
+    statistics: Statistics | None = None,
+    rank: int | None = None,
+    head: str = "fresh",
+) -> PeftModuleState:
+    """The module for the student, which starts from it; its configuration is the student's.
+
+    A student layer gets a place if one of its teacher layers has it; a teacher layer without it
+    counts as an update of 0.
+
+    Args:
+        module: of the teacher.
+        maps: for the spaces of the module and the pairs of the layer map.
+        statistics: needed by reduced_rank; IA3 vectors are fitted on them if given, and the facts
+            then tell how close a LoRA's updates come (updates.py).
+        rank: of the student's LoRA; None keeps the teacher's.
+        head: "fresh": none in the result; "transport": a token classifier is rewritten too.
+
+    Raises:
+        TransferError: a place, map or statistic that is missing, spaces that differ, a LoRA rank
+            for another kind.
+    """
+    student = student if isinstance(student, Architecture) else Architecture.of(student)
+    if head not in HEADS:
+        raise TransferError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+    if rank is not None and (module.kind != "lora" or rank < 1):
+        raise TransferError(
+            f"rank: expected a positive number for a LoRA, got {rank} for a {module.kind} module"
+        )
+    _check_places(module, student)
+    slots: dict[Slot, dict[str, Tensor]] = {}
+    scaling: dict[Slot, float] = {}
+    residuals: dict[str, dict[str, float]] = {}
+    for s, teachers in enumerate(layer_map.sources):
+        for place in places(module.kind, module.config, module.architecture):
+            sources = _sources(module, maps, statistics, s, teachers, layer_map.weights(s), place)
+            if not sources:
+                continue
+            slot = Slot(s, place)
+            slots[slot], more = _rewrite(module, sources, layer_map.combine, maps.method, rank)
+            scaling[slot] = sources[0].scaling
+            if more:
+                residuals[f"{s}.{place}"] = more
+    if not slots:
+        raise TransferError(
+            "layer_map: the module has no tensors in any of the teacher layers "
+            f"{sorted({t for _, t in layer_map.pairs})}"
+        )
+    if maps.method == "random_matched":
+        slots = _redrawn(slots, int(maps.facts.get("seed") or 0))
+    result = PeftModuleState(
+        module.kind,
+        student_config(module.kind, module.config, student, slots, scaling),
+        student,
+        slots,
+        facts={
+            "kind": module.kind,
+            "base_model_of_teacher": module.config.base_model_name_or_path,
+            "layer_map": layer_map.facts(),
+            "method": maps.method,
+            "options": maps.options,
+            "maps": maps.facts,
+            "fits": maps.fits(),
+            "head": head,
+            "residuals": residuals,
+        },
+    )
+    _check_finite(result)
+    if module.kind == "lora" and statistics is not None:
+        updates = lora_updates(module, result, maps, statistics)
+        result = replace(result, facts={**result.facts, "updates": updates})
+    if head == "transport":
+        result = replace(result, head=rewrite_head(module, maps, student))
+    return result
+
+
+def _check_places(module: PeftModuleState, student: Architecture) -> None:
+    there = places(module.kind, module.config, student)
+    for place in dict.fromkeys(slot.place for slot in module.slots):
+        module_name(module.kind, module.config, student, Slot(0, place))
+        if there[place] != module.role(place):
+            raise TransferError(
+                f"{place}: a {module.kind} module reads and writes {tuple(module.role(place))} in "
+                f"a {module.architecture.family} block but {tuple(there[place])} in a "
+                f"{student.family} block; no map leads from one space to another"
+            )
+
+
+def _sources(
+    module: PeftModuleState,
+    maps: Maps,
+    statistics: Statistics | None,
+    s: int,
+    teachers: Sequence[int],
+    weights: Sequence[float],
+    place: str,
+) -> list[Source]:
+    sources = []
+    for t, weight in zip(teachers, weights, strict=True):
+        slot = Slot(t, place)
+        if slot not in module.slots:
+            continue
+        spaces = module.slot_spaces(slot)
+        reads, writes = spaces[0], spaces[-1]
+        moments = None
+        if statistics is not None and reads in statistics.spaces:
+            moments = on_cpu(statistics.moments(reads, s, t))
+        sources.append(
+            Source(
+                _short_names(module.kind, module.slots[slot]),
+                maps[reads, s, t],
+                maps[writes, s, t],
+                weight,
+                module.scaling(slot) if module.kind == "lora" else 1.0,
+                moments,
+            )
+        )
+    return sources
+
+
+def _rewrite(
+    module: PeftModuleState, sources: list[Source], combine: str, method: str, rank: int | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors of one slot under PEFT's names, in the teacher's dtype, and residuals if any."""
+    residuals: dict[str, float] = {}
+    if module.kind == "lora":
+        on_features = method == "reduced_rank"
+        parts = rewrite_lora(sources, combine, rank=rank, on_features=on_features)
+    elif module.kind == "bottleneck":
+        parts = rewrite_bottleneck(sources, combine)
+    elif module.kind == "compacter":
+        parts, residuals = rewrite_compacter(sources, combine)
+    else:
+        shape = (1, -1) if sources[0].tensors["ia3_l"].shape[0] == 1 else (-1, 1)
+        parts = {"ia3_l": rewrite_ia3(sources).reshape(shape)}
+    dtype = next(iter(sources[0].tensors.values())).dtype
+    return {
+        _long_name(module.kind, name): tensor.to(dtype).contiguous()
+        for name, tensor in parts.items()
+    }, residuals
+
+
+def _short_names(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{kind}_") if kind in _PREFIXED else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _long_name(kind: str, name: str) -> str:
+    return f"{kind}_{name}" if kind in _PREFIXED else name
+
+
+def _redrawn(
+    slots: Mapping[Slot, Mapping[str, Tensor]], seed: int
+) -> dict[Slot, dict[str, Tensor]]:
+    """Every tensor drawn anew from the normal distribution with its own mean and deviation.
+
+    Rules of a Compacter stay: all layers share them, and factors were fitted to them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def redraw(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("rule"):
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        mean, std = tensor.double().mean(), tensor.double().std(correction=0)
+        return (mean + std * noise).to(tensor.dtype)
+
+    return {
+        slot: {name: redraw(name, tensor) for name, tensor in tensors.items()}
+        for slot, tensors in slots.items()
+    }
+
+
+def _check_finite(module: PeftModuleState) -> None:
+    for slot, tensors in module.slots.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise TransferError(
+                    f"module: NaN or infinity in {name} of layer {slot.layer}, {slot.place}"
+                )

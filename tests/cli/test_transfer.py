@@ -1,0 +1,294 @@
+"""`modxfer transfer` on tiny encoders: stages, their cache, the grid, what is refused."""
+
+import json
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForTokenClassification
+
+from modxfer_fast.cli import transfer_job, transfer_report
+from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+from modxfer_fast.report.transfer_table import read_results
+from tests.cli.conftest import merged
+from tests.task_inputs import NER_LABELS, sentences, tiny_bert, word_tokenizer, write_conllu
+
+TRAINING = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1.0e-2,
+    "eval_steps": 6,
+    "use_cpu": True,
+}
+LORA = {"type": "lora", "r": 2, "lora_alpha": 4, "target_modules": ["query", "value"]}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Text, a teacher of 4 layers x 64, and students of 2 layers x 64 and x 32."""
+    folder = tmp_path_factory.mktemp("transfer")
+    write_conllu(folder / "train.conllu", sentences(120))
+    vocabulary = folder / "vocabulary"
+    vocabulary.mkdir()
+    tokenizer = word_tokenizer(vocabulary)
+    for name, sizes in {
+        "teacher": {"num_layers": 4},
+        "same": {"num_layers": 2, "seed": 1},
+        "narrow": {"num_layers": 2, "hidden_size": 32, "seed": 2},
+    }.items():
+        tiny_bert(tokenizer, **sizes).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def write(material, tmp_path):
+    """Writes a job file and returns it with its output folder."""
+
+    def write(**changes):
+        base = {
+            "output_dir": str(tmp_path / "out"),
+            "task": {
+                "kind": "ner",
+                "files": {"train": str(material / "train.conllu")},
+                "labels": list(NER_LABELS),
+                "max_length": 32,
+            },
+            "teacher": {"path": str(material / "teacher"), "peft": LORA, "training": TRAINING},
+            "student": {"path": str(material / "narrow"), "training": TRAINING},
+            "transfer": {"method": "ridge", "statistics": {"examples": 60, "batch_size": 8}},
+        }
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(merged(base, changes)))
+        return path, tmp_path / "out"
+
+    return write
+
+
+def run(path, *more):
+    assert main(["transfer", str(path), *more]) == 0
+
+
+def refused(capsys, path, *more):
+    assert main(["transfer", str(path), *more]) == EXIT_USER_ERROR
+    return capsys.readouterr().err
+
+
+def test_a_module_moves_and_plain_peft_loads_it(write, material, capsys):
+    path, out = write()
+    run(path)
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["students"]) == {"scratch", "ridge"}
+    assert report["transfer"]["layers"]["sources"] == [[0], [2]]
+    assert {fit["space"] for fit in report["transfer"]["fits"]} == {
+        "attention_in",
+        "query",
+        "value",
+    }
+    assert report["transfer"]["statistics"]["kept_fraction"] == 1.0
+    base = AutoModelForTokenClassification.from_pretrained(material / "narrow", num_labels=5)
+    model = PeftModel.from_pretrained(base, out / "module")
+    moved = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(moved) == 4
+    assert all(p.abs().max() > 0 for p in moved)  # PEFT's own start is zero
+    merged_model = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged_model.named_parameters())
+    provenance = json.loads((out / "module" / "transfer.json").read_text())
+    assert provenance["teacher"]["path"] == str(material / "teacher")
+    assert provenance["method"] == "ridge"
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "student" / "adapter_model.safetensors").is_file()
+    assert "ridge" in capsys.readouterr().out
+
+
+def test_stages_run_once_and_can_be_asked_for_alone(write, monkeypatch, capsys):
+    path, out = write(student={"training": {"max_steps": 7}})
+    run(path, "--stage", "maps")
+    assert not out.exists()
+    calls = []
+    for name in ("train_task", "collect_statistics", "fit_maps"):
+        original = getattr(transfer_job, name)
+
+        def counted(*args, _original=original, _name=name, **kwargs):
+            calls.append(_name)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(transfer_job, name, counted)
+    run(path)
+    assert calls == ["train_task", "train_task"]  # scratch and the student; the rest was there
+    assert "teacher: from the cache" in capsys.readouterr().out
+    run(path, "--set", "overwrite=true")
+    assert len(calls) == 2
+
+
+def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch):
+    path, out = write(student={"training": {"max_steps": 5}})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transfer_report, "write_json", full)
+    assert main(["transfer", str(path)]) == 1
+    assert not out.exists()
+    assert list(out.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        {"layers": "mean", "method": "truncate"},
+        {"method": "lsa", "preset": "reference", "statistics": {"pairing": "positions"}},
+        {"layers": "cka", "method": "procrustes", "head": "transport"},
+        {"method": "random_matched"},
+        {
+            "method": "ridge",
+            "refine": {"training": {"max_steps": 4, "use_cpu": True}, "hidden_weight": 0.5},
+        },
+        {"method": "fresh", "refine": {"training": {"max_steps": 4, "use_cpu": True}}},
+    ],
+    ids=lambda transfer: "-".join(str(v) for v in transfer.values() if isinstance(v, str)),
+)
+def test_other_ways_to_move_a_lora(write, transfer):
+    path, out = write(transfer=transfer, scratch=False)
+    run(path)
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["students"]) == [transfer["method"]]
+    provenance = out / "module" / "transfer.json"
+    if "refine" in transfer:
+        assert json.loads(provenance.read_text())["refine"]["training"]["max_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [
+        {"type": "bottleneck", "bottleneck_size": 4, "placement": "houlsby"},
+        {"type": "compacter", "bottleneck_size": 4, "phm_dim": 2},
+        {"type": "ia3", "target_modules": ["key", "value"], "feedforward_modules": []},
+    ],
+    ids=lambda peft: peft["type"],
+)
+def test_other_modules_move(write, material, peft):
+    path, out = write(scratch=False, teacher={"peft": None})
+    job = yaml.safe_load(path.read_text())
+    job["teacher"]["peft"] = peft
+    path.write_text(yaml.safe_dump(job))
+    run(path)
+    base = AutoModelForTokenClassification.from_pretrained(material / "narrow", num_labels=5)
+    PeftModel.from_pretrained(base, out / "module")
+
+
+def test_a_teacher_that_somebody_trained(write, tmp_path, material, capsys):
+    path, out = write(scratch=False)
+    run(path)
+    trained = json.loads((out / "report.json").read_text())["teacher"]
+    path2, _ = write(
+        output_dir=str(tmp_path / "second"),
+        scratch=False,
+        teacher={"peft": None, "adapter": str(teacher_folder(out, tmp_path))},
+    )
+    run(path2)
+    report = json.loads((tmp_path / "second" / "report.json").read_text())
+    assert report["teacher"] == trained
+    # the student's module is no module of the teacher
+    message = refused(
+        capsys,
+        path2,
+        "--set",
+        f"teacher.adapter={out / 'student'}",
+        "--set",
+        f"output_dir={tmp_path / 'third'}",
+    )
+    assert f"expected a module of {material / 'teacher'}, got one of" in message
+    assert not (tmp_path / "third").exists()
+
+
+def teacher_folder(out, tmp_path):
+    """The teacher's module, which a job keeps in the cache."""
+    from modxfer_fast.config.grid import load_transfer
+    from modxfer_fast.report import JobConsole
+
+    job = transfer_job.TransferJob(load_transfer(tmp_path / "job.yaml"), JobConsole(is_main=False))
+    return job.teacher / transfer_job.ADAPTER
+
+
+GRID = {
+    "slowest": ["seed"],
+    "axes": {
+        "pair": {"same": {}, "narrow": {}},
+        "method": {
+            "scratch": {"transfer": None},
+            "skip": {"transfer.method": "truncate"},
+            "ridge": {"transfer.method": "ridge"},
+        },
+        "seed": {"path": "seed", "values": [0, 1]},
+    },
+    "only": [{"pair": ["same"]}, {"pair": ["narrow"], "seed": ["0"]}],
+}
+
+
+def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, monkeypatch):
+    axes = merged(
+        GRID["axes"],
+        {"pair": {name: {"student.path": str(material / name)} for name in ("same", "narrow")}},
+    )
+    path, out = write(grid={**GRID, "axes": axes}, student={"training": {"max_steps": 6}})
+    original, trained = transfer_job.train_task, []
+
+    def stopped(*args, **kwargs):
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        trained.append(kwargs["seed"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(transfer_job, "train_task", stopped)
+    assert main(["transfer", str(path)]) == 130
+    before = read_results(out)
+    assert 0 < len(before) < 9
+    monkeypatch.setattr(transfer_job, "train_task", original)
+    run(path)
+    after = read_results(out)
+    assert len(after) == 9
+    assert after[: len(before)] == before
+    again = {name: (out / name).read_bytes() for name in ("results.csv", "curves.csv", "table.md")}
+    run(path)  # everything is in the cache
+    assert {name: (out / name).read_bytes() for name in again} == again
+    assert (out / "scores.png").is_file()
+    assert (out / "learning.png").is_file()
+
+
+def test_what_cannot_work_is_told_before_any_work(write, capsys, monkeypatch):
+    monkeypatch.setattr(transfer_job, "train_task", lambda *a, **k: pytest.fail("it trained"))
+    path, _ = write()
+    for change, expected in {
+        "transfer.method=lsq": "transfer.method: ",
+        "task.kind=ne": "task.kind: ",
+        "teacher.peft.rank=4": "teacher.peft.rank: unknown key",
+        "student.training.max_step=3": "training.max_step: unknown key",
+        "teacher.path=./nowhere": "./nowhere",
+        "student.path=./nowhere": "./nowhere",
+        "task.labels=[O, B-LOC, I-LOC]": "B-PER",
+    }.items():
+        assert expected in refused(capsys, path, "--set", change), change
+
+
+def test_a_target_that_is_no_linear_of_a_block_is_refused(write, capsys):
+    path, out = write(
+        scratch=False, teacher={"peft": {"target_modules": ["query", "word_embeddings"]}}
+    )
+    assert "word_embeddings" in refused(capsys, path)
+    assert not out.exists()
+
+
+def test_the_output_of_another_job_is_not_overwritten(write, capsys):
+    path, out = write()
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "is no result of a job" in refused(capsys, path)
+    assert (out / "thesis.txt").is_file()
+
+
+def test_several_processes_are_refused(write, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    path, _ = write()
+    assert "expected one process, got 2" in refused(capsys, path)

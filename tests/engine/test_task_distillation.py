@@ -1,0 +1,291 @@
+"""Task models that learn from task models: the formula, both kinds, two tokenizers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+)
+
+from modxfer_fast.config import ConfigError
+from modxfer_fast.engine import TaskHiddenOptions, TaskTextCollator, distil_task
+from tests.encoder_models import tiny_encoder, word_tokenizer
+
+WORDS = ["paris", "is", "old", "anna", "went", "home", "rivers", "cold", "x", "by"]
+LABELS = {0: "O", 1: "B-LOC", 2: "B-PER"}
+ARGS = {"max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 0.2, "optim": "sgd"}
+ARGS |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
+TEMPERATURE = 2.0
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """The student's and the teacher's, which cut other words into pieces."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("student", "teacher")]
+    pieces = (["paris", "is", "anna", "home"], ["old", "went", "riv", "##ers", "anna", "cold"])
+    return [word_tokenizer(*both) for both in zip(folders, pieces, strict=True)]
+
+
+def sentences(count: int) -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 8, (count,), generator=draw).tolist()
+    picks = [torch.randint(len(WORDS), (n,), generator=draw).tolist() for n in lengths]
+    return Dataset.from_dict({"words": [[WORDS[i] for i in row] for row in picks]})
+
+
+def pairs(count: int) -> Dataset:
+    texts = [" ".join(words) for words in sentences(2 * count)["words"]]
+    return Dataset.from_dict({"text_a": texts[:count], "text_b": texts[count:]})
+
+
+def model(auto_class, tokenizer, hidden_size=32, num_layers=2, seed=0, **fields):
+    sizes = {"vocab_size": len(tokenizer), "num_labels": 3, "seed": seed}
+    built = tiny_encoder(auto_class, "bert", hidden_size, num_layers, **{**sizes, **fields})
+    if "num_labels" not in fields:
+        built.config.id2label = dict(LABELS)
+    return built
+
+
+def with_lora(built, task_type, targets=("query", "value")):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return get_peft_model(built, LoraConfig(task_type, r=2, target_modules=list(targets)))
+
+
+def rows_of(logits, inputs, tokenizer, texts, known):
+    """Logits at the first piece of each word of `known` (indices by text), one by one."""
+    found = []
+    for b, words in enumerate(texts["words"]):
+        encoding = tokenizer(words, is_split_into_words=True)
+        for word in known[b]:
+            found.append(logits[b, encoding.word_ids().index(word)])
+    return torch.stack(found)
+
+
+def kl(student, teacher):
+    p, q = (x.double().div(TEMPERATURE).log_softmax(-1) for x in (teacher, student))
+    return (p.exp() * (p - q)).sum(-1).mean() * TEMPERATURE**2
+
+
+@pytest.mark.parametrize("other_tokenizer", [False, True], ids=["same", "other"])
+def test_first_loss_of_a_token_classifier_is_the_formula(tmp_path, tokenizers, other_tokenizer):
+    ours, theirs = tokenizers if other_tokenizer else (tokenizers[0], tokenizers[0])
+    texts = sentences(6)
+    student = model(AutoModelForTokenClassification, ours)
+    teacher = model(AutoModelForTokenClassification, theirs, 48, 3, seed=1)
+    collator = TaskTextCollator(ours, theirs if other_tokenizer else None)
+    batch = collator(list(texts))
+    everything = [range(len(words)) for words in texts["words"]]
+    expected = []
+    for network, tokenizer, inputs in (
+        (student, ours, batch),
+        (teacher, theirs, batch.get("teacher_inputs", batch)),
+    ):
+        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            logits = network.eval()(**fed).logits
+        expected.append(rows_of(logits, fed, tokenizer, texts, everything))
+    args = {**ARGS, "max_steps": 1, "gradient_accumulation_steps": 2}
+    log = distil_task(student, teacher, texts, collator, args, seed=0, output_dir=tmp_path)
+    assert log[0]["kd_loss"] == pytest.approx(kl(*expected).item(), rel=1e-5)
+    assert log[0]["loss"] == pytest.approx(log[0]["kd_loss"], rel=1e-5)
+
+
+def test_words_that_one_side_cuts_off_do_not_count(tokenizers):
+    ours, theirs = tokenizers
+    texts = [{"words": ["rivers", "paris", "home"]}, {"words": ["is", "rivers"]}]
+    batch = TaskTextCollator(ours, theirs, max_length=8)(texts)
+    # rivers is six pieces of the student: with the special ones no room is left for a second word
+    assert batch["rows"].tolist() == [1, 8 + 1, 8 + 2]
+    width = batch["teacher_inputs"]["input_ids"].shape[1]
+    assert width > 5
+    of_is = theirs(["is"], is_split_into_words=True)["input_ids"]
+    assert batch["teacher_rows"].tolist() == [1, width + 1, width + len(of_is) - 1]
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path, tokenizers):
+    trained = []
+    for size, accumulated in ((6, 1), (2, 3)):
+        student = model(AutoModelForTokenClassification, tokenizers[0])
+        teacher = model(AutoModelForTokenClassification, tokenizers[0], seed=1)
+        args = {**ARGS, "per_device_train_batch_size": size, "max_steps": 1}
+        args |= {
+            "gradient_accumulation_steps": accumulated,
+            "train_sampling_strategy": "sequential",
+        }
+        hidden = {"layers": {2: 2}, "weight": 0.5}
+        collator = TaskTextCollator(tokenizers[0])
+        distil_task(
+            student,
+            teacher,
+            sentences(6),
+            collator,
+            args,
+            hidden=hidden,
+            seed=0,
+            output_dir=tmp_path,
+        )
+        trained.append(student.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["tokens", "sequences"])
+def test_a_peft_student_learns_its_teachers_module(tmp_path, tokenizers, task):
+    auto_class, task_type, texts = {
+        "tokens": (AutoModelForTokenClassification, "TOKEN_CLS", sentences(24)),
+        "sequences": (AutoModelForSequenceClassification, "SEQ_CLS", pairs(24)),
+    }[task]
+    student = with_lora(model(auto_class, tokenizers[0]), task_type)
+    teacher = with_lora(model(auto_class, tokenizers[1], 48, 3, seed=1), task_type)
+    frozen = {n: p.clone() for n, p in student.named_parameters() if not p.requires_grad}
+    kept = {name: value.clone() for name, value in teacher.state_dict().items()}
+    args = {**ARGS, "max_steps": 30, "optim": "adamw_torch", "learning_rate": 0.02}
+    log = distil_task(
+        student,
+        teacher,
+        texts,
+        TaskTextCollator(*tokenizers),
+        args,
+        seed=0,
+        output_dir=tmp_path,
+    )
+    losses = [entry["kd_loss"] for entry in log if "kd_loss" in entry]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
+    assert all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())
+
+
+def test_equal_seeds_give_equal_students(tmp_path, tokenizers):
+    def trained(seed):
+        student = model(AutoModelForTokenClassification, tokenizers[0], hidden_dropout_prob=0.1)
+        teacher = model(AutoModelForTokenClassification, tokenizers[0], seed=1)
+        collator = TaskTextCollator(tokenizers[0])
+        distil_task(student, teacher, sentences(9), collator, ARGS, seed=seed, output_dir=tmp_path)
+        return student.state_dict()
+
+    first, again, other = trained(0), trained(0), trained(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("as_space_map", [False, True], ids=["matrix", "map"])
+def test_hidden_states_go_through_frozen_maps(tmp_path, tokenizers, as_space_map):
+    class Map:
+        def __init__(self, read, offset):
+            self.read, self.offset = read, offset
+
+    draw = torch.Generator().manual_seed(0)
+    read = torch.randn(32, 48, generator=draw, dtype=torch.float64)
+    offset = torch.randn(48, generator=draw, dtype=torch.float64) * as_space_map
+    texts = sentences(6)
+    student = model(AutoModelForTokenClassification, tokenizers[0])
+    teacher = model(AutoModelForTokenClassification, tokenizers[1], 48, 3, seed=1)
+    collator = TaskTextCollator(*tokenizers)
+    batch = collator(list(texts))
+    states = []
+    for network, inputs, rows, layer in (
+        (student, batch, batch["rows"], 1),
+        (teacher, batch["teacher_inputs"], batch["teacher_rows"], 2),
+    ):
+        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            hidden = network.eval()(**fed, output_hidden_states=True).hidden_states[layer]
+        states.append(hidden.flatten(0, 1)[rows].double())
+    expected = (states[0] @ read + offset - states[1]).square().mean()
+    hidden = TaskHiddenOptions(
+        {1: 2}, maps={1: Map(read, offset) if as_space_map else read}, weight=0.1
+    )
+    args = {**ARGS, "max_steps": 1, "per_device_train_batch_size": 6}
+    log = distil_task(
+        student,
+        teacher,
+        texts,
+        collator,
+        args,
+        kd_weight=0.0,
+        hidden=hidden,
+        seed=0,
+        output_dir=tmp_path,
+    )
+    assert log[0]["hidden_loss"] == pytest.approx(0.1 * expected.item(), rel=1e-4)
+    assert log[0]["loss"] == pytest.approx(log[0]["hidden_loss"], rel=1e-5)
+    assert "kd_loss" not in log[0]
+
+
+def test_labels_add_cross_entropy(tmp_path, tokenizers):
+    tokenizer = tokenizers[0]
+    encoded = tokenizer(list(sentences(6)["words"]), is_split_into_words=True)
+    labels = [[-100] + [1, 2] + [-100] * (len(ids) - 3) for ids in encoded["input_ids"]]
+    rows = Dataset.from_dict({"input_ids": encoded["input_ids"], "labels": labels})
+    collator = DataCollatorForTokenClassification(tokenizer)
+    student = model(AutoModelForTokenClassification, tokenizer)
+    teacher = model(AutoModelForTokenClassification, tokenizer, seed=1)
+    batch = collator(list(rows))
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        answers = [m.eval()(**inputs).logits[batch["labels"] != -100] for m in (student, teacher)]
+    ce = F.cross_entropy(answers[0], batch["labels"][batch["labels"] != -100]).item()
+    args = {**ARGS, "max_steps": 1}
+    args |= {"gradient_accumulation_steps": 2}
+    log = distil_task(
+        student,
+        teacher,
+        rows,
+        collator,
+        args,
+        kd_weight=0.5,
+        ce_weight=2.0,
+        seed=0,
+        output_dir=tmp_path,
+    )
+    assert log[0]["ce_loss"] == pytest.approx(ce, rel=1e-5)
+    expected = 0.5 * kl(*answers).item() + 2.0 * ce
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_does_not_fit_is_told(tmp_path, tokenizers):
+    def run(student, teacher, args=ARGS, **options):
+        collator = TaskTextCollator(tokenizers[0])
+        texts = sentences(3)
+        distil_task(student, teacher, texts, collator, args, seed=0, output_dir=tmp_path, **options)
+
+    def tokens(**fields):
+        return model(AutoModelForTokenClassification, tokenizers[0], **fields)
+
+    with pytest.raises(ValueError, match="expected the student's labels O, B-LOC, B-PER, got"):
+        run(tokens(), tokens(num_labels=2))
+    renamed = tokens()
+    renamed.config.id2label = {0: "O", 1: "B-PER", 2: "B-LOC"}
+    with pytest.raises(ValueError, match="got O, B-PER, B-LOC"):
+        run(tokens(), renamed)
+    sequences = model(AutoModelForSequenceClassification, tokenizers[0])
+    with pytest.raises(ValueError, match="expected a classifier of tokens, got one of sequences"):
+        run(tokens(), sequences)
+    with pytest.raises(ValueError, match="all are frozen"):
+        run(tokens().requires_grad_(False), tokens())
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
+        run(tokens(), tokens(), temperature=0)
+    with pytest.raises(ValueError, match=r"hidden\.maps: expected shape"):
+        run(tokens(), tokens(hidden_size=48), hidden={"layers": {1: 1}, "maps": {1: torch.eye(32)}})
+    with pytest.raises(ValueError, match=r"hidden\.maps: expected one for each student layer 1"):
+        run(tokens(), tokens(), hidden={"layers": {1: 1}, "maps": {2: torch.eye(32)}})
+    with pytest.raises(ConfigError, match=r"training\.max_stepz: unknown key"):
+        run(tokens(), tokens(), {"max_stepz": 1})
+    with pytest.raises(ValueError, match="expected a model of its own"):
+        run(same := tokens(), same)
+    with pytest.raises(ValueError, match="expected a task model"):
+        run(model(AutoModel, tokenizers[0]), tokens())
