@@ -9,6 +9,8 @@ from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.cli.transfer_report import METRIC_NAMES, cell_result
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.grid import SCRATCH, Cell, Grid
+from modxfer_fast.data.tasks import PRIMARY_METRIC
+from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.files import write_text
 from modxfer_fast.report import JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
@@ -28,7 +30,8 @@ def run_grid(grid: Grid) -> list[CellResult]:
     `table.md` and pictures, rewritten whenever a seed of a group is complete and at the end.
 
     Raises:
-        UserError: of the first cell that cannot work; what was done before stays.
+        UserError: of the first cell that cannot work; what was done before stays. A cell whose
+            training diverges is left out of the table, and said so.
     """
     single_process("modxfer transfer")
     quieten_libraries()
@@ -41,13 +44,19 @@ def run_grid(grid: Grid) -> list[CellResult]:
     for cell in grid.cells:  # every mistake before the first hour
         TransferJob(cell.job, JobConsole(is_main=False)).check()
     output.mkdir(parents=True, exist_ok=True)
+    kinds = dict.fromkeys(PRIMARY_METRIC[cell.job.task.kind] for cell in grid.cells)
+    metric = " or ".join(METRIC_NAMES[kind] for kind in kinds)
     results: list[CellResult] = []
     for number, cell in enumerate(grid.cells, 1):
         start = time.perf_counter()
-        result, metric = _run_cell(cell)
+        name = " ".join(cell.labels.values())
+        try:
+            result = _run_cell(cell)
+        except NonFiniteError as error:
+            console.say(f"{number}/{len(grid.cells)}  {name}: left out, {error}")
+            continue
         results.append(result)
         write_results(results, output)
-        name = " ".join(cell.labels.values())
         console.say(
             f"{number}/{len(grid.cells)}  {name}: {result.score:.3f} from {result.initial:.3f}, "
             f"teacher {result.teacher:.3f}  ({time.perf_counter() - start:.0f} s)"
@@ -58,10 +67,10 @@ def run_grid(grid: Grid) -> list[CellResult]:
     return results
 
 
-def _run_cell(cell: Cell) -> tuple[CellResult, str]:
+def _run_cell(cell: Cell) -> CellResult:
     job = TransferJob(cell.job, JobConsole(is_main=False))
     run = job.scratch if cell.job.transfer is None else job.student
-    return cell_result(job, run, cell.labels), METRIC_NAMES[job.metric]
+    return cell_result(job, run, cell.labels)
 
 
 def _group(cell: Cell) -> tuple[str, ...]:

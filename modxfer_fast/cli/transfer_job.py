@@ -29,7 +29,7 @@ from modxfer_fast.cli.transfer_models import (
     with_fraction,
 )
 from modxfer_fast.config import ConfigError
-from modxfer_fast.config.transfer import TransferConfig, TransferSection
+from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_distillation import TaskTextCollator, distil_task
 from modxfer_fast.engine.task_result import TaskResult
@@ -228,7 +228,7 @@ class TransferJob:
         """Folder with the moments of both models, None where nothing is fitted on them."""
         section = self.transfer
         needs_data = section.method not in DATA_FREE_METHODS
-        if section.method == "fresh" or not (needs_data or self._matches_outputs):
+        if section.method == FRESH or not (needs_data or self._matches_outputs):
             return None
         spaces = list(self._map_options().sites(self.module_state.spaces))
         pairs = list(self.layer_map.pairs)
@@ -288,7 +288,7 @@ class TransferJob:
     @cached_property
     def maps(self) -> Path | None:
         """Folder with the maps of the module's spaces, None where none are used."""
-        if self.transfer.method == "fresh":
+        if self.transfer.method == FRESH:
             return None
         section = self.transfer
         return self._fit(self.layer_map, self.module_state.spaces, head=section.head == "transport")
@@ -375,7 +375,7 @@ class TransferJob:
 
     def _move(self, folder: Path) -> None:
         student = self._student_model()
-        if self.transfer.method == "fresh":
+        if self.transfer.method == FRESH:
             self._fresh(student).save_pretrained(str(folder / ADAPTER))
             return
         module = transport(
@@ -411,7 +411,7 @@ class TransferJob:
     @cached_property
     def _output_maps(self) -> Path | None:
         """Folder with the maps of the block outputs that refinement compares."""
-        if not self._matches_outputs or self.transfer.method == "fresh":
+        if not self._matches_outputs or self.transfer.method == FRESH:
             return None
         return self._fit(self._output_map, ("layer_out",))
 

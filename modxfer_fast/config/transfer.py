@@ -6,33 +6,19 @@ from pydantic import Field, model_validator
 
 from modxfer_fast.config.schema import PositiveInt, Section
 from modxfer_fast.config.task import TaskSection
+from modxfer_fast.config.transfer_names import (
+    HEADS,
+    LAYER_MAPS,
+    MAP_METHODS,
+    PAIRINGS,
+    POOLINGS,
+    SCALES,
+    SCOPES,
+)
 
-LAYER_MAPS = (
-    "skip",
-    "skip_last",
-    "uniform",
-    "explicit",
-    "mean",
-    "mean_product",
-    "reference_avg",
-    "cka",
-)
-METHODS = (
-    "lsa",
-    "lsa_abs",
-    "procrustes",
-    "ridge",
-    "reduced_rank",
-    "kd_projection",
-    "identity",
-    "truncate",
-    "stride",
-    "shuffled",
-    "random_matched",
-    "fresh",
-)
+FRESH = "fresh"  # the method that moves nothing
 LayerMapKind = Literal[LAYER_MAPS]
-Method = Literal[METHODS]
+Method = Literal[(*MAP_METHODS, FRESH)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -98,8 +84,8 @@ class StatisticsSection(Section):
 
     examples: PositiveInt = 1000
     batch_size: PositiveInt = 16
-    pairing: Literal["words", "spans", "positions"] = "words"
-    pooling: Literal["mean", "first"] = "mean"
+    pairing: Literal[PAIRINGS] = "words"
+    pooling: Literal[POOLINGS] = "mean"
     module_active: bool = False
     held_out_every: Annotated[int, Field(ge=2)] = 5
 
@@ -136,10 +122,10 @@ class TransferSection(Section):
     sources: list[Annotated[int, Field(ge=0)]] | None = None
     method: Method = "ridge"
     preset: Literal["reference"] | None = None
-    scope: Literal["layer", "global"] = "layer"
+    scope: Literal[SCOPES] = "layer"
     head_aware: bool | None = None
-    scale: Literal["none", "global", "feature"] | None = None
-    head: Literal["fresh", "transport"] = "fresh"
+    scale: Literal[SCALES] | None = None
+    head: Literal[HEADS] = "fresh"
     statistics: StatisticsSection = StatisticsSection()
     refine: RefineSection | None = None
 
@@ -149,7 +135,7 @@ class TransferSection(Section):
             raise ValueError("sources: expected together with layers: explicit, and only there")
         if self.preset == "reference" and self.method != "lsa":
             raise ValueError(f"method: expected lsa with preset: reference, got {self.method}")
-        if self.method == "fresh" and self.refine is None:
+        if self.method == FRESH and self.refine is None:
             raise ValueError("method: fresh moves nothing; expected it together with refine")
         return self
 

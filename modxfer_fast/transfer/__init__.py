@@ -4,15 +4,15 @@ Five steps: collect statistics of both models' features, fit maps between them, 
 module through the maps, verify it, save it as an ordinary adapter of the student.
 """
 
+from modxfer_fast.config.transfer_names import LAYER_MAPS, MAP_METHODS, PAIRINGS, POOLINGS
 from modxfer_fast.transfer.artefact import read_artefact, write_artefact
 from modxfer_fast.transfer.attach import attach
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.fingerprint import model_fingerprint, module_fingerprint
 from modxfer_fast.transfer.fresh import fresh_config, fresh_module
-from modxfer_fast.transfer.layer_maps import LAYER_MAPS, LayerMap, make_layer_map
+from modxfer_fast.transfer.layer_maps import LayerMap, make_layer_map
 from modxfer_fast.transfer.maps import (
     DATA_FREE_METHODS,
-    MAP_METHODS,
     MapOptions,
     Maps,
     SpaceMap,
@@ -20,7 +20,7 @@ from modxfer_fast.transfer.maps import (
     reference_options,
 )
 from modxfer_fast.transfer.modules import PeftModuleState, Slot
-from modxfer_fast.transfer.pairing import PAIRINGS, POOLINGS, PairedBatch, PairedBatches, Pairing
+from modxfer_fast.transfer.pairing import PairedBatch, PairedBatches, Pairing
 from modxfer_fast.transfer.save import PROVENANCE, save_adapter
 from modxfer_fast.transfer.statistics import Statistics, collect_statistics, linear_cka
 from modxfer_fast.transfer.transport import transport

@@ -23,18 +23,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from modxfer_fast.config.transfer_names import LAYER_MAPS
 from modxfer_fast.transfer.errors import TransferError
 
-LAYER_MAPS = (
-    "skip",
-    "skip_last",
-    "uniform",
-    "explicit",
-    "mean",
-    "mean_product",
-    "reference_avg",
-    "cka",
-)
 COMBINE = ("single", "mean", "mean_product", "reference_avg")
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from modxfer_fast.config.transfer_names import PAIRINGS, POOLINGS
 from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.transfer.alignment import (
     Example,
@@ -32,9 +33,6 @@ from modxfer_fast.transfer.alignment import (
     span_rows,
 )
 from modxfer_fast.transfer.errors import TransferError
-
-PAIRINGS = ("words", "spans", "positions")
-POOLINGS = ("mean", "first")
 
 
 @dataclass(frozen=True)

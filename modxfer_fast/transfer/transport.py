@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.config.transfer_names import HEADS
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.layer_maps import LayerMap
@@ -29,7 +30,6 @@ from modxfer_fast.transfer.rewrite.source import Source
 from modxfer_fast.transfer.statistics import Statistics
 from modxfer_fast.transfer.updates import lora_updates
 
-HEADS = ("fresh", "transport")
 _PREFIXED = ("bottleneck", "compacter")  # kinds whose tensors are named after them
 
 

@@ -2,7 +2,6 @@
 
 from modxfer_fast.transfer.maps.fit import (
     DATA_FREE_METHODS,
-    MAP_METHODS,
     RESIDUAL_SPACES,
     MapOptions,
     fit_maps,
@@ -12,7 +11,6 @@ from modxfer_fast.transfer.maps.space_map import Maps, SpaceMap
 
 __all__ = [
     "DATA_FREE_METHODS",
-    "MAP_METHODS",
     "RESIDUAL_SPACES",
     "MapOptions",
     "Maps",

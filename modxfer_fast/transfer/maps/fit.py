@@ -22,6 +22,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES
 from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.models.architecture import SPACES, Architecture
 from modxfer_fast.transfer.errors import TransferError
@@ -43,26 +44,11 @@ from modxfer_fast.transfer.maps.scores import finite, scores
 from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
 from modxfer_fast.transfer.statistics import Statistics
 
-MAP_METHODS = (
-    "lsa",
-    "lsa_abs",
-    "procrustes",
-    "ridge",
-    "reduced_rank",
-    "kd_projection",
-    "identity",
-    "truncate",
-    "stride",
-    "shuffled",
-    "random_matched",
-)
 RESIDUAL_SPACES = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
 _REGRESSIONS = ("ridge", "reduced_rank")
 _FITS_MEANS = ("procrustes", *_REGRESSIONS)
 _DEFAULT_SCALE = {"lsa": "none", "shuffled": "none", "procrustes": "global"}  # others: "feature"
 DATA_FREE_METHODS = (*CONTROLS, "random_matched")
-SCALES = ("none", "global", "feature")
-SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True)
