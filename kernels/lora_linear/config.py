@@ -103,7 +103,7 @@ def product_config(
     """
     block_r = min(padded_rank(rank), 32)
     if is_exact:
-        return ProductConfig(64, 64, 16, 16, 8, 4, 2)
+        return ProductConfig(64, 64, 16, 16, 8, 8, 2)
     tiles = rows * columns / (128 * 128)
     is_large = architecture.shared_kib > SHARED_KIB_OTHER
     if is_crowded and is_large:
