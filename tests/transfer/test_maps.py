@@ -484,7 +484,21 @@ def test_projections_that_are_missing_or_of_other_models_are_named(tmp_path):
     with pytest.raises(TransferError, match="teacher, student: expected models"):
         kd_maps(folder, Architecture.of(teacher), Architecture.of(student))
     facts = json.loads((folder / "projections.json").read_text())
-    facts["layers"][0]["projection"] = None
+    facts["layers"] = []
     (folder / "projections.json").write_text(json.dumps(facts))
-    with pytest.raises(TransferError, match="expected a layer with a projection"):
+    with pytest.raises(TransferError, match="expected layers, found none"):
         kd_maps(folder, teacher, student)
+
+
+def test_states_that_were_compared_as_they_are_have_the_identity_for_a_map(tmp_path):
+    features = nn.Module()
+    features.hidden = HiddenStateLoss({1: 1, 2: 2}, 16, 16, projection="none")
+    save_projections(tmp_path, features)
+    teacher, student = original("bert"), original("bert")
+    maps = kd_maps(tmp_path, teacher, student)
+    for space in ("attention_in", "ffn_out", "layer_out"):
+        assert torch.equal(maps[space, 1, 1].read, torch.eye(16, dtype=torch.float64))
+        assert torch.allclose(maps[space, 1, 1].write, torch.eye(16, dtype=torch.float64))
+    narrow = tiny_model("bert", hidden_size=8)
+    with pytest.raises(TransferError, match=r"expected \[16, 8\] .* got equal widths"):
+        kd_maps(tmp_path, teacher, narrow)

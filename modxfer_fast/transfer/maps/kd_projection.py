@@ -36,12 +36,33 @@ _PENALTY = 1e-6
 
 @dataclass(frozen=True)
 class Projection:
-    """One trained pair: W [d_t, d_s] and b [d_t], fp64, between numbered hidden states."""
+    """One trained pair: W [d_t, d_s] and b [d_t], fp64, between numbered hidden states.
+
+    weight, bias: None where states of equal width were compared as they are, so that W is I.
+    """
 
     student: int
     teacher: int
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def between(self, teacher_width: int, student_width: int) -> "Projection":
+        """The pair with its matrices.
+
+        Raises:
+            TransferError: they are of other widths.
+        """
+        weight, bias = self.weight, self.bias
+        if weight is None:
+            weight = torch.eye(teacher_width, student_width, dtype=torch.float64)
+            bias = torch.zeros(teacher_width, dtype=torch.float64)
+        expected = (teacher_width, student_width)
+        if tuple(weight.shape) != expected or (self.weight is None and len(set(expected)) > 1):
+            got = "equal widths" if self.weight is None else str(list(weight.shape))
+            raise TransferError(
+                f"projections: expected {list(expected)} for this teacher and student, got {got}"
+            )
+        return Projection(self.student, self.teacher, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -60,27 +81,22 @@ class Projections:
         """From projections.json and projections.safetensors beside a student.
 
         Raises:
-            TransferError: a file is missing or cannot be read, or no layer has a projection.
+            TransferError: a file is missing or cannot be read, or names no layer.
         """
         folder = Path(folder)
         facts_file, tensors_file = folder / "projections.json", folder / "projections.safetensors"
-        for file in (facts_file, tensors_file):
-            if not file.is_file():
-                raise TransferError(
-                    f"method: 'kd_projection' expects {file.name} in {folder}, as distillation "
-                    "with a projection writes it; found none"
-                )
         try:
+            _expect(facts_file)
             facts = json.loads(facts_file.read_text(encoding="utf-8"))
-            tensors = load_file(tensors_file)
-            pairs = tuple(
-                _projection(layer, tensors) for layer in facts["layers"] if layer["projection"]
-            )
+            tensors = {}
+            if any(layer["projection"] for layer in facts["layers"]):
+                tensors = load_file(_expect(tensors_file))
+            pairs = tuple(_projection(layer, tensors) for layer in facts["layers"])
             normalised = facts["norm"] != "none" or facts["loss"] in ("cosine", "normalized_mse")
         except (KeyError, ValueError, OSError) as error:
             raise TransferError(f"{folder}: projections cannot be read ({error})") from error
         if not pairs:
-            raise TransferError(f"{facts_file}: expected a layer with a projection, found none")
+            raise TransferError(f"{facts_file}: expected layers, found none")
         return cls(pairs, normalised)
 
     def nearest(self, student_depth: float, teacher_depth: float, student_layers, teacher_layers):
@@ -96,8 +112,19 @@ class Projections:
         )
 
 
+def _expect(file: Path) -> Path:
+    if not file.is_file():
+        raise TransferError(
+            f"method: 'kd_projection' expects {file.name} in {file.parent}, as distillation by "
+            "hidden states writes it; found none"
+        )
+    return file
+
+
 def _projection(layer: dict, tensors: dict[str, Tensor]) -> Projection:
     name = layer["projection"]
+    if name is None:
+        return Projection(layer["student"], layer["teacher"], None, None)
     if f"{name}.weight" in tensors:
         weight = tensors[f"{name}.weight"].double()
     else:
@@ -115,18 +142,13 @@ class ProjectionMaps:
     """
 
     def __init__(self, projections: Projections, teacher: nn.Module, student: nn.Module, moments):
-        self.projections = projections
         self.teacher, self.student = without_peft(teacher), without_peft(student)
         self.teacher_parts = Architecture.of(teacher)
         self.student_parts = Architecture.of(student)
         self.moments = moments
-        expected = (self.teacher_parts.hidden_size, self.student_parts.hidden_size)
-        for pair in projections.pairs:
-            if tuple(pair.weight.shape) != expected:
-                raise TransferError(
-                    f"projections: expected {list(expected)} for this teacher and student, got "
-                    f"{list(pair.weight.shape)}"
-                )
+        widths = self.teacher_parts.hidden_size, self.student_parts.hidden_size
+        pairs = tuple(pair.between(*widths) for pair in projections.pairs)
+        self.projections = Projections(pairs, projections.normalised)
 
     def fit(self, space: str, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """read [d_s, d_t], write [d_t, d_s], mean_s and mean_t.
