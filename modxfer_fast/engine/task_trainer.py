@@ -157,7 +157,11 @@ def evaluate_task(
 
 
 def _arguments(args: dict[str, Any], where: str, **fields: Any) -> TrainingArguments:
-    quiet = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    quiet = {
+        **_DEFAULTS,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # bf16 asks for one of the two
+    }
     try:
         return TrainingArguments(**{**quiet, **args}, label_names=["labels"], **fields)
     except (TypeError, ValueError, ImportError, FileNotFoundError) as error:

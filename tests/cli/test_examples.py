@@ -5,14 +5,37 @@ from pathlib import Path
 import pytest
 
 from modxfer_fast.cli.job import check_open_sections
+from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.config import load_config
+from modxfer_fast.config.grid import Grid, load_transfer
+from modxfer_fast.report import JobConsole
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.yaml"))
+STUDENTS = sorted((FOLDER / "transfer").glob("student_*.yaml"))
+TRANSFERS = sorted(
+    {*FOLDER.glob("transfer/*.yaml"), *FOLDER.glob("paper/*.yaml")}.difference(STUDENTS)
+)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*EXAMPLES, *STUDENTS], ids=lambda path: path.stem)
 def test_example_is_valid(path):
     check_open_sections(load_config(path))
+
+
+@pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
+def test_transfer_example_is_valid(path):
+    job = load_transfer(path)
+    for each in [cell.job for cell in job.cells] if isinstance(job, Grid) else [job]:
+        TransferJob(each, JobConsole(is_main=False)).check()
+
+
+def test_the_paper_has_three_pairs_on_every_task_and_language():
+    grids = [load_transfer(path) for path in TRANSFERS if path.parent.name == "paper"]
+    assert len(grids) == 3
+    for grid in grids:
+        assert len({cell.labels["task"] for cell in grid.cells}) == 9 + 15 + 7
+        assert {cell.labels["peft"] for cell in grid.cells} == {"lora", "adapter"}
 
 
 def test_the_examples_share_one_cached_teacher():
