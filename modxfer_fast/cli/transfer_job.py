@@ -345,6 +345,7 @@ class TransferJob:
             scope=section.scope,
             head_aware=section.head_aware,
             scale=section.scale,
+            write=section.write,
             means=self.module_state.kind in ("bottleneck", "compacter"),  # whose biases take them
         )
 

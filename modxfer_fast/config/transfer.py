@@ -14,6 +14,7 @@ from modxfer_fast.config.transfer_names import (
     POOLINGS,
     SCALES,
     SCOPES,
+    WRITES,
 )
 
 FRESH = "fresh"  # the method that moves nothing
@@ -115,6 +116,7 @@ class TransferSection(Section):
     scope: one map per layer, or one of the residual stream for all of them.
     head_aware: query, key, value and context are mapped head by head; null: except by regressions.
     scale: how standard deviations are carried; null: as suits the method.
+    write: of ridge and reduced_rank, how the changes a module writes are mapped.
     head: a fresh task head for the student, or the teacher's through the map of the last layer.
     """
 
@@ -125,6 +127,7 @@ class TransferSection(Section):
     scope: Literal[SCOPES] = "layer"
     head_aware: bool | None = None
     scale: Literal[SCALES] | None = None
+    write: Literal[WRITES] = "rotation"
     head: Literal[HEADS] = "fresh"
     statistics: StatisticsSection = StatisticsSection()
     refine: RefineSection | None = None

@@ -23,6 +23,7 @@ MAP_METHODS = (
     "shuffled",
     "random_matched",
 )
+WRITES = ("rotation", "regression")
 SCALES = ("none", "global", "feature")
 SCOPES = ("layer", "global")
 PAIRINGS = ("words", "spans", "positions")

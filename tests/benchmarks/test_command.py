@@ -83,7 +83,10 @@ def test_exit_code_tells_of_a_wrong_result_of_ours(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["lora"], ["room: expected one of correlation, kd_loss, linear_kd_loss, lora_block", "'lora'"]),
+        (
+            ["lora"],
+            ["room: expected one of correlation, kd_loss, linear_kd_loss, lora_block", "'lora'"],
+        ),
         (["lora_linear", "--V", "8"], ["--V: expected a size of lora_linear, one of M, H", "8"]),
         (["lora_linear", "--beta", "1"], ["--beta: expected an option of lora_linear (dropout)"]),
         (["lora_linear", "--dropout", "1"], ["dropout: expected a number in [0, 1), got 1.0"]),

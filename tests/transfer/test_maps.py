@@ -196,6 +196,22 @@ def test_ridge_is_the_least_squares_solution():
     assert torch.equal(about_zero.write, entry.write)
 
 
+def test_a_rotation_writes_no_longer_where_a_regression_is_free_to():
+    # the teacher hardly varies along its last feature, which the student has 90 times as large
+    sizes = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.01], dtype=torch.float64)
+    y = normal(4000, 6) * sizes
+    x = y.clone()
+    x[:, -1] *= 90
+    rotation = one_map(Features(x, y), "ridge", heads=(1, 1))
+    regression = one_map(Features(x, y), "ridge", heads=(1, 1), write="regression", ridge=(1e-12,))
+    ratio = (x.var(0, correction=0).sum() / y.var(0, correction=0).sum()).sqrt()
+    assert torch.allclose(torch.linalg.svdvals(rotation.write), ratio.expand(6))
+    change = torch.zeros(6, dtype=torch.float64)
+    change[-1] = 1.0  # what a module would write there
+    assert (change @ rotation.write).norm() == pytest.approx(ratio.item())
+    assert (change @ regression.write).norm() > 5 * ratio
+
+
 def test_the_penalty_is_the_best_on_held_out_tokens():
     mix = normal(20, 8, seed=5)
 

@@ -4,7 +4,7 @@ method           read and write
 lsa              assignment that maximises the Pearson correlation (the paper)
 lsa_abs          assignment that maximises its magnitude, signs and scales carried
 procrustes       rotation
-ridge            two regressions, student -> teacher and teacher -> student
+ridge            a regression to read, a rotation to write, or a second regression
 reduced_rank     those of ridge; transport then truncates the update on the student's own features
 kd_projection    projections trained by our distillation
 identity, truncate, stride    no data
@@ -22,7 +22,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES
+from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES, WRITES
 from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.models.architecture import SPACES, Architecture
 from modxfer_fast.transfer.errors import TransferError
@@ -65,6 +65,9 @@ class MapOptions:
         means: carry means, which transport folds into biases. Without, rotations and what
             regressions read are fitted about 0 instead of the means: right for a LoRA and IA3,
             which have no bias.
+        write: of regressions, how changes are mapped: "rotation", or "regression" of the student's
+            features on the teacher's. A module writes in directions that features without it hardly
+            have; there a regression is free to be large, and is, where a rotation keeps lengths.
         ridge: the penalties to choose from.
         measured_at: space -> the space whose map it uses instead of its own.
     """
@@ -73,6 +76,7 @@ class MapOptions:
     head_aware: bool | None = None
     scale: str | None = None
     means: bool = True
+    write: str = "rotation"
     ridge: tuple[float, ...] = GRID
     measured_at: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,6 +85,8 @@ class MapOptions:
             raise TransferError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.scale is not None and self.scale not in SCALES:
             raise TransferError(f"scale: expected one of {', '.join(SCALES)}, got {self.scale!r}")
+        if self.write not in WRITES:
+            raise TransferError(f"write: expected one of {', '.join(WRITES)}, got {self.write!r}")
         if not self.ridge or min(self.ridge) <= 0:
             raise TransferError(f"ridge: expected penalties above 0, got {self.ridge}")
         for space in (*self.measured_at, *self.measured_at.values()):
@@ -364,7 +370,13 @@ class _Fitter:
                 f"statistics: the method {self.method!r} expects the Gram matrices of both models, "
                 "which were not collected"
             )
-        return fit_ridge(moments, held, self.options.ridge, means=self.options.means)
+        read, write, numbers = fit_ridge(
+            moments, held, self.options.ridge, means=self.options.means
+        )
+        if self.options.write == "rotation":
+            _, write, more = fit_procrustes(moments, "global")
+            numbers = {"ridge_read": numbers["ridge_read"], **more}
+        return read, write, numbers
 
     def _data_free(self, site: str) -> tuple[Tensor, Tensor, dict[str, float]]:
         choose = CONTROLS["truncate" if self.method == "random_matched" else self.method]

@@ -5,14 +5,14 @@ hidden states (numbered as in `output_hidden_states`: 0 is the embeddings, i the
 i - 1). Hence, for a space in the residual stream,
 
     read  = g W^T, mean_s = 0, mean_t = g b
-    write = argmin_M E ||s read M - s||^2 + ridge: the inverse of read on what the student produces
+    write = the rotation (times one number) from s read to s on what the student produces
 
 with g = 1, or the least-squares gain where the loss compared normalised states and statistics are
 given. Each space takes the pair of hidden states nearest to it in relative depth. Spaces that a
 linear of the block writes (query, key, value, ffn_gate, ffn_up) follow by pushing the read map
 through that linear of both models, P = read W_t^T and R = W_s^T:
 
-    read  = argmin_M E ||s R M - s P||^2        write = argmin_M E ||s P M - s R||^2
+    read  = argmin_M E ||s R M - s P||^2        write = the rotation from s P to s R
 
 E is over the student's second moments if statistics are given, else over white features.
 """
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.models.architecture import ROLES, Architecture, without_peft
 from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.maps.procrustes import polar
 from modxfer_fast.transfer.maps.ridge import Regression
 
 _DEPTH = {"attention_in": 0, "layer_out": 1, "ffn_in": 1, "ffn_out": 1, "attention_out": 1}
@@ -159,7 +160,8 @@ class ProjectionMaps:
         if space in _DEPTH:
             read, offset = self._residual(space, s, t)
             gram = self._student_gram(space, s, t, read)
-            return read, _inverse(read, gram), read.new_zeros(read.shape[0]), offset
+            write = _rotation(gram, gram @ read, read.T @ gram @ read)
+            return read, write, read.new_zeros(read.shape[0]), offset
         role = next((role for role, (_, writes) in ROLES.items() if writes == space), None)
         if role is None:
             raise TransferError(
@@ -173,8 +175,9 @@ class ProjectionMaps:
         gram = self._student_gram(reads, s, t, outer)
         xx, yy = through_s.T @ gram @ through_s, through_t.T @ gram @ through_t
         xy = through_s.T @ gram @ through_t
-        read, write = Regression(xx, xy).solve(_PENALTY), Regression(yy, xy.T).solve(_PENALTY)
-        return read, write, read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
+        read = Regression(xx, xy).solve(_PENALTY)
+        zeros = read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
+        return read, _rotation(xx, xy, yy), *zeros
 
     def _residual(self, space: str, s: int, t: int) -> tuple[Tensor, Tensor]:
         """read of a space in the residual stream, and the constant that goes with it."""
@@ -205,6 +208,12 @@ class ProjectionMaps:
         return model.get_submodule(parts.module_name(layer, role)).weight.detach().double().cpu()
 
 
-def _inverse(read: Tensor, gram: Tensor) -> Tensor:
-    """M [d_t, d_s] with s read M about s for features with the second moments `gram`."""
-    return Regression(read.T @ gram @ read, read.T @ gram).solve(_PENALTY)
+def _rotation(xx: Tensor, xy: Tensor, yy: Tensor) -> Tensor:
+    """M [d_y, d_x] from the second moments of x and y: y M is x turned, and as long on average.
+
+    No regression: a module writes in directions that features without it hardly have, where one
+    would be free to be large.
+    """
+    length = yy.trace()
+    ratio = (xx.trace() / length).sqrt() if length > 0 else length
+    return ratio * polar(xy).T

@@ -14,10 +14,12 @@ from modxfer_fast.transfer.maps.scaling import scaled
 _RANK = 1e-8  # singular values below this part of the largest are rounding
 
 
-def polar(cross: Tensor, count: int) -> Tensor:
-    """U V^T [d_s, d_t] over the directions that `count` centred rows can span."""
+def polar(cross: Tensor, count: int | None = None) -> Tensor:
+    """U V^T [d_s, d_t] over the directions that `count` centred rows can span, None for all."""
     u, s, vt = torch.linalg.svd(cross, full_matrices=False)
-    kept = (s > _RANK * s.max()) & (torch.arange(len(s)) < count - 1)
+    kept = s > _RANK * s.max()
+    if count is not None:
+        kept &= torch.arange(len(s)) < count - 1
     return u[:, kept] @ vt[kept]
 
 
