@@ -51,8 +51,15 @@ def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield scratch
-        if not (keep_existing and path.exists()):
+        if not keep_existing:
             replace_folder(scratch, path)
+        elif not path.exists():
+            os.chmod(scratch, 0o755)
+            try:
+                os.rename(scratch, path)
+            except OSError:
+                if not path.is_dir():  # else another process came first in this very moment
+                    raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

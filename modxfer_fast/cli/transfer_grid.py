@@ -54,13 +54,16 @@ def run_grid(grid: Grid) -> list[CellResult]:
             result = _run_cell(cell)
         except NonFiniteError as error:
             console.say(f"{number}/{len(grid.cells)}  {name}: left out, {error}")
+        else:
+            results.append(result)
+            write_results(results, output)
+            console.say(
+                f"{number}/{len(grid.cells)}  {name}: {result.score:.3f} from "
+                f"{result.initial:.3f}, teacher {result.teacher:.3f}  "
+                f"({time.perf_counter() - start:.0f} s)"
+            )
+        if not results:
             continue
-        results.append(result)
-        write_results(results, output)
-        console.say(
-            f"{number}/{len(grid.cells)}  {name}: {result.score:.3f} from {result.initial:.3f}, "
-            f"teacher {result.teacher:.3f}  ({time.perf_counter() - start:.0f} s)"
-        )
         if number == len(grid.cells) or _group(cell) != _group(grid.cells[number]):
             _write_tables(results, metric, output)
     console.say(f"table, CSV and pictures in {output}")

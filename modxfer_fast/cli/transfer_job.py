@@ -10,15 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast import __version__
 from modxfer_fast.cli.stage_cache import StageCache
 from modxfer_fast.cli.transfer_models import (
+    check_adapter,
     device_of,
     examples,
     examples_digest,
@@ -30,6 +32,7 @@ from modxfer_fast.cli.transfer_models import (
 )
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
+from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_distillation import TaskTextCollator, distil_task
 from modxfer_fast.engine.task_result import TaskResult
@@ -58,9 +61,12 @@ from modxfer_fast.transfer import (
     verify,
 )
 
-STAGES = ("teacher", "statistics", "maps", "module", "student")
 ADAPTER, CONTENT, RESULT = "adapter", "content", "result.json"
-VERSIONS = [__version__, torch.__version__, transformers.__version__]
+# raised when a stage comes to leave other results for the same facts
+STAGE_FORMAT = 2
+VERSIONS = [
+    STAGE_FORMAT, __version__, torch.__version__, transformers.__version__, peft.__version__
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ class TransferJob:
     def _score_teacher(self, folder: Path) -> None:
         section = self.job.teacher
         adapter = Path(section.adapter).expanduser()
+        check_adapter(adapter, section)
         model = load_with_module(section, adapter, self.kind, self.labels, seed=section.seed)
         scores = evaluate_task(
             model, tokenizer_of(section, self.kind), self.data, args=section.training
@@ -202,7 +209,11 @@ class TransferJob:
     @cached_property
     def module_state(self) -> PeftModuleState:
         """The teacher's module."""
-        return PeftModuleState.from_folder(self.teacher / ADAPTER, self._teacher_model())
+        return PeftModuleState.from_folder(
+            self.teacher / ADAPTER,
+            self._teacher_model(),
+            any_base=True,  # the same model may have another path today
+        )
 
     @cached_property
     def layer_map(self) -> LayerMap:
@@ -227,8 +238,8 @@ class TransferJob:
     def statistics(self) -> Path | None:
         """Folder with the moments of both models, None where nothing is fitted on them."""
         section = self.transfer
-        needs_data = section.method not in DATA_FREE_METHODS
-        if section.method == FRESH or not (needs_data or self._matches_outputs):
+        needs_data = section.method not in (*DATA_FREE_METHODS, FRESH)
+        if not (needs_data or self._matches_outputs):
             return None
         spaces = list(self._map_options().sites(self.module_state.spaces))
         pairs = list(self.layer_map.pairs)
@@ -291,23 +302,36 @@ class TransferJob:
         if self.transfer.method == FRESH:
             return None
         section = self.transfer
-        return self._fit(self.layer_map, self.module_state.spaces, head=section.head == "transport")
+        return self._fit(
+            section.method,
+            self._map_options(),
+            self.layer_map,
+            self.module_state.spaces,
+            head=section.head == "transport",
+        )
 
-    def _fit(self, layer_map: LayerMap, spaces: tuple[str, ...], *, head: bool = False) -> Path:
-        section, job = self.transfer, self.job
+    def _fit(
+        self,
+        method: str,
+        options: MapOptions,
+        layer_map: LayerMap,
+        spaces: tuple[str, ...],
+        *,
+        head: bool = False,
+    ) -> Path:
+        job = self.job
         # the others depend on no seed, and so serve all of them
-        seed = job.seed if section.method in ("shuffled", "random_matched") else 0
+        seed = job.seed if method in ("shuffled", "random_matched") else 0
         projections = None
-        if section.method == "kd_projection":
+        if method == "kd_projection":
             projections = Path(job.student.projections or job.student.path).expanduser()
-        options = self._map_options()
         facts = {
             "statistics": self.statistics and self.statistics.name,
             "teacher": model_identity(job.teacher),
             "student": model_identity(job.student),
             "projections": projections and folder_digest(projections),
             "layer_map": layer_map.facts(),
-            "method": section.method,
+            "method": method,
             "options": asdict(options),
             "spaces": spaces,
             "head": head,
@@ -320,7 +344,7 @@ class TransferJob:
                 maps = fit_maps(
                     self._load_statistics(),
                     layer_map,
-                    section.method,
+                    method,
                     teacher=self._teacher_model().get_base_model(),
                     student=self._student_model(),
                     spaces=spaces,
@@ -378,6 +402,7 @@ class TransferJob:
         student = self._student_model()
         if self.transfer.method == FRESH:
             self._fresh(student).save_pretrained(str(folder / ADAPTER))
+            verify(folder / ADAPTER, self._student_model())
             return
         module = transport(
             self.module_state,
@@ -392,7 +417,10 @@ class TransferJob:
             student,
             folder / ADAPTER,
             provenance={
-                "teacher": {"path": self.job.teacher.path, **model_identity(self.job.teacher)},
+                "models": {
+                    role: {"path": part.path, **model_identity(part)}
+                    for role, part in (("teacher", self.job.teacher), ("student", self.job.student))
+                },
                 "seed": self.job.seed,
             },
         )
@@ -404,17 +432,23 @@ class TransferJob:
 
     @cached_property
     def _fresh_config(self) -> PeftConfig:
-        return fresh_config(self.module_state, self._student_model())
+        layer_map = make_layer_map("skip", *(parts.num_layers for parts in self._parts))
+        if self.job.transfer is not None and self.transfer.method != FRESH:
+            layer_map = self.layer_map
+        return fresh_config(self.module_state, self._student_model(), layer_map)
 
     def _fresh(self, student: PreTrainedModel) -> PeftModel:
         return fresh_module(self._fresh_config, student, seed=self.job.seed)
 
     @cached_property
     def _output_maps(self) -> Path | None:
-        """Folder with the maps of the block outputs that refinement compares."""
-        if not self._matches_outputs or self.transfer.method == FRESH:
+        """Folder with the maps of the block outputs that refinement compares.
+
+        Regressions whatever the method, so that methods differ in the module that they move alone.
+        """
+        if not self._matches_outputs:
             return None
-        return self._fit(self._output_map, ("layer_out",))
+        return self._fit("ridge", MapOptions(), self._output_map, ("layer_out",))
 
     def _refine(self, moved: Path, folder: Path) -> None:
         job, section = self.job, self.transfer.refine
@@ -430,12 +464,14 @@ class TransferJob:
                 "maps": {s + 1: maps["layer_out", s, t] for s, t in pairs},
                 "weight": section.hidden_weight,
             }
-        tokenizers = [tokenizer_of(part, self.kind) for part in (job.student, job.teacher)]
+        ours, theirs = (tokenizer_of(part, self.kind) for part in (job.student, job.teacher))
+        if _read_alike(ours, theirs):
+            theirs = None
         distil_task(
             student,
             self._teacher_model(),
             text_rows(self.texts),
-            TaskTextCollator(*tokenizers, max_length=job.task.max_length),
+            TaskTextCollator(ours, theirs, max_length=job.task.max_length),
             section.training,
             seed=job.seed,
             output_dir=folder / "checkpoints",
@@ -445,6 +481,7 @@ class TransferJob:
             where="transfer.refine.training",
         )
         student.save_pretrained(str(folder / ADAPTER))
+        verify(folder / ADAPTER, self._student_model())
         provenance = moved / ADAPTER / PROVENANCE
         facts = json.loads(provenance.read_text()) if provenance.is_file() else {}
         write_json(folder / ADAPTER / PROVENANCE, {**facts, "refine": section.model_dump()})
@@ -486,7 +523,8 @@ class TransferJob:
                 job.student, module / ADAPTER, self.kind, self.labels, seed=job.seed, trainable=True
             )
         if job.student.fused_lora:
-            patch_peft_model(model)
+            for line in str(patch_peft_model(model)).splitlines():
+                self.console.say(line)
         self._train(
             model,
             tokenizer_of(job.student, self.kind),
@@ -532,6 +570,14 @@ class TransferJob:
 def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     """A training section without `eval_steps`, and those, which the training itself asks for."""
     return {k: v for k, v in training.items() if k != "eval_steps"}, training.get("eval_steps")
+
+
+def _read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same inputs for the same text."""
+    return (
+        tokenizer_digest(one) == tokenizer_digest(other)
+        and one.model_input_names == other.model_input_names
+    )
 
 
 def text_rows(texts: list) -> Dataset:

@@ -1,12 +1,12 @@
-"""The models, tokenizers, examples and modules of transfer jobs, each loaded once per process."""
+"""The models, tokenizers, examples and modules of transfer jobs, and what tells them apart."""
 
 import hashlib
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from modxfer_fast.config import TaskSection
 from modxfer_fast.config.transfer import EncoderSection
@@ -14,8 +14,9 @@ from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
 from modxfer_fast.models import ModelError
 from modxfer_fast.models.task import load_task_model
 from modxfer_fast.transfer import TransferError
+from modxfer_fast.transfer.modules import load_config, same_model
 
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "vocab*", "*.model")
+_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
 
 
 @lru_cache(maxsize=8)
@@ -59,9 +60,10 @@ def model_identity(section: EncoderSection) -> dict[str, str | None]:
     Raises:
         ModelError: nothing there.
     """
+    options = {"dtype": section.dtype, "attention": section.attn_implementation}
     path = Path(section.path).expanduser()
     if path.is_dir():
-        return {"files": folder_digest(path), "dtype": section.dtype}
+        return {"files": folder_digest(path), **options}
     try:
         config = AutoConfig.from_pretrained(
             section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -69,12 +71,12 @@ def model_identity(section: EncoderSection) -> dict[str, str | None]:
     except (OSError, ValueError) as error:
         raise ModelError(f"model {section.path}: cannot be loaded ({error})") from error
     commit = getattr(config, "_commit_hash", None) or section.revision
-    return {"hub": section.path, "commit": commit, "dtype": section.dtype}
+    return {"hub": section.path, "commit": commit, **options}
 
 
 def folder_digest(folder: Path) -> str:
     """Short hash of the weights, configuration and tokenizer in a folder."""
-    files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+    files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
     stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     return _files_digest(stamps)
 
@@ -105,21 +107,25 @@ def load_with_module(
     Args:
         seed: of a head that the folder does not bring.
     Raises:
-        TransferError: no module there, or one of another base model.
+        TransferError: a head for other labels.
     """
-    check_adapter(adapter, section)
     model = load_task_model(section, kind, labels, seed=seed)
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-
-
-def check_adapter(adapter: str | Path, section: EncoderSection) -> None:
-    """Raise a TransferError unless `adapter` is a module of the model of `section`."""
-    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
-        raise TransferError(f"adapter {adapter}: expected adapter_config.json in it, found none")
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if base is not None and Path(base).name != Path(section.path).name:
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except RuntimeError as error:
         raise TransferError(
-            f"adapter {adapter}: expected a module of {section.path}, got one of {base}"
+            f"adapter {adapter}: does not fit {section.path} with a head for the {len(labels)} "
+            f"labels {', '.join(labels)} ({error})"
+        ) from error
+
+
+def check_adapter(adapter: Path, section: EncoderSection) -> None:
+    """Raise a TransferError unless `adapter` is a module of the model of `section`."""
+    config = load_config(adapter)
+    found = config.base_model_name_or_path
+    if found and not same_model(section.path, found):
+        raise TransferError(
+            f"adapter {adapter}: expected a module of {section.path}, got one of {found}"
         )
 
 
@@ -128,8 +134,3 @@ def device_of(training: dict) -> torch.device:
     if training.get("use_cpu") or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator()
-
-
-def bare(section: EncoderSection, kind: str, labels: tuple[str, ...]) -> PreTrainedModel:
-    """The model of a section without a module; its head is of no use."""
-    return load_task_model(section, kind, labels, seed=0)

@@ -44,7 +44,9 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
     job.check()
     start = time.perf_counter()
     if until is not None:
-        console.say(f"{until}: {getattr(job, until)}")
+        result = getattr(job, until)
+        folder = result.folder if isinstance(result, StudentRun) else result
+        console.say(f"{until}: {folder or 'not needed by this method'}")
         return None
     runs = _run_students(job)
     report = {
@@ -139,6 +141,6 @@ def _print_summary(
                 "–" if steps is None else f"{steps:.0f}",
             ]
         )
-    columns = ["model", "test", "before training", "gap recovered", "steps to scratch's last"]
+    columns = ["model", "test", "validation before", "gap recovered", "steps to scratch's last"]
     console.table(f"{METRIC_NAMES[job.metric]}, seed {job.job.seed}", columns, rows)
     console.say(f"{seconds:.0f} s; module, students, report and curves in {output}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.loading import apply_override, load_raw, validate
 from modxfer_fast.config.schema import Section
 from modxfer_fast.config.transfer import TransferConfig
@@ -40,6 +41,7 @@ class GridSection(Section):
     """Many jobs that differ along axes; their results become one table.
 
     axes: {axis: {label: {dotted.key: value, ...}}}, or {axis: {path: dotted.key, values: [...]}}.
+        A section that a label sets to null stays off, whatever other axes set in it.
         `method` and `seed` must be among them, and the method `scratch`.
     only: cells to run, as {axis: [labels]}; a cell runs if one entry allows it. Null runs all.
     slowest: axes that vary slowest, first to last; the others follow as they stand in `axes`, the
@@ -126,12 +128,21 @@ def load_transfer(path: str | Path, overrides: list[str] = ()) -> TransferConfig
     for labels in grid.cells():
         name = " ".join(f"{axis}={label}" for axis, label in labels.items())
         job = copy.deepcopy(raw)
-        for axis, label in labels.items():
-            for dotted, value in grid.axes[axis][label].items():
+        chosen = [
+            (axis, label, dotted, value)
+            for axis, label in labels.items()
+            for dotted, value in grid.axes[axis][label].items()
+        ]
+        # what one axis switches off, e.g. `transfer: null`, no other axis brings back
+        off = tuple(f"{dotted}." for _, _, dotted, value in chosen if value is None)
+        for axis, label, dotted, value in chosen:
+            if not (off and dotted.startswith(off)):
                 where = f"{path}: grid.axes.{axis}.{label}.{dotted}"
                 apply_override(job, dotted, copy.deepcopy(value), where)
         job.setdefault("scratch", False)  # a cell of its own
         cells.append(Cell(labels, validate(job, TransferConfig, f"{path} [{name}]")))
+    if not cells:
+        raise ConfigError(f"{path}: grid.only: expected at least one cell, got none")
     return Grid(cells[0].job.output_dir, tuple(grid.axes), tuple(cells))
 
 

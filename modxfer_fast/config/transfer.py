@@ -80,7 +80,7 @@ class StatisticsSection(Section):
         runs of characters that both tokenizers cut out; `positions` compares pieces at equal
         positions, as the paper's code does.
     module_active: whether the teacher's features are those with its module.
-    held_out_every: each so many batches one is kept for the fit scores.
+    held_out_every: each so many batches one is kept for the fit scores; 0 for none.
     """
 
     examples: PositiveInt = 1000
@@ -88,7 +88,13 @@ class StatisticsSection(Section):
     pairing: Literal[PAIRINGS] = "words"
     pooling: Literal[POOLINGS] = "mean"
     module_active: bool = False
-    held_out_every: Annotated[int, Field(ge=2)] = 5
+    held_out_every: Annotated[int, Field(ge=0)] = 5
+
+    @model_validator(mode="after")
+    def _not_every(self):
+        if self.held_out_every == 1:
+            raise ValueError("held_out_every: expected 0 or at least 2, because 1 leaves no batch")
+        return self
 
 
 class RefineSection(Section):
@@ -97,13 +103,18 @@ class RefineSection(Section):
 
     training: fields of `transformers.TrainingArguments`.
     temperature: of the logits.
-    hidden_weight: of the hidden-state loss, through the fitted maps of the block outputs; 0 leaves
-        it out.
+    hidden_weight: of the hidden-state loss, through regressions of the block outputs, whatever the
+        method; 0 leaves it out.
     """
 
     training: dict[str, Any] = Field(default_factory=dict)
     temperature: Positive = 2.0
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+# What the paper's code does; `reference_options` has the rest.
+_REFERENCE = {"method": "lsa", "layers": "skip", "scope": "layer", "scale": "none", "head": "fresh"}
+_REFERENCE_STATISTICS = {"pairing": "positions", "held_out_every": 0, "module_active": False}
 
 
 class TransferSection(Section):
@@ -112,7 +123,7 @@ class TransferSection(Section):
     layers: which teacher layers a student layer takes from. sources: of `explicit`.
     method: how features of the two models are mapped onto each other; `fresh` moves nothing, so
         that refinement alone, which is plain distillation, can be compared.
-    preset: `reference` takes the choices of the paper's code throughout.
+    preset: `reference` makes all choices as the paper's code does.
     scope: one map per layer, or one of the residual stream for all of them.
     head_aware: query, key, value and context are mapped head by head; null: except by regressions.
     scale: how standard deviations are carried; null: as suits the method.
@@ -132,14 +143,28 @@ class TransferSection(Section):
     statistics: StatisticsSection = StatisticsSection()
     refine: RefineSection | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("preset") != "reference":
+            return raw
+        statistics = raw.get("statistics") or {}
+        for given, choices in ((raw, _REFERENCE), (statistics, _REFERENCE_STATISTICS)):
+            for name, choice in choices.items():
+                if given.get(name, choice) != choice:
+                    raise ValueError(
+                        f"{name}: expected {choice} or nothing with preset: reference, "
+                        f"got {given[name]}"
+                    )
+        statistics = {**statistics, **_REFERENCE_STATISTICS}
+        return {**raw, **_REFERENCE, "statistics": statistics}
+
     @model_validator(mode="after")
     def _consistent(self):
         if (self.layers == "explicit") != (self.sources is not None):
             raise ValueError("sources: expected together with layers: explicit, and only there")
-        if self.preset == "reference" and self.method != "lsa":
-            raise ValueError(f"method: expected lsa with preset: reference, got {self.method}")
-        if self.method == FRESH and self.refine is None:
-            raise ValueError("method: fresh moves nothing; expected it together with refine")
+        if self.method == FRESH and (self.refine is None or self.head != "fresh"):
+            raise ValueError("method: fresh moves nothing; expected it with refine and head: fresh")
         return self
 
 

@@ -9,6 +9,7 @@ of each word.
          + weight * mean over rows of the hidden-state loss
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,23 +29,16 @@ from transformers import (
     set_seed,
 )
 
-from modxfer_fast.config import ConfigError
 from modxfer_fast.engine.encoder import EncoderBackbone
+from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.layer_taps import LayerTaps
 from modxfer_fast.engine.metrics import IGNORE_INDEX
-from modxfer_fast.engine.task_trainer import check_task_training
+from modxfer_fast.engine.task_trainer import check_task_training, task_arguments
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.losses import HiddenStateLoss
 
 # Keys of a batch that are no inputs of a model.
 _OWN_KEYS = ("labels", "rows", "teacher_rows", "teacher_inputs", "length")
-_DEFAULTS = {
-    "per_device_train_batch_size": 32,
-    "train_sampling_strategy": "group_by_length",
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 
 
 @dataclass(frozen=True)
@@ -210,6 +204,11 @@ class TaskDistillTrainer(Trainer):
         teacher_inputs = inputs.get("teacher_inputs", student_inputs)
         rows = _rows(inputs)
         teacher_rows = inputs.get("teacher_rows", rows)
+        if self._hidden is not None and "teacher_inputs" in inputs and "teacher_rows" not in inputs:
+            raise ValueError(
+                "hidden: expected teacher_rows beside teacher_inputs, which say the tokens to "
+                "compare; texts of sequence classifiers have them with one tokenizer only"
+            )
         with torch.no_grad():
             answer, theirs = _run(self.teacher, teacher_inputs, self._hidden and self._teacher_taps)
         logits, ours = _run(model, student_inputs, self._hidden and self._student_taps)
@@ -285,19 +284,16 @@ def distil_task(
 
     Raises:
         ConfigError: a field of `args` that does not exist. ValueError: models that do not fit.
+        NonFiniteError: the loss is not finite.
     """
     check_task_training(args, where)
     if isinstance(hidden, Mapping):
         hidden = TaskHiddenOptions(**hidden)
-    fields = {**_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **args}
-    if fields["train_sampling_strategy"] == "group_by_length":
+    arguments = task_arguments(
+        args, where, output_dir=str(output_dir), seed=seed, remove_unused_columns=False
+    )
+    if arguments.train_sampling_strategy == "group_by_length":
         texts = _with_lengths(texts)
-    try:
-        arguments = TrainingArguments(
-            **fields, output_dir=str(output_dir), seed=seed, remove_unused_columns=False
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
     set_seed(seed)
     trainer = TaskDistillTrainer(
         student,
@@ -312,6 +308,8 @@ def distil_task(
         callbacks=callbacks,
     )
     trainer.train()
+    if not math.isfinite(trainer.state.log_history[-1]["train_loss"]):
+        raise NonFiniteError(f"{where}: the loss is not finite; a lower learning rate may help")
     return trainer.state.log_history
 
 

@@ -58,7 +58,7 @@ _FOR_EVALUATION = ("per_device_eval_batch_size", "bf16", "fp16", "tf32", "use_cp
 def check_task_training(args: dict[str, Any], where: str) -> None:
     """Raise a ConfigError unless `args` are fields of TrainingArguments that a user may give."""
     check_fields(TrainingArguments, args, where, _OWNED)
-    _arguments(args, where, output_dir="unused")
+    task_arguments(args, where, output_dir="unused")
 
 
 def train_task(
@@ -93,7 +93,7 @@ def train_task(
     keep_best = bool(args.get("load_best_model_at_end"))
     fields = {key: value for key, value in args.items() if key != "load_best_model_at_end"}
     by_steps = eval_steps is not None
-    arguments = _arguments(
+    arguments = task_arguments(
         fields,
         where,
         output_dir=str(output_dir),
@@ -152,11 +152,16 @@ def evaluate_task(
     kept = {key: value for key, value in (args or {}).items() if key in _FOR_EVALUATION}
     encoded = encode_task(data, split, tokenizer).by_length()
     with tempfile.TemporaryDirectory() as folder:  # Trainer makes its folder whatever it writes
-        arguments = _arguments(kept, "training", output_dir=folder)
+        arguments = task_arguments(kept, "training", output_dir=folder)
         return TaskTrainer(model, arguments, None, encoded, tokenizer).scores(encoded)
 
 
-def _arguments(args: dict[str, Any], where: str, **fields: Any) -> TrainingArguments:
+def task_arguments(args: dict[str, Any], where: str, **fields: Any) -> TrainingArguments:
+    """TrainingArguments with the defaults of small quiet runs; `fields` are the job's own.
+
+    Raises:
+        ConfigError: values that TrainingArguments refuses.
+    """
     quiet = {
         **_DEFAULTS,
         "dataloader_pin_memory": torch.cuda.is_available(),

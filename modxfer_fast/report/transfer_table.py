@@ -16,13 +16,13 @@ _NUMBERS = ("teacher", "initial", "score", "seconds")
 
 @dataclass(frozen=True)
 class CellResult:
-    """What one cell found. Scores are fractions of 1, entity F1 or accuracy on the test split.
+    """What one cell found. Scores are fractions of 1, entity F1 or accuracy.
 
     Attributes:
         labels: of the cell, by axis; `method` and `seed` are among them.
-        teacher: score of the teacher with its module.
-        initial: score before the student was trained.
-        score: after it.
+        teacher: of the teacher with its module, on the test split.
+        initial: before the student was trained, on the validation split.
+        score: after it, on the test split.
         seconds: of the student's training.
         curve: (step, score on the validation split), ascending.
     """
@@ -180,8 +180,8 @@ def markdown(groups: Sequence[Group], scratch: str) -> str:
     for group in groups:
         parts.append(f"### {group.title}: teacher {group.teacher:.3f}\n")
         parts.append(
-            "| method | score | before training | gap recovered | steps to scratch's last "
-            "| seeds above scratch |\n|---|---|---|---|---|---|"
+            "| method | test | validation before training | gap recovered "
+            "| steps to scratch's last | seeds above scratch |\n|---|---|---|---|---|---|"
         )
         best = max(group.methods, key=lambda method: method.mean)
         for method in group.methods:

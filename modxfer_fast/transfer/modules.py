@@ -217,7 +217,7 @@ def check_base_model(config: PeftConfig, model: nn.Module, source: str | Path) -
     """
     expected = without_peft(model).config.name_or_path
     found = config.base_model_name_or_path
-    if expected and found and not _same_model(expected, found):
+    if expected and found and not same_model(expected, found):
         raise TransferError(f"{source}: expected an adapter of {expected}, got one of {found}")
 
 
@@ -298,7 +298,7 @@ def _is_feedforward(tensors: Mapping[str, Tensor]) -> bool:
     return tensors["ia3_l"].shape[0] == 1
 
 
-def _same_model(a: str, b: str) -> bool:
+def same_model(a: str, b: str) -> bool:
     if a == b:
         return True
     one, other = Path(a), Path(b)

@@ -94,7 +94,7 @@ def test_a_module_moves_and_plain_peft_loads_it(write, material, capsys):
     merged_model = model.merge_and_unload()
     assert not any("lora" in name for name, _ in merged_model.named_parameters())
     provenance = json.loads((out / "module" / "transfer.json").read_text())
-    assert provenance["teacher"]["path"] == str(material / "teacher")
+    assert provenance["models"]["teacher"]["path"] == str(material / "teacher")
     assert provenance["method"] == "ridge"
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "student" / "adapter_model.safetensors").is_file()
@@ -137,7 +137,7 @@ def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch):
     "transfer",
     [
         {"layers": "mean", "method": "truncate"},
-        {"method": "lsa", "preset": "reference", "statistics": {"pairing": "positions"}},
+        {"method": "lsa", "preset": "reference"},
         {"layers": "cka", "method": "procrustes", "head": "transport"},
         {"method": "random_matched"},
         {

@@ -120,6 +120,27 @@ def test_a_cell_that_cannot_work_is_named(write):
         load_transfer(write(grid={"axes": axes}))
 
 
+def test_what_one_axis_switches_off_no_other_brings_back(write):
+    axes = {**AXES, "statistics": {"few": {"transfer.statistics.examples": 10}}}
+    cells = load_transfer(write(grid={"axes": axes})).cells
+    for cell in cells:
+        if cell.labels["method"] == "scratch":
+            assert cell.job.transfer is None
+        else:
+            assert cell.job.transfer.statistics.examples == 10
+
+
+def test_a_grid_without_cells_is_refused(write):
+    with pytest.raises(ConfigError, match=r"grid\.only: expected at least one cell, got none"):
+        load_transfer(write(grid={"axes": AXES, "only": []}))
+
+
+def test_the_reference_preset_makes_every_choice(write):
+    section = load_transfer(write(transfer={"preset": "reference"})).transfer
+    assert (section.method, section.layers, section.scale) == ("lsa", "skip", "none")
+    assert (section.statistics.pairing, section.statistics.held_out_every) == ("positions", 0)
+
+
 def test_an_override_through_a_scalar_is_refused(write):
     axes = {**AXES, "task": {"x": {"output_dir.name": 1}}}
     with pytest.raises(ConfigError, match=r"task\.x\.output_dir\.name: output_dir is not a"):
@@ -131,7 +152,11 @@ def test_an_override_through_a_scalar_is_refused(write):
     [
         ({"transfer": {"layers": "explicit"}}, "transfer: sources: expected together with layers"),
         ({"transfer": {"sources": [0]}}, "transfer: sources: expected together with layers"),
-        ({"transfer": {"preset": "reference"}}, "method: expected lsa with preset: reference"),
+        (
+            {"transfer": {"preset": "reference", "method": "ridge"}},
+            "method: expected lsa or nothing with preset: reference, got ridge",
+        ),
+        ({"transfer": {"method": "fresh"}}, "method: fresh moves nothing"),
         ({"transfer": {"method": "lsaa"}}, "transfer.method: .*got 'lsaa'"),
         ({"teacher": {"path": "t"}}, "teacher: expected exactly one of peft and adapter"),
         ({"teacher": {"path": "t", "peft": {}, "adapter": "a"}}, "teacher: expected exactly one"),

@@ -15,7 +15,7 @@ random_matched   truncate; transport then redraws every tensor from its own mean
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
@@ -142,7 +142,7 @@ def fit_maps(
         statistics: of these models, with these spaces and pairs; None for identity, truncate,
             stride, random_matched, and for kd_projection.
         teacher, student: architectures; kd_projection needs the models.
-        head: also map the output of the last layers, for a head that is moved.
+        head: also map the output of the last layers, means included, for a head that is moved.
         projections: folder of kd_projection, that of the distilled student.
         seed: of "shuffled".
         progress: called with (maps done, maps in all).
@@ -157,8 +157,6 @@ def fit_maps(
     pairs = layer_map.pairs
     keys = [(space, s, t) for space in dict.fromkeys(spaces) for s, t in pairs]
     last = ("layer_out", student_parts.num_layers - 1, teacher_parts.num_layers - 1)
-    if head and last not in keys:
-        keys.append(last)
     fitter = _Fitter(statistics, method, teacher_parts, student_parts, options, seed)
     if method == "kd_projection":
         fitter.projection_maps = _projection_maps(
@@ -166,10 +164,18 @@ def fit_maps(
         )
     if options.scope == "global":
         fitter.pool([key for key in keys if key[0] in RESIDUAL_SPACES])
+    fitters = dict.fromkeys(keys, fitter)
+    if head and last not in fitters:
+        keys.append(last)
+        # a head has a bias, whatever the module has
+        with_means = replace(options, means=True)
+        fitters[last] = _Fitter(statistics, method, teacher_parts, student_parts, with_means, seed)
+        fitters[last].projection_maps = fitter.projection_maps
     maps = {}
     # the assignment and the decompositions release the interpreter's lock
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, len(keys))) as workers:
-        for key, fitted in zip(keys, workers.map(fitter.fit, keys), strict=True):
+        fits = workers.map(lambda key: fitters[key].fit(key), keys)
+        for key, fitted in zip(keys, fits, strict=True):
             maps[key] = fitted
             if progress is not None:
                 progress(len(maps), len(keys))
@@ -288,7 +294,7 @@ class _Fitter:
             # pooled moments have no means left to choose by: what writes is fitted apart
             _, write, numbers = self._fit_together(keys, lambda moments: moments)
             read, _, others = self._global
-            self._global = read, write, {**others, "ridge_write": numbers["ridge_write"]}
+            self._global = read, write, {**numbers, **others}
 
     def _fit_together(
         self, keys: list[Key], view: Callable[[Moments], Moments]
@@ -370,13 +376,13 @@ class _Fitter:
                 f"statistics: the method {self.method!r} expects the Gram matrices of both models, "
                 "which were not collected"
             )
-        read, write, numbers = fit_ridge(
-            moments, held, self.options.ridge, means=self.options.means
+        return fit_ridge(
+            moments,
+            held,
+            self.options.ridge,
+            means=self.options.means,
+            write=self.options.write,
         )
-        if self.options.write == "rotation":
-            _, write, more = fit_procrustes(moments, "global")
-            numbers = {"ridge_read": numbers["ridge_read"], **more}
-        return read, write, numbers
 
     def _data_free(self, site: str) -> tuple[Tensor, Tensor, dict[str, float]]:
         choose = CONTROLS["truncate" if self.method == "random_matched" else self.method]

@@ -1,11 +1,11 @@
 """Least-squares maps with a penalty chosen on held-out tokens.
 
 read  = argmin_M E ||(s - mean_s) M - (t - mean_t)||^2 + a ||M||^2
-write = argmin_M E ||(t - mean_t) M - (s - mean_s)||^2 + b ||M||^2
+write = the rotation of procrustes.py, or
+        argmin_M E ||(t - mean_t) M - (s - mean_s)||^2 + b ||M||^2
 
 A penalty is relative to the mean variance of the side it is regressed on. Each is taken from a grid
-by the held-out squared error, each feature in units of its variance. The two regressions are
-independent: write is no inverse of read.
+by the held-out squared error, each feature in units of its variance. write is no inverse of read.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.moment_views import about, swapped, uncentred
 from modxfer_fast.transfer.maps.numerics import deviations, inverse_or_zero
+from modxfer_fast.transfer.maps.procrustes import fit_procrustes
 
 GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _WITHOUT_HELD_OUT = 1e-3
@@ -78,19 +79,29 @@ def regress(
 
 
 def fit_ridge(
-    moments: Moments, held_out: Moments | None, grid: Sequence[float], *, means: bool
+    moments: Moments,
+    held_out: Moments | None,
+    grid: Sequence[float],
+    *,
+    means: bool,
+    write: str,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """read, write and their penalties.
+    """read, write, and the numbers of their fit.
 
     Args:
         means: whether read is about the means, or, for a module without a constant term, about 0.
             write is about the means in any case: it maps changes, and the change of an affine
             function has no constant.
+        write: "rotation" or "regression".
     """
-    back = None if held_out is None else swapped(held_out)
-    write, ridge_write = regress(swapped(moments), back, grid)
+    if write == "rotation":
+        _, back, numbers = fit_procrustes(moments, "global")
+    else:
+        other = None if held_out is None else swapped(held_out)
+        back, penalty = regress(swapped(moments), other, grid)
+        numbers = {"ridge_write": penalty}
     if not means:
         moments = uncentred(moments)
         held_out = None if held_out is None else uncentred(held_out)
-    read, ridge_read = regress(moments, held_out, grid)
-    return read, write, {"ridge_read": ridge_read, "ridge_write": ridge_write}
+    read, penalty = regress(moments, held_out, grid)
+    return read, back, {"ridge_read": penalty, **numbers}
