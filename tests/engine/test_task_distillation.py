@@ -226,6 +226,23 @@ def test_hidden_states_go_through_frozen_maps(tmp_path, tokenizers, as_space_map
     assert "kd_loss" not in log[0]
 
 
+def test_hidden_states_of_pairs_need_one_tokenizer(tmp_path, tokenizers):
+    student = model(AutoModelForSequenceClassification, tokenizers[0])
+    teacher = model(AutoModelForSequenceClassification, tokenizers[1], seed=1)
+    texts = Dataset.from_dict({"text_a": ["the old house"] * 4, "text_b": ["by one", "near"] * 2})
+    with pytest.raises(ValueError, match="hidden: expected teacher_rows beside teacher_inputs"):
+        distil_task(
+            student,
+            teacher,
+            texts,
+            TaskTextCollator(*tokenizers),
+            {**ARGS, "max_steps": 1},
+            hidden=TaskHiddenOptions({1: 1}),
+            seed=0,
+            output_dir=tmp_path,
+        )
+
+
 def test_labels_add_cross_entropy(tmp_path, tokenizers):
     tokenizer = tokenizers[0]
     encoded = tokenizer(list(sentences(6)["words"]), is_split_into_words=True)

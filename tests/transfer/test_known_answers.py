@@ -192,6 +192,20 @@ def test_one_global_map_recovers_a_permuted_clone():
         assert difference < tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("write", ["rotation", "regression"])
+def test_one_global_map_without_means_recovers_a_clone_in_another_basis(write):
+    teacher = with_plain_norms(original("llama"))
+    q = bases(teacher, rotation)
+    student = clone(teacher, q)
+    options = MapOptions(scope="global", means=False, ridge=(1e-9,), write=write)
+    config = lora("llama", target_modules=["o_proj", "down_proj"])
+    with_module, _, maps, moved = move(teacher, student, config, "ridge", options=options)
+    assert all("ridge_read" in entry.fit for entry in maps.values())
+    expected = change(with_module)
+    result = change(attach(moved, clone(teacher, q)))
+    assert (result - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 def test_turned_signs_are_carried_by_lsa_abs_alone():
     teacher = original("llama")
     q = bases(teacher, signed_permutation)

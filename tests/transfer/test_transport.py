@@ -378,6 +378,26 @@ def test_the_head_is_moved_through_the_last_layers():
     assert (result - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
+def test_a_head_takes_the_means_that_a_lora_cannot():
+    teacher = original("bert")
+    student = clone(teacher, bases(teacher))
+    module = PeftModuleState.from_model(trained(teacher, lora()))
+    layer_map = make_layer_map("skip", 2, 2)
+    facts = statistics(teacher, student, (*module.spaces, "layer_out"), layer_map)
+    maps = fit_maps(
+        facts,
+        layer_map,
+        "ridge",
+        teacher=Architecture.of(teacher),
+        student=Architecture.of(student),
+        spaces=module.spaces,
+        options=MapOptions(means=False),
+        head=True,
+    )
+    assert maps["layer_out", 1, 1].mean_t.abs().max() > 0
+    assert not maps["attention_in", 1, 1].mean_t.any()
+
+
 def test_a_head_of_several_layers_is_not_moved():
     config = BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
