@@ -20,21 +20,17 @@ class StageCache:
         """Where the result of a stage with these facts is, or will be."""
         return self.root / stage / fingerprint(facts)
 
-    def get(
-        self, stage: str, facts: dict[str, Any], build: Callable[[Path], None]
-    ) -> tuple[Path, bool]:
+    def get(self, stage: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of a stage, filled by `build` unless somebody was first.
 
         Args:
             facts: everything the result depends on; kept beside it for people.
             build: fills the folder it is given; when it raises, nothing stays.
-        Returns:
-            The folder, and whether it was there already.
         """
         folder = self.folder(stage, facts)
         if folder.is_dir():
-            return folder, True
+            return folder
         with new_folder(folder, keep_existing=True) as scratch:
             build(scratch)
             write_json(scratch / _FACTS, facts)
-        return folder, False
+        return folder

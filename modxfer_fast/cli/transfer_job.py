@@ -559,12 +559,12 @@ class TransferJob:
         )
 
     def _stage(self, name: str, facts: dict[str, Any], build) -> Path:
-        if self.cache.folder(name, facts).is_dir():
-            folder, _ = self.cache.get(name, facts, build)
+        folder = self.cache.folder(name, facts)
+        if folder.is_dir():
             self.console.say(f"{name}: from the cache")
             return folder
         with self.console.phase(name.capitalize()):
-            return self.cache.get(name, facts, build)[0]
+            return self.cache.get(name, facts, build)
 
 
 def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:

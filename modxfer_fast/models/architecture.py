@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from modxfer_fast.models.errors import ModelError
 
@@ -237,3 +238,11 @@ class Architecture:
 def without_peft(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def max_tokens(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model has positions for; None where its configuration sets no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        return limit - config.pad_token_id - 1  # positions count from behind the padding token
+    return limit

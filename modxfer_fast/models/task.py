@@ -21,6 +21,7 @@ from transformers.utils import logging
 from modxfer_fast.config.fields import check_fields
 from modxfer_fast.config.task import TaskKind
 from modxfer_fast.config.transfer import EncoderSection
+from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
 
 PEFT_KINDS = ("lora", "ia3", "bottleneck", "compacter")
@@ -146,12 +147,8 @@ def _loading_options(section: EncoderSection) -> dict[str, Any]:
 def check_length(model: PreTrainedModel | PeftModel, length: int) -> None:
     """Raise a ModelError unless `model` has a position for each of `length` tokens."""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        limit -= config.pad_token_id + 1  # positions count from behind the padding index
-    if length > limit:
+    limit = max_tokens(config)
+    if limit is not None and length > limit:
         raise ModelError(
             f"task.max_length: expected at most the {limit} tokens of {config.model_type}, "
             f"got an example of {length}"

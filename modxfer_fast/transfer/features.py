@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from modxfer_fast.models import Architecture
-from modxfer_fast.models.architecture import ROLES, without_peft
+from modxfer_fast.models.architecture import ROLES, max_tokens, without_peft
 from modxfer_fast.transfer.errors import TransferError
 
 Reduce = Callable[[Tensor], Tensor]
@@ -46,7 +45,7 @@ class FeatureTaps:
         self.sites = tuple(sites)
         for site in self.sites:
             self._check(site)
-        self._max_tokens = _max_tokens(self._model.config.get_text_config())
+        self._max_tokens = max_tokens(self._model.config.get_text_config())
         # the head reads features and makes none
         self._backbone = self._model.base_model
         self._accepted = set(inspect.signature(self._backbone.forward).parameters)
@@ -68,7 +67,7 @@ class FeatureTaps:
                 ran more than once; features that are not [B, T, width].
         """
         shape = inputs["input_ids"].shape
-        if shape[1] > self._max_tokens:
+        if self._max_tokens is not None and shape[1] > self._max_tokens:
             raise TransferError(
                 f"max_length: the {self.role} reads at most {self._max_tokens} tokens, "
                 f"got {shape[1]}"
@@ -168,13 +167,6 @@ def observed(model: nn.Module, *, module_active: bool = False) -> Iterator[None]
         # PEFT makes a module that it switches on again trainable
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
-
-
-def _max_tokens(config: PretrainedConfig) -> int:
-    """Tokens that the model has positions for."""
-    limit = config.max_position_embeddings
-    # RoBERTa counts positions from behind the padding token's id
-    return limit - config.pad_token_id - 1 if "roberta" in config.model_type else limit
 
 
 def _inside(block: nn.Module, path: str) -> nn.Module:
