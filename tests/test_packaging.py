@@ -134,7 +134,7 @@ def test_wheels_hold_the_package_and_no_top_level_kernels(compiled, pure):
 
 
 def test_tags_of_the_wheels(compiled, pure):
-    """One compiled wheel serves every Python from 3.10; the pure one serves every machine."""
+    """One compiled wheel serves every Python from 3.11; the pure one serves every machine."""
     assert "-cp310-abi3-linux_" in compiled.name
     assert pure.name.endswith("-py3-none-any.whl")
 

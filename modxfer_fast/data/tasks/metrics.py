@@ -1,11 +1,9 @@
-"""Scores of predictions: entity-level F1 by seqeval, accuracy and macro F1 by scikit-learn."""
+"""Scores of predictions: entity-level F1 by nervaluate, accuracy and macro F1 by scikit-learn."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from seqeval.metrics import f1_score as entity_f1
-from seqeval.metrics import precision_score as entity_precision
-from seqeval.metrics import recall_score as entity_recall
+from nervaluate import Evaluator
 from sklearn.metrics import accuracy_score, f1_score
 
 from modxfer_fast.data.collator import IGNORE_INDEX
@@ -20,10 +18,15 @@ def entity_scores(
 ) -> dict[str, float]:
     """Micro averages over entities, where type and both borders must match; IOB2 tags by row."""
     gold, predicted = list(map(list, gold)), list(map(list, predicted))
+    types = {tag[2:] for row in (*gold, *predicted) for tag in row if tag != "O"}
+    if not types:  # nothing to find, nothing found
+        return {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+    evaluator = Evaluator(gold, predicted, tags=sorted(types), loader="list")
+    scores = evaluator.evaluate()["overall"]["strict"]
     return {
-        "f1": float(entity_f1(gold, predicted, zero_division=0)),
-        "precision": float(entity_precision(gold, predicted, zero_division=0)),
-        "recall": float(entity_recall(gold, predicted, zero_division=0)),
+        "f1": float(scores.f1),
+        "precision": float(scores.precision),
+        "recall": float(scores.recall),
     }
 
 
