@@ -24,7 +24,7 @@ def describe(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         **{package: version(package) or "not installed" for package in _PACKAGES},
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

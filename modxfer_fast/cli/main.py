@@ -1,6 +1,7 @@
 """Entry point: choose a command, import only that one, and turn errors into one clear message."""
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,8 @@ COMMANDS = {
     "bench": "time our ops against their peers and their floor",
 }
 EXIT_USER_ERROR = 2
+# A disk that refuses: full, over quota, read-only, not ours.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +63,8 @@ def _run(run, args: argparse.Namespace) -> int:
         elif isinstance(error, ModuleNotFoundError):
             message = f"{error.name} is not installed; pip install 'modxfer-fast[engine]'"
             code = EXIT_USER_ERROR
+        elif _is_refusal(error):
+            message, code = f"cannot write: {error}; nothing half-written stays", EXIT_USER_ERROR
         else:
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = (
@@ -71,6 +76,13 @@ def _run(run, args: argparse.Namespace) -> int:
         who = "modxfer" if rank is None else f"modxfer [rank {rank}]"
         print(f"{who}: {message}", file=sys.stderr)
         return code
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the disk refused a file."""
+    if type(error).__name__ == "SafetensorError":  # of Rust, which keeps the number in its text
+        return any(f"(os error {number})" in str(error) for number in _REFUSALS)
+    return isinstance(error, OSError) and error.errno in _REFUSALS
 
 
 def _version() -> str:

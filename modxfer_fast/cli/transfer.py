@@ -2,7 +2,7 @@
 
 import argparse
 
-STAGES = ("teacher", "statistics", "maps", "module", "student")
+STAGES = ("teacher", "statistics", "maps", "module", "verify", "student", "evaluate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

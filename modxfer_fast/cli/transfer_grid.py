@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from modxfer_fast.cli.ranks import single_process
+from modxfer_fast.cli.stage_cache import StageCache
 from modxfer_fast.cli.surroundings import quieten_libraries
 from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.cli.transfer_report import METRIC_NAMES, cell_result
@@ -41,37 +42,38 @@ def run_grid(grid: Grid) -> list[CellResult]:
             f"output_dir: {output} exists and holds no {RESULTS}; name another folder"
         )
     console = JobConsole(is_main=True)
+    cache = StageCache()
     for cell in grid.cells:  # every mistake before the first hour
-        TransferJob(cell.job, JobConsole(is_main=False)).check()
+        TransferJob(cell.job, JobConsole(is_main=False), cache).check()
     output.mkdir(parents=True, exist_ok=True)
     kinds = dict.fromkeys(PRIMARY_METRIC[cell.job.task.kind] for cell in grid.cells)
     metric = " or ".join(METRIC_NAMES[kind] for kind in kinds)
     results: list[CellResult] = []
-    for number, cell in enumerate(grid.cells, 1):
-        start = time.perf_counter()
-        name = " ".join(cell.labels.values())
-        try:
-            result = _run_cell(cell)
-        except NonFiniteError as error:
-            console.say(f"{number}/{len(grid.cells)}  {name}: left out, {error}")
-        else:
-            results.append(result)
-            write_results(results, output)
-            console.say(
-                f"{number}/{len(grid.cells)}  {name}: {result.score:.3f} from "
-                f"{result.initial:.3f}, teacher {result.teacher:.3f}  "
-                f"({time.perf_counter() - start:.0f} s)"
-            )
-        if not results:
-            continue
-        if number == len(grid.cells) or _group(cell) != _group(grid.cells[number]):
-            _write_tables(results, metric, output)
+    with console.progress(len(grid.cells)) as progress:
+        for number, cell in enumerate(grid.cells, 1):
+            start = time.perf_counter()
+            name = f"{number}/{len(grid.cells)}  {' '.join(cell.labels.values())}"
+            try:
+                result = _run_cell(cell, cache)
+            except NonFiniteError as error:
+                console.say(f"{name}: left out, {error}")
+            else:
+                results.append(result)
+                write_results(results, output)
+                console.say(
+                    f"{name}: {result.score:.3f} from {result.initial:.3f}, "
+                    f"teacher {result.teacher:.3f}  ({time.perf_counter() - start:.0f} s)"
+                )
+            progress(number, len(grid.cells))
+            is_last = number == len(grid.cells)
+            if results and (is_last or _group(cell) != _group(grid.cells[number])):
+                _write_tables(results, metric, output)
     console.say(f"table, CSV and pictures in {output}")
     return results
 
 
-def _run_cell(cell: Cell) -> CellResult:
-    job = TransferJob(cell.job, JobConsole(is_main=False))
+def _run_cell(cell: Cell, cache: StageCache) -> CellResult:
+    job = TransferJob(cell.job, JobConsole(is_main=False), cache)
     run = job.scratch if cell.job.transfer is None else job.student
     return cell_result(job, run, cell.labels)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modxfer_fast import __version__
 from modxfer_fast.cli.stage_cache import StageCache
 from modxfer_fast.cli.transfer_models import (
+    ADAPTER,
     check_adapter,
     device_of,
     examples,
@@ -29,6 +30,7 @@ from modxfer_fast.cli.transfer_models import (
     model_identity,
     tokenizer_of,
     with_fraction,
+    write_task,
 )
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
@@ -39,7 +41,12 @@ from modxfer_fast.engine.task_result import TaskResult
 from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
 from modxfer_fast.files import write_json
 from modxfer_fast.models import Architecture, patch_peft_model
-from modxfer_fast.models.task import apply_task_peft, check_task_peft, load_task_model
+from modxfer_fast.models.task import (
+    apply_task_peft,
+    check_task_peft,
+    load_task_model,
+    task_skeleton,
+)
 from modxfer_fast.report import ConsoleCallback, JobConsole
 from modxfer_fast.transfer import (
     DATA_FREE_METHODS,
@@ -61,9 +68,9 @@ from modxfer_fast.transfer import (
     verify,
 )
 
-ADAPTER, CONTENT, RESULT = "adapter", "content", "result.json"
+CONTENT, RESULT = "content", "result.json"
 # raised when a stage comes to leave other results for the same facts
-STAGE_FORMAT = 2
+STAGE_FORMAT = 3
 VERSIONS = [
     STAGE_FORMAT, __version__, torch.__version__, transformers.__version__, peft.__version__
 ]  # fmt: skip
@@ -83,12 +90,15 @@ class TransferJob:
     Args:
         job: what to do.
         console: told which stages run and which come from the cache.
+        cache: where they are; jobs of one grid share it.
     """
 
-    def __init__(self, job: TransferConfig, console: JobConsole) -> None:
+    def __init__(
+        self, job: TransferConfig, console: JobConsole, cache: StageCache | None = None
+    ) -> None:
         self.job = job
         self.console = console
-        self.cache = StageCache()
+        self.cache = cache or StageCache()
         self.kind = job.task.kind
         self.metric = PRIMARY_METRIC[self.kind]
 
@@ -165,12 +175,12 @@ class TransferJob:
     def _score_teacher(self, folder: Path) -> None:
         section = self.job.teacher
         adapter = Path(section.adapter).expanduser()
-        check_adapter(adapter, section)
+        check_adapter(adapter, section, self.kind, self.labels)
         model = load_with_module(section, adapter, self.kind, self.labels, seed=section.seed)
         scores = evaluate_task(
             model, tokenizer_of(section, self.kind), self.data, args=section.training
         )
-        model.save_pretrained(str(folder / ADAPTER))
+        self._save(model, folder)
         write_json(folder / RESULT, {"test": scores})
 
     @cached_property
@@ -194,9 +204,15 @@ class TransferJob:
         return device_of(self.job.student.training)
 
     @cached_property
+    def _skeletons(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Student and teacher without weights."""
+        parts = (self.job.student, self.job.teacher)
+        return tuple(task_skeleton(part, self.kind, self.labels) for part in parts)
+
+    @cached_property
     def _parts(self) -> tuple[Architecture, Architecture]:
         """Architectures of the student and of the teacher."""
-        return Architecture.of(self._student_model()), Architecture.of(self._teacher_model())
+        return tuple(map(Architecture.of, self._skeletons))
 
     # ---- transfer ----
 
@@ -211,7 +227,7 @@ class TransferJob:
         """The teacher's module."""
         return PeftModuleState.from_folder(
             self.teacher / ADAPTER,
-            self._teacher_model(),
+            self._skeletons[1],
             any_base=True,  # the same model may have another path today
         )
 
@@ -401,8 +417,8 @@ class TransferJob:
     def _move(self, folder: Path) -> None:
         student = self._student_model()
         if self.transfer.method == FRESH:
-            self._fresh(student).save_pretrained(str(folder / ADAPTER))
-            verify(folder / ADAPTER, self._student_model())
+            self._save(self._fresh(student), folder)
+            self._verify(folder)
             return
         module = transport(
             self.module_state,
@@ -424,7 +440,12 @@ class TransferJob:
                 "seed": self.job.seed,
             },
         )
-        report = verify(folder / ADAPTER, student)
+        write_task(folder / ADAPTER, self.kind, self.labels)
+        self._verify(folder)
+
+    def _verify(self, folder: Path) -> None:
+        """That the student loads all of the module in a stage's folder."""
+        report = verify(folder / ADAPTER, self._student_model())
         self.console.say(
             f"{len(report.loaded)} tensors, {report.parameters:,} parameters, all loaded; "
             f"they change the output by {report.change:.1%}"
@@ -435,7 +456,7 @@ class TransferJob:
         layer_map = make_layer_map("skip", *(parts.num_layers for parts in self._parts))
         if self.job.transfer is not None and self.transfer.method != FRESH:
             layer_map = self.layer_map
-        return fresh_config(self.module_state, self._student_model(), layer_map)
+        return fresh_config(self.module_state, self._skeletons[0], layer_map)
 
     def _fresh(self, student: PreTrainedModel) -> PeftModel:
         return fresh_module(self._fresh_config, student, seed=self.job.seed)
@@ -480,8 +501,8 @@ class TransferJob:
             callbacks=[ConsoleCallback(self.console)],
             where="transfer.refine.training",
         )
-        student.save_pretrained(str(folder / ADAPTER))
-        verify(folder / ADAPTER, self._student_model())
+        self._save(student, folder)
+        self._verify(folder)
         provenance = moved / ADAPTER / PROVENANCE
         facts = json.loads(provenance.read_text()) if provenance.is_file() else {}
         write_json(folder / ADAPTER / PROVENANCE, {**facts, "refine": section.model_dump()})
@@ -535,7 +556,33 @@ class TransferJob:
             "student.training",
         )
 
+    # ---- stages that leave nothing ----
+
+    @property
+    def verify(self) -> Path:
+        """The folder of the module, once the student has loaded all of it."""
+        self._verify(self.module)
+        return self.module
+
+    @property
+    def evaluate(self) -> Path:
+        """The folder of the trained student, whose adapter was loaded and scored once more."""
+        job, folder = self.job, self.student.folder
+        model = load_with_module(
+            job.student, folder / ADAPTER, self.kind, self.labels, seed=job.seed
+        )
+        scores = evaluate_task(
+            model, tokenizer_of(job.student, self.kind), self.data, args=job.student.training
+        )
+        self.console.say("test: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        return folder
+
     # ---- common ----
+
+    def _save(self, model: PeftModel, folder: Path) -> None:
+        """Leave a module as `adapter` of a stage's folder."""
+        model.save_pretrained(str(folder / ADAPTER))
+        write_task(folder / ADAPTER, self.kind, self.labels)
 
     def _train(self, model, tokenizer, data, training, seed: int, folder: Path, where: str) -> None:
         """Train on a task and leave `adapter` and `result.json`."""
@@ -551,7 +598,7 @@ class TransferJob:
             callbacks=[ConsoleCallback(self.console)],
             where=where,
         )
-        model.save_pretrained(str(folder / ADAPTER))
+        self._save(model, folder)
         write_json(folder / RESULT, result.to_dict())
         self.console.say(
             f"{result.metric} {result.test[result.metric]:.3f} on test after {result.steps} steps, "
@@ -559,8 +606,8 @@ class TransferJob:
         )
 
     def _stage(self, name: str, facts: dict[str, Any], build) -> Path:
-        folder = self.cache.folder(name, facts)
-        if folder.is_dir():
+        if self.cache.folder(name, facts).is_dir():
+            folder = self.cache.get(name, facts, build)
             self.console.say(f"{name}: from the cache")
             return folder
         with self.console.phase(name.capitalize()):

@@ -1,6 +1,7 @@
 """The models, tokenizers, examples and modules of transfer jobs, and what tells them apart."""
 
 import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from modxfer_fast.config import TaskSection
 from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
+from modxfer_fast.files import write_json
 from modxfer_fast.models import ModelError
 from modxfer_fast.models.task import load_task_model
 from modxfer_fast.transfer import TransferError
 from modxfer_fast.transfer.modules import load_config, same_model
 
+ADAPTER = "adapter"  # of a stage's folder: what PeftModel.from_pretrained loads
+TASK = "task.json"  # beside an adapter: the kind of task, and what its head's classes mean
 _FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
 
 
@@ -119,13 +123,32 @@ def load_with_module(
         ) from error
 
 
-def check_adapter(adapter: Path, section: EncoderSection) -> None:
-    """Raise a TransferError unless `adapter` is a module of the model of `section`."""
+def write_task(adapter: Path, kind: str, labels: tuple[str, ...]) -> None:
+    """Note beside an adapter what it was trained for; PEFT itself keeps no names of labels."""
+    write_json(adapter / TASK, {"kind": kind, "labels": list(labels)})
+
+
+def check_adapter(
+    adapter: Path, section: EncoderSection, kind: str, labels: tuple[str, ...]
+) -> None:
+    """Raise a TransferError unless `adapter` is a module of the model of `section` for this task.
+
+    The labels of an adapter without a `task.json` are unknown; then only their number is compared,
+    when it is loaded.
+    """
     config = load_config(adapter)
     found = config.base_model_name_or_path
     if found and not same_model(section.path, found):
         raise TransferError(
             f"adapter {adapter}: expected a module of {section.path}, got one of {found}"
+        )
+    if not (adapter / TASK).is_file():
+        return
+    task = json.loads((adapter / TASK).read_text(encoding="utf-8"))
+    if (task["kind"], task["labels"]) != (kind, list(labels)):
+        raise TransferError(
+            f"adapter {adapter}: expected a module for {kind} with the labels {', '.join(labels)}, "
+            f"got one for {task['kind']} with {', '.join(task['labels'])}"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from modxfer_fast import __version__
 from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.surroundings import environment, quieten_libraries
-from modxfer_fast.cli.transfer_job import ADAPTER, CONTENT, StudentRun, TransferJob
+from modxfer_fast.cli.transfer_job import CONTENT, StudentRun, TransferJob
+from modxfer_fast.cli.transfer_models import ADAPTER
 from modxfer_fast.cli.work_folder import REPORT_FILE
 from modxfer_fast.config import ConfigError, dump_config
 from modxfer_fast.config.grid import SCRATCH
@@ -38,7 +39,8 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
     single_process("modxfer transfer")
     quieten_libraries()
     output = Path(config.output_dir).expanduser().absolute()
-    _check_output(output, config.overwrite)
+    if until is None:
+        _check_output(output, config.overwrite)
     console = JobConsole(is_main=True)
     job = TransferJob(config, console)
     job.check()

@@ -45,11 +45,6 @@ class TaskResult:
         """The validation score after the last step."""
         return self.history[-1][self.metric]
 
-    def steps_to(self, score: float) -> int | None:
-        """The first step of `history` whose validation score is at least `score`, or None."""
-        reached = (point["step"] for point in self.history if point[self.metric] >= score)
-        return next(reached, None)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; `TaskResult.from_dict` reads it."""
         return asdict(self)

@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
 
 
@@ -54,15 +55,12 @@ def check_rows_fit(
             f"{role}: expected at least {len(tokenizer)} rows of embeddings, one per token, "
             f"got {rows}"
         )
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa counts positions from behind that of padding
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            if max_length > module.num_embeddings - first:
-                raise ModelError(
-                    f"{role}: expected data.max_length of at most {module.num_embeddings - first}, "
-                    f"the positions that the model has, got {max_length}"
-                )
+    limit = max_tokens(model.config.get_text_config())
+    if limit is not None and max_length > limit:
+        raise ModelError(
+            f"{role}: expected data.max_length of at most {limit}, the positions that the model "
+            f"has, got {max_length}"
+        )
 
 
 @torch.no_grad()

@@ -49,31 +49,17 @@ def load_task_model(
         ModelError: nothing there, no such head for the architecture, other labels, or weights of
             the body that the checkpoint does not have.
     """
-    path = section.path
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise ModelError(f"model {path}: no such folder")
-    source = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    names = dict(enumerate(labels))
-    auto = AutoModelForTokenClassification if kind == "ner" else AutoModelForSequenceClassification
-    try:
-        config = AutoConfig.from_pretrained(path, **source)
-        _check_head(config, kind, labels, f"model {path}")
-        # the fresh head is announced as missing weights; what is missing is checked below
-        with _quiet_loading():
-            set_seed(seed)
-            model, report = auto.from_pretrained(
-                path,
-                id2label=names,
-                label2id={name: i for i, name in names.items()},
-                output_loading_info=True,
-                **_loading_options(section),
-                **source,
-            )
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"model {path}: cannot be loaded ({error})") from error
+    config, auto = _configuration(section, kind, labels)
+    # the fresh head is announced as missing weights; what is missing is checked below
+    with _load_errors(section), _quiet_loading():
+        set_seed(seed)
+        model, report = auto.from_pretrained(
+            _path(section),
+            config=config,
+            output_loading_info=True,
+            **_loading_options(section),
+            **_source(section),
+        )
     body = f"{model.base_model_prefix}."
     absent = [
         name
@@ -82,10 +68,59 @@ def load_task_model(
     ]
     if absent:
         raise ModelError(
-            f"model {path}: expected the weights of {type(model).__name__}, but "
+            f"model {_path(section)}: expected the weights of {type(model).__name__}, but "
             f"{len(absent)} are absent, e.g. {min(absent)}"
         )
     return model
+
+
+def task_skeleton(
+    section: EncoderSection, kind: TaskKind, labels: Sequence[str]
+) -> PreTrainedModel:
+    """What `load_task_model` loads, as names and shapes on the meta device: no weights are read.
+
+    Raises:
+        ModelError: nothing there, no such head for the architecture, other labels.
+    """
+    config, auto = _configuration(section, kind, labels)
+    with _load_errors(section), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=section.trust_remote_code)
+
+
+def _configuration(
+    section: EncoderSection, kind: TaskKind, labels: Sequence[str]
+) -> tuple[PreTrainedConfig, type]:
+    """The configuration with the task's labels, and the auto class of its kind."""
+    path = _path(section)
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise ModelError(f"model {path}: no such folder")
+    with _load_errors(section):
+        config = AutoConfig.from_pretrained(path, **_source(section))
+    _check_head(config, kind, labels, f"model {path}")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: i for i, name in enumerate(labels)}
+    auto = AutoModelForTokenClassification if kind == "ner" else AutoModelForSequenceClassification
+    return config, auto
+
+
+def _path(section: EncoderSection) -> str:
+    path = section.path
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _source(section: EncoderSection) -> dict[str, Any]:
+    return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+
+
+@contextlib.contextmanager
+def _load_errors(section: EncoderSection) -> Iterator[None]:
+    """Turns what transformers raises into a ModelError that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model {_path(section)}: cannot be loaded ({error})") from error
 
 
 def _check_head(config: PreTrainedConfig, kind: TaskKind, labels: Sequence[str], role: str) -> None:

@@ -7,7 +7,6 @@
 It is written beside its place and renamed, so it is complete or absent.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modxfer_fast.files import new_folder, write_json, write_text
+from modxfer_fast.files import new_folder, sha256_of, write_json, write_text
 from modxfer_fast.transfer.errors import TransferError
 
 TENSORS, FACTS, CHECKSUMS = "tensors.safetensors", "facts.json", "SHA256SUMS"
@@ -43,7 +42,7 @@ def write_artefact(
                 {name: t.contiguous().cpu() for name, t in tensors.items()}, scratch / TENSORS
             )
             write_json(scratch / FACTS, {"kind": kind, "facts": dict(facts)})
-            sums = [f"{_sha256(scratch / name)}  {name}\n" for name in (FACTS, TENSORS)]
+            sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in (FACTS, TENSORS)]
             write_text(scratch / CHECKSUMS, "".join(sums))
     except (OSError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be written ({error})") from error
@@ -65,7 +64,7 @@ def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         expected = {name: checksum for checksum, name in (line.split() for line in lines)}
         for name in (FACTS, TENSORS):
-            found = _sha256(folder / name)
+            found = sha256_of(folder / name)
             if expected.get(name) != found:
                 raise TransferError(
                     f"{folder / name}: expected checksum {expected.get(name)}, got {found}; "
@@ -79,11 +78,3 @@ def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be read as {kind} ({error})") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -33,6 +33,25 @@ def test_wrong_usage(argv, capsys):
     assert "usage: modxfer" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_no_fault_of_the_program(tmp_path, capsys, monkeypatch):
+    from safetensors import SafetensorError
+
+    for error in (
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ):
+
+        def run(args, error=error):
+            raise error
+
+        monkeypatch.setattr(doctor, "run", run)
+        assert main(["doctor"]) == 2
+        assert "cannot write" in (message := capsys.readouterr().err)
+        assert "No space left on device" in message
+    monkeypatch.setattr(doctor, "run", lambda args: (tmp_path / "absent").read_text())
+    assert main(["doctor"]) == 1  # any other failure of a file is
+
+
 def test_cheap_commands_import_no_trainer():
     code = (
         "import sys; from modxfer_fast.cli.main import main; main(['doctor', '--json']);"

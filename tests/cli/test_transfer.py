@@ -1,14 +1,18 @@
 """`modxfer transfer` on tiny encoders: stages, their cache, the grid, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForTokenClassification
 
-from modxfer_fast.cli import transfer_job, transfer_report
+from modxfer_fast.cli import transfer_job, transfer_models, transfer_report
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+from modxfer_fast.config.grid import load_transfer
+from modxfer_fast.engine import NonFiniteError
+from modxfer_fast.report import JobConsole
 from modxfer_fast.report.transfer_table import read_results
 from tests.cli.conftest import merged
 from tests.task_inputs import NER_LABELS, sentences, tiny_bert, word_tokenizer, write_conllu
@@ -119,16 +123,50 @@ def test_stages_run_once_and_can_be_asked_for_alone(write, monkeypatch, capsys):
     assert "teacher: from the cache" in capsys.readouterr().out
     run(path, "--set", "overwrite=true")
     assert len(calls) == 2
+    capsys.readouterr()
+    run(path, "--stage", "verify")
+    assert "10 tensors" in capsys.readouterr().out
+    run(path, "--stage", "evaluate")
+    score = json.loads((out / "report.json").read_text())["students"]["ridge"]["test"]["f1"]
+    assert f"f1 {score:.3f}" in capsys.readouterr().out
+    assert len(calls) == 2
 
 
-def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch):
+def test_what_is_in_the_cache_needs_no_weights(write, monkeypatch):
+    path, _ = write()
+    run(path, "--stage", "student")
+    for module in (transfer_job, transfer_models):
+        monkeypatch.setattr(module, "load_task_model", lambda *a, **k: pytest.fail("it loaded"))
+    run(path, "--stage", "student")
+
+
+@pytest.mark.parametrize("damage", ["changed", "absent"])
+def test_a_damaged_stage_is_named(write, capsys, damage):
+    path, out = write(scratch=False, student={"training": {"max_steps": 4}})
+    job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
+    file = job.module / transfer_models.ADAPTER / "adapter_model.safetensors"
+    if damage == "changed":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    message = refused(capsys, path)
+    assert str(job.module) in message
+    assert "adapter/adapter_model.safetensors; delete the folder" in message
+    assert not out.exists()
+    shutil.rmtree(job.module)
+    run(path)
+
+
+def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch, capsys):
     path, out = write(student={"training": {"max_steps": 5}})
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(transfer_report, "write_json", full)
-    assert main(["transfer", str(path)]) == 1
+    assert "No space left on device" in refused(capsys, path)
     assert not out.exists()
     assert list(out.parent.iterdir()) == [path]
 
@@ -202,13 +240,22 @@ def test_a_teacher_that_somebody_trained(write, tmp_path, material, capsys):
     assert not (tmp_path / "third").exists()
 
 
+def test_an_adapter_for_other_labels_is_refused(write, tmp_path, capsys):
+    path, out = write(scratch=False)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(teacher_folder(out, tmp_path), adapter)
+    assert json.loads((adapter / "task.json").read_text())["labels"] == list(NER_LABELS)
+    path, _ = write(scratch=False, teacher={"peft": None, "adapter": str(adapter)})
+    order = [NER_LABELS[0], *reversed(NER_LABELS[1:])]
+    message = refused(capsys, path, "--set", f"task.labels=[{', '.join(order)}]")
+    assert f"expected a module for ner with the labels {', '.join(order)}" in message
+    assert f"got one for ner with {', '.join(NER_LABELS)}" in message
+
+
 def teacher_folder(out, tmp_path):
     """The teacher's module, which a job keeps in the cache."""
-    from modxfer_fast.config.grid import load_transfer
-    from modxfer_fast.report import JobConsole
-
     job = transfer_job.TransferJob(load_transfer(tmp_path / "job.yaml"), JobConsole(is_main=False))
-    return job.teacher / transfer_job.ADAPTER
+    return job.teacher / transfer_models.ADAPTER
 
 
 GRID = {
@@ -254,6 +301,22 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, m
     assert {name: (out / name).read_bytes() for name in again} == again
     assert (out / "scores.png").is_file()
     assert (out / "learning.png").is_file()
+
+
+def test_a_teacher_that_diverges_is_trained_once(write, material, monkeypatch, capsys):
+    axes = {"method": GRID["axes"]["method"], "seed": {"path": "seed", "values": [0, 1]}}
+    path, out = write(grid={"axes": axes}, teacher={"training": {"learning_rate": 1.0e-3}})
+    trained = []
+
+    def diverging(*args, **kwargs):
+        trained.append(kwargs["where"])
+        raise NonFiniteError("step 3: the loss is nan")
+
+    monkeypatch.setattr(transfer_job, "train_task", diverging)
+    run(path)
+    assert trained == ["teacher.training"]
+    assert capsys.readouterr().out.count("left out, step 3: the loss is nan") == 6
+    assert not (out / "results.csv").exists()
 
 
 def test_what_cannot_work_is_told_before_any_work(write, capsys, monkeypatch):

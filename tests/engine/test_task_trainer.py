@@ -112,12 +112,11 @@ def test_pairs_are_learned(folder, encoder, tokenizer, tmp_path, block):
     assert result.test["macro_f1"] == 1.0
 
 
-def test_steps_to_a_score():
+def test_scores_of_a_curve():
     history = tuple(
         {"step": step, "f1": f1} for step, f1 in ((0, 0.1), (5, 0.6), (10, 0.4), (15, 0.7))
     )
     result = TaskResult("f1", history, (), 15, 15, {}, 15, 1.0, 1, {})
-    assert [result.steps_to(score) for score in (0.05, 0.5, 0.7, 0.8)] == [0, 5, 15, None]
     assert (result.initial, result.best, result.final) == (0.1, 0.7, 0.7)
 
 
