@@ -36,6 +36,7 @@ from modxfer_fast.engine.metrics import IGNORE_INDEX
 from modxfer_fast.engine.task_trainer import check_task_training, task_arguments
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.losses import HiddenStateLoss
+from modxfer_fast.models.task import label_names, same_labels
 
 # Keys of a batch that are no inputs of a model.
 _OWN_KEYS = ("labels", "rows", "teacher_rows", "teacher_inputs", "length")
@@ -433,13 +434,11 @@ def _check_labels(student: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(
                 f"{role}: expected a task model, a classifier of tokens or sequences, got {name}"
             )
-    ours, theirs = (_base(model).config.id2label for model in (student, teacher))
-    names = [[labels[i] for i in sorted(labels)] for labels in (ours, theirs)]
-    generic = [all(name == f"LABEL_{i}" for i, name in enumerate(side)) for side in names]
-    if len(names[0]) != len(names[1]) or (not any(generic) and names[0] != names[1]):
+    ours, theirs = (label_names(_base(model).config) for model in (student, teacher))
+    if not same_labels(ours, theirs):
         raise ValueError(
-            f"teacher: expected the student's labels {', '.join(map(str, names[0]))}, "
-            f"got {', '.join(map(str, names[1]))}"
+            f"teacher: expected the student's labels {', '.join(map(str, ours))}, "
+            f"got {', '.join(map(str, theirs))}"
         )
     per_token = ["TokenClassification" in type(_base(m)).__name__ for m in (student, teacher)]
     if per_token[0] != per_token[1]:

@@ -139,6 +139,17 @@ def _check_head(config: PreTrainedConfig, kind: TaskKind, labels: Sequence[str],
             )
 
 
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """The labels of a model's head in the order of their ids."""
+    return [config.id2label[i] for i in sorted(config.id2label)]
+
+
+def same_labels(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two heads answer alike; names that transformers made up are equal to any other."""
+    made_up = any(all(n == f"LABEL_{i}" for i, n in enumerate(side)) for side in (one, other))
+    return len(one) == len(other) and (made_up or list(one) == list(other))
+
+
 def check_labels(config: PreTrainedConfig, labels: Sequence[str], role: str) -> None:
     """Raise a ModelError unless a model with a head has the labels of the task, in their order.
 
@@ -147,9 +158,8 @@ def check_labels(config: PreTrainedConfig, labels: Sequence[str], role: str) -> 
     Args:
         role: which model, for the message.
     """
-    theirs = [config.id2label[i] for i in sorted(config.id2label)]
-    made_up = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
-    if theirs == list(labels) or (made_up and len(theirs) == len(labels)):
+    theirs = label_names(config)
+    if same_labels(theirs, labels):
         return
     hint = "; task.labels gives their order" if sorted(theirs) == sorted(labels) else ""
     raise ModelError(
