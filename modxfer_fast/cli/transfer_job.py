@@ -13,40 +13,30 @@ from typing import Any
 import peft
 import torch
 import transformers
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from modxfer_fast import __version__
 from modxfer_fast.cli.stage_cache import StageCache
 from modxfer_fast.cli.transfer_models import (
     ADAPTER,
-    check_adapter,
+    JobModel,
     device_of,
     examples,
     examples_digest,
     folder_digest,
-    load_with_module,
-    model_identity,
-    tokenizer_of,
     with_fraction,
-    write_task,
 )
+from modxfer_fast.cli.transfer_refine import hidden_options, task_collator, text_rows
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
-from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
-from modxfer_fast.engine.task_distillation import TaskTextCollator, distil_task
+from modxfer_fast.engine.task_distillation import distil_task
 from modxfer_fast.engine.task_result import TaskResult
 from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
 from modxfer_fast.files import write_json
 from modxfer_fast.models import Architecture, patch_peft_model
-from modxfer_fast.models.task import (
-    apply_task_peft,
-    check_task_peft,
-    load_task_model,
-    task_skeleton,
-)
+from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import ConsoleCallback, JobConsole
 from modxfer_fast.transfer import (
     DATA_FREE_METHODS,
@@ -143,7 +133,7 @@ class TransferJob:
         """Folder with the teacher's module and `result.json`, its test scores."""
         section = self.job.teacher
         facts = {
-            "model": model_identity(section),
+            "model": self._teacher.identity,
             "task": examples_digest(self.teacher_task),
             "max_length": self.job.task.max_length,
             "training": section.training,
@@ -158,13 +148,12 @@ class TransferJob:
 
     def _train_teacher(self, folder: Path) -> None:
         section = self.job.teacher
-        model = load_task_model(section, self.kind, self.labels, seed=section.seed)
         model = apply_task_peft(
-            model, section.peft, self.kind, seed=section.seed, where="teacher.peft"
+            self._teacher.load(), section.peft, self.kind, seed=section.seed, where="teacher.peft"
         )
         self._train(
             model,
-            tokenizer_of(section, self.kind),
+            self._teacher,
             examples(self.teacher_task),
             section.training,
             section.seed,
@@ -175,12 +164,10 @@ class TransferJob:
     def _score_teacher(self, folder: Path) -> None:
         section = self.job.teacher
         adapter = Path(section.adapter).expanduser()
-        check_adapter(adapter, section, self.kind, self.labels)
-        model = load_with_module(section, adapter, self.kind, self.labels, seed=section.seed)
-        scores = evaluate_task(
-            model, tokenizer_of(section, self.kind), self.data, args=section.training
-        )
-        self._save(model, folder)
+        self._teacher.check_adapter(adapter)
+        model = self._teacher.load_with(adapter)
+        scores = evaluate_task(model, self._teacher.tokenizer, self.data, args=section.training)
+        self._teacher.save(model, folder / ADAPTER)
         write_json(folder / RESULT, {"test": scores})
 
     @cached_property
@@ -190,29 +177,27 @@ class TransferJob:
 
     # ---- models ----
 
-    def _teacher_model(self) -> PeftModel:
-        return load_with_module(
-            self.job.teacher, self.teacher / ADAPTER, self.kind, self.labels
-        ).to(self._device)
+    @cached_property
+    def _teacher(self) -> JobModel:
+        section = self.job.teacher
+        return JobModel(section, self.kind, self.labels, section.seed, self._device)
 
-    def _student_model(self) -> PreTrainedModel:
-        model = load_task_model(self.job.student, self.kind, self.labels, seed=self.job.seed)
-        return model.to(self._device)
+    @cached_property
+    def _student(self) -> JobModel:
+        return JobModel(self.job.student, self.kind, self.labels, self.job.seed, self._device)
+
+    def _tuned_teacher(self) -> PeftModel:
+        """The teacher with its module."""
+        return self._teacher.load_with(self.teacher / ADAPTER)
 
     @property
     def _device(self) -> torch.device:
         return device_of(self.job.student.training)
 
-    @cached_property
-    def _skeletons(self) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Student and teacher without weights."""
-        parts = (self.job.student, self.job.teacher)
-        return tuple(task_skeleton(part, self.kind, self.labels) for part in parts)
-
-    @cached_property
-    def _parts(self) -> tuple[Architecture, Architecture]:
-        """Architectures of the student and of the teacher."""
-        return tuple(map(Architecture.of, self._skeletons))
+    @property
+    def _architectures(self) -> tuple[Architecture, Architecture]:
+        """Of the student and of the teacher."""
+        return self._student.architecture, self._teacher.architecture
 
     # ---- transfer ----
 
@@ -227,14 +212,14 @@ class TransferJob:
         """The teacher's module."""
         return PeftModuleState.from_folder(
             self.teacher / ADAPTER,
-            self._skeletons[1],
+            self._teacher.skeleton,
             any_base=True,  # the same model may have another path today
         )
 
     @cached_property
     def layer_map(self) -> LayerMap:
         section = self.transfer
-        sizes = tuple(parts.num_layers for parts in self._parts)
+        sizes = tuple(parts.num_layers for parts in self._architectures)
         cka = None
         if section.layers == "cka":
             cka = Statistics.load(self._collect(("layer_out",), "all") / CONTENT).cka()
@@ -243,7 +228,7 @@ class TransferJob:
     @cached_property
     def _output_map(self) -> LayerMap:
         """Blocks whose outputs correspond: the last of every group."""
-        return make_layer_map("skip_last", *(parts.num_layers for parts in self._parts))
+        return make_layer_map("skip_last", *(parts.num_layers for parts in self._architectures))
 
     @property
     def _matches_outputs(self) -> bool:
@@ -264,15 +249,15 @@ class TransferJob:
             pairs += self._output_map.pairs
         if section.head == "transport":
             spaces.append("layer_out")
-            pairs.append(tuple(parts.num_layers - 1 for parts in self._parts))
+            pairs.append(tuple(parts.num_layers - 1 for parts in self._architectures))
         return self._collect(tuple(dict.fromkeys(spaces)), sorted(set(pairs)))
 
     def _collect(self, spaces: tuple[str, ...], pairs: list[tuple[int, int]] | str) -> Path:
         job, section = self.job, self.transfer.statistics
         facts = {
-            "teacher": model_identity(job.teacher),
+            "teacher": self._teacher.identity,
             "module": folder_digest(self.teacher / ADAPTER) if section.module_active else None,
-            "student": model_identity(job.student),
+            "student": self._student.identity,
             "task": examples_digest(self.teacher_task),
             "max_length": job.task.max_length,
             "section": section.model_dump(),
@@ -291,13 +276,13 @@ class TransferJob:
         )
         batches = pairing.batches(
             self.texts[: section.examples],
-            tokenizer_of(self.job.teacher, self.kind),
-            tokenizer_of(self.job.student, self.kind),
+            self._teacher.tokenizer,
+            self._student.tokenizer,
         )
         with self.console.progress(len(batches)) as progress:
             statistics = collect_statistics(
-                self._teacher_model(),
-                self._student_model(),
+                self._tuned_teacher(),
+                self._student.load(),
                 batches,
                 layer_pairs=pairs,
                 spaces=spaces,
@@ -343,8 +328,8 @@ class TransferJob:
             projections = Path(job.student.projections or job.student.path).expanduser()
         facts = {
             "statistics": self.statistics and self.statistics.name,
-            "teacher": model_identity(job.teacher),
-            "student": model_identity(job.student),
+            "teacher": self._teacher.identity,
+            "student": self._student.identity,
             "projections": projections and folder_digest(projections),
             "layer_map": layer_map.facts(),
             "method": method,
@@ -361,8 +346,8 @@ class TransferJob:
                     self._load_statistics(),
                     layer_map,
                     method,
-                    teacher=self._teacher_model().get_base_model(),
-                    student=self._student_model(),
+                    teacher=self._tuned_teacher().get_base_model(),
+                    student=self._student.load(),
                     spaces=spaces,
                     options=options,
                     head=head,
@@ -396,7 +381,7 @@ class TransferJob:
         facts = {
             "teacher": self.teacher.name,
             "maps": self.maps and self.maps.name,
-            "student": model_identity(job.student),
+            "student": self._student.identity,
             "labels": self.labels,
             "head": section.head,
             "seed": job.seed,
@@ -415,9 +400,9 @@ class TransferJob:
         return self._stage("refined", facts, lambda folder: self._refine(moved, folder))
 
     def _move(self, folder: Path) -> None:
-        student = self._student_model()
+        student = self._student.load()
         if self.transfer.method == FRESH:
-            self._save(self._fresh(student), folder)
+            self._student.save(self._fresh(student), folder / ADAPTER)
             self._verify(folder)
             return
         module = transport(
@@ -434,18 +419,18 @@ class TransferJob:
             folder / ADAPTER,
             provenance={
                 "models": {
-                    role: {"path": part.path, **model_identity(part)}
-                    for role, part in (("teacher", self.job.teacher), ("student", self.job.student))
+                    role: {"path": model.section.path, **model.identity}
+                    for role, model in (("teacher", self._teacher), ("student", self._student))
                 },
                 "seed": self.job.seed,
             },
         )
-        write_task(folder / ADAPTER, self.kind, self.labels)
+        self._student.note_task(folder / ADAPTER)
         self._verify(folder)
 
     def _verify(self, folder: Path) -> None:
         """That the student loads all of the module in a stage's folder."""
-        report = verify(folder / ADAPTER, self._student_model())
+        report = verify(folder / ADAPTER, self._student.load())
         self.console.say(
             f"{len(report.loaded)} tensors, {report.parameters:,} parameters, all loaded; "
             f"they change the output by {report.change:.1%}"
@@ -453,10 +438,10 @@ class TransferJob:
 
     @cached_property
     def _fresh_config(self) -> PeftConfig:
-        layer_map = make_layer_map("skip", *(parts.num_layers for parts in self._parts))
+        layer_map = make_layer_map("skip", *(parts.num_layers for parts in self._architectures))
         if self.job.transfer is not None and self.transfer.method != FRESH:
             layer_map = self.layer_map
-        return fresh_config(self.module_state, self._skeletons[0], layer_map)
+        return fresh_config(self.module_state, self._student.skeleton, layer_map)
 
     def _fresh(self, student: PreTrainedModel) -> PeftModel:
         return fresh_module(self._fresh_config, student, seed=self.job.seed)
@@ -473,26 +458,17 @@ class TransferJob:
 
     def _refine(self, moved: Path, folder: Path) -> None:
         job, section = self.job, self.transfer.refine
-        student = load_with_module(
-            job.student, moved / ADAPTER, self.kind, self.labels, seed=job.seed, trainable=True
-        )
         hidden = None
         if self._output_maps is not None:
-            maps = Maps.load(self._output_maps / CONTENT)
-            pairs = self._output_map.pairs
-            hidden = {
-                "layers": {s + 1: t + 1 for s, t in pairs},
-                "maps": {s + 1: maps["layer_out", s, t] for s, t in pairs},
-                "weight": section.hidden_weight,
-            }
-        ours, theirs = (tokenizer_of(part, self.kind) for part in (job.student, job.teacher))
-        if _read_alike(ours, theirs):
-            theirs = None
+            hidden = hidden_options(
+                Maps.load(self._output_maps / CONTENT), self._output_map, section.hidden_weight
+            )
+        model = self._student.load_with(moved / ADAPTER, trainable=True)
         distil_task(
-            student,
-            self._teacher_model(),
+            model,
+            self._tuned_teacher(),
             text_rows(self.texts),
-            TaskTextCollator(ours, theirs, max_length=job.task.max_length),
+            task_collator(self._student.tokenizer, self._teacher.tokenizer, job.task.max_length),
             section.training,
             seed=job.seed,
             output_dir=folder / "checkpoints",
@@ -501,7 +477,7 @@ class TransferJob:
             callbacks=[ConsoleCallback(self.console)],
             where="transfer.refine.training",
         )
-        self._save(student, folder)
+        self._student.save(model, folder / ADAPTER)
         self._verify(folder)
         provenance = moved / ADAPTER / PROVENANCE
         facts = json.loads(provenance.read_text()) if provenance.is_file() else {}
@@ -524,7 +500,7 @@ class TransferJob:
         facts = {
             "module": module and module.name,
             "peft": None if module else self._fresh_config.to_dict(),
-            "student": model_identity(job.student),
+            "student": self._student.identity,
             "task": examples_digest(job.task),
             "max_length": job.task.max_length,
             "training": job.student.training,
@@ -538,17 +514,15 @@ class TransferJob:
     def _train_student(self, module: Path | None, folder: Path) -> None:
         job = self.job
         if module is None:
-            model = self._fresh(self._student_model())
+            model = self._fresh(self._student.load())
         else:
-            model = load_with_module(
-                job.student, module / ADAPTER, self.kind, self.labels, seed=job.seed, trainable=True
-            )
+            model = self._student.load_with(module / ADAPTER, trainable=True)
         if job.student.fused_lora:
             for line in str(patch_peft_model(model)).splitlines():
                 self.console.say(line)
         self._train(
             model,
-            tokenizer_of(job.student, self.kind),
+            self._student,
             self.data,
             job.student.training,
             job.seed,
@@ -567,29 +541,33 @@ class TransferJob:
     @property
     def evaluate(self) -> Path:
         """The folder of the trained student, whose adapter was loaded and scored once more."""
-        job, folder = self.job, self.student.folder
-        model = load_with_module(
-            job.student, folder / ADAPTER, self.kind, self.labels, seed=job.seed
-        )
+        folder = self.student.folder
         scores = evaluate_task(
-            model, tokenizer_of(job.student, self.kind), self.data, args=job.student.training
+            self._student.load_with(folder / ADAPTER),
+            self._student.tokenizer,
+            self.data,
+            args=self.job.student.training,
         )
         self.console.say("test: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         return folder
 
     # ---- common ----
 
-    def _save(self, model: PeftModel, folder: Path) -> None:
-        """Leave a module as `adapter` of a stage's folder."""
-        model.save_pretrained(str(folder / ADAPTER))
-        write_task(folder / ADAPTER, self.kind, self.labels)
-
-    def _train(self, model, tokenizer, data, training, seed: int, folder: Path, where: str) -> None:
-        """Train on a task and leave `adapter` and `result.json`."""
+    def _train(
+        self,
+        model: PeftModel,
+        side: JobModel,
+        data: TaskData,
+        training: dict[str, Any],
+        seed: int,
+        folder: Path,
+        where: str,
+    ) -> None:
+        """Train the module of one side on a task; leave `adapter` and `result.json`."""
         fields, eval_steps = split_steps(training)
         result = train_task(
             model,
-            tokenizer,
+            side.tokenizer,
             data,
             fields,
             seed=seed,
@@ -598,7 +576,7 @@ class TransferJob:
             callbacks=[ConsoleCallback(self.console)],
             where=where,
         )
-        self._save(model, folder)
+        side.save(model, folder / ADAPTER)
         write_json(folder / RESULT, result.to_dict())
         self.console.say(
             f"{result.metric} {result.test[result.metric]:.3f} on test after {result.steps} steps, "
@@ -617,21 +595,6 @@ class TransferJob:
 def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     """A training section without `eval_steps`, and those, which the training itself asks for."""
     return {k: v for k, v in training.items() if k != "eval_steps"}, training.get("eval_steps")
-
-
-def _read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give the same inputs for the same text."""
-    return (
-        tokenizer_digest(one) == tokenizer_digest(other)
-        and one.model_input_names == other.model_input_names
-    )
-
-
-def text_rows(texts: list) -> Dataset:
-    """Texts of a task, words or pairs, as rows of `TaskTextCollator`."""
-    if isinstance(texts[0], tuple):
-        return Dataset.from_dict({"text_a": [a for a, _ in texts], "text_b": [b for _, b in texts]})
-    return Dataset.from_dict({"words": list(texts)})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modxfer_fast.config import TaskSection
+from modxfer_fast.config.task import TaskKind, TaskSection
 from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
 from modxfer_fast.files import write_json
-from modxfer_fast.models import ModelError
-from modxfer_fast.models.task import load_task_model
+from modxfer_fast.models import Architecture, ModelError
+from modxfer_fast.models.task import load_task_model, task_skeleton
 from modxfer_fast.transfer import TransferError
 from modxfer_fast.transfer.modules import load_config, same_model
 
@@ -51,11 +52,6 @@ def with_fraction(section: TaskSection, fraction: float) -> TaskSection:
 @lru_cache(maxsize=8)
 def _tokenizer(path: str, kind: str, revision: str | None, trust: bool):
     return load_task_tokenizer(path, kind, revision=revision, trust_remote_code=trust)
-
-
-def tokenizer_of(section: EncoderSection, kind: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, for a kind of task."""
-    return _tokenizer(section.path, kind, section.revision, section.trust_remote_code)
 
 
 def model_identity(section: EncoderSection) -> dict[str, str | None]:
@@ -97,59 +93,88 @@ def _files_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
     return digest.hexdigest()[:20]
 
 
-def load_with_module(
-    section: EncoderSection,
-    adapter: str | Path,
-    kind: str,
-    labels: tuple[str, ...],
-    *,
-    seed: int = 0,
-    trainable: bool = False,
-) -> PeftModel:
-    """A task model with the module in a folder, by plain PEFT.
+@dataclass(frozen=True)
+class JobModel:
+    """The base model of one side of a job with a head for its task, and its modules.
 
-    Args:
-        seed: of a head that the folder does not bring.
-    Raises:
-        TransferError: a head for other labels.
+    Attributes:
+        section: of the configuration. kind, labels: of the task.
+        seed: of a head that neither the checkpoint nor a module brings.
+        device: where it is loaded.
     """
-    model = load_task_model(section, kind, labels, seed=seed)
-    try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except RuntimeError as error:
-        raise TransferError(
-            f"adapter {adapter}: does not fit {section.path} with a head for the {len(labels)} "
-            f"labels {', '.join(labels)} ({error})"
-        ) from error
 
+    section: EncoderSection
+    kind: TaskKind
+    labels: tuple[str, ...]
+    seed: int
+    device: torch.device
 
-def write_task(adapter: Path, kind: str, labels: tuple[str, ...]) -> None:
-    """Note beside an adapter what it was trained for; PEFT itself keeps no names of labels."""
-    write_json(adapter / TASK, {"kind": kind, "labels": list(labels)})
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        section = self.section
+        return _tokenizer(section.path, self.kind, section.revision, section.trust_remote_code)
 
+    @cached_property
+    def identity(self) -> dict[str, str | None]:
+        return model_identity(self.section)
 
-def check_adapter(
-    adapter: Path, section: EncoderSection, kind: str, labels: tuple[str, ...]
-) -> None:
-    """Raise a TransferError unless `adapter` is a module of the model of `section` for this task.
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights."""
+        return task_skeleton(self.section, self.kind, self.labels)
 
-    The labels of an adapter without a `task.json` are unknown; then only their number is compared,
-    when it is loaded.
-    """
-    config = load_config(adapter)
-    found = config.base_model_name_or_path
-    if found and not same_model(section.path, found):
-        raise TransferError(
-            f"adapter {adapter}: expected a module of {section.path}, got one of {found}"
-        )
-    if not (adapter / TASK).is_file():
-        return
-    task = json.loads((adapter / TASK).read_text(encoding="utf-8"))
-    if (task["kind"], task["labels"]) != (kind, list(labels)):
-        raise TransferError(
-            f"adapter {adapter}: expected a module for {kind} with the labels {', '.join(labels)}, "
-            f"got one for {task['kind']} with {', '.join(task['labels'])}"
-        )
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture.of(self.skeleton)
+
+    def load(self) -> PreTrainedModel:
+        model = load_task_model(self.section, self.kind, self.labels, seed=self.seed)
+        return model.to(self.device)
+
+    def load_with(self, adapter: Path, *, trainable: bool = False) -> PeftModel:
+        """The model with the module in a folder, by plain PEFT.
+
+        Raises:
+            TransferError: a head for other labels.
+        """
+        try:
+            return PeftModel.from_pretrained(self.load(), str(adapter), is_trainable=trainable)
+        except RuntimeError as error:
+            raise TransferError(
+                f"adapter {adapter}: does not fit {self.section.path} with a head for the "
+                f"{len(self.labels)} labels {', '.join(self.labels)} ({error})"
+            ) from error
+
+    def save(self, model: PeftModel, adapter: Path) -> None:
+        """Write the module of `model`, and beside it what it is for."""
+        model.save_pretrained(str(adapter))
+        self.note_task(adapter)
+
+    def note_task(self, adapter: Path) -> None:
+        """Note beside a module what it was trained for: PEFT keeps no names of labels."""
+        write_json(adapter / TASK, {"kind": self.kind, "labels": list(self.labels)})
+
+    def check_adapter(self, adapter: Path) -> None:
+        """Raise a TransferError unless a folder has a module of this model for this task.
+
+        The labels of one without a task.json are unknown; only their number is compared, when it is
+        loaded.
+        """
+        config = load_config(adapter)
+        found = config.base_model_name_or_path
+        if found and not same_model(self.section.path, found):
+            raise TransferError(
+                f"adapter {adapter}: expected a module of {self.section.path}, got one of {found}"
+            )
+        if not (adapter / TASK).is_file():
+            return
+        task = json.loads((adapter / TASK).read_text(encoding="utf-8"))
+        if (task["kind"], task["labels"]) != (self.kind, list(self.labels)):
+            raise TransferError(
+                f"adapter {adapter}: expected a module for {self.kind} with the labels "
+                f"{', '.join(self.labels)}, got one for {task['kind']} with "
+                f"{', '.join(task['labels'])}"
+            )
 
 
 def device_of(training: dict) -> torch.device:
