@@ -1,4 +1,4 @@
-"""`modxfer distill CONFIG.yaml`: the whole job, from text to report."""
+"""`modxfer distill CONFIG.yaml`: the whole job, from text or a task to the report."""
 
 import argparse
 
@@ -13,14 +13,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a key by its dotted path, e.g. training.max_steps=100 (repeatable)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted run of the same job"
+        "--resume",
+        action="store_true",
+        help="continue an interrupted run of the same job (kind: task goes on without it)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    from modxfer_fast.config import load_config
+    # before the heavy imports: a typo is told at once
+    from modxfer_fast.config.task_distillation import TaskDistillConfig, load_distill
 
-    config = load_config(args.config, args.set)  # before the heavy imports: a typo is told at once
+    config = load_distill(args.config, args.set)
+    if isinstance(config, TaskDistillConfig):
+        from modxfer_fast.cli.task_distill import run_task_distillation
+
+        run_task_distillation(config)
+        return 0
 
     from modxfer_fast.cli.job import run_job
 

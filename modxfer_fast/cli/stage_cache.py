@@ -4,11 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
+
+from modxfer_fast import __version__
 from modxfer_fast.cli.cache import cache_root, fingerprint
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import new_folder, sha256_of, write_json, write_text
+from modxfer_fast.report import JobConsole
 
+# raised when a stage comes to leave other results for the same facts
+STAGE_FORMAT = 3
+VERSIONS = [
+    STAGE_FORMAT, __version__, torch.__version__, transformers.__version__, peft.__version__
+]  # fmt: skip
 _FACTS, _CHECKSUMS = "fingerprint.json", "SHA256SUMS"
 
 
@@ -57,6 +68,28 @@ class StageCache:
             _check(folder)
         self._intact.add(folder)
         return folder
+
+
+class Stages:
+    """The stages of one job: run, or taken from the cache, and said which.
+
+    Args:
+        cache: where they are; jobs of one grid share it.
+    """
+
+    def __init__(self, console: JobConsole, cache: StageCache | None = None) -> None:
+        self.console = console
+        self.cache = cache or StageCache()
+
+    def get(self, name: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        """As `StageCache.get`; the versions of the libraries are added to the facts."""
+        facts = {**facts, "versions": VERSIONS}
+        if self.cache.folder(name, facts).is_dir():
+            folder = self.cache.get(name, facts, build)
+            self.console.say(f"{name}: from the cache")
+            return folder
+        with self.console.phase(name.capitalize()):
+            return self.cache.get(name, facts, build)
 
 
 def _checksums(folder: Path) -> str:

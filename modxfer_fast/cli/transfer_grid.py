@@ -7,19 +7,20 @@ from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.stage_cache import StageCache
 from modxfer_fast.cli.surroundings import quieten_libraries
 from modxfer_fast.cli.transfer_job import TransferJob
-from modxfer_fast.cli.transfer_report import METRIC_NAMES, cell_result
+from modxfer_fast.cli.transfer_report import cell_result
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.grid import SCRATCH, Cell, Grid
 from modxfer_fast.data.tasks import PRIMARY_METRIC
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.files import write_text
-from modxfer_fast.report import JobConsole
+from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
 from modxfer_fast.report.transfer_table import (
     RESULTS,
     CellResult,
     group_results,
     markdown,
+    read_results,
     write_results,
 )
 
@@ -37,10 +38,7 @@ def run_grid(grid: Grid) -> list[CellResult]:
     single_process("modxfer transfer")
     quieten_libraries()
     output = Path(grid.output_dir).expanduser().absolute()
-    if output.exists() and any(output.iterdir()) and not (output / RESULTS).is_file():
-        raise ConfigError(
-            f"output_dir: {output} exists and holds no {RESULTS}; name another folder"
-        )
+    _check_table(output, grid)
     console = JobConsole(is_main=True)
     cache = StageCache()
     for cell in grid.cells:  # every mistake before the first hour
@@ -70,6 +68,24 @@ def run_grid(grid: Grid) -> list[CellResult]:
                 _write_tables(results, metric, output)
     console.say(f"table, CSV and pictures in {output}")
     return results
+
+
+def _check_table(output: Path, grid: Grid) -> None:
+    """Raise a ConfigError where the folder of the table has something that would be lost."""
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / RESULTS).is_file():
+        raise ConfigError(
+            f"output_dir: {output} exists and holds no {RESULTS}; name another folder"
+        )
+    cells = [cell.labels for cell in grid.cells]
+    others = [row.labels for row in read_results(output) if row.labels not in cells]
+    if others:
+        raise ConfigError(
+            f"output_dir: {output} has results of {len(others)} other cells, e.g. "
+            f"{' '.join(others[0].values())}; name another folder, or let grid.only allow them, "
+            "too: cells that are done take no time"
+        )
 
 
 def _run_cell(cell: Cell, cache: StageCache) -> CellResult:

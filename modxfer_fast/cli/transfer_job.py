@@ -8,35 +8,38 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from modxfer_fast import __version__
-from modxfer_fast.cli.stage_cache import StageCache
-from modxfer_fast.cli.transfer_models import (
+from modxfer_fast.cli.stage_cache import StageCache, Stages
+from modxfer_fast.cli.task_models import (
     ADAPTER,
     JobModel,
     device_of,
     examples,
     examples_digest,
     folder_digest,
-    with_fraction,
+    task_collator,
 )
-from modxfer_fast.cli.transfer_refine import hidden_options, task_collator, text_rows
+from modxfer_fast.cli.task_stages import (
+    RESULT,
+    TaskTeacher,
+    check_teacher,
+    read_json,
+    split_steps,
+    train_stage,
+)
+from modxfer_fast.cli.transfer_refine import hidden_options, text_rows
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_distillation import distil_task
 from modxfer_fast.engine.task_result import TaskResult
-from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
+from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task
 from modxfer_fast.files import write_json
 from modxfer_fast.models import Architecture, patch_peft_model
-from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import ConsoleCallback, JobConsole
 from modxfer_fast.transfer import (
     DATA_FREE_METHODS,
@@ -58,12 +61,7 @@ from modxfer_fast.transfer import (
     verify,
 )
 
-CONTENT, RESULT = "content", "result.json"
-# raised when a stage comes to leave other results for the same facts
-STAGE_FORMAT = 3
-VERSIONS = [
-    STAGE_FORMAT, __version__, torch.__version__, transformers.__version__, peft.__version__
-]  # fmt: skip
+CONTENT = "content"
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class TransferJob:
     ) -> None:
         self.job = job
         self.console = console
-        self.cache = cache or StageCache()
+        self.stages = Stages(console, cache)
         self.kind = job.task.kind
         self.metric = PRIMARY_METRIC[self.kind]
 
@@ -99,10 +97,8 @@ class TransferJob:
             ConfigError, ModelError: naming the place.
         """
         job = self.job
-        check_task_training(split_steps(job.teacher.training)[0], "teacher.training")
+        check_teacher(job.teacher)
         check_task_training(split_steps(job.student.training)[0], "student.training")
-        if job.teacher.peft is not None:
-            check_task_peft(job.teacher.peft, "teacher.peft")
         if job.transfer is not None and job.transfer.refine is not None:
             check_task_training(job.transfer.refine.training, "transfer.refine.training")
 
@@ -114,81 +110,29 @@ class TransferJob:
         return examples(self.job.task)
 
     @cached_property
-    def teacher_task(self):
-        return with_fraction(self.job.task, self.job.teacher.train_fraction)
-
-    @cached_property
     def labels(self) -> tuple[str, ...]:
         return self.data.labels
 
     @cached_property
     def texts(self) -> list:
         """The texts that statistics and refinement read, without labels."""
-        return examples(self.teacher_task).texts("train")
-
-    # ---- teacher ----
-
-    @cached_property
-    def teacher(self) -> Path:
-        """Folder with the teacher's module and `result.json`, its test scores."""
-        section = self.job.teacher
-        facts = {
-            "model": self._teacher.identity,
-            "task": examples_digest(self.teacher_task),
-            "max_length": self.job.task.max_length,
-            "training": section.training,
-            "versions": VERSIONS,
-        }
-        if section.adapter is not None:
-            facts["adapter"] = folder_digest(Path(section.adapter).expanduser())
-            return self._stage("teacher", facts, self._score_teacher)
-        return self._stage(
-            "teacher", {**facts, "peft": section.peft, "seed": section.seed}, self._train_teacher
-        )
-
-    def _train_teacher(self, folder: Path) -> None:
-        section = self.job.teacher
-        model = apply_task_peft(
-            self._teacher.load(), section.peft, self.kind, seed=section.seed, where="teacher.peft"
-        )
-        self._train(
-            model,
-            self._teacher,
-            examples(self.teacher_task),
-            section.training,
-            section.seed,
-            folder,
-            "teacher.training",
-        )
-
-    def _score_teacher(self, folder: Path) -> None:
-        section = self.job.teacher
-        adapter = Path(section.adapter).expanduser()
-        self._teacher.check_adapter(adapter)
-        model = self._teacher.load_with(adapter)
-        scores = evaluate_task(model, self._teacher.tokenizer, self.data, args=section.training)
-        self._teacher.save(model, folder / ADAPTER)
-        write_json(folder / RESULT, {"test": scores})
-
-    @cached_property
-    def teacher_score(self) -> float:
-        """The teacher's test score."""
-        return _read(self.teacher / RESULT)["test"][self.metric]
+        return examples(self._teacher.task).texts("train")
 
     # ---- models ----
 
     @cached_property
-    def _teacher(self) -> JobModel:
+    def _teacher(self) -> TaskTeacher:
         section = self.job.teacher
-        return JobModel(section, self.kind, self.labels, section.seed, self._device)
+        model = JobModel(section, self.kind, self.labels, section.seed, self._device)
+        return TaskTeacher(model, self.job.task, self.stages)
 
     @cached_property
     def _student(self) -> JobModel:
         return JobModel(self.job.student, self.kind, self.labels, self.job.seed, self._device)
 
-    def _tuned_teacher(self) -> PeftModel:
-        """The teacher with its module."""
-        return self._teacher.load_with(self.teacher / ADAPTER)
+    @property
+    def _models(self) -> dict[str, JobModel]:
+        return {"teacher": self._teacher.model, "student": self._student}
 
     @property
     def _device(self) -> torch.device:
@@ -197,7 +141,17 @@ class TransferJob:
     @property
     def _architectures(self) -> tuple[Architecture, Architecture]:
         """Of the student and of the teacher."""
-        return self._student.architecture, self._teacher.architecture
+        return self._student.architecture, self._teacher.model.architecture
+
+    @property
+    def teacher(self) -> Path:
+        """Folder with the teacher's module and `result.json`, its scores."""
+        return self._teacher.folder
+
+    @property
+    def teacher_score(self) -> float:
+        """The teacher's test score."""
+        return self._teacher.score
 
     # ---- transfer ----
 
@@ -212,7 +166,7 @@ class TransferJob:
         """The teacher's module."""
         return PeftModuleState.from_folder(
             self.teacher / ADAPTER,
-            self._teacher.skeleton,
+            self._teacher.model.skeleton,
             any_base=True,  # the same model may have another path today
         )
 
@@ -255,17 +209,16 @@ class TransferJob:
     def _collect(self, spaces: tuple[str, ...], pairs: list[tuple[int, int]] | str) -> Path:
         job, section = self.job, self.transfer.statistics
         facts = {
-            "teacher": self._teacher.identity,
+            "teacher": self._teacher.model.identity,
             "module": folder_digest(self.teacher / ADAPTER) if section.module_active else None,
             "student": self._student.identity,
-            "task": examples_digest(self.teacher_task),
+            "task": examples_digest(self._teacher.task),
             "max_length": job.task.max_length,
             "section": section.model_dump(),
             "spaces": spaces,
             "pairs": pairs,
-            "versions": VERSIONS,
         }
-        return self._stage(
+        return self.stages.get(
             "statistics", facts, lambda folder: self._run_statistics(folder, spaces, pairs)
         )
 
@@ -276,12 +229,12 @@ class TransferJob:
         )
         batches = pairing.batches(
             self.texts[: section.examples],
-            self._teacher.tokenizer,
+            self._teacher.model.tokenizer,
             self._student.tokenizer,
         )
         with self.console.progress(len(batches)) as progress:
             statistics = collect_statistics(
-                self._tuned_teacher(),
+                self._teacher.load(),
                 self._student.load(),
                 batches,
                 layer_pairs=pairs,
@@ -307,7 +260,6 @@ class TransferJob:
             section.method,
             self._map_options(),
             self.layer_map,
-            self.module_state.spaces,
             head=section.head == "transport",
         )
 
@@ -316,11 +268,13 @@ class TransferJob:
         method: str,
         options: MapOptions,
         layer_map: LayerMap,
-        spaces: tuple[str, ...],
+        spaces: tuple[str, ...] | None = None,
         *,
         head: bool = False,
     ) -> Path:
+        """Maps for the teacher's module, or for `spaces` alone."""
         job = self.job
+        module = self.module_state if spaces is None else None
         # the others depend on no seed, and so serve all of them
         seed = job.seed if method in ("shuffled", "random_matched") else 0
         projections = None
@@ -328,16 +282,15 @@ class TransferJob:
             projections = Path(job.student.projections or job.student.path).expanduser()
         facts = {
             "statistics": self.statistics and self.statistics.name,
-            "teacher": self._teacher.identity,
+            "teacher": self._teacher.model.identity,
             "student": self._student.identity,
             "projections": projections and folder_digest(projections),
             "layer_map": layer_map.facts(),
             "method": method,
-            "options": asdict(options),
-            "spaces": spaces,
+            "options": asdict(options.resolved(module)),
+            "spaces": module.spaces if spaces is None else spaces,
             "head": head,
             "seed": seed,
-            "versions": VERSIONS,
         }
 
         def build(folder: Path) -> None:
@@ -346,8 +299,9 @@ class TransferJob:
                     self._load_statistics(),
                     layer_map,
                     method,
-                    teacher=self._tuned_teacher().get_base_model(),
+                    teacher=self._teacher.load().get_base_model(),
                     student=self._student.load(),
+                    module=module,
                     spaces=spaces,
                     options=options,
                     head=head,
@@ -357,7 +311,7 @@ class TransferJob:
                 )
             maps.save(folder / CONTENT)
 
-        return self._stage("maps", facts, build)
+        return self.stages.get("maps", facts, build)
 
     def _load_statistics(self) -> Statistics | None:
         return None if self.statistics is None else Statistics.load(self.statistics / CONTENT)
@@ -371,7 +325,6 @@ class TransferJob:
             head_aware=section.head_aware,
             scale=section.scale,
             write=section.write,
-            means=self.module_state.kind in ("bottleneck", "compacter"),  # whose biases take them
         )
 
     @cached_property
@@ -385,24 +338,22 @@ class TransferJob:
             "labels": self.labels,
             "head": section.head,
             "seed": job.seed,
-            "versions": VERSIONS,
         }
-        moved = self._stage("module", facts, self._move)
+        moved = self.stages.get("module", facts, self._move)
         if section.refine is None:
             return moved
         facts = {
             "module": moved.name,
             "refine": section.refine.model_dump(),
             "outputs": self._output_maps and self._output_maps.name,
-            "task": examples_digest(self.teacher_task),
-            "versions": VERSIONS,
+            "task": examples_digest(self._teacher.task),
         }
-        return self._stage("refined", facts, lambda folder: self._refine(moved, folder))
+        return self.stages.get("refined", facts, lambda folder: self._refine(moved, folder))
 
     def _move(self, folder: Path) -> None:
         student = self._student.load()
         if self.transfer.method == FRESH:
-            self._student.save(self._fresh(student), folder / ADAPTER)
+            self._student.save(self._fresh(student), folder)
             self._verify(folder)
             return
         module = transport(
@@ -420,7 +371,10 @@ class TransferJob:
             provenance={
                 "models": {
                     role: {"path": model.section.path, **model.identity}
-                    for role, model in (("teacher", self._teacher), ("student", self._student))
+                    for role, model in (
+                        ("teacher", self._teacher.model),
+                        ("student", self._student),
+                    )
                 },
                 "seed": self.job.seed,
             },
@@ -430,7 +384,7 @@ class TransferJob:
 
     def _verify(self, folder: Path) -> None:
         """That the student loads all of the module in a stage's folder."""
-        report = verify(folder / ADAPTER, self._student.load())
+        report = verify(folder / ADAPTER, self._student.load(), any_base=True)
         self.console.say(
             f"{len(report.loaded)} tensors, {report.parameters:,} parameters, all loaded; "
             f"they change the output by {report.change:.1%}"
@@ -466,9 +420,11 @@ class TransferJob:
         model = self._student.load_with(moved / ADAPTER, trainable=True)
         distil_task(
             model,
-            self._tuned_teacher(),
+            self._teacher.load(),
             text_rows(self.texts),
-            task_collator(self._student.tokenizer, self._teacher.tokenizer, job.task.max_length),
+            task_collator(
+                self._student.tokenizer, self._teacher.model.tokenizer, job.task.max_length
+            ),
             section.training,
             seed=job.seed,
             output_dir=folder / "checkpoints",
@@ -477,7 +433,7 @@ class TransferJob:
             callbacks=[ConsoleCallback(self.console)],
             where="transfer.refine.training",
         )
-        self._student.save(model, folder / ADAPTER)
+        self._student.save(model, folder)
         self._verify(folder)
         provenance = moved / ADAPTER / PROVENANCE
         facts = json.loads(provenance.read_text()) if provenance.is_file() else {}
@@ -506,10 +462,11 @@ class TransferJob:
             "training": job.student.training,
             "fused_lora": job.student.fused_lora,
             "seed": job.seed,
-            "versions": VERSIONS,
         }
-        folder = self._stage("student", facts, lambda folder: self._train_student(module, folder))
-        return StudentRun(folder, TaskResult.from_dict(_read(folder / RESULT)))
+        folder = self.stages.get(
+            "student", facts, lambda folder: self._train_student(module, folder)
+        )
+        return StudentRun(folder, TaskResult.from_dict(read_json(folder / RESULT)))
 
     def _train_student(self, module: Path | None, folder: Path) -> None:
         job = self.job
@@ -520,13 +477,13 @@ class TransferJob:
         if job.student.fused_lora:
             for line in str(patch_peft_model(model)).splitlines():
                 self.console.say(line)
-        self._train(
+        train_stage(
             model,
             self._student,
             self.data,
             job.student.training,
-            job.seed,
             folder,
+            self.stages,
             "student.training",
         )
 
@@ -550,52 +507,3 @@ class TransferJob:
         )
         self.console.say("test: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         return folder
-
-    # ---- common ----
-
-    def _train(
-        self,
-        model: PeftModel,
-        side: JobModel,
-        data: TaskData,
-        training: dict[str, Any],
-        seed: int,
-        folder: Path,
-        where: str,
-    ) -> None:
-        """Train the module of one side on a task; leave `adapter` and `result.json`."""
-        fields, eval_steps = split_steps(training)
-        result = train_task(
-            model,
-            side.tokenizer,
-            data,
-            fields,
-            seed=seed,
-            output_dir=folder / "checkpoints",
-            eval_steps=eval_steps,
-            callbacks=[ConsoleCallback(self.console)],
-            where=where,
-        )
-        side.save(model, folder / ADAPTER)
-        write_json(folder / RESULT, result.to_dict())
-        self.console.say(
-            f"{result.metric} {result.test[result.metric]:.3f} on test after {result.steps} steps, "
-            f"{result.initial:.3f} on validation before the first"
-        )
-
-    def _stage(self, name: str, facts: dict[str, Any], build) -> Path:
-        if self.cache.folder(name, facts).is_dir():
-            folder = self.cache.get(name, facts, build)
-            self.console.say(f"{name}: from the cache")
-            return folder
-        with self.console.phase(name.capitalize()):
-            return self.cache.get(name, facts, build)
-
-
-def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """A training section without `eval_steps`, and those, which the training itself asks for."""
-    return {k: v for k, v in training.items() if k != "eval_steps"}, training.get("eval_steps")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

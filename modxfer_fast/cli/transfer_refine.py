@@ -1,10 +1,8 @@
-"""What the refinement of a moved module reads and compares: texts, their batches, hidden states."""
+"""What the refinement of a moved module reads and compares: texts, and hidden states."""
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from modxfer_fast.data import tokenizer_digest
-from modxfer_fast.engine.task_distillation import TaskHiddenOptions, TaskTextCollator
+from modxfer_fast.engine.task_distillation import TaskHiddenOptions
 from modxfer_fast.transfer import LayerMap, Maps
 
 
@@ -15,17 +13,6 @@ def hidden_options(maps: Maps, layer_map: LayerMap, weight: float) -> TaskHidden
         maps={s + 1: maps["layer_out", s, t] for s, t in layer_map.pairs},
         weight=weight,
     )
-
-
-def task_collator(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, max_length: int
-) -> TaskTextCollator:
-    """Batches for both models; one encoding serves both where their tokenizers read alike."""
-    alike = (
-        tokenizer_digest(student) == tokenizer_digest(teacher)
-        and student.model_input_names == teacher.model_input_names
-    )
-    return TaskTextCollator(student, None if alike else teacher, max_length=max_length)
 
 
 def text_rows(texts: list) -> Dataset:

@@ -9,19 +9,17 @@ from typing import Any
 from modxfer_fast import __version__
 from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.surroundings import environment, quieten_libraries
+from modxfer_fast.cli.task_models import ADAPTER
 from modxfer_fast.cli.transfer_job import CONTENT, StudentRun, TransferJob
-from modxfer_fast.cli.transfer_models import ADAPTER
-from modxfer_fast.cli.work_folder import REPORT_FILE
-from modxfer_fast.config import ConfigError, dump_config
+from modxfer_fast.cli.work_folder import REPORT_FILE, check_output
+from modxfer_fast.config import dump_config
 from modxfer_fast.config.grid import SCRATCH
 from modxfer_fast.config.transfer import TransferConfig
 from modxfer_fast.files import new_folder, write_json, write_text
-from modxfer_fast.report import JobConsole
+from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning
 from modxfer_fast.report.transfer_table import CellResult, group_results
 from modxfer_fast.transfer import PROVENANCE, Maps, Statistics
-
-METRIC_NAMES = {"f1": "entity F1", "accuracy": "accuracy"}
 
 
 def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[str, Any] | None:
@@ -40,7 +38,7 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
     quieten_libraries()
     output = Path(config.output_dir).expanduser().absolute()
     if until is None:
-        _check_output(output, config.overwrite)
+        check_output(output, config.overwrite)
     console = JobConsole(is_main=True)
     job = TransferJob(config, console)
     job.check()
@@ -76,17 +74,6 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
             shutil.copytree(job.module / ADAPTER, folder / "module")
     _print_summary(console, job, cells, output, report["seconds"])
     return report
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not (output / REPORT_FILE).is_file():
-        raise ConfigError(
-            f"output_dir: {output} exists and is no result of a job; name another folder"
-        )
-    if output.exists() and not overwrite:
-        raise ConfigError(
-            f"output_dir: {output} exists; set overwrite: true or name another folder"
-        )
 
 
 def _run_students(job: TransferJob) -> dict[str, StudentRun]:

@@ -10,6 +10,18 @@ CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise a ConfigError where a job may not put its output."""
+    if output.exists() and not (output / REPORT_FILE).is_file():
+        raise ConfigError(
+            f"output_dir: {output} exists and is no result of a job; name another folder"
+        )
+    if output.exists() and not overwrite:
+        raise ConfigError(
+            f"output_dir: {output} exists; set overwrite: true or name another folder"
+        )
+
+
 class WorkFolder:
     """The unfinished output of one job.
 
@@ -29,14 +41,7 @@ class WorkFolder:
                 way, or `resume` meets none or one with another configuration.
         """
         config = self._config
-        if self.output.exists() and not (self.output / REPORT_FILE).is_file():
-            raise ConfigError(
-                f"output_dir: {self.output} exists and is no result of a job; name another folder"
-            )
-        if self.output.exists() and not config.overwrite:
-            raise ConfigError(
-                f"output_dir: {self.output} exists; set overwrite: true or name another folder"
-            )
+        check_output(self.output, config.overwrite)
         if resume:
             self._check_resumable()
             return

@@ -186,12 +186,13 @@ class TaskDistillTrainer(Trainer):
 
     def _counts(self, batch: dict) -> dict[str, int]:
         """Rows of each term in a micro-batch."""
-        tokens = len(_rows(batch))
-        labels = batch.get("labels")
+        rows, labels = _rows(batch), batch.get("labels")
+        if labels is not None and self._per_token:
+            labels = labels.flatten()[rows]
         return {
-            "kd": tokens if self._per_token else len(batch["input_ids"]),
+            "kd": len(rows) if self._per_token else len(batch["input_ids"]),
             "ce": 0 if labels is None else int((labels != IGNORE_INDEX).sum()),
-            "hidden": tokens,
+            "hidden": len(rows),
         }
 
     @property
@@ -319,10 +320,11 @@ class TaskTextCollator:
     """Texts -> a batch of `TaskDistillTrainer`, for one tokenizer or two.
 
     A text is {"words": [...]}, for token classifiers, or {"text_a", "text_b"} or {"text_a"}, for
-    sequence classifiers. Of words those count that neither side cuts off at `max_length`; sequences
-    are compared whole, also where one is cut.
+    sequence classifiers; with "tags", a class per word, or "label" the batch has labels. Of words
+    those count that neither side cuts off; sequences are compared whole, also where one is cut.
 
     teacher_tokenizer: None where it is the student's.
+    max_length: tokens at most, and at most those that a tokenizer allows.
     """
 
     student_tokenizer: Any
@@ -330,25 +332,31 @@ class TaskTextCollator:
     max_length: int = 128
 
     def __call__(self, texts: list[dict]) -> dict[str, Any]:
-        ours, our_words = self._encode(self.student_tokenizer, texts)
-        if self.teacher_tokenizer is None:
-            return ours if our_words is None else {**ours, "rows": _indices(ours, our_words)}
-        theirs, their_words = self._encode(self.teacher_tokenizer, texts)
-        batch = {**ours, "teacher_inputs": theirs}
-        if our_words is None:
+        batch, words = self._encode(self.student_tokenizer, texts)
+        theirs = None
+        if self.teacher_tokenizer is not None:
+            batch["teacher_inputs"], theirs = self._encode(self.teacher_tokenizer, texts)
+        if words is None:
+            if "label" in texts[0]:
+                batch["labels"] = torch.tensor([text["label"] for text in texts])
             return batch
-        both = [[w for w in a if w in b] for a, b in zip(our_words, their_words, strict=True)]
-        return {
-            **batch,
-            "rows": _indices(ours, our_words, both),
-            "teacher_rows": _indices(theirs, their_words, both),
-        }
+        kept = [list(row) for row in words]
+        if theirs is not None:
+            kept = [[w for w in row if w in other] for row, other in zip(kept, theirs, strict=True)]
+            batch["teacher_rows"] = _indices(batch["teacher_inputs"], theirs, kept)
+        batch["rows"] = _indices(batch, words, kept)
+        if "tags" in texts[0]:
+            tags = [t["tags"][w] for t, row in zip(texts, kept, strict=True) for w in row]
+            labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+            labels.view(-1)[batch["rows"]] = torch.tensor(tags, dtype=labels.dtype)
+            batch["labels"] = labels
+        return batch
 
     def _encode(self, tokenizer, texts: list[dict]):
         """Padded inputs, and of each text {word: its first token}, None without words."""
         options = {
             "truncation": True,
-            "max_length": self.max_length,
+            "max_length": min(self.max_length, tokenizer.model_max_length),
             "padding": True,
             "return_tensors": "pt",
             "verbose": False,
@@ -368,9 +376,8 @@ class TaskTextCollator:
         return dict(encoded), firsts
 
 
-def _indices(inputs: dict, firsts: list[dict[int, int]], words: list | None = None) -> Tensor:
+def _indices(inputs: dict, firsts: list[dict[int, int]], words: list[list[int]]) -> Tensor:
     width = inputs["input_ids"].shape[1]
-    words = firsts if words is None else words
     return torch.tensor(
         [row * width + firsts[row][word] for row in range(len(firsts)) for word in words[row]],
         dtype=torch.int64,

@@ -201,6 +201,14 @@ class Architecture:
                 return int(match[1]), role
         return None
 
+    def is_body(self, name: str) -> bool:
+        """Whether a dotted name, without PEFT's prefixes, is of the model below its head.
+
+        A pooler belongs to the head: it is as random as the head where a checkpoint has none.
+        """
+        body = self.layers.removesuffix(_FAMILIES[self.family].layers)  # "bert.", or "" of a BERT
+        return name.startswith(body) and not name.startswith(f"{body}pooler.")
+
     def layer_module(self, model: nn.Module, layer: int) -> nn.Module:
         """Block `layer` of `model`."""
         self._check_layer(layer)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modxfer_fast.files import write_text
 
+METRIC_NAMES = {"f1": "entity F1", "accuracy": "accuracy"}
 RESULTS = "results.csv"
 CURVES = "curves.csv"
 _NUMBERS = ("teacher", "initial", "score", "seconds")

@@ -33,9 +33,10 @@ def write_artefact(
 
     Raises:
         TransferError: the disk is full or refuses the folder; nothing is left behind, and an
-            older artefact stays as it was.
+            older artefact stays as it was. Or the folder holds something else, which stays.
     """
     folder = Path(folder)
+    check_replaceable(folder, CHECKSUMS, "artefact")
     try:
         with new_folder(folder) as scratch:
             save_file(
@@ -46,6 +47,21 @@ def write_artefact(
             write_text(scratch / CHECKSUMS, "".join(sums))
     except (OSError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be written ({error})") from error
+
+
+def check_replaceable(folder: Path, mark: str, kind: str) -> None:
+    """That writing a folder anew loses nobody's other files.
+
+    Args:
+        mark: a file that every `kind` of folder has.
+
+    Raises:
+        TransferError: it is there, not empty, and without the mark.
+    """
+    if not folder.exists() or (folder / mark).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise TransferError(f"{folder}: exists and is no {kind}; name another folder")
 
 
 def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

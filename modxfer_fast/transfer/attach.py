@@ -24,7 +24,8 @@ def attach(module: PeftModuleState, model: nn.Module, adapter_name: str = "defau
 
     Raises:
         TransferError: a tensor of the module that the model has no place for, one of the model that
-            the module leaves out, or one of another shape; each is named.
+            the module leaves out, or one of another shape; each is named. A model without the
+            head of the module's task.
     """
     if isinstance(model, PeftModel):
         raise TransferError("model: expected a model without PEFT, got a PeftModel")
@@ -44,10 +45,19 @@ def attach(module: PeftModuleState, model: nn.Module, adapter_name: str = "defau
 
 
 def config_for(module: PeftModuleState, model: nn.Module) -> PeftConfig:
-    """The module's configuration with the head of this model among what is trained and saved."""
+    """The module's configuration with the head of this model among what is trained and saved.
+
+    Raises:
+        TransferError: the module is of a task, and the model has no head.
+    """
     config = deepcopy(module.config)
     task = getattr(config.task_type, "value", config.task_type)
     if module.head or task in _TASKS_WITH_HEAD:
+        if model.base_model is model:
+            raise TransferError(
+                f"student: expected a model with a head{f' for {task}' if task else ''}, "
+                f"got {type(model).__name__}"
+            )
         config.modules_to_save = list(head_modules(model))
     # PEFT writes the name of the model it wraps, and warns where another one is there already
     config.base_model_name_or_path = None

@@ -18,7 +18,7 @@ def fresh_config(module: PeftModuleState, student: nn.Module, layer_map: LayerMa
     """The configuration that `module` has in the student after it was moved by this layer map.
 
     Raises:
-        TransferError: a place of the module that the student lacks.
+        TransferError: a place of the module that the student lacks, or its head.
     """
     parts = Architecture.of(student)
     maps = fit_maps(
@@ -27,7 +27,7 @@ def fresh_config(module: PeftModuleState, student: nn.Module, layer_map: LayerMa
         "truncate",
         teacher=module.architecture,
         student=parts,
-        spaces=module.spaces,
+        module=module,
     )
     return config_for(transport(module, maps, layer_map, parts), student)
 

@@ -45,8 +45,18 @@ _TENSORS = {
 _PREFIX = "base_model.model."
 # initialisations that subtract the first B A from the base weights: the file alone is no update of
 # the model it names
-_SHIFTED_BASE = ("pissa", "olora", "corda", "loftq")
-_WEIGHTS = "adapter_model.safetensors"
+_SHIFTED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# variants of newer versions of PEFT whose forward or factors are not those of B A
+_LORA_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Slot(NamedTuple):
@@ -88,7 +98,8 @@ class PeftModuleState:
 
         Raises:
             TransferError: no adapter there, of another base model, of a kind that cannot be moved,
-                or with tensors that have no place in `model`.
+                with tensors that have no place in `model`, or with trained modules other than the
+                head, which no map moves.
         """
         folder = Path(folder)
         config = load_config(folder)
@@ -137,11 +148,16 @@ class PeftModuleState:
         if strangers:
             raise TransferError(
                 f"{source}: expected tensors of linears in the blocks {architecture.layers}.* of a "
-                f"{architecture.family} model, got {', '.join(strangers[:3])}"
-                + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+                f"{architecture.family} model, got {_listed(strangers)}"
             )
         if not slots:
             raise TransferError(f"{source}: holds no tensor of a {kind} module")
+        in_body = [name for name in head if architecture.is_body(name)]
+        if in_body:
+            raise TransferError(
+                f"{source}: expected no trained modules but the head beside the {kind} module, "
+                f"got {_listed(in_body)}"
+            )
         return cls(kind, config, architecture, dict(sorted(slots.items())), head)
 
     def role(self, place: str) -> Role:
@@ -153,6 +169,13 @@ class PeftModuleState:
         """Every space that maps are needed for, in the order of the blocks."""
         needed = {space for slot in self.slots for space in self.slot_spaces(slot)}
         return tuple(space for space in self.architecture.spaces if space in needed)
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether biases can take the constants that means add: a LoRA and IA3 have none."""
+        if self.kind == "lora":
+            return bool(self.config.lora_bias)
+        return self.kind != "ia3"
 
     def slot_spaces(self, slot: Slot) -> tuple[str, ...]:
         """The spaces of one slot; an IA3 vector lives in one, everything else reads and writes."""
@@ -185,14 +208,12 @@ def load_config(folder: Path) -> PeftConfig:
     Raises:
         TransferError: missing, unreadable, or of a type that PEFT does not know.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise TransferError(f"{folder}: expected an adapter folder with adapter_config.json")
+    if not (folder / CONFIG).is_file():
+        raise TransferError(f"{folder}: expected an adapter folder with {CONFIG}")
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise TransferError(
-            f"{folder / 'adapter_config.json'}: cannot be read ({error})"
-        ) from error
+        raise TransferError(f"{folder / CONFIG}: cannot be read ({error})") from error
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
@@ -268,6 +289,7 @@ def _check_lora(config: PeftConfig) -> None:
         "layer_replication": config.layer_replication,
         "target_parameters": config.target_parameters,
         "init_lora_weights": str(config.init_lora_weights).lower().startswith(_SHIFTED_BASE),
+        **{name: getattr(config, name, None) for name in _LORA_VARIANTS},
     }
     for name, value in refused.items():
         if value:
@@ -292,6 +314,10 @@ def _site_place(site) -> str:
 def _is_saved_module(config: PeftConfig, name: str) -> bool:
     parts = name.removeprefix(_PREFIX).split(".")
     return any(module in parts for module in config.modules_to_save or ())
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _is_feedforward(tensors: Mapping[str, Tensor]) -> bool:

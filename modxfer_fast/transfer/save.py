@@ -10,9 +10,10 @@ from torch import nn
 
 from modxfer_fast._version import __version__
 from modxfer_fast.files import new_folder, write_json
+from modxfer_fast.transfer.artefact import check_replaceable
 from modxfer_fast.transfer.attach import attach
 from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.modules import PeftModuleState
+from modxfer_fast.transfer.modules import CONFIG, PeftModuleState
 
 PROVENANCE = "transfer.json"
 
@@ -27,15 +28,17 @@ def save_adapter(
     """What `PeftModel.from_pretrained(student, folder)` loads, and transfer.json beside it.
 
     The head that the folder holds is the module's own, or the student's as it is now. The student
-    is copied and stays without PEFT; an older folder is replaced only by a complete one.
+    is copied and stays without PEFT; an older adapter is replaced only by a complete one.
 
     Args:
         provenance: more facts for transfer.json; what `transport` recorded is there already.
 
     Raises:
-        TransferError: the module does not fit the student, or the disk refuses the folder.
+        TransferError: the module does not fit the student, the disk refuses the folder, or the
+            folder holds something other than an adapter, which stays.
     """
     folder = Path(folder)
+    check_replaceable(folder, CONFIG, "adapter")
     wrapped = attach(module, deepcopy(student))
     facts = {
         "modxfer_fast": __version__,

@@ -3,7 +3,7 @@
 kind         several teacher layers          reduced_rank
 lora         factors, or products refactored  closest update of its rank on the student's features
 bottleneck   tensors, or units paired first   as ridge: a non-linearity has no closed form
-compacter    as bottleneck, then refactored   as ridge
+compacter    as bottleneck, all refactored    as ridge
 ia3          vectors                          as ridge
 """
 
@@ -22,7 +22,7 @@ from modxfer_fast.transfer.maps import Maps
 from modxfer_fast.transfer.maps.moment_views import on_cpu
 from modxfer_fast.transfer.modules import PeftModuleState, Slot, module_name, places
 from modxfer_fast.transfer.rewrite.bottleneck import rewrite_bottleneck
-from modxfer_fast.transfer.rewrite.compacter import rewrite_compacter
+from modxfer_fast.transfer.rewrite.compacter import factored, rewrite_compacter
 from modxfer_fast.transfer.rewrite.head import rewrite_head
 from modxfer_fast.transfer.rewrite.ia3 import rewrite_ia3
 from modxfer_fast.transfer.rewrite.lora import rewrite_lora
@@ -58,7 +58,7 @@ def transport(
 
     Raises:
         TransferError: a place, map or statistic that is missing, spaces that differ, a LoRA rank
-            for another kind.
+            for another kind, a place whose sources all count for nothing.
     """
     student = student if isinstance(student, Architecture) else Architecture.of(student)
     if head not in HEADS:
@@ -70,22 +70,25 @@ def transport(
     _check_places(module, student)
     slots: dict[Slot, dict[str, Tensor]] = {}
     scaling: dict[Slot, float] = {}
-    residuals: dict[str, dict[str, float]] = {}
     for s, teachers in enumerate(layer_map.sources):
         for place in places(module.kind, module.config, module.architecture):
             sources = _sources(module, maps, statistics, s, teachers, layer_map.weights(s), place)
             if not sources:
                 continue
             slot = Slot(s, place)
-            slots[slot], more = _rewrite(module, sources, layer_map.combine, maps.method, rank)
+            _check_counted(sources, layer_map, slot)
+            seed = len(slots)  # each slot its own
+            slots[slot] = _rewrite(module, sources, layer_map.combine, maps.method, rank, seed)
             scaling[slot] = sources[0].scaling
-            if more:
-                residuals[f"{s}.{place}"] = more
     if not slots:
         raise TransferError(
             "layer_map: the module has no tensors in any of the teacher layers "
             f"{sorted({t for _, t in layer_map.pairs})}"
         )
+    residuals: dict[Slot, dict[str, float]] = {}
+    if module.kind == "compacter":
+        slots, residuals = factored(slots, module.config.phm_rank)
+    slots = {slot: _finished(module, tensors) for slot, tensors in slots.items()}
     if maps.method == "random_matched":
         slots = _redrawn(slots, int(maps.facts.get("seed") or 0))
     result = PeftModuleState(
@@ -102,7 +105,7 @@ def transport(
             "maps": maps.facts,
             "fits": maps.fits(),
             "head": head,
-            "residuals": residuals,
+            "residuals": {f"{s}.{place}": numbers for (s, place), numbers in residuals.items()},
         },
     )
     _check_finite(result)
@@ -124,6 +127,15 @@ def _check_places(module: PeftModuleState, student: Architecture) -> None:
                 f"a {module.architecture.family} block but {tuple(there[place])} in a "
                 f"{student.family} block; no map leads from one space to another"
             )
+
+
+def _check_counted(sources: Sequence[Source], layer_map: LayerMap, slot: Slot) -> None:
+    if not any(source.weight for source in sources):
+        raise TransferError(
+            f"layer_map: {layer_map.combine!r} leaves out the last of the teacher layers "
+            f"{list(layer_map.sources[slot.layer])} of student layer {slot.layer}, the only one "
+            f"with a module at {slot.place!r}; zeros alone would never train; use 'mean'"
+        )
 
 
 def _sources(
@@ -159,25 +171,32 @@ def _sources(
 
 
 def _rewrite(
-    module: PeftModuleState, sources: list[Source], combine: str, method: str, rank: int | None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors of one slot under PEFT's names, in the teacher's dtype, and residuals if any."""
-    residuals: dict[str, float] = {}
+    module: PeftModuleState,
+    sources: list[Source],
+    combine: str,
+    method: str,
+    rank: int | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Tensors of one slot, fp64; the projections of a Compacter are dense."""
     if module.kind == "lora":
         on_features = method == "reduced_rank"
-        parts = rewrite_lora(sources, combine, rank=rank, on_features=on_features)
-    elif module.kind == "bottleneck":
-        parts = rewrite_bottleneck(sources, combine)
-    elif module.kind == "compacter":
-        parts, residuals = rewrite_compacter(sources, combine)
-    else:
-        shape = (1, -1) if sources[0].tensors["ia3_l"].shape[0] == 1 else (-1, 1)
-        parts = {"ia3_l": rewrite_ia3(sources).reshape(shape)}
-    dtype = next(iter(sources[0].tensors.values())).dtype
+        return rewrite_lora(sources, combine, rank=rank, on_features=on_features, seed=seed)
+    if module.kind == "bottleneck":
+        return rewrite_bottleneck(sources, combine)
+    if module.kind == "compacter":
+        return rewrite_compacter(sources, combine)
+    shape = (1, -1) if sources[0].tensors["ia3_l"].shape[0] == 1 else (-1, 1)
+    return {"ia3_l": rewrite_ia3(sources).reshape(shape)}
+
+
+def _finished(module: PeftModuleState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under PEFT's names, in the teacher's dtype."""
+    dtype = next(iter(next(iter(module.slots.values())).values())).dtype
     return {
         _long_name(module.kind, name): tensor.to(dtype).contiguous()
-        for name, tensor in parts.items()
-    }, residuals
+        for name, tensor in tensors.items()
+    }
 
 
 def _short_names(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,7 +215,7 @@ def _redrawn(
 ) -> dict[Slot, dict[str, Tensor]]:
     """Every tensor drawn anew from the normal distribution with its own mean and deviation.
 
-    Rules of a Compacter stay: all layers share them, and factors were fitted to them.
+    Rules of a Compacter stay: all layers share them, and factors were fitted with them.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -48,7 +48,7 @@ def verify(
 
     Args:
         module: a folder, or a module in memory.
-        batch: inputs of the student; None: two rows of random ids.
+        batch: inputs of the student; None: rows of random ids.
         any_base: accept a folder that names another base model.
 
     Raises:
@@ -99,8 +99,10 @@ def _change(model: PeftModel, batch: Mapping[str, Tensor] | None) -> float:
     device = next(model.parameters()).device
     if batch is None:
         generator = torch.Generator().manual_seed(0)
-        size = model.config.get_text_config().vocab_size
-        batch = {"input_ids": torch.randint(0, size, (2, 8), generator=generator)}
+        config = model.config.get_text_config()
+        # a decoder's head cannot tell the ends of several rows without a padding token
+        rows = 1 if config.pad_token_id is None else 2
+        batch = {"input_ids": torch.randint(0, config.vocab_size, (rows, 8), generator=generator)}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with_module = _output(model, batch)
     if not with_module.isfinite().all():

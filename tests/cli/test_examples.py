@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from modxfer_fast.cli.job import check_open_sections
+from modxfer_fast.cli.task_distill import TaskDistillJob
 from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.config import load_config
 from modxfer_fast.config.grid import Grid, load_transfer
+from modxfer_fast.config.task_distillation import TaskDistillConfig, load_distill
 from modxfer_fast.report import JobConsole
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -20,7 +22,11 @@ TRANSFERS = sorted(
 
 @pytest.mark.parametrize("path", [*EXAMPLES, *STUDENTS], ids=lambda path: path.stem)
 def test_example_is_valid(path):
-    check_open_sections(load_config(path))
+    job = load_distill(path)
+    if isinstance(job, TaskDistillConfig):
+        TaskDistillJob(job, JobConsole(is_main=False)).check()
+    else:
+        check_open_sections(job)
 
 
 @pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForTokenClassification
 
-from modxfer_fast.cli import transfer_job, transfer_models, transfer_report
+from modxfer_fast.cli import task_models, task_stages, transfer_job, transfer_report
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 from modxfer_fast.config.grid import load_transfer
 from modxfer_fast.engine import NonFiniteError
@@ -110,14 +110,18 @@ def test_stages_run_once_and_can_be_asked_for_alone(write, monkeypatch, capsys):
     run(path, "--stage", "maps")
     assert not out.exists()
     calls = []
-    for name in ("train_task", "collect_statistics", "fit_maps"):
-        original = getattr(transfer_job, name)
+    for module, name in (
+        (task_stages, "train_task"),
+        (transfer_job, "collect_statistics"),
+        (transfer_job, "fit_maps"),
+    ):
+        original = getattr(module, name)
 
         def counted(*args, _original=original, _name=name, **kwargs):
             calls.append(_name)
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(transfer_job, name, counted)
+        monkeypatch.setattr(module, name, counted)
     run(path)
     assert calls == ["train_task", "train_task"]  # scratch and the student; the rest was there
     assert "teacher: from the cache" in capsys.readouterr().out
@@ -135,9 +139,7 @@ def test_stages_run_once_and_can_be_asked_for_alone(write, monkeypatch, capsys):
 def test_what_is_in_the_cache_needs_no_weights(write, monkeypatch):
     path, _ = write()
     run(path, "--stage", "student")
-    monkeypatch.setattr(
-        transfer_models, "load_task_model", lambda *a, **k: pytest.fail("it loaded")
-    )
+    monkeypatch.setattr(task_models, "load_task_model", lambda *a, **k: pytest.fail("it loaded"))
     run(path, "--stage", "student")
 
 
@@ -145,7 +147,7 @@ def test_what_is_in_the_cache_needs_no_weights(write, monkeypatch):
 def test_a_damaged_stage_is_named(write, capsys, damage):
     path, out = write(scratch=False, student={"training": {"max_steps": 4}})
     job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
-    file = job.module / transfer_models.ADAPTER / "adapter_model.safetensors"
+    file = job.module / task_models.ADAPTER / "adapter_model.safetensors"
     if damage == "changed":
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -256,7 +258,7 @@ def test_an_adapter_for_other_labels_is_refused(write, tmp_path, capsys):
 def teacher_folder(out, tmp_path):
     """The teacher's module, which a job keeps in the cache."""
     job = transfer_job.TransferJob(load_transfer(tmp_path / "job.yaml"), JobConsole(is_main=False))
-    return job.teacher / transfer_models.ADAPTER
+    return job.teacher / task_models.ADAPTER
 
 
 GRID = {
@@ -274,13 +276,13 @@ GRID = {
 }
 
 
-def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, monkeypatch):
+def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, monkeypatch, capsys):
     axes = merged(
         GRID["axes"],
         {"pair": {name: {"student.path": str(material / name)} for name in ("same", "narrow")}},
     )
     path, out = write(grid={**GRID, "axes": axes}, student={"training": {"max_steps": 6}})
-    original, trained = transfer_job.train_task, []
+    original, trained = task_stages.train_task, []
 
     def stopped(*args, **kwargs):
         if len(trained) == 4:
@@ -288,11 +290,11 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, m
         trained.append(kwargs["seed"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(transfer_job, "train_task", stopped)
+    monkeypatch.setattr(task_stages, "train_task", stopped)
     assert main(["transfer", str(path)]) == 130
     before = read_results(out)
     assert 0 < len(before) < 9
-    monkeypatch.setattr(transfer_job, "train_task", original)
+    monkeypatch.setattr(task_stages, "train_task", original)
     run(path)
     after = read_results(out)
     assert len(after) == 9
@@ -302,6 +304,10 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, m
     assert {name: (out / name).read_bytes() for name in again} == again
     assert (out / "scores.png").is_file()
     assert (out / "learning.png").is_file()
+    # fewer cells would leave rows out
+    message = refused(capsys, path, "--set", "grid.only=[{pair: [same]}]")
+    assert "has results of 3 other cells, e.g. narrow scratch 0" in message
+    assert {name: (out / name).read_bytes() for name in again} == again
 
 
 def test_a_teacher_that_diverges_is_trained_once(write, material, monkeypatch, capsys):
@@ -313,7 +319,7 @@ def test_a_teacher_that_diverges_is_trained_once(write, material, monkeypatch, c
         trained.append(kwargs["where"])
         raise NonFiniteError("step 3: the loss is nan")
 
-    monkeypatch.setattr(transfer_job, "train_task", diverging)
+    monkeypatch.setattr(task_stages, "train_task", diverging)
     run(path)
     assert trained == ["teacher.training"]
     assert capsys.readouterr().out.count("left out, step 3: the loss is nan") == 6
@@ -321,7 +327,7 @@ def test_a_teacher_that_diverges_is_trained_once(write, material, monkeypatch, c
 
 
 def test_what_cannot_work_is_told_before_any_work(write, capsys, monkeypatch):
-    monkeypatch.setattr(transfer_job, "train_task", lambda *a, **k: pytest.fail("it trained"))
+    monkeypatch.setattr(task_stages, "train_task", lambda *a, **k: pytest.fail("it trained"))
     path, _ = write()
     for change, expected in {
         "transfer.method=lsq": "transfer.method: ",

@@ -469,3 +469,18 @@ def test_entity_scores_need_type_and_both_borders():
     }
     assert entity_scores(gold, gold)["f1"] == 1.0
     assert entity_scores(gold, [["O"] * 4, ["O"] * 3])["f1"] == 0.0
+    nothing = [["O"] * 4]
+    assert entity_scores(nothing, nothing) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+
+
+def test_entity_scores_of_iobes_tags():
+    gold = [["B-PER", "E-PER", "S-PER", "O", "S-LOC"]]
+    assert entity_scores(gold, gold)["f1"] == 1.0
+    one_long = [["B-PER", "I-PER", "E-PER", "O", "B-LOC"]]
+    assert entity_scores(gold, one_long) == {
+        "f1": pytest.approx(2 / 5),  # LOC alone, of 3 entities, among 2 predicted
+        "precision": pytest.approx(1 / 2),
+        "recall": pytest.approx(1 / 3),
+    }
+    # a predicted inside that continues nothing begins an entity
+    assert entity_scores([["O", "B-PER"]], [["O", "E-PER"]])["f1"] == 1.0

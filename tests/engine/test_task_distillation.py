@@ -1,5 +1,7 @@
 """Task models that learn from task models: the formula, both kinds, two tokenizers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,29 @@ def test_words_that_one_side_cuts_off_do_not_count(tokenizers):
     assert width > 5
     of_is = theirs(["is"], is_split_into_words=True)["input_ids"]
     assert batch["teacher_rows"].tolist() == [1, width + 1, width + len(of_is) - 1]
+
+
+@pytest.mark.parametrize("other_tokenizer", [False, True])
+def test_tags_become_labels_of_the_words_that_count(tokenizers, other_tokenizer):
+    ours, theirs = tokenizers
+    texts = [
+        {"words": ["rivers", "paris", "home"], "tags": [2, 1, 0]},
+        {"words": ["is", "rivers"], "tags": [1, 2]},
+    ]
+    batch = TaskTextCollator(ours, theirs if other_tokenizer else None, max_length=8)(texts)
+    labels = batch["labels"].flatten()
+    assert labels[batch["rows"]].tolist() == [2, 1, 2]
+    assert (labels != -100).sum() == 3
+    assert "labels" not in TaskTextCollator(ours)([{"words": ["is"]}])
+    pair = {"text_a": "is", "text_b": "home", "label": 1}
+    assert TaskTextCollator(ours)([pair])["labels"].tolist() == [1]
+
+
+def test_a_tokenizer_limits_the_length(tokenizers):
+    ours = deepcopy(tokenizers[0])
+    ours.model_max_length = 8
+    batch = TaskTextCollator(ours, max_length=64)([{"words": ["rivers"] * 9}])
+    assert batch["input_ids"].shape == (1, 8)
 
 
 def test_gradient_accumulation_changes_nothing(tmp_path, tokenizers):

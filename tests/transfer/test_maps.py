@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config, LoraConfig
 from scipy.optimize import linear_sum_assignment
 from sklearn.feature_selection import r_regression
 from torch import nn
@@ -13,11 +14,12 @@ from torch import nn
 from modxfer_fast.engine.projections import save_projections
 from modxfer_fast.kernels.correlation import StreamingMoments
 from modxfer_fast.losses.hidden_states import HiddenStateLoss
-from modxfer_fast.models import Architecture
+from modxfer_fast.models import Architecture, BottleneckConfig, CompacterConfig
 from modxfer_fast.transfer import (
     MAP_METHODS,
     MapOptions,
     Maps,
+    PeftModuleState,
     TransferError,
     fit_maps,
     linear_cka,
@@ -28,7 +30,7 @@ from modxfer_fast.transfer.maps.heads import head_scores
 from modxfer_fast.transfer.maps.lsa import selection
 from modxfer_fast.transfer.maps.procrustes import polar
 from modxfer_fast.transfer.maps.ridge import regress
-from tests.transfer_clones import bases, clone, original, rotation, statistics
+from tests.transfer_clones import bases, clone, original, rotation, statistics, trained
 from tests.transfer_inputs import tiny_model
 
 GENERATOR = torch.Generator()
@@ -387,6 +389,41 @@ def test_bad_input_is_named():
         MapOptions(measured_at={"query": "middle"})
 
 
+@pytest.mark.parametrize(
+    ("config", "takes_means"),
+    [
+        (LoraConfig(r=2, target_modules=["query"]), False),
+        (LoraConfig(r=2, target_modules=["query"], lora_bias=True), True),
+        (IA3Config(target_modules=["key"], feedforward_modules=[]), False),
+        (BottleneckConfig(bottleneck_size=4), True),
+        (CompacterConfig(bottleneck_size=4), True),
+    ],
+    ids=["lora", "lora_bias", "ia3", "bottleneck", "compacter"],
+)
+def test_means_are_carried_where_biases_can_take_them(config, takes_means):
+    teacher, student = original("bert"), original("bert", seed=1)
+    layer_map = make_layer_map("skip", 2, 2)
+    parts = {"teacher": Architecture.of(teacher), "student": Architecture.of(student)}
+    module = PeftModuleState.from_model(trained(teacher, config))
+    facts = statistics(teacher, student, module.spaces, layer_map)
+
+    def fitted(**options):
+        return fit_maps(facts, layer_map, "ridge", **parts, **options)
+
+    of_module, of_spaces = fitted(module=module), fitted(spaces=module.spaces)
+    told = fitted(module=module, options=MapOptions(means=not takes_means))
+    means = [maps.options["means"] for maps in (of_module, of_spaces, told)]
+    assert means == [takes_means, True, not takes_means]
+    assert list(of_module) == list(of_spaces)
+    for key, entry in of_module.items():
+        assert entry.mean_t.any() == takes_means
+        assert torch.equal(entry.read, of_spaces[key].read) == takes_means
+    message = "module, spaces: expected exactly one of them, got "
+    for both, which in {"both": {"module": module, "spaces": module.spaces}, "none": {}}.items():
+        with pytest.raises(TransferError, match=message + both):
+            fitted(**which)
+
+
 def test_progress_counts_maps():
     calls = []
     fit_maps(
@@ -421,14 +458,14 @@ def projections_of(folder, q, pairs, norm="none", gain=1.0):
 KD_SPACES = ["attention_in", "ffn_out", "layer_out", "query", "value", "ffn_up"]
 
 
-def kd_maps(folder, teacher, student, facts=None, layer_map=None):
+def kd_maps(folder, teacher, student, facts=None, layer_map=None, spaces=KD_SPACES):
     return fit_maps(
         facts,
         layer_map or make_layer_map("skip", 2, 2),
         "kd_projection",
         teacher=teacher,
         student=student,
-        spaces=KD_SPACES,
+        spaces=spaces,
         projections=folder,
     )
 
@@ -469,6 +506,31 @@ def test_projections_that_fix_a_direction_take_their_length_from_statistics(tmp_
     assert torch.allclose(entry.read, q[0, "layer_out"].T, atol=1e-6)
     plain = kd_maps(folder, teacher, student)["layer_out", 0, 0]
     assert torch.allclose(plain.read, 3 * q[0, "layer_out"].T, atol=1e-6)
+
+
+def test_states_behind_the_norm_of_a_pre_norm_block_take_their_length_from_statistics(tmp_path):
+    teacher = original("llama", rms_norm_eps=1e-12)
+    q = bases(teacher)
+    student = clone(teacher, q)
+    with torch.no_grad():  # a stream 3 times as long, and the same behind every norm
+        student.get_input_embeddings().weight.mul_(3)
+        for layer in student.model.layers:
+            layer.self_attn.o_proj.weight.mul_(3)
+            layer.mlp.down_proj.weight.mul_(3)
+    spaces = ["attention_in", "ffn_in", "ffn_out", "layer_out", "query", "ffn_gate"]
+    facts = statistics(teacher, student, spaces, make_layer_map("skip", 2, 2))
+    pairs = {0: 0, 1: 1, 2: 2}
+    folder = projections_of(tmp_path, q[0, "layer_out"], pairs, gain=1 / 3)
+    for (space, s, _), entry in kd_maps(folder, teacher, student, facts, spaces=spaces).items():
+        gain = 1 / 3 if space in ("ffn_out", "layer_out") else 1
+        if space in ("attention_in", "ffn_in", "ffn_out", "layer_out"):
+            assert torch.allclose(entry.read, gain * q[s, space].T, atol=1e-5), space
+        assert entry.fit["r2_read"] > 0.999, space
+        assert entry.fit["r2_write"] > 0.999, space
+    kd_maps(folder, teacher, student, spaces=["ffn_out", "layer_out"])
+    for space, read in {"ffn_in": "ffn_in", "query": "attention_in"}.items():
+        with pytest.raises(TransferError, match=f"statistics: .* expects moments of '{read}'"):
+            kd_maps(folder, teacher, student, spaces=[space])
 
 
 def test_every_space_takes_the_nearest_pair_of_states(tmp_path):

@@ -372,6 +372,17 @@ def test_a_full_disk_leaves_the_older_artefact(tmp_path):
     assert read_artefact(folder, "maps")[1] == {"tokens": 1}
 
 
+def test_a_folder_with_other_files_is_no_place_for_an_artefact(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    write_artefact(folder, "maps", {"a": torch.ones(4)}, {})  # an empty one is
+    write_artefact(folder, "maps", {"a": torch.zeros(4)}, {})
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(TransferError, match=r"notes: exists and is no artefact; name another"):
+        write_artefact(folder, "maps", {"a": torch.ones(4)}, {})
+    assert (folder / "tensors.safetensors").is_file()
+
+
 # --- bad input
 
 

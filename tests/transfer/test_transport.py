@@ -11,12 +11,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from modxfer_fast.models import Architecture, BottleneckConfig
 from modxfer_fast.transfer import (
-    MapOptions,
     PeftModuleState,
     Slot,
     TransferError,
     attach,
     fit_maps,
+    fresh_config,
     make_layer_map,
     save_adapter,
     transport,
@@ -24,6 +24,7 @@ from modxfer_fast.transfer import (
 )
 from modxfer_fast.transfer.features import FeatureTaps, Site
 from modxfer_fast.transfer.maps.moment_views import uncentred
+from modxfer_fast.transfer.modules import _LORA_VARIANTS
 from modxfer_fast.transfer.rewrite.lora import truncated
 from tests.transfer_clones import bases, batches, clone, logits, original, statistics, trained
 from tests.transfer_inputs import tiny_model
@@ -65,7 +66,7 @@ class Pair:
 
     def maps(self, method="lsa_abs", **options):
         return fit_maps(
-            self.facts, self.layer_map, method, spaces=self.module.spaces, **self.parts, **options
+            self.facts, self.layer_map, method, module=self.module, **self.parts, **options
         )
 
     def moved(self, method="lsa_abs", *, maps=None, **options):
@@ -126,6 +127,59 @@ def test_mean_product_is_the_nearest_of_its_rank_to_the_mean_of_products():
         assert (near - mean).norm() == pytest.approx(best.item())
 
 
+@pytest.mark.parametrize("kind", ["mean", "reference_avg"])
+def test_another_rank_is_of_the_averaged_factors(kind):
+    pair = Pair(lora(), kind)
+    maps = pair.maps()
+    plain, more, fewer = (pair.moved(maps=maps, rank=rank) for rank in (None, 5, 2))
+    for slot, tensors in plain.slots.items():
+        update = tensors[B] @ tensors[A]
+        parts = more.slots[slot]
+        assert parts[A].shape[0] == 5
+        assert torch.allclose(parts[B] @ parts[A], update, atol=1e-10)
+        parts = fewer.slots[slot]
+        best = torch.linalg.svdvals(update)[2:].norm()
+        assert (parts[B] @ parts[A] - update).norm() == pytest.approx(best.item())
+
+
+def test_directions_that_say_nothing_can_train():
+    """Ranks that are added, and those that a module does not use."""
+    pair = Pair(lora(), "mean_product")
+    slots = {slot: dict(tensors) for slot, tensors in pair.module.slots.items()}
+    for tensors in slots.values():
+        tensors[A] = tensors[A][[0, 1, 1]]
+    pair.module = replace(pair.module, slots=slots)
+    pair.layer_map = make_layer_map("skip", 2, 4)
+    product = replace(pair.layer_map, combine="mean_product")
+    maps = pair.maps()
+    kept = pair.moved(maps=maps)
+    for rank, layer_map in ((3, product), (5, pair.layer_map)):
+        moved, again = (
+            transport(pair.module, maps, layer_map, pair.student, rank=rank) for _ in range(2)
+        )
+        fresh = []
+        for slot, tensors in moved.slots.items():
+            update = kept.slots[slot][B] @ kept.slots[slot][A]
+            assert torch.allclose(tensors[B] @ tensors[A], update, atol=1e-10)
+            idle = (tensors[B] == 0).all(0)
+            assert idle.sum() == rank - 2
+            rows = tensors[A][idle]
+            assert rows.abs().max() <= rows.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5))
+            assert rows.std() == pytest.approx((3 * rows.shape[1]) ** -0.5, rel=0.4)
+            assert torch.equal(tensors[A], again.slots[slot][A])
+            fresh.append(rows)
+        assert not torch.equal(fresh[0], fresh[1])
+
+
+@pytest.mark.parametrize("config", [lora(layers_to_transform=[1]), pfeiffer(layers_to_transform=1)])
+def test_a_place_that_no_layer_counts_for_is_refused(config):
+    pair = Pair(config, "reference_avg")
+    place = next(iter(pair.module.slots)).place
+    message = rf"leaves out the last of the teacher layers \[0, 1\] .* at '{place}'"
+    with pytest.raises(TransferError, match=message):
+        pair.moved()
+
+
 def test_truncation_is_the_best_in_the_metric_of_the_features():
     g = torch.Generator().manual_seed(0)
     up, down = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((9, 5), (5, 7)))
@@ -142,7 +196,7 @@ def test_truncation_is_the_best_in_the_metric_of_the_features():
 
 def test_reduced_rank_is_closest_on_the_students_features():
     pair = Pair(lora(), "mean")
-    maps = pair.maps("reduced_rank", options=MapOptions(means=False))
+    maps = pair.maps("reduced_rank")
     moved = pair.moved(maps=maps)
     plain = transport(
         pair.module, maps, replace(pair.layer_map, combine="mean_product"), pair.student,
@@ -390,8 +444,7 @@ def test_a_head_takes_the_means_that_a_lora_cannot():
         "ridge",
         teacher=Architecture.of(teacher),
         student=Architecture.of(student),
-        spaces=module.spaces,
-        options=MapOptions(means=False),
+        module=module,
         head=True,
     )
     assert maps["layer_out", 1, 1].mean_t.abs().max() > 0
@@ -464,6 +517,41 @@ def test_other_kinds_of_modules_are_refused(config, message):
     model = tiny_model("bert")
     with pytest.raises(TransferError, match=message):
         PeftModuleState.from_model(get_peft_model(model, config))
+
+
+@pytest.mark.parametrize("name", ["init_lora_weights", *_LORA_VARIANTS])
+def test_loras_whose_update_is_not_b_a_are_refused(name):
+    model = get_peft_model(tiny_model("bert"), lora())
+    setattr(model.peft_config["default"], name, "lora_ga" if name == "init_lora_weights" else [1])
+    with pytest.raises(TransferError, match=f"{name}: a LoRA with {name}=.* cannot be moved"):
+        PeftModuleState.from_model(model)
+
+
+def test_trained_modules_other_than_the_head_are_named():
+    config = LoraConfig(
+        target_modules=["query"], modules_to_save=["pooler", "LayerNorm"], task_type="SEQ_CLS"
+    )
+    model = AutoModelForSequenceClassification.from_config(deep_teacher().config)
+    message = (
+        "no trained modules but the head beside the lora module, got bert.embeddings.LayerNorm"
+    )
+    with pytest.raises(TransferError, match=message):
+        PeftModuleState.from_model(get_peft_model(model, config))
+    model = AutoModelForSequenceClassification.from_config(deep_teacher().config)
+    config.modules_to_save = ["pooler"]
+    module = PeftModuleState.from_model(get_peft_model(model, config))
+    assert "bert.pooler.dense.weight" in module.head
+
+
+def test_a_student_without_a_head_is_named():
+    pair = Pair(lora())
+    body = small_student().base_model
+    message = "student: expected a model with a head for TOKEN_CLS, got DistilBertModel"
+    for make in (attach, verify):
+        with pytest.raises(TransferError, match=message):
+            make(pair.moved(), body)
+    with pytest.raises(TransferError, match=message):
+        fresh_config(pair.module, body, pair.layer_map)
 
 
 def test_tensors_without_a_place_are_named():
@@ -590,6 +678,22 @@ def test_a_full_disk_leaves_the_older_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
     assert json.loads((tmp_path / "adapter" / "transfer.json").read_text())["run"] == 1
     assert verify(tmp_path / "adapter", pair.student).change > 0
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    pair = Pair(lora())
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    save_adapter(pair.moved(), pair.student, folder)  # an empty folder is nobody's
+    save_adapter(pair.moved(), pair.student, folder)
+    (folder / "adapter_config.json").unlink()
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(TransferError, match="thesis: exists and is no adapter; name another"):
+        save_adapter(pair.moved(), pair.student, folder)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TransferError, match="file: exists and is no adapter"):
+        save_adapter(pair.moved(), pair.student, tmp_path / "file")
 
 
 def test_verify_takes_a_module_in_memory(pair):

@@ -16,8 +16,12 @@ PRIMARY_METRIC = {"ner": "f1", "nli": "accuracy", "paraphrase": "accuracy"}
 def entity_scores(
     gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Micro averages over entities, where type and both borders must match; IOB2 tags by row."""
-    gold, predicted = list(map(list, gold)), list(map(list, predicted))
+    """Micro averages over entities, where type and both borders must match.
+
+    Args:
+        gold, predicted: tags by row, IOB2 or IOBES.
+    """
+    gold, predicted = ([_iob2(row) for row in side] for side in (gold, predicted))
     types = {tag[2:] for row in (*gold, *predicted) for tag in row if tag != "O"}
     if not types:  # nothing to find, nothing found
         return {"f1": 0.0, "precision": 0.0, "recall": 0.0}
@@ -28,6 +32,20 @@ def entity_scores(
         "precision": float(scores.precision),
         "recall": float(scores.recall),
     }
+
+
+def _iob2(tags: Sequence[str]) -> list[str]:
+    """With B- on the first word of each entity, I- on the others, and no other prefix."""
+    found, inside = [], None  # the type that the next word may continue
+    for tag in tags:
+        prefix, kind = tag[:1], tag[2:]
+        if tag == "O":
+            found.append(tag)
+            inside = None
+            continue
+        found.append(f"{'I' if prefix in 'IE' and kind == inside else 'B'}-{kind}")
+        inside = None if prefix in "ES" else kind
+    return found
 
 
 def class_scores(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:

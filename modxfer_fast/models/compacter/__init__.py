@@ -7,7 +7,13 @@
 from modxfer_fast.models.compacter.config import CompacterConfig
 from modxfer_fast.models.compacter.layer import CompacterLayer
 from modxfer_fast.models.compacter.model import CompacterModel
-from modxfer_fast.models.compacter.phm import PhmFit, PhmLinear, phm_dense, phm_refit
+from modxfer_fast.models.compacter.phm import (
+    PhmFit,
+    PhmLinear,
+    phm_dense,
+    phm_refit,
+    phm_refit_rule,
+)
 from modxfer_fast.models.peft_types import register_peft_type
 
 register_peft_type("compacter", CompacterConfig, CompacterModel)
@@ -20,4 +26,5 @@ __all__ = [
     "PhmLinear",
     "phm_dense",
     "phm_refit",
+    "phm_refit_rule",
 ]

@@ -7,6 +7,8 @@ Row a * k + p of H belongs to block a, offset p; columns likewise (Karimi Mahaba
 equation 4).
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from modxfer_fast.models.errors import ModelError
 
 # a sweep that gains less than this part of the residual is the last one
 _STANDS_STILL = 1e-4
+# a residual under this is rounding
+_EXACT = 1e-6
 
 
 class PhmFit(NamedTuple):
@@ -125,15 +129,11 @@ def phm_refit(dense: Tensor, rule: Tensor, rank: int, *, sweeps: int = 30) -> Ph
         ModelError: a shape or rank that does not fit.
     """
     n = _check_rule(rule)
-    if dense.ndim != 2 or dense.shape[0] % n or dense.shape[1] % n:
-        raise ModelError(
-            f"dense: expected [in, out] with multiples of {n}, got {list(dense.shape)}"
-        )
-    k, o = dense.shape[0] // n, dense.shape[1] // n
     if rank < 1:
         raise ModelError(f"rank: expected at least 1, got {rank}")
     rule = rule.detach().to(dense.device, torch.float64)
-    blocks = dense.detach().double().reshape(n, k, n, o).transpose(1, 2)  # [a, b, p, q]
+    blocks = _blocks(dense, n)
+    k, o = blocks.shape[2:]
     norm = blocks.norm().item()
     if norm == 0:
         left, right = blocks.new_zeros(n, k, rank), blocks.new_zeros(n, rank, o)
@@ -144,10 +144,8 @@ def phm_refit(dense: Tensor, rule: Tensor, rank: int, *, sweeps: int = 30) -> Ph
     inverse = torch.linalg.pinv(rule.reshape(n, n * n).T)  # [i, (a, b)]
     best = _cut((inverse @ blocks.reshape(n * n, k * o)).reshape(n, k, o), rank)
     residual = _residual(blocks, rule, *best)
-    overlap = torch.einsum("iab,jab->ij", rule, rule)
-    projected = torch.einsum("iab,abpq->ipq", rule, blocks)
     for _ in range(sweeps):
-        left, right = _sweep(*best, overlap, projected)
+        left, right = _sweep(blocks, rule, *best)
         before, after = residual, _residual(blocks, rule, left, right)
         if after < before:
             best, residual = (left, right), after
@@ -155,6 +153,63 @@ def phm_refit(dense: Tensor, rule: Tensor, rank: int, *, sweeps: int = 30) -> Ph
             break
     left, right = _cut(best[0] @ best[1], rank)
     return PhmFit(left / scale**0.5, right / scale**0.5, residual / norm)
+
+
+def phm_refit_rule(
+    dense: Sequence[Tensor], rule: Tensor, rank: int, *, sweeps: int = 100
+) -> tuple[Tensor, list[PhmFit]]:
+    """One rule for several dense maps, and the factors of each with it, near to all of them.
+
+    `sweeps` of least squares go on from what `phm_refit` finds with the given rule: the rule given
+    all terms W_i = left_i right_i, then the factors. Every map counts alike, whatever its norm.
+
+    Args:
+        dense: H [in, out], each of its own widths.
+        rule: [n, n, n], where the search begins.
+        rank: r of the factors.
+        sweeps: at most so many; they end when the residual stands still.
+    Returns:
+        The rule and a fit for each map, in float64. A rule that serves all of them is kept as it
+        is; another has terms of equal size and is as large as the one before.
+    Raises:
+        ModelError: as `phm_refit`.
+    """
+    units = [each.double().norm().item() or 1.0 for each in dense]
+    dense = [each.double() / unit for each, unit in zip(dense, units, strict=True)]
+    fits = [phm_refit(each, rule, rank) for each in dense]
+    n = len(rule)
+    blocks = [_blocks(each, n) for each in dense]
+    flat = torch.cat([each.reshape(n * n, -1) for each in blocks], 1)
+    best, factors = rule.detach().to(flat), [(fit.left, fit.right) for fit in fits]
+    size, residuals = best.norm() / n**0.5, [fit.residual for fit in fits]
+    for _ in range(sweeps if max(residuals) > _EXACT else 0):
+        terms = torch.cat([(left @ right).flatten(1) for left, right in factors], 1)
+        inverse = torch.linalg.pinv(terms @ terms.T, hermitian=True)
+        turned = (inverse @ terms @ flat.T).reshape(n, n, n)
+        # terms of equal size: none is left behind where training goes on
+        norms = turned.flatten(1).norm(dim=1)
+        turned = turned * torch.where(norms > 0, size / norms, 1.0)[:, None, None]
+        swept = [_sweep(each, turned, *pair) for each, pair in zip(blocks, factors, strict=True)]
+        new = [_residual(each, turned, *pair) for each, pair in zip(blocks, swept, strict=True)]
+        before, after = math.hypot(*residuals), math.hypot(*new)
+        if after < before:
+            best, factors, residuals = turned, swept, new
+        if after > before * (1 - _STANDS_STILL):
+            break
+    return best, [
+        PhmFit(*_cut(unit * left @ right, rank), residual)
+        for (left, right), unit, residual in zip(factors, units, residuals, strict=True)
+    ]
+
+
+def _blocks(dense: Tensor, n: int) -> Tensor:
+    """H as [a, b, p, q]: n by n blocks of k by o."""
+    if dense.ndim != 2 or dense.shape[0] % n or dense.shape[1] % n:
+        raise ModelError(
+            f"dense: expected [in, out] with multiples of {n}, got {list(dense.shape)}"
+        )
+    k, o = dense.shape[0] // n, dense.shape[1] // n
+    return dense.detach().double().reshape(n, k, n, o).transpose(1, 2)
 
 
 def _cut(terms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -167,13 +222,10 @@ def _cut(terms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
 
 
-def _sweep(
-    left: Tensor, right: Tensor, overlap: Tensor, projected: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Best left factors for these right ones, then best right factors for those.
-
-    overlap [n, n] holds the products of two rules, projected [n, k, o] is sum_ab rule_i[a, b] H_ab.
-    """
+def _sweep(blocks: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Best left factors for these right ones, then best right factors for those."""
+    overlap = torch.einsum("iab,jab->ij", rule, rule)
+    projected = torch.einsum("iab,abpq->ipq", rule, blocks)  # [n, k, o]
     n, k, r = left.shape
     gram = torch.einsum("ij,isq,jrq->isjr", overlap, right, right).reshape(n * r, n * r)
     target = torch.einsum("ipq,irq->pir", projected, right).reshape(k, n * r)

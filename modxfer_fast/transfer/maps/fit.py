@@ -42,6 +42,7 @@ from modxfer_fast.transfer.maps.procrustes import fit_procrustes
 from modxfer_fast.transfer.maps.ridge import GRID, fit_ridge
 from modxfer_fast.transfer.maps.scores import finite, scores
 from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
+from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.statistics import Statistics
 
 RESIDUAL_SPACES = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
@@ -64,7 +65,8 @@ class MapOptions:
             None: "none" for lsa, "feature" for lsa_abs, "global" for procrustes.
         means: carry means, which transport folds into biases. Without, rotations and what
             regressions read are fitted about 0 instead of the means: right for a LoRA and IA3,
-            which have no bias.
+            which have no bias. None: as the module that maps are fitted for can take them; yes
+            where only its spaces are known.
         write: of regressions, how changes are mapped: "rotation", or "regression" of the student's
             features on the teacher's. A module writes in directions that features without it hardly
             have; there a regression is free to be large, and is, where a rotation keeps lengths.
@@ -75,7 +77,7 @@ class MapOptions:
     scope: str = "layer"
     head_aware: bool | None = None
     scale: str | None = None
-    means: bool = True
+    means: bool | None = None
     write: str = "rotation"
     ridge: tuple[float, ...] = GRID
     measured_at: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +96,12 @@ class MapOptions:
                 raise TransferError(
                     f"measured_at: expected spaces among {', '.join(SPACES)}, got {space!r}"
                 )
+
+    def resolved(self, module: PeftModuleState | None) -> "MapOptions":
+        """The same with `means` decided for this module."""
+        if self.means is not None:
+            return self
+        return replace(self, means=module is None or module.takes_means)
 
     def sites(self, spaces: Sequence[str]) -> tuple[str, ...]:
         """The spaces that statistics are needed of, to fit maps for these."""
@@ -125,7 +133,8 @@ def fit_maps(
     *,
     teacher: Architecture | nn.Module,
     student: Architecture | nn.Module,
-    spaces: Sequence[str],
+    module: PeftModuleState | None = None,
+    spaces: Sequence[str] | None = None,
     options: MapOptions | None = None,
     head: bool = False,
     projections: str | Path | None = None,
@@ -142,16 +151,22 @@ def fit_maps(
         statistics: of these models, with these spaces and pairs; None for identity, truncate,
             stride, random_matched, and for kd_projection.
         teacher, student: architectures; kd_projection needs the models.
+        module: the one to be moved, which has the spaces and says whether means are carried.
+        spaces: in place of a module.
         head: also map the output of the last layers, means included, for a head that is moved.
         projections: folder of kd_projection, that of the distilled student.
         seed: of "shuffled".
         progress: called with (maps done, maps in all).
 
     Raises:
-        TransferError: unknown method or space, moments that are missing or not finite, widths the
-            method cannot map.
+        TransferError: unknown method or space, a module and spaces or neither, moments that are
+            missing or not finite, widths the method cannot map.
     """
-    options = options or MapOptions()
+    if (module is None) == (spaces is None):
+        both = "none" if module is None else "both"
+        raise TransferError(f"module, spaces: expected exactly one of them, got {both}")
+    spaces = module.spaces if spaces is None else spaces
+    options = (options or MapOptions()).resolved(module)
     teacher_parts, student_parts = _architecture(teacher), _architecture(student)
     _check(method, statistics, layer_map, teacher_parts, student_parts, spaces)
     pairs = layer_map.pairs

@@ -8,9 +8,11 @@ i - 1). Hence, for a space in the residual stream,
     write = the rotation (times one number) from s read to s on what the student produces
 
 with g = 1, or the least-squares gain where the loss compared normalised states and statistics are
-given. Each space takes the pair of hidden states nearest to it in relative depth. Spaces that a
-linear of the block writes (query, key, value, ffn_gate, ffn_up) follow by pushing the read map
-through that linear of both models, P = read W_t^T and R = W_s^T:
+given. What a sublayer reads in a pre-norm block is a hidden state behind a norm, so that its length
+is another: there the gain is fitted in any case, and statistics are needed. Each space takes the
+pair of hidden states nearest to it in relative depth. Spaces that a linear of the block writes
+(query, key, value, ffn_gate, ffn_up) follow by pushing the read map through that linear of both
+models, P = read W_t^T and R = W_s^T:
 
     read  = argmin_M E ||s R M - s P||^2        write = the rotation from s P to s R
 
@@ -31,6 +33,7 @@ from modxfer_fast.transfer.maps.procrustes import polar
 from modxfer_fast.transfer.maps.ridge import Regression
 
 _DEPTH = {"attention_in": 0, "layer_out": 1, "ffn_in": 1, "ffn_out": 1, "attention_out": 1}
+_BEHIND_NORM = ("attention_in", "ffn_in")  # of pre-norm blocks
 _CHANGES = ("attention_out", "ffn_out")  # added to the stream: they have no share in its offset
 _PENALTY = 1e-6
 
@@ -155,7 +158,8 @@ class ProjectionMaps:
         """read [d_s, d_t], write [d_t, d_s], mean_s and mean_t.
 
         Raises:
-            TransferError: a space whose map does not follow from the projections.
+            TransferError: a space whose map does not follow from the projections, or only with
+                statistics that are missing.
         """
         if space in _DEPTH:
             read, offset = self._residual(space, s, t)
@@ -189,8 +193,17 @@ class ProjectionMaps:
         if space in _CHANGES:
             bias = torch.zeros_like(bias)
         moments = self.moments(space, s, t)
-        if self.projections.normalised and moments is not None and moments.cov_xx is not None:
-            # states of unit length fix a direction only; t = g (s W^T) has one number left to fit
+        is_measured = moments is not None and moments.cov_xx is not None
+        post_norm = self.teacher_parts.post_norm and self.student_parts.post_norm
+        behind_norm = space in _BEHIND_NORM and not post_norm
+        if behind_norm and not is_measured:
+            raise TransferError(
+                f"statistics: 'kd_projection' expects moments of {space!r}, which in a pre-norm "
+                "block is a normalised state, of another size than the hidden states that the "
+                "projections are of; got none"
+            )
+        if behind_norm or (self.projections.normalised and is_measured):
+            # where a norm hides the length, t = g (s W^T) has one number left to fit
             power = ((moments.cov_xx @ read) * read).sum()
             gain = (read * moments.cov_xy).sum() / power if power > 0 else torch.tensor(1.0)
             read = read * gain

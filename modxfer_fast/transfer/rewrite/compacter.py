@@ -1,50 +1,71 @@
-"""Compacters through maps: dense, mapped as bottlenecks, and factored again with the same rule.
+"""Compacters through maps: dense, mapped as bottlenecks, and factored again.
 
 H_down [d, b] and H_up [b, d] are sums of Kronecker products; the mapped matrices in general are
-not, so the factors are refitted by least squares and what is lost is reported.
+not. Rules and factors are refitted by least squares, a shared rule to all projections together, and
+what is lost is reported.
 """
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from modxfer_fast.models.compacter import phm_dense, phm_refit
+from modxfer_fast.models.compacter import phm_dense, phm_refit_rule
 from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.modules import Slot
 from modxfer_fast.transfer.rewrite.bottleneck import rewrite_bottleneck
 from modxfer_fast.transfer.rewrite.source import Source
 
+_PARTS = ("down", "up")
 
-def rewrite_compacter(
-    sources: Sequence[Source], combine: str
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The student's left, right, bias and rule of both projections; relative residuals of the fit.
 
-    Rules are those of the first source.
+def rewrite_compacter(sources: Sequence[Source], combine: str) -> dict[str, Tensor]:
+    """The student's dense down.weight and up.weight, their biases, and the rules of the first."""
+    first = sources[0].tensors
+    rules = {name: tensor for name, tensor in first.items() if name.endswith("rule")}
+    dense = [source._replace(tensors=_dense(source.tensors)) for source in sources]
+    return {**rewrite_bottleneck(dense, combine), **rules}
+
+
+def factored(
+    slots: Mapping[Slot, Mapping[str, Tensor]], rank: int
+) -> tuple[dict[Slot, dict[str, Tensor]], dict[Slot, dict[str, float]]]:
+    """left, right, bias and rule of both projections of every slot; relative residuals of the fits.
+
+    Args:
+        slots: as `rewrite_compacter` makes them.
+        rank: of the factors.
 
     Raises:
         TransferError: a width that the number of terms does not divide.
     """
-    dense = [source._replace(tensors=_dense(source.tensors)) for source in sources]
-    mapped = rewrite_bottleneck(dense, combine)
-    first = sources[0].tensors
-    result, residuals = {}, {}
-    for part in ("down", "up"):
-        rule = _rule(first, part)
-        weight = mapped[f"{part}.weight"].T
-        if any(width % len(rule) for width in weight.shape):
+    places = [(slot, part) for slot in slots for part in _PARTS]
+    is_shared = "rule" in next(iter(slots.values()))
+    result: dict[Slot, dict[str, Tensor]] = {slot: {} for slot in slots}
+    residuals: dict[Slot, dict[str, float]] = {slot: {} for slot in slots}
+    for together in [places] if is_shared else [[place] for place in places]:
+        weights = [slots[slot][f"{part}.weight"].T for slot, part in together]
+        slot, part = together[0]
+        rule = _rule(slots[slot], part)
+        _check_widths(weights, len(rule))
+        rule, fits = phm_refit_rule(weights, rule, rank)
+        for (slot, part), fit in zip(together, fits, strict=True):
+            result[slot] |= {
+                f"{part}.left": fit.left,
+                f"{part}.right": fit.right,
+                f"{part}.bias": slots[slot][f"{part}.bias"],
+                "rule" if is_shared else f"{part}.rule": rule,
+            }
+            residuals[slot][f"residual_{part}"] = fit.residual
+    return result, residuals
+
+
+def _check_widths(weights: Sequence[Tensor], terms: int) -> None:
+    for weight in weights:
+        if any(width % terms for width in weight.shape):
             raise TransferError(
                 f"phm_dim: expected a divisor of the student's widths {list(weight.shape)}, "
-                f"got {len(rule)}"
+                f"got {terms}"
             )
-        fit = phm_refit(weight, rule, first[f"{part}.left"].shape[2])
-        result[f"{part}.left"], result[f"{part}.right"] = fit.left, fit.right
-        result[f"{part}.bias"] = mapped[f"{part}.bias"]
-        if f"{part}.rule" in first:
-            result[f"{part}.rule"] = first[f"{part}.rule"]
-        residuals[f"residual_{part}"] = fit.residual
-    if "rule" in first:
-        result["rule"] = first["rule"]
-    return result, residuals
 
 
 def _rule(tensors: Mapping[str, Tensor], part: str) -> Tensor:
@@ -53,7 +74,7 @@ def _rule(tensors: Mapping[str, Tensor], part: str) -> Tensor:
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {}
-    for part in ("down", "up"):
+    for part in _PARTS:
         factors = (_rule(tensors, part), tensors[f"{part}.left"], tensors[f"{part}.right"])
         parts[f"{part}.weight"] = phm_dense(*(factor.double() for factor in factors)).T
         parts[f"{part}.bias"] = tensors[f"{part}.bias"]

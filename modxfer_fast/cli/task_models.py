@@ -1,8 +1,8 @@
-"""The models, tokenizers, examples and modules of transfer jobs, and what tells them apart."""
+"""The models, tokenizers, examples and modules of jobs on a task, and what tells them apart."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -12,14 +12,17 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.config.task import TaskKind, TaskSection
 from modxfer_fast.config.transfer import EncoderSection
+from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
+from modxfer_fast.engine.task_distillation import TaskTextCollator
 from modxfer_fast.files import write_json
 from modxfer_fast.models import Architecture, ModelError
 from modxfer_fast.models.task import load_task_model, task_skeleton
 from modxfer_fast.transfer import TransferError
 from modxfer_fast.transfer.modules import load_config, same_model
 
-ADAPTER = "adapter"  # of a stage's folder: what PeftModel.from_pretrained loads
+# Of a stage's folder: what PeftModel.from_pretrained loads, or a whole model.
+ADAPTER, MODEL = "adapter", "model"
 TASK = "task.json"  # beside an adapter: the kind of task, and what its head's classes mean
 _FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
 
@@ -129,6 +132,8 @@ class JobModel:
 
     def load(self) -> PreTrainedModel:
         model = load_task_model(self.section, self.kind, self.labels, seed=self.seed)
+        if model.config.pad_token_id is None:  # by which a decoder's head finds the last token
+            model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device)
 
     def load_with(self, adapter: Path, *, trainable: bool = False) -> PeftModel:
@@ -145,10 +150,30 @@ class JobModel:
                 f"{len(self.labels)} labels {', '.join(self.labels)} ({error})"
             ) from error
 
-    def save(self, model: PeftModel, adapter: Path) -> None:
-        """Write the module of `model`, and beside it what it is for."""
-        model.save_pretrained(str(adapter))
-        self.note_task(adapter)
+    @staticmethod
+    def trained_in(folder: Path) -> Path | None:
+        """What `save` left in a stage's folder."""
+        there = (folder / name for name in (ADAPTER, MODEL))
+        return next((path for path in there if path.is_dir()), None)
+
+    def load_trained(self, folder: Path) -> PreTrainedModel | PeftModel:
+        """What `save` left in a stage's folder, or where it left nothing the model as it is."""
+        trained = self.trained_in(folder)
+        if trained is None:
+            return self.load()
+        if trained.name == ADAPTER:
+            return self.load_with(trained)
+        section = self.section.model_copy(update={"path": str(trained), "revision": None})
+        return replace(self, section=section).load()
+
+    def save(self, model: PreTrainedModel | PeftModel, folder: Path) -> None:
+        """Write `adapter` and beside it what it is for, or without PEFT `model`."""
+        if not isinstance(model, PeftModel):
+            model.save_pretrained(str(folder / MODEL))
+            self.tokenizer.save_pretrained(str(folder / MODEL))
+            return
+        model.save_pretrained(str(folder / ADAPTER))
+        self.note_task(folder / ADAPTER)
 
     def note_task(self, adapter: Path) -> None:
         """Note beside a module what it was trained for: PEFT keeps no names of labels."""
@@ -162,7 +187,7 @@ class JobModel:
         """
         config = load_config(adapter)
         found = config.base_model_name_or_path
-        if found and not same_model(self.section.path, found):
+        if found and not same_model(str(Path(self.section.path).expanduser()), found):
             raise TransferError(
                 f"adapter {adapter}: expected a module of {self.section.path}, got one of {found}"
             )
@@ -175,6 +200,16 @@ class JobModel:
                 f"{', '.join(self.labels)}, got one for {task['kind']} with "
                 f"{', '.join(task['labels'])}"
             )
+
+
+def task_collator(student: JobModel, teacher: JobModel, max_length: int) -> TaskTextCollator:
+    """Batches for both models; one encoding serves both where their tokenizers read alike."""
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    alike = (
+        tokenizer_digest(ours) == tokenizer_digest(theirs)
+        and ours.model_input_names == theirs.model_input_names
+    )
+    return TaskTextCollator(ours, None if alike else theirs, max_length=max_length)
 
 
 def device_of(training: dict) -> torch.device:

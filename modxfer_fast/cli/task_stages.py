@@ -1,0 +1,160 @@
+"""Stages of jobs on a labelled task: the teacher, and training of either model."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from modxfer_fast.cli.stage_cache import Stages
+from modxfer_fast.cli.task_models import (
+    JobModel,
+    examples,
+    examples_digest,
+    folder_digest,
+    with_fraction,
+)
+from modxfer_fast.config import ConfigError, TaskSection
+from modxfer_fast.config.transfer import TeacherSection
+from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
+from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
+from modxfer_fast.files import write_json
+from modxfer_fast.models.task import apply_task_peft, check_task_peft
+from modxfer_fast.report import ConsoleCallback
+
+RESULT = "result.json"
+
+
+class TaskTeacher:
+    """A teacher with a head for the task: trained here, or scored as somebody trained it.
+
+    Args:
+        model: its base model.
+        task: of the job; the teacher is trained on `section.train_fraction` of the examples.
+    """
+
+    def __init__(self, model: JobModel, task: TaskSection, stages: Stages) -> None:
+        self.model = model
+        self.section: TeacherSection = model.section
+        self.task = with_fraction(task, self.section.train_fraction)
+        self._scored_on = task
+        self._stages = stages
+
+    @cached_property
+    def folder(self) -> Path:
+        """What was trained, if anything, and `result.json` with its scores."""
+        section = self.section
+        facts = {
+            "model": self.model.identity,
+            "task": examples_digest(self.task),
+            "max_length": self.task.max_length,
+            "training": section.training,
+        }
+        if section.adapter is not None:
+            facts["adapter"] = folder_digest(Path(section.adapter).expanduser())
+            return self._stages.get("teacher", facts, self._score)
+        if section.peft is None and not section.training:
+            self._check_has_head()
+            return self._stages.get("teacher", facts, self._score)
+        facts |= {"peft": section.peft, "seed": section.seed}
+        return self._stages.get("teacher", facts, self._train)
+
+    @property
+    def score(self) -> float:
+        """The primary score on the test split."""
+        return read_json(self.folder / RESULT)["test"][PRIMARY_METRIC[self.model.kind]]
+
+    def load(self) -> PreTrainedModel:
+        """The model as it was trained."""
+        return self.model.load_trained(self.folder)
+
+    def _check_has_head(self) -> None:
+        section = self.section
+        names = AutoConfig.from_pretrained(
+            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        ).architectures
+        if not any("Classification" in name for name in names or ()):
+            raise ConfigError(
+                f"teacher: expected a checkpoint with a head for the task, training or adapter, "
+                f"got {section.path}, a {', '.join(names or ['model without a head'])}"
+            )
+
+    def _train(self, folder: Path) -> None:
+        section, model = self.section, self.model.load()
+        if section.peft is not None:
+            model = apply_task_peft(
+                model, section.peft, self.model.kind, seed=section.seed, where="teacher.peft"
+            )
+        train_stage(
+            model,
+            self.model,
+            examples(self.task),
+            section.training,
+            folder,
+            self._stages,
+            "teacher.training",
+        )
+
+    def _score(self, folder: Path) -> None:
+        if self.section.adapter is not None:
+            adapter = Path(self.section.adapter).expanduser()
+            self.model.check_adapter(adapter)
+            model = self.model.load_with(adapter)
+            self.model.save(model, folder)
+        else:
+            model = self.model.load()
+        scores = evaluate_task(
+            model, self.model.tokenizer, examples(self._scored_on), args=self.section.training
+        )
+        write_json(folder / RESULT, {"test": scores})
+
+
+def check_teacher(section: TeacherSection) -> None:
+    """Raise a ConfigError or ModelError for what belongs to a library in the section."""
+    check_task_training(split_steps(section.training)[0], "teacher.training")
+    if section.peft is not None:
+        check_task_peft(section.peft, "teacher.peft")
+
+
+def train_stage(
+    model: PreTrainedModel,
+    side: JobModel,
+    data: TaskData,
+    training: dict[str, Any],
+    folder: Path,
+    stages: Stages,
+    where: str,
+) -> None:
+    """Train on a task; leave what was trained, and `result.json` with a `TaskResult`.
+
+    Args:
+        model: of `side`, whose seed is that of the batches. where: dotted path of `training`.
+    """
+    fields, eval_steps = split_steps(training)
+    result = train_task(
+        model,
+        side.tokenizer,
+        data,
+        fields,
+        seed=side.seed,
+        output_dir=folder / "checkpoints",
+        eval_steps=eval_steps,
+        callbacks=[ConsoleCallback(stages.console)],
+        where=where,
+    )
+    side.save(model, folder)
+    write_json(folder / RESULT, result.to_dict())
+    stages.console.say(
+        f"{result.metric} {result.test[result.metric]:.3f} on test after {result.steps} steps, "
+        f"{result.initial:.3f} on validation before the first"
+    )
+
+
+def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """A training section without `eval_steps`, and those, which the training itself asks for."""
+    return {k: v for k, v in training.items() if k != "eval_steps"}, training.get("eval_steps")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
