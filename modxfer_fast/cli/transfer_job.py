@@ -422,9 +422,7 @@ class TransferJob:
             model,
             self._teacher.load(),
             text_rows(self.texts),
-            task_collator(
-                self._student.tokenizer, self._teacher.model.tokenizer, job.task.max_length
-            ),
+            task_collator(self._student, self._teacher.model, job.task.max_length),
             section.training,
             seed=job.seed,
             output_dir=folder / "checkpoints",

@@ -306,7 +306,7 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, m
     assert (out / "learning.png").is_file()
     # fewer cells would leave rows out
     message = refused(capsys, path, "--set", "grid.only=[{pair: [same]}]")
-    assert "has results of 3 other cells, e.g. narrow scratch 0" in message
+    assert "has results of 3 other cells, e.g. ridge narrow 0" in message
     assert {name: (out / name).read_bytes() for name in again} == again
 
 
