@@ -4,7 +4,6 @@ Teacher and students are stages in the cache of `modxfer transfer`, so that an i
 on where it was, and a teacher serves many jobs.
 """
 
-import json
 import shutil
 import statistics
 import time
@@ -15,10 +14,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from modxfer_fast import __version__
 from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.stage_cache import Stages
-from modxfer_fast.cli.surroundings import environment, quieten_libraries
+from modxfer_fast.cli.surroundings import quieten_libraries
 from modxfer_fast.cli.task_models import (
     JobModel,
     device_of,
@@ -31,6 +29,7 @@ from modxfer_fast.cli.task_stages import (
     TaskTeacher,
     check_teacher,
     read_json,
+    report_head,
     split_steps,
     train_stage,
 )
@@ -46,6 +45,7 @@ from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import METRIC_NAMES, ConsoleCallback, JobConsole
 
 CE_ONLY, DISTILLED = "ce_only", "distilled"
+_TITLES = {CE_ONLY: "student, labels alone", DISTILLED: "student, distilled"}
 
 
 def run_task_distillation(config: TaskDistillConfig) -> dict[str, Any]:
@@ -71,12 +71,7 @@ def run_task_distillation(config: TaskDistillConfig) -> dict[str, Any]:
         for name in names
     }
     report = {
-        "modxfer_fast": __version__,
-        "environment": environment(),
-        "config": json.loads(config.model_dump_json()),
-        "task": job.data.facts(),
-        "metric": job.metric,
-        "teacher": job.teacher.score,
+        **report_head(config, job.data, job.teacher.score),
         "students": scores,
         "seconds": time.perf_counter() - start,
     }
@@ -95,9 +90,6 @@ def run_task_distillation(config: TaskDistillConfig) -> dict[str, Any]:
     console.table(title, ["model", "mean", "deviation"], rows)
     console.say(f"{report['seconds']:.0f} s; report and distilled students in {output}")
     return report
-
-
-_TITLES = {CE_ONLY: "student, labels alone", DISTILLED: "student, distilled"}
 
 
 class TaskDistillJob:

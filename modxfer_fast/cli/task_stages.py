@@ -5,9 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import AutoConfig, PreTrainedModel
 
+from modxfer_fast import __version__
 from modxfer_fast.cli.stage_cache import Stages
+from modxfer_fast.cli.surroundings import environment
 from modxfer_fast.cli.task_models import (
     JobModel,
     examples,
@@ -149,6 +152,18 @@ def train_stage(
         f"{result.metric} {result.test[result.metric]:.3f} on test after {result.steps} steps, "
         f"{result.initial:.3f} on validation before the first"
     )
+
+
+def report_head(config: BaseModel, data: TaskData, teacher: float) -> dict[str, Any]:
+    """What every report of a job on a task begins with; `teacher` is its test score."""
+    return {
+        "modxfer_fast": __version__,
+        "environment": environment(),
+        "config": json.loads(config.model_dump_json()),
+        "task": data.facts(),
+        "metric": PRIMARY_METRIC[data.kind],
+        "teacher": teacher,
+    }
 
 
 def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modxfer_fast import __version__
 from modxfer_fast.cli.ranks import single_process
-from modxfer_fast.cli.surroundings import environment, quieten_libraries
+from modxfer_fast.cli.surroundings import quieten_libraries
 from modxfer_fast.cli.task_models import ADAPTER
+from modxfer_fast.cli.task_stages import report_head
 from modxfer_fast.cli.transfer_job import CONTENT, StudentRun, TransferJob
 from modxfer_fast.cli.work_folder import REPORT_FILE, check_output
 from modxfer_fast.config import dump_config
@@ -50,12 +50,7 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
         return None
     runs = _run_students(job)
     report = {
-        "modxfer_fast": __version__,
-        "environment": environment(),
-        "config": json.loads(config.model_dump_json()),
-        "task": job.data.facts(),
-        "metric": job.metric,
-        "teacher": job.teacher_score,
+        **report_head(config, job.data, job.teacher_score),
         "students": {name: run.result.to_dict() for name, run in runs.items()},
     }
     if config.transfer is not None:
