@@ -100,3 +100,12 @@ def tiny_bert(tokenizer, *, seed: int = 0, num_layers: int = 2, hidden_size: int
             ),
             add_pooling_layer=False,
         )
+
+
+def save_berts(folder: Path, **sizes: dict[str, int]) -> None:
+    """A folder for each name with a `tiny_bert` of these sizes and the words' tokenizer."""
+    (folder / "vocabulary").mkdir()
+    tokenizer = word_tokenizer(folder / "vocabulary")
+    for name, size in sizes.items():
+        tiny_bert(tokenizer, **size).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)

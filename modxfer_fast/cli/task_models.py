@@ -17,7 +17,7 @@ from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
 from modxfer_fast.engine.task_distillation import TaskTextCollator
 from modxfer_fast.files import write_json
 from modxfer_fast.models import Architecture, ModelError
-from modxfer_fast.models.task import load_task_model, task_skeleton
+from modxfer_fast.models.task import load_task_model, set_pad_token, task_skeleton
 from modxfer_fast.transfer import TransferError
 from modxfer_fast.transfer.modules import load_config, same_model
 
@@ -132,8 +132,7 @@ class JobModel:
 
     def load(self) -> PreTrainedModel:
         model = load_task_model(self.section, self.kind, self.labels, seed=self.seed)
-        if model.config.pad_token_id is None:  # by which a decoder's head finds the last token
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        set_pad_token(model, self.tokenizer)
         return model.to(self.device)
 
     def load_with(self, adapter: Path, *, trainable: bool = False) -> PeftModel:

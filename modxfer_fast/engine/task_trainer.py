@@ -32,7 +32,7 @@ from modxfer_fast.data.tasks import (
 )
 from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.task_result import TaskResult
-from modxfer_fast.models.task import check_length
+from modxfer_fast.models.task import check_length, set_pad_token
 
 _OWNED = {
     **dict.fromkeys(("output_dir", "seed", "data_seed", "eval_steps", "eval_strategy"), "the job"),
@@ -193,8 +193,7 @@ class TaskTrainer(Trainer):
         self._scored = validation
         self._lengths = list(train.rows["length"]) if train is not None else []
         check_length(model, max([*self._lengths, *validation.rows["length"]]))
-        if model.config.pad_token_id is None:  # a decoder's head looks for the last token before it
-            model.config.pad_token_id = tokenizer.pad_token_id
+        set_pad_token(model, tokenizer)
         super().__init__(
             model=model,
             args=args,

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     set_seed,
 )
 from transformers.utils import logging
@@ -198,6 +199,12 @@ def check_length(model: PreTrainedModel | PeftModel, length: int) -> None:
             f"task.max_length: expected at most the {limit} tokens of {config.model_type}, "
             f"got an example of {length}"
         )
+
+
+def set_pad_token(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model without one its padding token, before which a decoder's head reads."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import yaml
 
+from tests.task_inputs import NER_LABELS
+
 TINY = {
-    "output_dir": None,
     "tokenizer": {"vocab_size": 320},
     "data": {"source": None, "max_length": 24, "eval_fraction": 0.2},
     "teacher": {
@@ -49,6 +50,24 @@ def merged(base, changes):
     return result
 
 
+def job_file(folder, base, changes):
+    """Writes `base` with nested `changes` and returns the file and its output folder."""
+    job = merged({"output_dir": str(folder / "out")}, merged(base, changes))
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path, folder / "out"
+
+
+def ner_task(material):
+    """The task section of the sentences in a folder."""
+    return {
+        "kind": "ner",
+        "files": {"train": str(material / "train.conllu")},
+        "labels": list(NER_LABELS),
+        "max_length": 32,
+    }
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """A folder for the corpus and the cache of models."""
@@ -64,11 +83,8 @@ def write_job(shared):
     """A function that writes a job file next to its output folder and returns both."""
 
     def write(folder, **changes):
-        base = merged(TINY, {"output_dir": str(folder / "out")})
-        base = merged(base, {"data": {"source": str(shared / "corpus.jsonl")}})
-        path = folder / "job.yaml"
-        path.write_text(yaml.safe_dump(merged(base, changes)))
-        return path, folder / "out"
+        base = merged(TINY, {"data": {"source": str(shared / "corpus.jsonl")}})
+        return job_file(folder, base, changes)
 
     return write
 

@@ -9,13 +9,12 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from modxfer_fast.cli import task_stages
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
-from tests.cli.conftest import merged
+from tests.cli.conftest import job_file, ner_task
 from tests.task_inputs import (
     NER_LABELS,
     SICK_COLUMNS,
+    save_berts,
     sentences,
-    tiny_bert,
-    word_tokenizer,
     write_conllu,
     write_pairs,
 )
@@ -35,15 +34,11 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task")
     write_conllu(folder / "train.conllu", sentences(120))
     write_pairs(folder / "pairs.tsv", 60)
-    vocabulary = folder / "vocabulary"
-    vocabulary.mkdir()
-    tokenizer = word_tokenizer(vocabulary)
-    for name, sizes in {
-        "teacher": {"num_layers": 2},
-        "student": {"num_layers": 1, "hidden_size": 32, "seed": 1},
-    }.items():
-        tiny_bert(tokenizer, **sizes).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_berts(
+        folder,
+        teacher={"num_layers": 2},
+        student={"num_layers": 1, "hidden_size": 32, "seed": 1},
+    )
     return folder
 
 
@@ -54,20 +49,12 @@ def write(material, tmp_path):
     def write(**changes):
         base = {
             "kind": "task",
-            "output_dir": str(tmp_path / "out"),
-            "task": {
-                "kind": "ner",
-                "files": {"train": str(material / "train.conllu")},
-                "labels": list(NER_LABELS),
-                "max_length": 32,
-            },
+            "task": ner_task(material),
             "teacher": {"path": str(material / "teacher"), "training": TRAINING},
             "student": {"path": str(material / "student")},
             "training": TRAINING,
         }
-        path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(merged(base, changes)))
-        return path, tmp_path / "out"
+        return job_file(tmp_path, base, changes)
 
     return write
 

@@ -14,8 +14,8 @@ from modxfer_fast.config.grid import load_transfer
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.report import JobConsole
 from modxfer_fast.report.transfer_table import read_results
-from tests.cli.conftest import merged
-from tests.task_inputs import NER_LABELS, sentences, tiny_bert, word_tokenizer, write_conllu
+from tests.cli.conftest import job_file, merged, ner_task
+from tests.task_inputs import NER_LABELS, save_berts, sentences, write_conllu
 
 TRAINING = {
     "max_steps": 12,
@@ -32,16 +32,12 @@ def material(tmp_path_factory):
     """Text, a teacher of 4 layers x 64, and students of 2 layers x 64 and x 32."""
     folder = tmp_path_factory.mktemp("transfer")
     write_conllu(folder / "train.conllu", sentences(120))
-    vocabulary = folder / "vocabulary"
-    vocabulary.mkdir()
-    tokenizer = word_tokenizer(vocabulary)
-    for name, sizes in {
-        "teacher": {"num_layers": 4},
-        "same": {"num_layers": 2, "seed": 1},
-        "narrow": {"num_layers": 2, "hidden_size": 32, "seed": 2},
-    }.items():
-        tiny_bert(tokenizer, **sizes).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_berts(
+        folder,
+        teacher={"num_layers": 4},
+        same={"num_layers": 2, "seed": 1},
+        narrow={"num_layers": 2, "hidden_size": 32, "seed": 2},
+    )
     return folder
 
 
@@ -51,20 +47,12 @@ def write(material, tmp_path):
 
     def write(**changes):
         base = {
-            "output_dir": str(tmp_path / "out"),
-            "task": {
-                "kind": "ner",
-                "files": {"train": str(material / "train.conllu")},
-                "labels": list(NER_LABELS),
-                "max_length": 32,
-            },
+            "task": ner_task(material),
             "teacher": {"path": str(material / "teacher"), "peft": LORA, "training": TRAINING},
             "student": {"path": str(material / "narrow"), "training": TRAINING},
             "transfer": {"method": "ridge", "statistics": {"examples": 60, "batch_size": 8}},
         }
-        path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(merged(base, changes)))
-        return path, tmp_path / "out"
+        return job_file(tmp_path, base, changes)
 
     return write
 
