@@ -1,6 +1,5 @@
 """Pictures of a grid of transfer jobs, drawn from its results alone."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from modxfer_fast.report.transfer_table import Group, MethodResult
 _SCRATCH_COLOUR = "#d1702c"
 _TEACHER_COLOUR = "#555555"
 _COLOUR = "#1f6fb4"
-_COLUMNS = 3
 
 
 def plot_scores(groups: Sequence[Group], scratch: str, metric: str, path: Path) -> None:
@@ -21,8 +19,7 @@ def plot_scores(groups: Sequence[Group], scratch: str, metric: str, path: Path) 
         metric: name of the score, for the axis.
         path: PNG file to write.
     """
-    longest = max(len(group.methods) for group in groups)
-    figure, panels = _panels(groups, height=0.9 + 0.27 * longest)
+    figure, panels = _panels([0.9 + 0.27 * len(group.methods) for group in groups])
     for axis, group in zip(panels, groups, strict=True):
         base = next((m for m in group.methods if m.method == scratch), None)
         axis.axvline(group.teacher, color=_TEACHER_COLOUR, linestyle="--", label="teacher")
@@ -33,7 +30,7 @@ def plot_scores(groups: Sequence[Group], scratch: str, metric: str, path: Path) 
             axis.plot(method.scores, [row] * len(method.scores), "o", color=colour, alpha=0.35)
             axis.plot(method.mean, row, "D", color=colour)
         axis.set_yticks(range(len(group.methods)), [m.method for m in group.methods])
-        axis.invert_yaxis()
+        axis.set_ylim(len(group.methods) - 0.5, -0.5)
         axis.set_title(group.title, loc="left", fontsize=10)
         axis.set_xlabel(metric)
         axis.grid(alpha=0.3)
@@ -48,7 +45,7 @@ def plot_learning(groups: Sequence[Group], scratch: str, metric: str, path: Path
     Args:
         metric, path: as in `plot_scores`.
     """
-    figure, panels = _panels(groups, height=3.2)
+    figure, panels = _panels([3.2] * len(groups))
     for axis, group in zip(panels, groups, strict=True):
         others = [m for m in group.methods if m.method != scratch and m.curve]
         named = sorted(others, key=_area, reverse=True)[:5]
@@ -74,15 +71,17 @@ def _area(method: MethodResult) -> float:
     return statistics.fmean(value for _, value in method.curve)
 
 
-def _panels(groups: Sequence[Group], height: float):
+def _panels(heights: Sequence[float]):
+    """A figure with a panel of at least each height in inches, in rows of four or three."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(groups)) or 1
-    rows = math.ceil(len(groups) / columns) or 1
-    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
+    columns = 4 if len(heights) % 4 == 0 else 3
+    columns = min(columns, len(heights)) or 1
+    rows = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)] or [1.0]
+    figure = Figure(figsize=(5.2 * columns, sum(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in panels[len(groups) :]:
+    panels = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).flat)
+    for unused in panels[len(heights) :]:
         unused.set_visible(False)
-    return figure, panels[: len(groups)]
+    return figure, panels[: len(heights)]
