@@ -1,5 +1,6 @@
 """A grid of transfer jobs, cell by cell; table and pictures grow with every cell."""
 
+import math
 import time
 from pathlib import Path
 
@@ -24,12 +25,15 @@ from modxfer_fast.report.transfer_table import (
     write_results,
 )
 
+_REDRAW_SECONDS = 60  # pictures of hundreds of cells take seconds, and cached cells none
+
 
 def run_grid(grid: Grid) -> list[CellResult]:
     """Run every cell; cells whose stages are in the cache take no time.
 
     The folder of the table holds `results.csv` and `curves.csv`, rewritten after each cell, and
-    `table.md` and pictures, rewritten whenever a seed of a group is complete and at the end.
+    `table.md` and pictures, rewritten at the end and whenever a seed of a group is complete, but no
+    more than once a minute.
 
     Raises:
         UserError: of the first cell that cannot work; what was done before stays. A cell whose
@@ -47,6 +51,7 @@ def run_grid(grid: Grid) -> list[CellResult]:
     kinds = dict.fromkeys(PRIMARY_METRIC[cell.job.task.kind] for cell in grid.cells)
     metric = " or ".join(METRIC_NAMES[kind] for kind in kinds)
     results: list[CellResult] = []
+    drawn = -math.inf
     with console.progress(len(grid.cells)) as progress:
         for number, cell in enumerate(grid.cells, 1):
             start = time.perf_counter()
@@ -64,8 +69,9 @@ def run_grid(grid: Grid) -> list[CellResult]:
                 )
             progress(number, len(grid.cells))
             is_last = number == len(grid.cells)
-            if results and (is_last or _group(cell) != _group(grid.cells[number])):
+            if results and (is_last or _is_due(cell, grid.cells[number], drawn)):
                 _write_tables(results, metric, output)
+                drawn = time.perf_counter()
     console.say(f"table, CSV and pictures in {output}")
     return results
 
@@ -92,6 +98,11 @@ def _run_cell(cell: Cell, cache: StageCache) -> CellResult:
     job = TransferJob(cell.job, JobConsole(is_main=False), cache)
     run = job.scratch if cell.job.transfer is None else job.student
     return cell_result(job, run, cell.labels)
+
+
+def _is_due(cell: Cell, following: Cell, drawn: float) -> bool:
+    """Whether a group ends with this cell, and its tables are older than they may be."""
+    return _group(cell) != _group(following) and time.perf_counter() - drawn > _REDRAW_SECONDS
 
 
 def _group(cell: Cell) -> tuple[str, ...]:
