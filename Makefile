@@ -8,11 +8,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint format bench-peers clean
+# processes of the tests, each with one thread
+WORKERS ?= 2
+
+.PHONY: help setup demo test test-slow coverage lint format bench-peers clean
 
 help:
 	@echo "make demo         distil examples/quickstart.yaml on this machine (no network, no GPU needed)"
-	@echo "make test         run the whole test suite"
+	@echo "make test         run the test suite; WORKERS=2 processes"
+	@echo "make test-slow    run what make test leaves out: sanitizers, packaging"
+	@echo "make coverage     run all tests and report the branches that they take"
 	@echo "make lint         ruff and clang-format, as CI runs them"
 	@echo "make format       rewrite files the way lint wants them"
 	@echo "make bench-peers  install the libraries that the benchmarks compare against"
@@ -30,7 +35,16 @@ demo: $(STAMP)
 	$(BIN)/modxfer distill examples/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(WORKERS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "kernels", "modxfer_fast", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 

@@ -8,15 +8,6 @@ from modxfer_fast.cli.bench import load_benchmarks
 load_benchmarks()
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Problems this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def uncompiled():
     """What asks for torch.compile runs as it is: the compiler is not what is tested."""

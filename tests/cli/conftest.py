@@ -1,7 +1,6 @@
 """One small job that every test of the command line starts from."""
 
 import pytest
-import torch
 import yaml
 
 from tests.task_inputs import NER_LABELS
@@ -87,15 +86,6 @@ def write_job(shared):
         return job_file(folder, base, changes)
 
     return write
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -31,14 +31,6 @@ from tests.encoder_reference import (
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert")
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(folder, **options) -> DistillConfig:
     options = {
         "kind": "encoder",

@@ -35,14 +35,6 @@ HIDDEN = {
 RELATIONS = {"layers": {2: 3}, "num_heads": 2, "weight": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def teacher_model():
     return tiny_llama(48, 3, seed=1)
 

@@ -155,15 +155,6 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def single_thread():
-    """Models this small lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")

@@ -25,14 +25,6 @@ ARGS |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps":
 TEMPERATURE = 2.0
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """The student's and the teacher's, which cut other words into pieces."""

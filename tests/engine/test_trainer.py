@@ -23,14 +23,6 @@ STEPS, ACCUMULATION, BATCH = 3, 4, 2
 DATA = TokenDataset(STEPS * ACCUMULATION * BATCH)
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def teacher_model():
     return tiny_llama(48, 3, seed=1)
 

@@ -1,0 +1,50 @@
+"""A pytest plugin: CPU seconds of every file of tests, with all processes that it started."""
+
+import os
+from collections import Counter
+
+import pytest
+
+MOST_A_FILE = 60  # CONTRIBUTING has this budget
+SHOWN = 10
+
+_START = pytest.StashKey[float]()
+_seconds = Counter()
+
+
+def _used(item: pytest.Item) -> float:
+    """CPU seconds of this process and of its children, those that live only where there are any."""
+    seconds = sum(os.times()[:4])
+    if "ranks" in getattr(item, "fixturenames", ()):
+        import psutil
+
+        for child in psutil.Process().children():
+            seconds += sum(child.cpu_times()[:4])
+    return seconds
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    item.stash[_START] = _used(item)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.when == "teardown":
+        report.cpu_seconds = _used(item) - item.stash[_START]
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[report.nodeid.split("::")[0]] += getattr(report, "cpu_seconds", 0.0)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not _seconds:
+        return
+    terminalreporter.section(f"CPU seconds: {sum(_seconds.values()):.0f}, the dearest files")
+    for file, seconds in _seconds.most_common(SHOWN):
+        over = f"  more than {MOST_A_FILE}" if seconds > MOST_A_FILE else ""
+        terminalreporter.write_line(f"{seconds:7.1f}  {file}{over}")
