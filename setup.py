@@ -4,11 +4,17 @@ MODXFER_BUILD=auto   what this machine can compile; if that fails, the other bac
               cpu    the CPU kernels, or fail
               cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU; none in this version)
               none   pure Python
+
+csrc is compiled against the torch that is installed, also where pip builds in isolation: a torch
+resolved for the build alone would be gigabytes of another version.
 """
 
 import os
 import platform
+import shlex
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -19,28 +25,38 @@ MODES = ("auto", "cpu", "cuda", "none")
 STABLE_ABI = "0x020b000000000000"
 
 
+def _missing() -> str:
+    """What a build of csrc lacks on this machine, or nothing."""
+    sys.path.append(sysconfig.get_path("purelib"))  # pip's build isolation hides it
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        return f"needs torch at build time; install it first ({error})"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        return f"needs a C++ compiler, found no {compiler} on PATH; CXX can name one"
+    return ""
+
+
 def _extensions(mode: str):
     if mode not in MODES:
         raise SystemExit(f"MODXFER_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == "none":
         return [], {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-    except ImportError as error:
-        if mode == "auto":
-            print(f"modxfer_fast: csrc is not built, torch cannot be imported here ({error})")
-            return [], {}
-        raise SystemExit(
-            f"MODXFER_BUILD={mode}: needs torch at build time; install it first and use "
-            "pip's --no-build-isolation"
-        ) from error
+    has_nvcc = shutil.which("nvcc") is not None
+    if mode == "cuda" and not has_nvcc:
+        raise SystemExit("MODXFER_BUILD=cuda: needs nvcc on PATH, found none")
+    reason = _missing()
+    if reason:
+        if mode != "auto":
+            raise SystemExit(f"MODXFER_BUILD={mode}: {reason}")
+        print(f"modxfer_fast: csrc is not built, other backends remain: {reason}")
+        return [], {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     csrc = ROOT / "csrc"
     sources = [csrc / "register.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
     cuda_sources = sorted((csrc / "cuda").glob("*.cu"))
-    has_nvcc = shutil.which("nvcc") is not None
-    if mode == "cuda" and not has_nvcc:
-        raise SystemExit("MODXFER_BUILD=cuda: needs nvcc on PATH, found none")
     if mode == "cuda" and not cuda_sources:
         raise SystemExit("MODXFER_BUILD=cuda: this version has no CUDA sources; use cpu")
     with_cuda = bool(cuda_sources) and (mode == "cuda" or (mode == "auto" and has_nvcc))
@@ -72,7 +88,10 @@ def _extensions(mode: str):
                 if mode != "auto":
                     raise
                 print(f"modxfer_fast: csrc is not built, other backends remain: {error}")
-                self.extensions = []
+                self.extensions = self.distribution.ext_modules = []
+                wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+                if wheel is not None:  # no machine code in it, so its name promises none
+                    wheel.root_is_pure = True
 
     command = Build.with_options(use_ninja=True, no_python_abi_suffix=True)
     return [extension], {"build_ext": command}
@@ -94,6 +113,7 @@ def _packages():
 setup(
     packages=_packages(),
     package_dir={"modxfer_fast": "modxfer_fast", "modxfer_fast.kernels": "kernels"},
+    package_data={"modxfer_fast": ["py.typed"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},

@@ -17,6 +17,7 @@ agree and compiled graphs carry the choice.
 import contextlib
 import functools
 import importlib
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -113,12 +114,22 @@ def _choose(room, candidates, device, dtypes) -> tuple[str | None, str]:
             reasons.append(f"{name}: this room has {', '.join(ROOMS[room])}")
             continue
         ok, reason = availability(room, name)
+        if not ok and candidates[-1] == "reference":
+            _warn_of_reference(name, reason)
         if ok:
             ok, reason = load(room, name).supports(device, dtypes)
         if ok:
             return name, ""
         reasons.append(f"{name}: {reason}")
     return None, "; ".join(reasons)
+
+
+@functools.cache
+def _warn_of_reference(missing: str, reason: str) -> None:
+    """Once a process: an installation without the fast kernels works, several times slower."""
+    warnings.warn(
+        f"modxfer_fast runs its reference implementation, not {missing}: {reason}", stacklevel=2
+    )
 
 
 # What torch.compiler.assume_constant_result sets; calling it imports torch._dynamo, two seconds.

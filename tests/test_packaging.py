@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,20 +14,29 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-SOURCES = ("csrc", "kernels", "modxfer_fast", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    *("csrc", "kernels", "modxfer_fast", "benchmarks", "docs", "examples", "tests"),
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+)
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The sources as a fresh clone has them; pip writes its build folder here."""
-    folder = tmp_path_factory.mktemp("checkout")
-    left_out = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    """An unpacked sdist of the sources, so that every build below is one of a published version."""
+    folder = tmp_path_factory.mktemp("sources")
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "results")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=left_out)
         else:
             shutil.copy(ROOT / name, folder / name)
-    return folder
+    out = tmp_path_factory.mktemp("sdist")
+    command = ["setup.py", "--quiet", "sdist", "--dist-dir", str(out)]
+    subprocess.run([sys.executable, *command], cwd=folder, check=True, timeout=120)
+    (archive,) = out.glob("*.tar.gz")
+    shutil.unpack_archive(archive, out)
+    return out / archive.name.removesuffix(".tar.gz")
 
 
 def build(checkout: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -88,7 +98,7 @@ def pure(checkout, tmp_path_factory) -> Path:
 
 
 USE = """
-import importlib.util, json, pathlib, sys
+import importlib.util, json, pathlib, sys, warnings
 import torch, modxfer_fast
 from modxfer_fast.kernels import dispatch
 target = pathlib.Path(sys.argv[1])
@@ -99,7 +109,9 @@ for backend in ("reference", *sys.argv[2:]):
     loss = modxfer_fast.linear_kd_loss(hidden, weight, hidden + 1, weight, backend=backend)
     loss.backward()
     losses[backend] = loss.item()
-modxfer_fast.linear_kd_loss(hidden, weight, hidden + 1, weight).backward()
+with warnings.catch_warnings(record=True) as told:
+    for _ in range(2):
+        modxfer_fast.linear_kd_loss(hidden, weight, hidden + 1, weight).backward()
 kernels = importlib.util.find_spec("kernels")
 print(json.dumps({
     "elsewhere": [f for f in files if target not in pathlib.Path(f).parents],
@@ -107,8 +119,22 @@ print(json.dumps({
     "kernels": None if kernels is None else str(kernels.submodule_search_locations),
     "automatic": dispatch.resolve("kd_loss", hidden),
     "version": modxfer_fast.__version__,
+    "warnings": [str(warning.message) for warning in told],
 }))
 """
+
+
+def test_sdist_holds_every_source_and_document(checkout):
+    kept = {"csrc": "*", "kernels": "*.py", "modxfer_fast": "*.py", "docs": "*", "examples": "*"}
+    for name, pattern in kept.items():
+        paths = [path.relative_to(ROOT) for path in (ROOT / name).rglob(pattern)]
+        wanted = {
+            path for path in paths if (ROOT / path).is_file() and "__pycache__" not in path.parts
+        }
+        assert wanted
+        assert not {path for path in wanted if not (checkout / path).is_file()}
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"):
+        assert (checkout / name).is_file(), name
 
 
 def contents(wheel: Path) -> set[str]:
@@ -134,6 +160,10 @@ def test_wheels_hold_the_package_and_no_top_level_kernels(compiled, pure):
     assert {name for name in contents(compiled) if name.endswith(".so")} == {"modxfer_fast/_C.so"}
 
 
+def test_wheels_say_that_their_types_are_theirs(pure):
+    assert "modxfer_fast/py.typed" in contents(pure)
+
+
 def test_tags_of_the_wheels(compiled, pure):
     """One compiled wheel serves every Python from 3.11; the pure one serves every machine."""
     assert "-cp310-abi3-linux_" in compiled.name
@@ -147,6 +177,7 @@ def test_compiled_wheel_works_from_an_empty_folder(compiled, tmp_path):
     facts = json.loads(python(target, empty, "-c", USE, str(target), "cpp"))
     assert facts["elsewhere"] == []
     assert facts["automatic"] == "cpp"
+    assert facts["warnings"] == []
     assert facts["losses"]["cpp"] == pytest.approx(facts["losses"]["reference"], rel=1e-5)
     assert facts["kernels"] is None or str(target) not in facts["kernels"]
     assert not (target / "kernels").exists()
@@ -159,6 +190,9 @@ def test_pure_wheel_works_and_says_why_cpp_does_not(pure, tmp_path):
     facts = json.loads(python(target, empty, "-c", USE, str(target)))
     assert facts["elsewhere"] == []
     assert facts["automatic"] == "reference"
+    (told,) = facts["warnings"]  # once, not at each call
+    assert "reference" in told
+    assert "MODXFER_BUILD" in told
     doctor = json.loads(python(target, empty, "-m", "modxfer_fast", "doctor", "--json"))
     assert doctor["version"] == facts["version"]
     for room in doctor["rooms"].values():
@@ -194,6 +228,45 @@ def test_cuda_mode_needs_nvcc(checkout, tmp_path):
     assert "MODXFER_BUILD=cuda: needs nvcc" in run.stderr
 
 
+def test_cpu_mode_names_the_missing_compiler(checkout):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=checkout,
+        env={**os.environ, "MODXFER_BUILD": "cpu", "CXX": "no-such-compiler -O1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode != 0
+    assert "needs a C++ compiler, found no no-such-compiler on PATH" in run.stderr
+
+
+ISOLATED = """
+import runpy, sys, sysconfig
+installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+sys.path[:] = [path for path in sys.path if path not in installed]
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_isolated_builds_use_the_torch_that_is_installed(checkout, tmp_path):
+    """pip hides the installed packages from a build and puts only the required ones beside it."""
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    run = subprocess.run(
+        [sys.executable, "-c", ISOLATED],
+        cwd=checkout,
+        env={**os.environ, "MODXFER_BUILD": "cpu", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    required = tomllib.loads((checkout / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert not [name for name in required if name.startswith("torch")]
+
+
 @pytest.fixture(scope="module")
 def broken_compiler(tmp_path_factory) -> str:
     compiler = tmp_path_factory.mktemp("compiler") / "g++"
@@ -205,6 +278,7 @@ def broken_compiler(tmp_path_factory) -> str:
 def test_auto_survives_a_compiler_that_fails(checkout, broken_compiler, tmp_path):
     run = build(checkout, tmp_path / "out", MODXFER_BUILD="auto", CXX=broken_compiler)
     assert run.returncode == 0, run.stderr
+    assert the_wheel(tmp_path / "out").name.endswith("-py3-none-any.whl")
     install(the_wheel(tmp_path / "out"), tmp_path / "target")
     facts = json.loads(python(tmp_path / "target", tmp_path, "-c", USE, str(tmp_path / "target")))
     assert facts["automatic"] == "reference"

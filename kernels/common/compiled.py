@@ -12,7 +12,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def available() -> tuple[bool, str]:
     spec = importlib.util.find_spec("modxfer_fast._C")
     if spec is None or spec.origin is None:
-        return False, "csrc is not built; reinstall with a C++ compiler and MODXFER_BUILD=cpu"
+        return (
+            False,
+            "csrc is not built; reinstall with MODXFER_BUILD=cpu, which says what is missing",
+        )
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
