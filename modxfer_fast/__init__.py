@@ -1,8 +1,8 @@
 """Fused knowledge-distillation losses, and an engine that trains with them.
 
-Importing this package needs torch only. The engine (`DistillTrainer`, `DistillConfig`) is loaded on
-first use and needs `pip install modxfer-fast[engine]`, as do the changes to PEFT models
-(`patch_peft_model`, `register_fused_lora`).
+Importing this package needs torch only. The engine (`DistillTrainer`, `DistillConfig`), its data
+(`rows_from_documents`, `CausalCollator`) and the changes to PEFT models (`patch_peft_model`,
+`register_fused_lora`) are loaded on first use and need `pip install modxfer-fast[engine]`.
 """
 
 import importlib
@@ -27,8 +27,21 @@ from .kernels.projection_loss import (
 )
 from .losses import LinearKDLoss
 
+# Loaded on first use: name -> the package that has it.
+_LAZY = {
+    "CausalCollator": "data",
+    "DistillConfig": "engine",
+    "DistillTrainer": "engine",
+    "patch_peft_model": "models",
+    "register_fused_lora": "models",
+    "rows_from_documents": "data",
+}
+
 __all__ = [
     "BackendError",
+    "CausalCollator",
+    "DistillConfig",
+    "DistillTrainer",
     "KDTerms",
     "LinearKDLoss",
     "LoraProjectionLoss",
@@ -42,16 +55,27 @@ __all__ = [
     "lora_projection_loss",
     "minilm_loss",
     "minilmv2_loss",
+    "patch_peft_model",
     "projection_loss",
+    "register_fused_lora",
     "relation_loss",
     "release_workspace",
+    "rows_from_documents",
     "use_backend",
 ]
 
 
 def __getattr__(name: str):
-    if name in ("DistillConfig", "DistillTrainer"):
-        return getattr(importlib.import_module(f"{__name__}.engine"), name)
-    if name in ("patch_peft_model", "register_fused_lora"):
-        return getattr(importlib.import_module(f"{__name__}.models"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name}: {error.name} is not installed; pip install 'modxfer-fast[engine]'",
+            name=error.name,
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -256,6 +256,23 @@ def test_the_engine_is_loaded_when_asked_for():
     assert result == [False, "config", "trainer"]
 
 
+def test_names_that_are_loaded_lazily_are_listed():
+    lazy = {"CausalCollator", "DistillConfig", "DistillTrainer", "rows_from_documents"}
+    assert lazy <= set(modxfer_fast.__all__)
+    assert lazy <= set(dir(modxfer_fast))
+    assert all(hasattr(modxfer_fast, name) for name in modxfer_fast.__all__)
+
+
+def test_what_the_engine_needs_is_named():
+    result = python(
+        "sys.modules['transformers'] = None\n"
+        "import modxfer_fast\n"
+        "try: modxfer_fast.DistillTrainer\n"
+        "except ModuleNotFoundError as error: result = str(error)"
+    )
+    assert "DistillTrainer: transformers is not installed; pip install" in result
+
+
 def test_a_missing_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = modxfer_fast.no_such_name

@@ -147,6 +147,8 @@ class _Job:
             f"{len(documents.held_out)} documents, {rows.held_out_tokens:,} tokens; "
             f"vocabulary {len(tokenizer):,}"
         )
+        for note in rows.notes:
+            self.console.say(note)
         digest = fingerprint(
             {
                 "documents": documents.digest(),

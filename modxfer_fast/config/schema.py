@@ -36,7 +36,9 @@ class DataSection(Section):
     source: `python-docs`, a file (.txt .md .json .jsonl .csv .parquet), a folder of such files or
         of a dataset saved by `datasets`, or the id of a dataset on the hub.
     lines: a .txt or .md file holds one text a line; else the file is one text.
-    format: `auto` looks at the columns: `messages`, `prompt` + `completion`, or `text`.
+    format: `auto` looks at the columns: `messages` (or ShareGPT's `conversations`), `prompt` +
+        `completion`, texts or lists of messages, or `text`. A column `tools` goes to the template.
+    columns: {our name: name in the source} where they differ.
     packing: several documents in one row of `max_length`; an encoder gets one text a row.
     eval_source: held-out data; without it `eval_fraction` of the documents is kept out of training.
     """
@@ -46,6 +48,7 @@ class DataSection(Section):
     split: str = "train"
     lines: bool = False
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    columns: dict[Literal["text", "prompt", "completion", "messages", "tools"], str] = {}
     max_length: Annotated[int, Field(ge=2)] = 1024
     packing: bool = True
     eval_source: str | None = None

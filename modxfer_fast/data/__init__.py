@@ -1,6 +1,6 @@
 """Sources -> documents -> pieces -> packed rows -> batches, and the tokenizer in between."""
 
-from modxfer_fast.data.build import Documents, Rows, build_rows, load_documents
+from modxfer_fast.data.build import Documents, Rows, build_rows, load_documents, rows_from_documents
 from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator, EncoderCollator
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.python_docs import python_docs
@@ -19,6 +19,7 @@ __all__ = [
     "load_source",
     "load_tokenizer",
     "python_docs",
+    "rows_from_documents",
     "tokenizer_digest",
     "train_tokenizer",
 ]

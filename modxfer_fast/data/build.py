@@ -1,16 +1,21 @@
 """A `data` section -> documents, and documents + tokenizer -> rows for training and evaluation."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config import DataSection
-from modxfer_fast.data.encoding import encoder, encoder_rows
+from modxfer_fast.data.encoding import ROW, encoder, encoder_rows
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.packing import packer
-from modxfer_fast.data.sources import COLUMNS, detect_format, load_source
+from modxfer_fast.data.records import RecordError, normalise
+from modxfer_fast.data.sources import detect_format, load_source, with_columns
+
+_MAX_REASONS = 3  # told of documents that are left out
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,14 @@ class Documents:
     train_format: str
     held_out_format: str
 
-    def texts(self):
+    def texts(self) -> Iterator[str]:
         """Every text of the training documents, for training a tokenizer."""
-        for row in self.train:
-            if self.train_format == "messages":
-                yield from (message["content"] for message in row["messages"])
-            else:
-                yield from (row[name] for name in COLUMNS[self.train_format])
+        for record in self.train:
+            try:
+                document = normalise(record, self.train_format)
+            except RecordError:  # `build_rows` leaves it out and says so
+                continue
+            yield from document.texts()
 
     def digest(self) -> str:
         """Short hash of the training documents."""
@@ -41,12 +47,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised, packed rows. tokens: their number, padding not counted."""
+    """Tokenised, packed rows.
+
+    tokens: their number, padding not counted. notes: what was left out or cut, a line each.
+    """
 
     train: Dataset
     held_out: Dataset
     train_tokens: int
     held_out_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 def load_documents(section: DataSection) -> Documents:
@@ -55,8 +65,7 @@ def load_documents(section: DataSection) -> Documents:
     Raises:
         DataError: missing source or columns, or too few documents to hold any out.
     """
-    train = load_source(section.source, name=section.name, split=section.split, lines=section.lines)
-    train_format = detect_format(train, section.format, section.source)
+    train, train_format = _source(section, section.source, section.split)
     if section.max_documents is not None and len(train) > section.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(section.max_documents))
     if section.eval_source is not None:
@@ -65,13 +74,7 @@ def load_documents(section: DataSection) -> Documents:
                 f"data.eval_source: expected other documents than {section.source}, split "
                 f"{section.split}, which the student trains on; name another eval_split"
             )
-        held_out = load_source(
-            section.eval_source,
-            name=section.name,
-            split=section.eval_split,
-            lines=section.lines,
-        )
-        held_out_format = detect_format(held_out, section.format, section.eval_source)
+        held_out, held_out_format = _source(section, section.eval_source, section.eval_split)
     else:
         if len(train) < 2:
             raise DataError(
@@ -85,6 +88,14 @@ def load_documents(section: DataSection) -> Documents:
     return Documents(train, held_out, train_format, held_out_format)
 
 
+def _source(section: DataSection, source: str, split: str) -> tuple[Dataset, str]:
+    """The documents of a source under our names of columns, and their format."""
+    documents = load_source(source, name=section.name, split=split, lines=section.lines)
+    documents = with_columns(documents, section.columns, source)
+    fmt = detect_format(documents, section.format, source)
+    return documents.add_column(ROW, list(range(1, len(documents) + 1))), fmt
+
+
 def build_rows(
     documents: Documents,
     section: DataSection,
@@ -93,30 +104,82 @@ def build_rows(
 ) -> Rows:
     """Tokenise both halves, and pack them where `section` says so.
 
+    Documents that cannot be learnt from are left out, and told in `Rows.notes`.
+
     Args:
         kind: "causal_lm", or "encoder", whose rows hold one text each and no targets.
 
     Raises:
         DataError: a half without a single token to learn from, or not of text for an encoder.
     """
-    halves = []
-    for name, half, fmt in (
-        ("training", documents.train, documents.train_format),
-        ("held-out", documents.held_out, documents.held_out_format),
+    halves, notes = [], []
+    for name, source, half, fmt in (
+        ("training", section.source, documents.train, documents.train_format),
+        (
+            "held-out",
+            section.eval_source or section.source,
+            documents.held_out,
+            documents.held_out_format,
+        ),
     ):
         if kind == "encoder":
             rows = _encoder_rows(half, fmt, section, tokenizer)
             if not len(rows):
-                raise DataError(f"data: expected text in the {name} documents, got none")
+                raise DataError(
+                    f"data: expected text in the {name} documents, got none; {source}, "
+                    f"{_first_problem(half, fmt)}"
+                )
         else:
-            rows = _rows(half, fmt, section, tokenizer)
-            if not any(any(mask) for mask in rows["is_target"]):
-                raise DataError(f"data: expected targets in the {name} documents, got none")
+            pieces = _pieces(half, fmt, tokenizer, section.max_length)
+            rows = _packed(pieces, section.max_length, section.packing)
+            told = _notes(pieces, len(half))
+            if not len(rows):
+                reason = f"; {source}: {told[0]}" if told else ""
+                raise DataError(f"data: expected targets in the {name} documents, got none{reason}")
+            notes += [f"{name}: {note}" for note in told]
         halves.append(rows)
     train, held_out = halves
     if section.max_eval_rows is not None and len(held_out) > section.max_eval_rows:
         held_out = held_out.shuffle(seed=section.split_seed).select(range(section.max_eval_rows))
-    return Rows(train, held_out, _count(train), _count(held_out))
+    return Rows(train, held_out, _count(train), _count(held_out), tuple(notes))
+
+
+def rows_from_documents(
+    documents: Sequence[str] | Sequence[dict] | Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 1024,
+    packing: bool = True,
+) -> Dataset:
+    """Rows for `DistillTrainer`, which `CausalCollator` makes batches of.
+
+    Args:
+        documents: texts; or records, whose columns say what is learnt: `text` every token, `prompt`
+            and `completion` the completion, `messages` the assistant's turns.
+        tokenizer: with an end-of-text token; for messages a fast one with a chat template.
+        max_length: tokens of a row. Longer texts become several rows, others are cut.
+        packing: several documents in a row, each for itself.
+
+    Raises:
+        DataError: nothing to learn, with the first reason, or unknown columns. A document that
+            cannot be learnt from is an error here: leave it out, or read it with `modxfer distill`.
+    """
+    if not isinstance(documents, Dataset):
+        documents = list(documents)
+        is_text = bool(documents) and isinstance(documents[0], str)
+        documents = (
+            Dataset.from_dict({"text": documents}) if is_text else Dataset.from_list(documents)
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError("tokenizer: expected an end-of-text token (eos_token), got none")
+    documents = with_columns(documents, {}, "documents")
+    fmt = detect_format(documents, "auto", "documents")
+    documents = documents.add_column(ROW, list(range(1, len(documents) + 1)))
+    pieces = _pieces(documents, fmt, tokenizer, max_length)
+    for row, problem in zip(pieces["row"], pieces["problem"], strict=True):
+        if problem:
+            raise DataError(f"documents: row {row}: {problem}")
+    return _packed(pieces, max_length, packing)
 
 
 def _encoder_rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Dataset:
@@ -129,18 +192,52 @@ def _encoder_rows(documents: Dataset, fmt: str, section: DataSection, tokenizer)
     )
 
 
-def _rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Dataset:
-    pieces = documents.map(
-        encoder(fmt, tokenizer, section.max_length),
-        batched=True,
-        remove_columns=documents.column_names,
+def _first_problem(documents: Dataset, fmt: str) -> str:
+    for record in documents:
+        try:
+            normalise(record, fmt)
+        except RecordError as error:
+            return f"row {record[ROW]}: {error}"
+    return "every text is blank"
+
+
+def _pieces(documents: Dataset, fmt: str, tokenizer, max_length: int) -> Dataset:
+    return documents.map(
+        encoder(fmt, tokenizer, max_length), batched=True, remove_columns=documents.column_names
     )
+
+
+def _packed(pieces: Dataset, max_length: int, packing: bool) -> Dataset:
     return pieces.map(
-        packer(section.max_length, packing=section.packing),
+        packer(max_length, packing=packing),
         batched=True,
         batch_size=10_000,
         remove_columns=pieces.column_names,
     )
+
+
+def _notes(pieces: Dataset, num_documents: int) -> list[str]:
+    """What the pieces say of documents that were left out or cut."""
+    problems, first = Counter(), {}
+    for row, problem in zip(pieces["row"], pieces["problem"], strict=True):
+        if problem:
+            problems[problem] += 1
+            first.setdefault(problem, row)
+    notes = []
+    for problem, count in problems.most_common(_MAX_REASONS):
+        notes.append(
+            f"left out {count} of {num_documents} documents (first: row {first[problem]}): "
+            f"{problem}"
+        )
+    further = problems.total() - sum(count for _, count in problems.most_common(_MAX_REASONS))
+    if further:
+        notes.append(f"left out {further} of {num_documents} documents for other reasons")
+    cut = sum(pieces["is_cut"])
+    if cut:
+        notes.append(
+            f"cut {cut} of {num_documents} documents at max_length, with targets behind it"
+        )
+    return notes
 
 
 def _count(rows: Dataset) -> int:

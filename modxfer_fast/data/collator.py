@@ -1,6 +1,7 @@
 """Rows -> the batch of the engine, with labels already aligned."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,8 +26,17 @@ class CausalCollator:
     its right. Rows of one document need no positions, which some architectures do not take.
     """
 
+    labels_are_aligned: ClassVar[bool] = True
+
     pad_token_id: int
     packed: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.pad_token_id, int):
+            raise TypeError(
+                "pad_token_id: expected an int, any id of the vocabulary will do, got "
+                f"{self.pad_token_id!r}"
+            )
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
         T = max(len(row["input_ids"]) for row in rows)

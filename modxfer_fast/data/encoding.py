@@ -1,33 +1,61 @@
 """Documents -> pieces of at most `max_length` tokens, each token marked as target or context.
 
-A piece is `{"input_ids": [n], "is_target": [n]}`; `is_target[i]`: token i is to be predicted.
+A piece is `{"input_ids": [n], "is_target": [n], "problem", "row", "is_cut"}`; `is_target[i]`: token
+i is to be predicted. A document that cannot be learnt from leaves one piece without tokens that
+says why (`problem`) and where it came from (`row`, counted from 1, 0 where not known). `is_cut`:
+the document had further targets behind the piece.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from modxfer_fast.data.errors import DataError
+from modxfer_fast.data.chat import ChatEncoder
+from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 
 Rows = dict[str, list]
+ROW = "__row__"  # column with the number of a document in its source
+PIECE = ("input_ids", "is_target", "problem", "row", "is_cut")
 
 
 def encoder(
     fmt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Callable[[Rows], Rows]:
-    """A function for `Dataset.map(batched=True)`: documents of format `fmt` -> pieces."""
-    encode = {
-        "text": _encode_text,
-        "prompt_completion": _encode_completion,
-        "messages": _encode_messages,
-    }[fmt]
+    """A function for `Dataset.map(batched=True)`: documents of format `fmt` -> pieces.
+
+    Raises:
+        DataError: conversations, and a tokenizer that cannot render them.
+    """
+    chats = None  # only once there is one: a tokenizer for other formats needs no template
+
+    def encode(document, ids_of_text) -> Iterator[tuple[list[int], list[bool], bool]]:
+        nonlocal chats
+        if isinstance(document, RecordError):
+            raise document
+        if isinstance(document, Conversation):
+            chats = chats or ChatEncoder(tokenizer)
+            yield _cut(*chats.encode(document), max_length)
+        elif isinstance(document, Completion):
+            yield _cut(*_completion(document, tokenizer), max_length)
+        else:
+            yield from _pieces(_ended(next(ids_of_text), tokenizer), max_length)
 
     def encode_batch(rows: Rows) -> Rows:
-        pieces = [piece for piece in encode(rows, tokenizer, max_length) if piece[0]]
-        return {
-            "input_ids": [ids for ids, _ in pieces],
-            "is_target": [mask for _, mask in pieces],
-        }
+        documents = [
+            _normalised(dict(zip(rows, values, strict=True)), fmt)
+            for values in zip(*rows.values(), strict=True)
+        ]
+        texts = [document.text for document in documents if isinstance(document, Text)]
+        ids_of_text = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        numbers = rows.get(ROW, [0] * len(documents))
+        pieces = []
+        for document, row in zip(documents, numbers, strict=True):
+            try:
+                encoded = list(encode(document, ids_of_text))
+                pieces += [(ids, mask, "", row, is_cut) for ids, mask, is_cut in encoded]
+            except RecordError as error:
+                pieces.append(([], [], str(error), row, False))
+        return {name: [piece[i] for piece in pieces] for i, name in enumerate(PIECE)}
 
     return encode_batch
 
@@ -40,7 +68,7 @@ def encoder_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callabl
     """
 
     def encode_batch(rows: Rows) -> Rows:
-        texts = [text for text in rows["text"] if text and text.strip()]
+        texts = [text for text in rows["text"] if isinstance(text, str) and text.strip()]
         if not texts:
             return {"input_ids": [], "length": []}
         encoded = tokenizer(
@@ -57,68 +85,42 @@ def encoder_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callabl
     return encode_batch
 
 
-def _encode_text(rows: Rows, tokenizer, max_length: int):
-    texts = [text for text in rows["text"] if text]
-    pieces = []
-    for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else []:
-        ids = _ended(ids, tokenizer)
-        # pieces of one document share one token, so that each token but the first is a target once
-        for start in range(0, max(len(ids) - 1, 1), max_length - 1):
-            piece = ids[start : start + max_length]
-            pieces.append((piece, [True] * len(piece)))
-    return pieces
+def _normalised(record: dict, fmt: str) -> Text | Completion | Conversation | RecordError:
+    try:
+        return normalise(record, fmt)
+    except RecordError as error:
+        return error
 
 
-def _encode_completion(rows: Rows, tokenizer, max_length: int):
-    pieces = []
-    for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
-        for name, value in (("prompt", prompt), ("completion", completion)):
-            if not isinstance(value, str):
-                raise DataError(f"column {name}: expected text, got {type(value).__name__}")
-        # encoded apart: the border between context and target is then a border between tokens
-        head = tokenizer(prompt, verbose=False)["input_ids"]
-        if head and head[-1] == tokenizer.eos_token_id and prompt:
-            head = head[:-1]
-        tail = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = _ended(head + tail, tokenizer)
-        mask = [False] * len(head) + [True] * (len(ids) - len(head))
-        pieces.append((ids[:max_length], mask[:max_length]))
-    return pieces
+def _pieces(ids: list[int], max_length: int) -> Iterator[tuple[list[int], list[bool], bool]]:
+    # pieces of one document share one token, so that each token but the first is a target once
+    for start in range(0, max(len(ids) - 1, 1), max_length - 1):
+        piece = ids[start : start + max_length]
+        yield piece, [True] * len(piece), False
 
 
-def _encode_messages(rows: Rows, tokenizer, max_length: int):
-    if tokenizer.chat_template is None:
-        raise DataError("messages: expected a tokenizer with a chat template, got one without")
-    pieces = []
-    for messages in rows["messages"]:
-        ids, mask = _encode_chat(messages, tokenizer)
-        pieces.append((ids[:max_length], mask[:max_length]))
-    return pieces
+def _completion(document: Completion, tokenizer) -> tuple[list[int], list[bool]]:
+    # encoded apart: the border between context and target is then a border between tokens
+    head = tokenizer(document.prompt, verbose=False)["input_ids"]
+    if head and head[-1] == tokenizer.eos_token_id and document.prompt:
+        head = head[:-1]
+    tail = tokenizer(document.completion, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _ended(head + tail, tokenizer)
+    return ids, [False] * len(head) + [True] * (len(ids) - len(head))
 
 
-def _encode_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation; targets are what each assistant turn adds to its prompt."""
+def _cut(ids: list[int], mask: list[bool], max_length: int) -> tuple[list[int], list[bool], bool]:
+    """The first `max_length` tokens, and whether targets were lost behind them.
 
-    def render(upto: int, prompt: bool) -> list[int]:
-        if upto == 0:  # templates refuse an empty conversation
-            return []
-        return tokenizer.apply_chat_template(
-            messages[:upto], add_generation_prompt=prompt, tokenize=True, return_dict=False
-        )
-
-    whole = render(len(messages), False)
-    mask = [False] * len(whole)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, stop = render(turn, True), render(turn + 1, False)
-        if whole[: len(stop)] != stop or stop[: len(start)] != start:
-            raise DataError(
-                "messages: expected a chat template that only appends text as turns are added; "
-                f"this one rewrites the conversation at turn {turn}"
-            )
-        mask[len(start) : len(stop)] = [True] * (len(stop) - len(start))
-    return whole, mask
+    Raises:
+        RecordError: no target among them; the first token of a document is none.
+    """
+    kept = mask[:max_length]
+    if not any(kept[1:]):
+        if any(mask[1:]):
+            raise RecordError(f"nothing to learn within max_length={max_length} tokens")
+        raise RecordError("nothing to learn: no token of the assistant's or of the completion")
+    return ids[:max_length], kept, any(mask[max_length:])
 
 
 def _ended(ids: list[int], tokenizer) -> list[int]:

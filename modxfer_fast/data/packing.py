@@ -28,11 +28,16 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def packer(max_length: int, *, packing: bool) -> Callable[[Rows], Rows]:
-    """A function for `Dataset.map(batched=True)` that turns pieces into rows."""
+    """A function for `Dataset.map(batched=True)` that turns pieces that have tokens into rows."""
 
     def pack_batch(pieces: Rows) -> Rows:
         lengths = [len(ids) for ids in pieces["input_ids"]]
-        rows = best_fit(lengths, max_length) if packing else [[i] for i in range(len(lengths))]
+        filled = [i for i, length in enumerate(lengths) if length]
+        if packing:
+            fitted = best_fit([lengths[i] for i in filled], max_length)
+            rows = [[filled[k] for k in row] for row in fitted]
+        else:
+            rows = [[i] for i in filled]
         return {
             "input_ids": [list(chain(*(pieces["input_ids"][i] for i in row))) for row in rows],
             "is_target": [list(chain(*(pieces["is_target"][i] for i in row))) for row in rows],

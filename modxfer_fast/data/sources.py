@@ -1,10 +1,7 @@
-"""Named sources -> `datasets.Dataset` with one of three sets of columns.
+"""Named sources -> `datasets.Dataset` with one of three sets of columns; see records.py."""
 
-text                    learn every token
-prompt, completion      learn the completion
-messages                learn the assistant's turns
-"""
-
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -55,7 +52,8 @@ def load_source(
         raise
     except Exception as error:
         # `datasets` raises several unrelated types here; all of them are about what was named
-        raise DataError(f"data source {source}: cannot be loaded ({error})") from error
+        reason = f"{error}" if error.__cause__ is None else f"{error}: {error.__cause__}"
+        raise DataError(f"data source {source}: cannot be loaded ({reason})") from error
 
 
 def _load_file(path: Path, source: str, lines: bool) -> Dataset:
@@ -65,15 +63,41 @@ def _load_file(path: Path, source: str, lines: bool) -> Dataset:
             f"data source {source}: expected a file ending in {', '.join(_READERS)}, "
             f"got {path.suffix or 'no ending'}"
         )
+    if path.stat().st_size == 0:
+        raise DataError(f"data source {source}: expected rows, got an empty file")
     options = {}
     if reader == "text":
         options["sample_by"] = "line" if lines else "document"
-    dataset = load_dataset(reader, data_files=str(path), split="train", **options)
+    try:
+        dataset = load_dataset(reader, data_files=str(path), split="train", **options)
+    except Exception:
+        if reader == "json":
+            _check_json(path, source)
+        raise
     if lines:
         dataset = dataset.filter(lambda row: bool(row["text"].strip()))
         if not len(dataset):
             raise DataError(f"data source {source}: expected lines of text, found none")
     return dataset
+
+
+def _check_json(path: Path, source: str) -> None:
+    """Raise a DataError with the line where a JSON file is none, if there is one."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        json.loads(text)
+        return
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
+            raise DataError(f"data source {source}, line {error.lineno}: {error.msg}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            json.loads(line or "null")
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"data source {source}, line {number}: expected a JSON object, got "
+                f"{line[:60]!r} ({error.msg})"
+            ) from None
 
 
 def _load_folder(path: Path, name: str | None, split: str) -> Dataset:
@@ -87,6 +111,30 @@ def _load_folder(path: Path, name: str | None, split: str) -> Dataset:
             return dataset[split]
         return dataset
     return load_dataset(str(path), name, split=split)
+
+
+def with_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
+    """The dataset with its columns under our names.
+
+    Args:
+        columns: {our name: name in the dataset}. ShareGPT's `conversations` need no entry.
+
+    Raises:
+        DataError: a column that is not there, or a name that is taken.
+    """
+    names = dataset.column_names
+    renames = dict(columns)
+    if "conversations" in names and "messages" not in (*names, *renames):
+        renames["messages"] = "conversations"
+    for ours, theirs in renames.items():
+        if theirs not in names:
+            raise DataError(
+                f"data.columns.{ours}: expected a column of {source} ({', '.join(names)}), "
+                f"got {theirs}"
+            )
+        if ours in names and ours not in renames.values():
+            dataset = dataset.remove_columns(ours)
+    return dataset.rename_columns({t: o for o, t in renames.items() if o != t})
 
 
 def detect_format(dataset: Dataset, wanted: str, source: str) -> str:

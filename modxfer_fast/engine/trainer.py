@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkp
 from . import checkpoint, deepspeed
 from .config import DistillConfig
 from .guard import StepGuard
+from .labels import AlignedLabels
 from .metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
 from .module import DistillModule
 from .projections import load_projections, save_projections
@@ -26,10 +27,11 @@ from .teacher import Teacher
 class DistillTrainer(Trainer):
     """Distils `teacher` into `model`.
 
-    Batches come from `data_collator` as {"input_ids", "labels"} [B, T], optionally
-    "attention_mask", "position_ids" [B, T] and the int "num_valid". labels[t] is the target of
-    position t: the collator aligns, nothing shifts later. A packed row restarts position_ids at
-    every document.
+    Batches come from `data_collator` as {"input_ids", "labels"} [B, T], optionally with
+    "attention_mask" and "position_ids" [B, T], which restart at every document of a packed row.
+    Collators of transformers and TRL emit labels[t] = the token at position t; they are shifted
+    here. One that has `labels_are_aligned = True`, as `CausalCollator`, emits labels[t] = the token
+    after it, and may add the int "num_valid", the number of labels that are not -100.
 
     Logs, besides Trainer's: kd_loss and ce_loss (unweighted means over the supervised tokens since
     the last report), num_tokens (tokens that are not padding, over all ranks, since the start),
@@ -67,9 +69,9 @@ class DistillTrainer(Trainer):
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
         if data_collator is None:
-            raise TypeError(
-                "data_collator: expected one that aligns labels with positions, got None"
-            )
+            raise TypeError("data_collator: expected a collator of input_ids and labels, got None")
+        if args.kind != "encoder":
+            data_collator = AlignedLabels(data_collator)
         if isinstance(teacher, nn.Module):
             teacher = Teacher(teacher, kind=args.kind)
         module = DistillModule(

@@ -73,6 +73,9 @@ def align_collate(features: list[dict]) -> dict:
     }
 
 
+align_collate.labels_are_aligned = True
+
+
 def pack_collate(features: list[dict]) -> dict:
     """All documents in one row; position_ids restart at each, and no label crosses a boundary."""
     rows = [torch.as_tensor(feature["input_ids"]) for feature in features]
@@ -83,3 +86,6 @@ def pack_collate(features: list[dict]) -> dict:
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
         "num_valid": sum(len(row) - 1 for row in rows),
     }
+
+
+pack_collate.labels_are_aligned = True

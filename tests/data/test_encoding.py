@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from modxfer_fast.data import DataError, train_tokenizer
-from modxfer_fast.data.encoding import encoder
+from modxfer_fast.data.encoding import ROW, encoder
 
 CORPUS = ["the quick brown fox jumps over the lazy dog. " * 4, "print('hello, world')\n" * 4]
 
@@ -17,7 +17,15 @@ def tokenizer():
 
 def pieces(fmt, rows, tokenizer, max_length=64):
     out = encoder(fmt, tokenizer, max_length)(rows)
+    assert not any(out["problem"])
     return list(zip(out["input_ids"], out["is_target"], strict=True))
+
+
+def problems(fmt, rows, tokenizer, max_length=64):
+    out = encoder(fmt, tokenizer, max_length)(rows)
+    return [
+        problem for ids, problem in zip(out["input_ids"], out["problem"], strict=True) if not ids
+    ]
 
 
 def targets(ids, mask, tokenizer):
@@ -41,7 +49,15 @@ def test_long_text_is_cut_so_that_each_token_is_predicted_once(tokenizer):
 
 
 def test_empty_and_missing_texts_are_left_out(tokenizer):
-    assert pieces("text", {"text": ["", None]}, tokenizer) == []
+    rows = {"text": ["", None, 5, "the fox"]}
+    assert problems("text", rows, tokenizer) == [
+        "column text: expected text, got an empty one",
+        "column text: expected text, got null",
+        "column text: expected text, got int",
+    ]
+    out = encoder("text", tokenizer, 64)({**rows, ROW: [4, 5, 6, 7]})
+    assert out["row"] == [4, 5, 6, 7]
+    assert tokenizer.decode(out["input_ids"][3]) == "the fox<|endoftext|>"
 
 
 def test_completion_alone_is_learnt(tokenizer):
@@ -53,14 +69,51 @@ def test_completion_alone_is_learnt(tokenizer):
 
 def test_completion_beyond_max_length_is_cut(tokenizer):
     rows = {"prompt": ["the fox"], "completion": [CORPUS[0]]}
-    [(ids, mask)] = pieces("prompt_completion", rows, tokenizer, max_length=10)
-    assert len(ids) == len(mask) == 10
+    out = encoder("prompt_completion", tokenizer, 10)(rows)
+    assert (
+        [len(ids) for ids in out["input_ids"]] == [len(mask) for mask in out["is_target"]] == [10]
+    )
+    assert out["is_cut"] == [True]
+    assert encoder("prompt_completion", tokenizer, 400)(rows)["is_cut"] == [False]
 
 
-def test_column_of_another_type(tokenizer):
-    rows = {"prompt": [["a"]], "completion": ["b"]}
-    with pytest.raises(DataError, match="column prompt: expected text, got list"):
-        pieces("prompt_completion", rows, tokenizer)
+def test_a_prompt_that_leaves_no_room_is_told(tokenizer):
+    rows = {"prompt": [CORPUS[0]], "completion": ["x"]}
+    [problem] = problems("prompt_completion", rows, tokenizer, 8)
+    assert problem == "nothing to learn within max_length=8 tokens"
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"prompt": 3, "completion": "b"}, "column prompt: expected text or messages, got int"),
+        ({"prompt": "a", "completion": None}, "column completion: expected text, got null"),
+        ({"prompt": "a", "completion": ["b"]}, "column completion: expected text, got list"),
+        ({"messages": None}, "column messages: expected a list of messages, got null"),
+        ({"messages": []}, "column messages: expected a list of messages, got an empty list"),
+        ({"messages": ["hi"]}, "message 1: expected an object with role and content, got str"),
+        ({"messages": [{"speaker": "a"}]}, "message 1: expected role and content, got speaker"),
+        ({"messages": [{"role": "user"}]}, "message 1: expected content, got null or none"),
+        ({"messages": [{"from": "cat", "value": ""}]}, "expected from to be one of human"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "message 1: expected parts of text alone, got image",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hi"}]},
+            "column messages: expected a turn of the assistant, got none",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+            "expected tool_calls with a function's name",
+        ),
+        ({"messages": [{"role": "user", "content": "hi"}], "tools": "none"}, "column tools: exp"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tokenizer, record, problem):
+    fmt = "messages" if "messages" in record else "prompt_completion"
+    [told] = problems(fmt, {name: [value] for name, value in record.items()}, tokenizer)
+    assert problem in told
 
 
 def test_assistant_turns_alone_are_learnt(tokenizer):
@@ -74,20 +127,9 @@ def test_assistant_turns_alone_are_learnt(tokenizer):
     assert targets(ids, mask, tokenizer) == "jumps<|im_end|>\nthe dog<|im_end|>\n"
 
 
-def test_template_that_rewrites_earlier_turns(tokenizer):
-    tokenizer = train_tokenizer(CORPUS, 320)
-    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    messages = [
-        {"role": "user", "content": "over"},
-        {"role": "assistant", "content": "jumps"},
-        {"role": "user", "content": "again"},
-    ]
-    with pytest.raises(DataError, match="rewrites the conversation at turn 1"):
-        pieces("messages", {"messages": [messages]}, tokenizer)
-
-
 def test_messages_without_a_template():
     tokenizer = train_tokenizer(CORPUS, 320)
     tokenizer.chat_template = None
+    messages = [{"role": "assistant", "content": "jumps"}]
     with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
-        pieces("messages", {"messages": [[]]}, tokenizer)
+        pieces("messages", {"messages": [messages]}, tokenizer)

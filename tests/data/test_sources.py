@@ -12,6 +12,7 @@ from modxfer_fast.data import (
     load_documents,
     load_source,
     python_docs,
+    rows_from_documents,
     train_tokenizer,
 )
 from modxfer_fast.data.sources import detect_format
@@ -148,3 +149,126 @@ def test_nothing_to_learn(tmp_path):
     documents = load_documents(section)
     with pytest.raises(DataError, match="expected targets in the training documents, got none"):
         build_rows(documents, section, train_tokenizer(documents.texts(), 300))
+
+
+# ---- rows that cannot be used ----
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(path, **options):
+    """Rows of all documents of a file, of a tokenizer of bytes."""
+    held_out = write_rows(path.with_name("held-out.jsonl"), [{"text": "held out"}])
+    section = DataSection(source=str(path), eval_source=str(held_out), max_length=48, **options)
+    documents = load_documents(section)
+    assert documents.digest()
+    return build_rows(documents, section, train_tokenizer(documents.texts(), 300))
+
+
+def test_rows_that_cannot_be_learnt_from_are_left_out_and_counted(tmp_path):
+    texts = [{"text": f"document {i}"} for i in range(40)]
+    texts[3]["text"] = texts[8]["text"] = None
+    texts[30]["text"] = ""
+    rows = rows_of(write_rows(tmp_path / "d.jsonl", texts))
+    assert rows.notes == (
+        "training: left out 2 of 40 documents (first: row 4): column text: expected text, got null",
+        "training: left out 1 of 40 documents (first: row 31): column text: expected text, got an "
+        "empty one",
+    )
+    assert sum(map(len, rows.train["lengths"])) == 37
+
+
+def test_conversations_that_cannot_be_learnt_from_are_left_out_and_counted(tmp_path):
+    def chat(answer):
+        return {"messages": [{"role": "user", "content": "hi"}, answer]}
+
+    chats = [chat({"role": "assistant", "content": f"\n\nanswer {i}"}) for i in range(3)]
+    chats += [chat({"role": "user", "content": "hello?"}), {"messages": None}]
+    rows = rows_of(write_rows(tmp_path / "d.jsonl", chats), packing=False)
+    assert rows.notes == (
+        "training: left out 1 of 5 documents (first: row 4): column messages: expected a turn of "
+        "the assistant, got none",
+        "training: left out 1 of 5 documents (first: row 5): column messages: expected a list of "
+        "messages, got null",
+    )
+    assert len(rows.train) == 3
+
+
+def test_completions_that_are_cut_or_have_no_room_are_counted(tmp_path):
+    digits = "0918273645" * 9
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": digits}]
+    rows += [{"prompt": digits, "completion": "c"}]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    held_out = write_rows(tmp_path / "held-out.jsonl", [{"text": "held out"}])
+    section = DataSection(source=str(path), eval_source=str(held_out), max_length=16, packing=False)
+    rows = build_rows(load_documents(section), section, train_tokenizer(["x"], 300))
+    assert rows.notes == (
+        "training: left out 1 of 3 documents (first: row 3): nothing to learn within "
+        "max_length=16 tokens",
+        "training: cut 1 of 3 documents at max_length, with targets behind it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([{"text": ""}] * 4, "column text: expected text, got an empty one"),
+        ([{"text": i} for i in range(4)], "column text: expected text, got int"),
+        ([{"messages": []}] * 4, "column messages: expected a list of messages, got an empty list"),
+    ],
+)
+def test_a_source_without_a_usable_row_names_one(tmp_path, rows, problem):
+    with pytest.raises(DataError, match=rf"d\.jsonl: .*\(first: row \d\): {problem}"):
+        rows_of(write_rows(tmp_path / "d.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.jsonl", '{"text": "a"}\n{"text": "b"\n', r"d\.jsonl, line 2: expected a JSON object"),
+        ("d.json", '[{"text": "a"},\n {"text" "b"}]', r"d\.json, line 2: Expecting ':' delimiter"),
+        ("d.jsonl", "", r"d\.jsonl: expected rows, got an empty file"),
+        ("d.txt", "", r"d\.txt: expected rows, got an empty file"),
+    ],
+)
+def test_files_that_cannot_be_read_say_where(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_source(str(tmp_path / name))
+
+
+def test_columns_of_other_names(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [{"body": f"b {i}", "text": "t"} for i in range(9)])
+    documents = load_documents(DataSection(source=str(path), columns={"text": "body"}))
+    assert set(documents.train["text"]) < {f"b {i}" for i in range(9)}
+    with pytest.raises(DataError, match=r"data\.columns\.text: expected a column of .*got page"):
+        load_documents(DataSection(source=str(path), columns={"text": "page"}))
+
+
+def test_sharegpt_needs_no_mapping(tmp_path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    path = write_rows(tmp_path / "d.jsonl", [{"conversations": turns, "id": i} for i in range(9)])
+    rows = rows_of(path)
+    assert rows.notes == ()
+    assert any(rows.train["is_target"][0])
+
+
+def test_rows_from_documents():
+    tokenizer = train_tokenizer(["one two three"], 300)
+    texts = ["one", "two three"]
+    rows = rows_from_documents(texts, tokenizer, max_length=32)
+    records = rows_from_documents([{"text": text} for text in texts], tokenizer, max_length=32)
+    assert rows.to_list() == records.to_list()
+    [row] = rows
+    assert sorted(row) == ["input_ids", "is_target", "lengths"]
+    assert tokenizer.decode(row["input_ids"]).count("<|endoftext|>") == 2
+    assert len(rows_from_documents(texts, tokenizer, max_length=32, packing=False)) == 2
+    [row] = rows_from_documents([{"prompt": "one", "completion": "two"}], tokenizer)
+    assert [row["is_target"][0], row["is_target"][-1]] == [False, True]
+    with pytest.raises(DataError, match="documents: row 2: column text: expected text, got an emp"):
+        rows_from_documents(["one", ""], tokenizer)
+    with pytest.raises(DataError, match="documents: expected columns"):
+        rows_from_documents([{"body": "one"}], tokenizer)

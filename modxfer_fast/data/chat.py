@@ -1,0 +1,129 @@
+"""Conversations -> ids, and which of them the assistant wrote.
+
+A template with `{% generation %}` says it itself. For any other the assistant's turns are found in
+the text: a turn is where the text changes when the message is replaced by a mark. Around what
+changed belong the header that the template opens an assistant's turn with, which is context, and
+what closes it, which is learnt. So a template may rewrite the conversation as turns are added, as
+Qwen3's does with thoughts, and a token may span the border of a turn.
+"""
+
+import re
+from bisect import bisect_left
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from modxfer_fast.data.errors import DataError
+from modxfer_fast.data.records import Conversation, RecordError
+
+_MARK = "\ue000"  # of the private use area: in no text, and no template strips it
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatEncoder:
+    """Encodes conversations with the chat template of a fast tokenizer.
+
+    Raises:
+        DataError: no template, or a slow tokenizer, which does not know where its tokens stand.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.chat_template is None:
+            raise DataError("messages: expected a tokenizer with a chat template, got one without")
+        if not tokenizer.is_fast:
+            raise DataError(
+                "messages: expected a fast tokenizer (tokenizer.json), which says where its tokens "
+                f"stand in the text, got {type(tokenizer).__name__}"
+            )
+        self._tokenizer = tokenizer
+        self._header, self._closing = self._frame()
+
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Ids, and whether each is to be learnt: tokens that hold any of the assistant's text.
+
+        Raises:
+            RecordError: the template refuses the conversation, or leaves out a tool call.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        whole = self._render(messages, tools)
+        for message in messages:
+            for call in message.get("tool_calls", ()):
+                if call["function"]["name"] not in whole:
+                    raise RecordError("the chat template leaves out tool calls")
+        encoded = self._tokenizer(
+            whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if not _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
+            return ids, _overlapping(offsets, self._turns(whole, conversation))
+        marked = self._tokenizer.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [bool(value) for value in marked["assistant_masks"]]
+        if conversation.first_target:  # the template marks the prompt's turns too
+            begin = min(
+                (start for start, _ in self._turns(whole, conversation)), default=len(whole)
+            )
+            mask = [value and stop > begin for value, (_, stop) in zip(mask, offsets, strict=True)]
+        return ids, mask
+
+    def _render(self, messages, tools=None, *, prompt: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RecordError(f"the chat template refuses it ({error})") from error
+
+    def _frame(self) -> tuple[str, str]:
+        """What stands before and behind the text of an assistant's turn, where it can be told."""
+        question = {"role": "user", "content": "?"}
+        try:
+            asked = self._render([question])
+            prompted = self._render([question], prompt=True)
+            answered = self._render([question, {"role": "assistant", "content": _MARK}])
+        except RecordError:  # a template for other roles; turns are then bare
+            return "", ""
+        header = prompted[len(asked) :] if prompted.startswith(asked) else ""
+        _, _, closing = answered.rpartition(_MARK)
+        return header, closing
+
+    def _turns(self, whole: str, conversation: Conversation) -> list[tuple[int, int]]:
+        """Begin and end of each assistant's turn to learn, in order."""
+        spans = []
+        last = 0
+        for i, message in enumerate(conversation.messages):
+            if message["role"] != "assistant" or i < conversation.first_target:
+                continue
+            marked = list(conversation.messages)
+            marked[i] = {"role": "assistant", "content": _MARK}
+            other = self._render(marked, conversation.tools)
+            if _MARK not in other:  # the template shows no such turn
+                continue
+            begin = max(_common_prefix(whole, other), last)
+            end = max(len(whole) - _common_prefix(whole[::-1], other[::-1]), begin)
+            header = whole.rfind(self._header, last, begin) if self._header else -1
+            if header >= 0:
+                begin = header + len(self._header)
+            end += _common_prefix(whole[end:], self._closing)
+            spans.append((begin, end))
+            last = end
+        return spans
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """Characters that two texts begin with alike."""
+    if a.startswith(b) or b.startswith(a):
+        return min(len(a), len(b))
+    # the shortest beginnings that differ; all longer ones differ too
+    return bisect_left(range(min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n]) - 1
+
+
+def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """For each token whether it shares a character with a span; both in order."""
+    mask, k = [], 0
+    for start, stop in offsets:
+        while k < len(spans) and spans[k][1] <= start:
+            k += 1
+        mask.append(k < len(spans) and stop > spans[k][0])
+    return mask

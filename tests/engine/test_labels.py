@@ -1,0 +1,185 @@
+"""Labels of any collator reach the loss aligned: shifted once, and never across documents."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+)
+
+from modxfer_fast.data import CausalCollator, train_tokenizer
+from modxfer_fast.engine import DistillConfig, DistillTrainer
+from modxfer_fast.engine.labels import AlignedLabels, shifted
+from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
+
+_ = -100
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["one text to learn from"], 300)
+
+
+def features(*rows):
+    return [{"input_ids": list(row)} for row in rows]
+
+
+def test_language_modelling_collator(tokenizer):
+    collate = AlignedLabels(DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    batch = collate(features([5, 6, 7], [8, 9]))
+    assert batch["labels"].tolist() == [[6, 7, _], [9, _, _]]
+    assert (batch["num_valid"], batch["num_tokens"]) == (3, 5)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "num_valid", "num_tokens"}
+
+
+def test_seq2seq_collator_with_a_masked_prompt(tokenizer):
+    rows = features([5, 6, 7, 8], [8, 9])
+    rows[0]["labels"], rows[1]["labels"] = [_, _, 7, 8], [8, 9]
+    batch = AlignedLabels(DataCollatorForSeq2Seq(tokenizer))(rows)
+    assert batch["labels"].tolist() == [[_, 7, 8, _], [9, _, _, _]]
+    assert batch["num_valid"] == 3
+
+
+def test_flattened_documents_do_not_predict_one_another():
+    collate = AlignedLabels(DataCollatorWithFlattening(return_flash_attn_kwargs=True))
+    batch = collate(features([5, 6, 7], [8], [9, 4]))
+    assert batch["labels"].tolist() == [[6, 7, _, _, 4, _]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert "cu_seq_lens_q" not in batch
+
+
+def test_packed_rows_whose_labels_are_all_their_tokens():
+    labels, positions = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 1, 0, 1, 2]])
+    assert shifted(labels, None, positions).tolist() == [[6, _, 8, 9, _]]
+    assert labels.tolist() == [[5, 6, 7, 8, 9]]
+
+
+def test_padding_on_the_left_predicts_nothing(tokenizer):
+    labels, mask = torch.tensor([[_, _, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
+    assert shifted(labels, mask, None).tolist() == [[_, _, 8, _]]
+
+
+def test_aligned_labels_pass(tokenizer):
+    assert AlignedLabels(align_collate)([{"input_ids": [5, 6, 7]}])["labels"].tolist() == [
+        [6, 7, _]
+    ]
+
+    def named(rows):
+        return {"input_ids": torch.tensor([[5, 6, 7]]), "shift_labels": torch.tensor([[6, 7, _]])}
+
+    batch = AlignedLabels(named)([])
+    assert batch["labels"].tolist() == [[6, 7, _]]
+    assert batch["num_valid"] == 2
+
+
+def test_a_repeated_token_is_no_wrong_claim(tokenizer):
+    rows = [{"input_ids": [7] * 9, "is_target": [True] * 9, "lengths": [9]}]
+    assert AlignedLabels(CausalCollator(0))(rows)["num_valid"] == 8
+    collate = AlignedLabels(DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    assert collate(features([7] * 9))["num_valid"] == 8
+
+
+def collator(aligned=None, **batch):
+    def collate(rows):
+        return {name: torch.tensor(value) for name, value in batch.items()}
+
+    if aligned is not None:
+        collate.labels_are_aligned = aligned
+    return collate
+
+
+IDS = [[5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (
+            collator(True, input_ids=IDS, labels=IDS),
+            "input_ids for 100% .* learn to copy its input",
+        ),
+        (collator(input_ids=IDS, shift_labels=IDS), "the name shift_labels says"),
+        (
+            collator(input_ids=IDS, labels=[[6, 7, 8, 9, _]]),
+            "the next token for 100%.* set labels_are_aligned = True",
+        ),
+        (collator(input_ids=IDS, labels=IDS, num_valid=4), "labels_are_aligned = True on a coll"),
+        (collator(input_ids=IDS), "expected labels in its batches, got input_ids"),
+        (collator(input_ids=IDS, labels=IDS, cu_seq_lens_q=[0, 5]), "position_ids beside cu_seq"),
+        (collator(input_ids=IDS, labels=IDS, pixel_values=[1]), "got pixel_values too"),
+        (collator(input_ids=IDS, labels=IDS, attention_mask=[1]), r"attention_mask of shape \[B"),
+        (
+            collator(
+                input_ids=IDS,
+                labels=[[_, 6, 7, 8, 9]],
+                attention_mask=[[0, 1, 1, 1, 1]],
+                position_ids=[[0, 0, 1, 2, 3]],
+            ),
+            "padding on the right of rows with position_ids",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(collate, message):
+    with pytest.raises(ValueError, match=f"data_collator: .*{message}"):
+        AlignedLabels(collate)([])
+
+
+# ---- in the trainer ----
+
+
+def trainer(folder, collate, **options):
+    args = DistillConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.5,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    rows = TokenDataset(12, seed=2)
+    return DistillTrainer(
+        tiny_llama(),
+        args,
+        tiny_llama(48, 3, seed=1),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=collate,
+    )
+
+
+def test_a_standard_collator_trains_the_same_student(tmp_path, tokenizer):
+    options = {"max_steps": 3, "ce_weight": 0.5}
+    runs = []
+    for collate in (
+        align_collate,
+        DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        DataCollatorWithFlattening(),
+    ):
+        runs.append(trainer(tmp_path, collate, **options))
+        runs[-1].train()
+    for run in runs[1:]:
+        assert run.evaluate()["eval_ce"] == pytest.approx(runs[0].evaluate()["eval_ce"], rel=1e-5)
+        for (name, expected), param in zip(
+            runs[0].student.named_parameters(), run.student.parameters(), strict=True
+        ):
+            torch.testing.assert_close(param, expected, msg=name)
+
+
+def test_the_student_learns_the_next_token_and_not_its_input(tmp_path, tokenizer):
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    run = trainer(tmp_path, collate, max_steps=40, kd_weight=0.0, ce_weight=1.0)
+    run.train()
+    ids = run.train_dataset[0]["input_ids"][None]
+    with torch.no_grad():
+        logits = run.student.eval()(ids).logits[0]
+    following = F.cross_entropy(logits[:-1], ids[0, 1:])
+    copied = F.cross_entropy(logits, ids[0])
+    assert following < copied - 1
