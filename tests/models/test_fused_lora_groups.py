@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
 from modxfer_fast.models import patch_peft_model
+from modxfer_fast.models.fused_lora.window import Window
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.fused_lora_models import (
     assert_same_results,
@@ -467,6 +468,66 @@ def test_threads_on_one_model():
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
+
+
+def test_a_thread_never_gets_the_output_of_another_ones_input(monkeypatch):
+    """Two threads inside one attention, in one fixed order: the first stops between two writes to
+    the state of its window, the second computes, the first goes on; then both call the others."""
+    model, plain, parent = attention()
+    patch_peft_model(model)
+    order = ("1 open", "2 open", "1 stops", "2 computed", "1 on", "2 done")
+    reached = {name: threading.Event() for name in order}
+    xs = {name: rows(seed, requires_grad=False) for seed, name in enumerate(("1", "2"))}
+    got, failures = {}, []
+
+    def step(own, other):
+        reached[own].set()
+        assert reached[other].wait(20), f"{own}: never saw {other}"
+
+    def before_opening(*_):
+        if threading.current_thread().name == "2":
+            assert reached["1 open"].wait(20)
+
+    def after_opening(*_):
+        first = threading.current_thread().name == "1"
+        step(*(("1 open", "2 open") if first else ("2 open", "1 stops")))
+
+    def write(window, name, value):
+        first = threading.current_thread().name == "1"
+        is_last = name == "owed" and bool(value)
+        if is_last and first:
+            step("1 stops", "2 computed")
+        object.__setattr__(window, name, value)
+        if is_last and first:
+            step("1 on", "2 done")
+        elif is_last:
+            step("2 computed", "1 on")
+
+    def work(name):
+        try:
+            with torch.no_grad():
+                got[name] = model(xs[name])
+        except BaseException as error:
+            failures.append(error)
+        finally:  # whoever computes without a window passes no step
+            for event in reached:
+                if event.startswith(name):
+                    reached[event].set()
+
+    parent.register_forward_pre_hook(before_opening, prepend=True)
+    parent.register_forward_pre_hook(after_opening)
+    monkeypatch.setattr(Window, "__setattr__", write)
+    threads = [threading.Thread(target=work, args=(name,), name=name) for name in xs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    for name, x in xs.items():
+        for y, expected in zip(got[name], plain(x), strict=True):
+            torch.testing.assert_close(y, expected)
+    for member in (parent.q_proj, parent.k_proj, parent.v_proj):
+        assert member._fused_lora_window is None
 
 
 def test_a_layer_that_is_called_by_two_parents():

@@ -58,8 +58,8 @@ class GroupHooks:
         wasted = False
         for member in self._members(parent):
             window = member._fused_lora_window
-            member._fused_lora_window = None
-            if window is not None:
+            if window is not None and window.is_own():
+                member._fused_lora_window = None
                 window.clear()
                 wasted |= window.wasted
         # an exception, of which this hook sees no result, leaves outputs behind rightly

@@ -45,6 +45,8 @@ class FusedForward:
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
         window = self._fused_lora_window
+        if window is not None and not window.is_own():
+            window = None
         if window is not None:
             y = window.take(self, x)
             if y is not None:

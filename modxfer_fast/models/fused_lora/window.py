@@ -8,9 +8,11 @@ depends on what the parent does, only whether work is shared.
 
 Nothing is kept beyond that: an output leaves the window when it is taken, x with the last of them,
 and the window closes with the parent's forward, also when that raises. A recomputation by gradient
-checkpointing is a forward of its own. Threads that run one model at once may close each other's
-window, which costs sharing and nothing else.
+checkpointing is a forward of its own. A window serves the thread that opened it alone: threads that
+run one model at once may take the place of each other's window, which costs sharing and nothing else.
 """
+
+import threading
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -26,11 +28,17 @@ class Window:
 
     def __init__(self, members: tuple[LoraLayer, ...]):
         self.members = members
+        self.thread = _thread()
         self.x: Tensor | None = None
         self.version = 0
         self.mode: tuple = ()
         self.owed: dict[LoraLayer, Tensor] = {}
         self.wasted = False
+
+    def is_own(self) -> bool:
+        """Whether this thread opened it. Members are shared by threads, and no state of another
+        thread's window may be read: it can change between two reads."""
+        return self.thread == _thread()
 
     def take(self, member: LoraLayer, x: Tensor) -> Tensor | None:
         """The output already computed for this call, which then leaves the window."""
@@ -102,6 +110,11 @@ def _requires_grad(target: LoraTarget) -> bool:
         tensor is not None and tensor.requires_grad
         for tensor in (target.weight, target.bias, target.lora_a, target.lora_b)
     )
+
+
+def _thread() -> int | None:
+    # nothing that one compilation has traced is seen by another one
+    return None if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _version(x: Tensor) -> int:
