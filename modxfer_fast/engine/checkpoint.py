@@ -1,16 +1,18 @@
 """Which checkpoints may be resumed: those whose marker was written after everything else."""
 
 import contextlib
-import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MARKER = "complete.json"
+from transformers.utils import logging
+
+from modxfer_fast.files import MARKER, damaged_files, scratch_folder, seal, sealed_facts, sync_tree
+
+logger = logging.get_logger(__name__)
+
 _WEIGHTS = (
     "model*.safetensors*",
     "pytorch_model*.bin*",
@@ -22,32 +24,27 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Contents of the marker: what a resume must agree with, and what only the trainer knows."""
+    """What the marker keeps beside the checksums.
+
+    global_step: updates done. world_size, zero_stage: what a resume must agree with.
+    num_tokens, seconds: of the run since its start. loss_sum: the losses of its updates, added.
+    """
 
     global_step: int
     world_size: int
     zero_stage: int | None
     num_tokens: int
+    loss_sum: float
+    seconds: float
 
 
 def mark_complete(folder: str | Path, info: CheckpointInfo) -> None:
-    """Declares a checkpoint whole. Atomic: the marker is there with its contents, or not at all."""
-    path = Path(folder) / MARKER
-    partial = path.with_suffix(".partial")
-    with open(partial, "w") as file:
-        json.dump(asdict(info), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def unmark(folder: str | Path) -> None:
-    """Withdraws the marker before a checkpoint is overwritten."""
-    (Path(folder) / MARKER).unlink(missing_ok=True)
+    """Declares a checkpoint whole: its files are on the disk, and their checksums in the marker."""
+    seal(folder, asdict(info))
 
 
 def read_marker(folder: str | Path) -> CheckpointInfo:
-    """The marker of a whole checkpoint.
+    """The marker of a whole checkpoint, whose files are not read.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -56,23 +53,51 @@ def read_marker(folder: str | Path) -> CheckpointInfo:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no folder {folder}")
-    path = folder / MARKER
-    if not path.is_file():
+    facts = sealed_facts(folder)
+    if facts is None:
         raise ValueError(
-            f"resume_from_checkpoint: {folder} has no {MARKER}, so writing it was interrupted or "
-            "another program wrote it"
+            f"resume_from_checkpoint: {folder} has no readable {MARKER}, so writing it was "
+            "interrupted or another program wrote it"
         )
-    return CheckpointInfo(**json.loads(path.read_text()))
+    return CheckpointInfo(**facts)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole `checkpoint-<step>` in `output_dir`; half-written ones are passed over."""
-    folders = [
+def check_files(folder: str | Path) -> None:
+    """Raise a ValueError unless every file of a checkpoint is as it was written. Reads them all."""
+    bad = damaged_files(folder)
+    if bad:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is damaged, expected the files as they were "
+            f"written, got other contents of {', '.join(bad)}"
+        )
+
+
+def marked_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The `checkpoint-<step>` in `output_dir` with a marker, the newest first. Reads no files."""
+    found = [
         (int(match[1]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / MARKER).is_file()
     ]
-    return str(max(folders)[1]) if folders else None
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def last_complete_checkpoint(
+    output_dir: str | Path, tell: Callable[[str], None] = logger.warning
+) -> str | None:
+    """The newest whole `checkpoint-<step>` in `output_dir`, whose files were all read and compared.
+
+    Half-written ones are passed over, damaged ones too.
+
+    Args:
+        tell: is given a line for each damaged one.
+    """
+    for folder in marked_checkpoints(output_dir):
+        bad = damaged_files(folder)
+        if not bad:
+            return str(folder)
+        tell(f"{folder} is damaged ({', '.join(bad)}) and passed over")
+    return None
 
 
 @contextlib.contextmanager
@@ -83,10 +108,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     new one by a rename.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with scratch_folder(folder) as staging:
         yield staging
+        sync_tree(staging)
         staging.chmod(0o777 & ~_umask())
         if not folder.exists():
             staging.rename(folder)
@@ -100,8 +124,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             target = folder / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        sync_tree(folder, files=False)
 
 
 def _umask() -> int:

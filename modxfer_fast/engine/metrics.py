@@ -92,10 +92,10 @@ class TrainingClock(TrainerCallback):
     """Wall time that went into training steps, evaluation and saving left out."""
 
     def __init__(self):
-        self._start = time.perf_counter()
+        self._begin = self._start = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
+        self._begin = self._start = time.perf_counter()
         if args.device.type == "cuda":  # the peak is that of this training
             torch.cuda.reset_peak_memory_stats(args.device)
 
@@ -104,6 +104,10 @@ class TrainingClock(TrainerCallback):
 
     def resume(self, paused: float) -> None:
         self._start += time.perf_counter() - paused
+
+    def since_begin(self) -> float:
+        """Seconds since training began, evaluation and saving among them."""
+        return time.perf_counter() - self._begin
 
     def lap(self) -> float:
         """Seconds since the last lap."""

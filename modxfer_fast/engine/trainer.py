@@ -3,11 +3,13 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
+from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType, broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -105,6 +107,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self.guard)
         self._num_tokens = 0
         self._num_tokens_in_batch = None
+        self._resumed: checkpoint.CheckpointInfo | None = None
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -124,16 +127,25 @@ class DistillTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Trains, from a checkpoint folder, or from the last whole one of output_dir if True.
 
+        A checkpoint of the last step is loaded and not trained on. With more max_steps than before
+        the learning rate follows the schedule of the new ones from the step reached on.
+
         Raises:
-            ValueError: no whole checkpoint there, or one written by another number of ranks or
-                stage.
+            ValueError: no whole checkpoint there, a damaged one, or one written by another number
+                of ranks or stage.
         """
+        self._resumed = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint.last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = self._on_main(
+                lambda: checkpoint.last_complete_checkpoint(self.args.output_dir)
+            )
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}"
                 )
+        elif resume_from_checkpoint:
+            checkpoint.read_marker(resume_from_checkpoint)
+            self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
         if resume_from_checkpoint:
             info = checkpoint.read_marker(resume_from_checkpoint)
             written = (info.world_size, info.zero_stage)
@@ -144,7 +156,41 @@ class DistillTrainer(Trainer):
                     f"zero_stage={self.zero_stage}"
                 )
             self._num_tokens = info.num_tokens
+            self._resumed = info
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _on_main(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns on the main process, on every process; its ValueError too."""
+        outcome = [None, None]
+        if self.args.process_index == 0:
+            try:
+                outcome[0] = compute()
+            except ValueError as error:
+                outcome[1] = error
+        value, error = broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        return value
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Trainer looks at max_steps after an update, and so does one more than asked for
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _loss_sum(self) -> float:
+        """Sum of the losses of all updates of the run, also of those before it was resumed."""
+        pending = self._sum_over_ranks(self._tr_loss) / self.args.world_size
+        before = 0.0 if self._resumed is None else self._resumed.loss_sum
+        return before + self._total_loss_scalar + pending.item()
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self._resumed is not None:  # means and times of the whole run
+            self._total_loss_scalar += self._resumed.loss_sum
+            self._initial_global_step = 0
+            start_time -= self._resumed.seconds
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         created = self.optimizer is None
@@ -182,6 +228,7 @@ class DistillTrainer(Trainer):
                 self._load_deepspeed_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
+            _follow_schedule(self.lr_scheduler)
         self.guard.engine = self.deepspeed
         if not self.zero_stage:
             self.guard.watch(_torch_optimizer(self.optimizer))
@@ -374,28 +421,40 @@ class DistillTrainer(Trainer):
         paused = self.clock.pause()
         run_dir = self._get_output_dir(trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoint.unmark(folder)
+        if self.args.should_save and folder.exists():  # damaged, or of an interrupted run
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
         # older checkpoints go only once this one is whole
         pending = self.model.meter.totals(self._sum_over_ranks, self.args.device)
         num_tokens = self._num_tokens + int(pending["num_tokens"])
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        info = checkpoint.CheckpointInfo(
+            self.state.global_step,
+            self.args.world_size,
+            self.zero_stage,
+            num_tokens,
+            self._loss_sum(),
+            self.clock.since_begin() + (self._resumed.seconds if self._resumed else 0.0),
+        )
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.mark_complete(folder, info)
+        except BaseException:  # a full disk
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            info = checkpoint.CheckpointInfo(
-                self.state.global_step, self.args.world_size, self.zero_stage, num_tokens
-            )
-            checkpoint.mark_complete(folder, info)
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        self.accelerator.wait_for_everyone()  # whoever ends now leaves a whole checkpoint
         self.clock.resume(paused)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -421,6 +480,20 @@ class DistillTrainer(Trainer):
             self._load_deepspeed_checkpoint(self.state.best_model_checkpoint)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _follow_schedule(scheduler) -> None:
+    """Gives the optimiser the learning rate of its schedule, which a longer run has changed.
+
+    The optimiser's own state holds the one of the run that wrote it, often 0 at its end.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return
+    groups = scheduler.optimizer.param_groups
+    pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in pairs]
+    for group, rate in zip(groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def _num_tokens(batch: dict) -> Tensor | int:

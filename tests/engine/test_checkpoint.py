@@ -5,21 +5,23 @@ import pytest
 from modxfer_fast.engine.checkpoint import (
     CheckpointInfo,
     atomic_folder,
+    check_files,
     last_complete_checkpoint,
     mark_complete,
     read_marker,
-    unmark,
 )
 
-INFO = CheckpointInfo(global_step=3, world_size=2, zero_stage=None, num_tokens=17)
+INFO = CheckpointInfo(
+    global_step=3, world_size=2, zero_stage=None, num_tokens=17, loss_sum=2.5, seconds=1.5
+)
 
 
 def test_marker_round_trip(tmp_path):
     mark_complete(tmp_path, INFO)
     assert read_marker(tmp_path) == INFO
     assert [path.name for path in tmp_path.iterdir()] == ["complete.json"]
-    unmark(tmp_path)
-    with pytest.raises(ValueError, match=r"has no complete\.json"):
+    (tmp_path / "complete.json").unlink()
+    with pytest.raises(ValueError, match=r"has no readable complete\.json"):
         read_marker(tmp_path)
 
 
@@ -30,6 +32,28 @@ def test_newest_whole_checkpoint_is_found_by_step(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
         mark_complete(tmp_path / name, INFO)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_whole_one_taken(tmp_path):
+    for step in (4, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "global_step").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(100))
+        (folder / "global_step" / "rank0.pt").write_bytes(bytes(100))
+        mark_complete(folder, INFO)
+    newest = tmp_path / "checkpoint-8"
+    check_files(newest)
+    flipped = bytearray(100)
+    flipped[50] ^= 1
+    (newest / "global_step" / "rank0.pt").write_bytes(flipped)
+    (newest / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-8 is damaged.*rank0\.pt, model\.saf"):
+        check_files(newest)
+    told = []
+    assert last_complete_checkpoint(tmp_path, told.append) == str(tmp_path / "checkpoint-4")
+    assert "checkpoint-8 is damaged (global_step/rank0.pt, model.safetensors)" in told[0]
+    (tmp_path / "checkpoint-4" / "complete.json").write_text('{"global_st')
+    assert last_complete_checkpoint(tmp_path, told.append) is None
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modxfer_fast.engine import (
     DistillConfig,
@@ -352,6 +352,81 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make):
     last = [run.state.log_history[-2] for run in (whole, again)]
     assert last[0]["loss"] == last[1]["loss"]
     assert last[0]["num_tokens"] == last[1]["num_tokens"]
+    # also what is told at the end is told of the whole run
+    end = [run.state.log_history[-1] for run in (whole, again)]
+    assert end[0]["train_loss"] == pytest.approx(end[1]["train_loss"], rel=1e-6)
+    speed = end[1]["train_steps_per_second"] * end[1]["train_runtime"]
+    assert speed == pytest.approx(RESUMABLE["max_steps"], rel=0.05)
+
+
+def test_a_finished_run_is_loaded_and_not_trained_on(tmp_path):
+    first = trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model())
+    first.train()
+    again = trainer(tiny_llama(seed=9), config(tmp_path, **RESUMABLE), teacher_model())
+    assert again.train(resume_from_checkpoint=True).global_step == RESUMABLE["max_steps"]
+    for (name, expected), param in zip(
+        first.student.named_parameters(), again.student.parameters(), strict=True
+    ):
+        assert torch.equal(param, expected), name
+    steps = [entry["step"] for entry in again.state.log_history if "loss" in entry]
+    assert steps == list(range(1, RESUMABLE["max_steps"] + 1))
+    assert not (tmp_path / f"checkpoint-{RESUMABLE['max_steps'] + 1}").exists()
+
+
+class UsedRates(TrainerCallback):
+    """The learning rate that the optimiser used, by step."""
+
+    def __init__(self):
+        self.rates = {}
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates[state.global_step + 1] = optimizer.param_groups[0]["lr"]
+
+
+def test_a_finished_run_goes_on_to_more_steps_on_their_schedule(tmp_path):
+    trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model()).train()
+    longer = {**RESUMABLE, "max_steps": 2 * RESUMABLE["max_steps"]}
+    again, whole = UsedRates(), UsedRates()
+    options = config(tmp_path, **longer)
+    run = trainer(tiny_llama(), options, teacher_model(), callbacks=[again])
+    run.train(resume_from_checkpoint=True)
+    options = config(tmp_path / "whole", **longer)
+    trainer(tiny_llama(), options, teacher_model(), callbacks=[whole]).train()
+    assert sorted(again.rates) == list(range(RESUMABLE["max_steps"] + 1, longer["max_steps"] + 1))
+    logged = {e["step"]: e["learning_rate"] for e in run.state.log_history if "loss" in e}
+    for step, rate in again.rates.items():
+        assert rate == logged[step] == whole.rates[step] > 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_damaged_checkpoint_is_never_resumed(tmp_path, name):
+    trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model()).train()
+    content = bytearray((tmp_path / "checkpoint-6" / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "checkpoint-6" / name).write_bytes(content)
+    again = trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model())
+    with pytest.raises(ValueError, match=f"checkpoint-6 is damaged.*{name}"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    again.train(resume_from_checkpoint=True)
+    # the damaged one was made again
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_a_disk_that_fills_up_leaves_whole_checkpoints_alone(tmp_path, monkeypatch):
+    run = trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model())
+    save = run._save_rng_state
+
+    def full(folder):
+        if folder.endswith("checkpoint-4"):
+            raise OSError(28, "No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(run, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_half_written_checkpoints_are_never_resumed(tmp_path):
@@ -361,7 +436,7 @@ def test_half_written_checkpoints_are_never_resumed(tmp_path):
     (tmp_path / "checkpoint-6" / "complete.json").unlink()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     again = trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model())
-    with pytest.raises(ValueError, match=r"has no complete\.json"):
+    with pytest.raises(ValueError, match=r"has no readable complete\.json"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     again.train(resume_from_checkpoint=True)
     resumed = [entry["step"] for entry in again.state.log_history if "loss" in entry]

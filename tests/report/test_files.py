@@ -2,9 +2,12 @@
 
 import json
 import stat
+import subprocess
+import sys
 
 import pytest
 
+from modxfer_fast.files import FileLock, LockedError, damaged_files, seal, sealed_facts
 from modxfer_fast.report import new_folder, replace_folder, write_json, write_text
 
 
@@ -65,3 +68,109 @@ def test_folder_replaces_an_older_one(tmp_path):
     replace_folder(new, old)
     assert [p.name for p in old.iterdir()] == ["fresh"]
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def start(code, *args):
+    """A Python process that prints a line and then waits to be killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "\nprint('ready', flush=True); input()", *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = """
+import sys; from pathlib import Path; from modxfer_fast.files import new_folder
+entered = new_folder(Path(sys.argv[1])); (entered.__enter__() / "half").write_text("x")
+"""
+    mine = tmp_path / ".result-notes"
+    mine.mkdir()
+    killed, living = (start(code, tmp_path / "result") for _ in range(2))
+    try:
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.iterdir())) == 3
+        with new_folder(tmp_path / "result") as scratch:
+            (scratch / "a").write_text("x")
+        left = {path.name for path in tmp_path.iterdir()} - {"result", ".result-notes"}
+        assert len(left) == 1  # of the process that lives
+    finally:
+        living.kill()
+        living.wait()
+        killed.stdin.close()
+        living.stdin.close()
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    code = """
+import sys; from modxfer_fast.files import FileLock
+lock = FileLock(sys.argv[1]); lock.acquire()
+"""
+    holder = start(code, tmp_path / "lock")
+    try:
+        with pytest.raises(LockedError, match=f"process {holder.pid} on .*, since 20"):
+            FileLock(tmp_path / "lock").acquire()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+    lock = FileLock(tmp_path / "lock")
+    lock.acquire()
+    assert lock.holds()
+    with pytest.raises(LockedError):
+        FileLock(tmp_path / "lock").acquire()
+    lock.release()
+    assert not lock.holds()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_asks_for_the_named_process(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    code = """
+import fcntl, sys; from modxfer_fast.files import FileLock
+lock = FileLock(sys.argv[1]); lock.acquire()
+"""
+    holder = start(code, tmp_path / "lock")
+    try:
+        with pytest.raises(LockedError, match=f"process {holder.pid} on"):
+            FileLock(tmp_path / "lock").acquire()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+    FileLock(tmp_path / "lock").acquire()
+
+
+def test_a_lock_whose_file_was_replaced_is_no_longer_held(tmp_path):
+    lock = FileLock(tmp_path / "lock")
+    lock.acquire()
+    (tmp_path / "lock").unlink()
+    FileLock(tmp_path / "lock").acquire()
+    assert not lock.holds()
+    lock.release()
+    assert (tmp_path / "lock").exists()
+
+
+def test_a_sealed_folder_tells_what_changed(tmp_path):
+    assert damaged_files(tmp_path) == ["complete.json"]
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "b", "sub/c"):
+        (tmp_path / name).write_text(name)
+    seal(tmp_path, {"step": 3})
+    assert sealed_facts(tmp_path) == {"step": 3}
+    assert damaged_files(tmp_path) == []
+    (tmp_path / "later").touch()
+    assert damaged_files(tmp_path) == []
+    (tmp_path / "a").unlink()
+    (tmp_path / "sub" / "c").write_text("sub/d")
+    assert damaged_files(tmp_path) == ["a", "sub/c"]
+    for broken in ("", "[1]", '{"files": 1}'):
+        (tmp_path / "complete.json").write_text(broken)
+        assert damaged_files(tmp_path) == ["complete.json"]

@@ -1,14 +1,20 @@
-"""Files and folders that are either complete or absent."""
+"""Files and folders that are either complete or absent, also after a power failure."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SCRATCH = ".scratch"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,6 +27,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _sync(path.parent)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -47,6 +54,71 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_tree(folder: Path, *, files: bool = True) -> None:
+    """Have the kernel write everything below `folder`, and its names, to the disk.
+
+    Args:
+        files: False for the folders alone, whose files were written so already.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names if files else ():
+            _sync(os.path.join(parent, name))
+        _sync(parent)
+
+
+def _sync(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that knows no fsync of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A new hidden folder next to `path` that is gone after the block, unless it was renamed.
+
+    Removes those that killed processes left for the same `path`: each is locked while its process
+    lives.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    while True:
+        scratch = Path(tempfile.mkdtemp(_SCRATCH, f".{path.name}-", path.parent))
+        handle = os.open(scratch, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody collects there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if scratch.exists():  # else another process took it for a leftover before it was locked
+            break
+        os.close(handle)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_leftovers(path: Path) -> None:
+    ours = re.compile(rf"\.{re.escape(path.name)}-\w{{8}}{re.escape(_SCRATCH)}")
+    for folder in path.parent.iterdir():
+        if not ours.fullmatch(folder.name):
+            continue
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError:  # its process has just removed it
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # alive, or nobody can tell
+            pass
+        finally:
+            os.close(handle)
+
+
 @contextmanager
 def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A scratch folder that becomes `path` when the block ends well, and else disappears.
@@ -54,10 +126,9 @@ def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     Args:
         keep_existing: another process may have been first; its `path` then stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
+    with scratch_folder(path) as scratch:
         yield scratch
+        sync_tree(scratch)
         if not keep_existing:
             replace_folder(scratch, path)
         elif not path.exists():
@@ -67,8 +138,7 @@ def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
             except OSError:
                 if not path.is_dir():  # else another process came first in this very moment
                     raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _sync(path.parent)
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -1,0 +1,30 @@
+"""Files and folders that are complete or absent, that tell damage, and that one process owns."""
+
+from modxfer_fast.files.atomic import (
+    new_folder,
+    replace_folder,
+    scratch_folder,
+    sha256_of,
+    sync_tree,
+    write_json,
+    write_text,
+)
+from modxfer_fast.files.lock import FileLock, LockedError
+from modxfer_fast.files.sealed import MARKER, damaged_files, seal, sealed_facts, unseal
+
+__all__ = [
+    "MARKER",
+    "FileLock",
+    "LockedError",
+    "damaged_files",
+    "new_folder",
+    "replace_folder",
+    "scratch_folder",
+    "seal",
+    "sealed_facts",
+    "sha256_of",
+    "sync_tree",
+    "unseal",
+    "write_json",
+    "write_text",
+]
