@@ -1,6 +1,7 @@
 """Stages of jobs on a labelled task: the teacher, and training of either model."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,14 @@ def train_stage(
     folder: Path,
     stages: Stages,
     where: str,
+    *,
+    test_steps: Sequence[int] = (),
 ) -> None:
     """Train on a task; leave what was trained, and `result.json` with a `TaskResult`.
 
     Args:
         model: of `side`, whose seed is that of the batches. where: dotted path of `training`.
+        test_steps: as in `train_task`.
     """
     fields, eval_steps = split_steps(training)
     result = train_task(
@@ -143,6 +147,7 @@ def train_stage(
         seed=side.seed,
         output_dir=folder / "checkpoints",
         eval_steps=eval_steps,
+        test_steps=test_steps,
         callbacks=[ConsoleCallback(stages.console)],
         where=where,
     )

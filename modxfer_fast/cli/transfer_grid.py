@@ -19,9 +19,12 @@ from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
 from modxfer_fast.report.transfer_table import (
     RESULTS,
     CellResult,
+    after_step,
     group_results,
     markdown,
+    markdown_by_steps,
     read_results,
+    steps_of,
     write_results,
 )
 
@@ -32,8 +35,8 @@ def run_grid(grid: Grid) -> list[CellResult]:
     """Run every cell; cells whose stages are in the cache take no time.
 
     The folder of the table holds `results.csv` and `curves.csv`, rewritten after each cell, and
-    `table.md` and pictures, rewritten at the end and whenever a seed of a group is complete, but no
-    more than once a minute.
+    `table.md` and pictures, rewritten at the end and whenever a repeat of a group is complete, but
+    no more than once a minute. `checkpoints.csv` and `steps.md` are there with `total_steps`.
 
     Raises:
         UserError: of the first cell that cannot work; what was done before stays. A cell whose
@@ -70,7 +73,7 @@ def run_grid(grid: Grid) -> list[CellResult]:
             progress(number, len(grid.cells))
             is_last = number == len(grid.cells)
             if results and (is_last or _is_due(cell, grid.cells[number], drawn)):
-                _write_tables(results, metric, output)
+                _write_tables(results, grid, metric, output)
                 drawn = time.perf_counter()
     console.say(f"table, CSV and pictures in {output}")
     return results
@@ -109,8 +112,14 @@ def _group(cell: Cell) -> tuple[str, ...]:
     return tuple(label for axis, label in cell.labels.items() if axis != "method")
 
 
-def _write_tables(results: list[CellResult], metric: str, output: Path) -> None:
-    groups = group_results(results, SCRATCH)
+def _write_tables(results: list[CellResult], grid: Grid, metric: str, output: Path) -> None:
+    options = {"repeats": grid.repeats, "choose": grid.choose}
+    groups = group_results(results, SCRATCH, **options)
+    if steps := steps_of(results):
+        by_step = {
+            step: group_results(after_step(results, step), SCRATCH, **options) for step in steps
+        }
+        write_text(output / "steps.md", markdown_by_steps(by_step))
     write_text(output / "table.md", markdown(groups, SCRATCH))
     plot_scores(groups, SCRATCH, metric, output / "scores.png")
     plot_learning(groups, SCRATCH, metric, output / "learning.png")

@@ -4,10 +4,13 @@ Every stage leaves a folder in the cache, under a fingerprint of all that it dep
 is skipped where the same was done before: in an interrupted run, another job or a cell of a grid.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -22,6 +25,7 @@ from modxfer_fast.cli.task_models import (
     examples_digest,
     folder_digest,
     task_collator,
+    with_fraction,
 )
 from modxfer_fast.cli.task_stages import (
     RESULT,
@@ -60,16 +64,20 @@ from modxfer_fast.transfer import (
     transport,
     verify,
 )
+from modxfer_fast.transfer.rewrite.head import rewrite_head
 
 CONTENT = "content"
 
 
 @dataclass(frozen=True)
 class StudentRun:
-    """A trained student: its folder in the cache and its scores."""
+    """A trained student: its folder in the cache, its scores, and how many steps of refinement
+    count before those of `result`.
+    """
 
     folder: Path
     result: TaskResult
+    steps_before: int
 
 
 class TransferJob:
@@ -116,7 +124,23 @@ class TransferJob:
     @cached_property
     def texts(self) -> list:
         """The texts that statistics and refinement read, without labels."""
-        return examples(self._teacher.task).texts("train")
+        labelled = examples(self._teacher.task).texts("train")
+        if self.transfer.texts == "train":
+            return labelled
+        every = examples(with_fraction(self.job.task, 1.0))
+        seen = {tuple(text) for text in [*labelled, *self.data.texts("train")]}
+        seen |= {tuple(text) for split in ("validation", "test") for text in every.texts(split)}
+        unseen = [text for text in every.texts("train") if tuple(text) not in seen]
+        if not unseen:
+            raise ConfigError(
+                "transfer.texts: expected training examples that neither the teacher nor the "
+                "student has labels of, got none"
+            )
+        return unseen
+
+    @cached_property
+    def _texts_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()[:20]
 
     # ---- models ----
 
@@ -193,12 +217,13 @@ class TransferJob:
     def statistics(self) -> Path | None:
         """Folder with the moments of both models, None where nothing is fitted on them."""
         section = self.transfer
-        needs_data = section.method not in (*DATA_FREE_METHODS, FRESH)
+        methods = {section.method, section.map_of_head} - {FRESH, None}
+        needs_data = not methods <= set(DATA_FREE_METHODS)
         if not (needs_data or self._matches_outputs):
             return None
         spaces = list(self._map_options().sites(self.module_state.spaces))
         pairs = list(self.layer_map.pairs)
-        if self._matches_outputs:
+        if self._matches_outputs or self._head_is_apart:
             spaces.append("layer_out")
             pairs += self._output_map.pairs
         if section.head == "transport":
@@ -212,7 +237,7 @@ class TransferJob:
             "teacher": self._teacher.model.identity,
             "module": folder_digest(self.teacher / ADAPTER) if section.module_active else None,
             "student": self._student.identity,
-            "task": examples_digest(self._teacher.task),
+            "texts": self._texts_digest,
             "max_length": job.task.max_length,
             "section": section.model_dump(),
             "spaces": spaces,
@@ -260,8 +285,20 @@ class TransferJob:
             section.method,
             self._map_options(),
             self.layer_map,
-            head=section.head == "transport",
+            head=section.head == "transport" and not self._head_is_apart,
         )
+
+    @property
+    def _head_is_apart(self) -> bool:
+        """Whether the head is mapped by another method than the module."""
+        return self.transfer.map_of_head not in (None, self.transfer.method)
+
+    @cached_property
+    def _head_maps(self) -> Path | None:
+        """Folder with maps of the block outputs for the head, None where `maps` has them."""
+        if not self._head_is_apart:
+            return None
+        return self._fit(self.transfer.map_of_head, MapOptions(), self._output_map, ("layer_out",))
 
     def _fit(
         self,
@@ -337,6 +374,7 @@ class TransferJob:
             "student": self._student.identity,
             "labels": self.labels,
             "head": section.head,
+            "head_maps": self._head_maps and self._head_maps.name,
             "seed": job.seed,
         }
         moved = self.stages.get("module", facts, self._move)
@@ -346,14 +384,18 @@ class TransferJob:
             "module": moved.name,
             "refine": section.refine.model_dump(),
             "outputs": self._output_maps and self._output_maps.name,
-            "task": examples_digest(self._teacher.task),
+            "texts": self._texts_digest,
         }
         return self.stages.get("refined", facts, lambda folder: self._refine(moved, folder))
 
     def _move(self, folder: Path) -> None:
         student = self._student.load()
+        head_maps = self._head_maps and Maps.load(self._head_maps / CONTENT)
         if self.transfer.method == FRESH:
-            self._student.save(self._fresh(student), folder)
+            head = head_maps and rewrite_head(
+                self.module_state, head_maps, self._student.architecture
+            )
+            self._student.save(self._fresh(student, head), folder)
             self._verify(folder)
             return
         module = transport(
@@ -363,6 +405,7 @@ class TransferJob:
             student,
             statistics=self._load_statistics(),
             head=self.transfer.head,
+            head_maps=head_maps,
         )
         save_adapter(
             module,
@@ -397,8 +440,10 @@ class TransferJob:
             layer_map = self.layer_map
         return fresh_config(self.module_state, self._student.skeleton, layer_map)
 
-    def _fresh(self, student: PreTrainedModel) -> PeftModel:
-        return fresh_module(self._fresh_config, student, seed=self.job.seed)
+    def _fresh(
+        self, student: PreTrainedModel, head: Mapping[str, torch.Tensor] | None = None
+    ) -> PeftModel:
+        return fresh_module(self._fresh_config, student, seed=self.job.seed, head=head)
 
     @cached_property
     def _output_maps(self) -> Path | None:
@@ -451,23 +496,27 @@ class TransferJob:
 
     def _run_student(self, module: Path | None) -> StudentRun:
         job = self.job
+        training, test_steps = self._training(scratch=module is None)
         facts = {
             "module": module and module.name,
             "peft": None if module else self._fresh_config.to_dict(),
             "student": self._student.identity,
             "task": examples_digest(job.task),
             "max_length": job.task.max_length,
-            "training": job.student.training,
+            "training": training,
+            "test_steps": test_steps,
             "fused_lora": job.student.fused_lora,
             "seed": job.seed,
         }
         folder = self.stages.get(
             "student", facts, lambda folder: self._train_student(module, folder)
         )
-        return StudentRun(folder, TaskResult.from_dict(read_json(folder / RESULT)))
+        result = TaskResult.from_dict(read_json(folder / RESULT))
+        return StudentRun(folder, result, job.steps_before(scratch=module is None))
 
     def _train_student(self, module: Path | None, folder: Path) -> None:
         job = self.job
+        training, test_steps = self._training(scratch=module is None)
         if module is None:
             model = self._fresh(self._student.load())
         else:
@@ -479,11 +528,20 @@ class TransferJob:
             model,
             self._student,
             self.data,
-            job.student.training,
+            training,
             folder,
             self.stages,
             "student.training",
+            test_steps=test_steps,
         )
+
+    def _training(self, *, scratch: bool) -> tuple[dict[str, Any], list[int]]:
+        """The student's training section, and the steps after which the test split is scored."""
+        section, before = self.job.student, self.job.steps_before(scratch=scratch)
+        if section.total_steps is None:
+            return section.training, []
+        steps = [step - before for step in section.total_steps]
+        return {**section.training, "max_steps": steps[-1]}, steps
 
     # ---- stages that leave nothing ----
 

@@ -18,7 +18,7 @@ from modxfer_fast.config.transfer import TransferConfig
 from modxfer_fast.files import new_folder, write_json, write_text
 from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning
-from modxfer_fast.report.transfer_table import CellResult, group_results
+from modxfer_fast.report.transfer_table import CellResult, Checkpoint, group_results
 from modxfer_fast.transfer import PROVENANCE, Maps, Statistics
 
 
@@ -105,7 +105,14 @@ def cell_result(job: TransferJob, run: StudentRun, labels: dict[str, str]) -> Ce
         initial=result.initial,
         score=result.test[result.metric],
         seconds=result.seconds,
-        curve=tuple((int(point["step"]), point[result.metric]) for point in result.history),
+        curve=tuple(
+            (run.steps_before + int(point["step"]), point[result.metric])
+            for point in result.history
+        ),
+        checkpoints=tuple(
+            Checkpoint(run.steps_before + int(point["step"]), point["validation"], point["test"])
+            for point in result.checkpoints
+        ),
     )
 
 

@@ -40,17 +40,25 @@ Axes = Annotated[
 class GridSection(Section):
     """Many jobs that differ along axes; their results become one table.
 
+    Strings of the job may name an axis in braces, as `students/{pair}`: its label takes the place.
+
     axes: {axis: {label: {dotted.key: value, ...}}}, or {axis: {path: dotted.key, values: [...]}}.
         A section that a label sets to null stays off, whatever other axes set in it.
         `method` and `seed` must be among them, and the method `scratch`.
     only: cells to run, as {axis: [labels]}; a cell runs if one entry allows it. Null runs all.
     slowest: axes that vary slowest, first to last; the others follow as they stand in `axes`, the
         last one fastest.
+    repeats: axes along which the same is done again, e.g. of seeds, models or both: the table has
+        means over them, and compares a method with scratch at equal labels.
+    choose: an axis, e.g. of learning rates, of which the table has for every method the label with
+        the best mean validation score after the steps in question.
     """
 
     axes: Axes
     only: list[dict[str, list[str]]] | None = None
     slowest: list[str] = Field(default_factory=lambda: ["seed"])
+    repeats: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["seed"])
+    choose: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -62,8 +70,15 @@ class GridSection(Section):
                 f"axes.method: expected {SCRATCH} among them, which the others are compared with, "
                 f"got {', '.join(self.axes['method'])}"
             )
-        for axis in self.slowest:
-            self._check_axis("slowest", axis)
+        for where in ("slowest", "repeats"):
+            for axis in getattr(self, where):
+                self._check_axis(where, axis)
+        if self.choose is not None:
+            self._check_axis("choose", self.choose)
+            if self.choose in (*self.repeats, "method"):
+                raise ValueError(
+                    f"choose: expected an axis besides method and repeats, got {self.choose}"
+                )
         for allowed in self.only or ():
             for axis, labels in allowed.items():
                 self._check_axis("only", axis)
@@ -104,11 +119,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells in the order in which they run, and the folder of their table."""
+    """The cells in the order in which they run, and the folder of their table.
+
+    repeats, choose: as `GridSection` has them.
+    """
 
     output_dir: str
     axes: tuple[str, ...]
     cells: tuple[Cell, ...]
+    repeats: tuple[str, ...] = ("seed",)
+    choose: str | None = None
 
 
 def load_transfer(path: str | Path, overrides: list[str] = ()) -> TransferConfig | Grid:
@@ -139,11 +159,26 @@ def load_transfer(path: str | Path, overrides: list[str] = ()) -> TransferConfig
             if not (off and dotted.startswith(off)):
                 where = f"{path}: grid.axes.{axis}.{label}.{dotted}"
                 apply_override(job, dotted, copy.deepcopy(value), where)
+        job = _labelled(job, labels)
         job.setdefault("scratch", False)  # a cell of its own
         cells.append(Cell(labels, validate(job, TransferConfig, f"{path} [{name}]")))
     if not cells:
         raise ConfigError(f"{path}: grid.only: expected at least one cell, got none")
-    return Grid(cells[0].job.output_dir, tuple(grid.axes), tuple(cells))
+    return Grid(
+        cells[0].job.output_dir, tuple(grid.axes), tuple(cells), tuple(grid.repeats), grid.choose
+    )
+
+
+def _labelled(value: Any, labels: dict[str, str]) -> Any:
+    """With `{axis}` in every string replaced by the label on that axis."""
+    if isinstance(value, dict):
+        return {key: _labelled(item, labels) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_labelled(item, labels) for item in value]
+    if isinstance(value, str):
+        for axis, label in labels.items():
+            value = value.replace(f"{{{axis}}}", label)
+    return value
 
 
 class _GridFile(Section):

@@ -14,6 +14,7 @@ from modxfer_fast.config.transfer_names import (
     POOLINGS,
     SCALES,
     SCOPES,
+    TEXTS,
     WRITES,
 )
 
@@ -62,20 +63,35 @@ class TeacherSection(EncoderSection):
 class TransferStudentSection(EncoderSection):
     """The model that receives the module, and how it trains from there.
 
+    training: fields of `transformers.TrainingArguments`, and `eval_steps`.
+    total_steps: after so many steps, those of refinement and of training together, the student is
+        scored on the test split; the last is where its training ends. Students with and without
+        refinement so have equal budgets. Null: training ends as `training` says.
     projections: folder with the projections that were trained with this student; null means the
         student's own.
     fused_lora: whether its LoRA layers run on the fused op.
     """
 
     training: dict[str, Any] = Field(default_factory=dict)
+    total_steps: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     projections: str | None = None
     fused_lora: bool = False
 
+    @model_validator(mode="after")
+    def _one_end(self):
+        if self.total_steps is None:
+            return self
+        if sorted(set(self.total_steps)) != self.total_steps:
+            raise ValueError(f"total_steps: expected ascending steps, got {self.total_steps}")
+        if "max_steps" in self.training:
+            raise ValueError("training.max_steps: expected none together with total_steps")
+        return self
+
 
 class StatisticsSection(Section):
-    """What the maps are fitted on: training texts of the task, without their labels.
+    """What the maps are fitted on: the texts that `transfer.texts` names, without labels.
 
-    examples: texts, the first of the training split.
+    examples: how many of them, the first ones.
     pairing: `words` pools the sub-tokens of each word on both sides; `spans` pools the shortest
         runs of characters that both tokenizers cut out; `positions` compares pieces at equal
         positions, as the paper's code does.
@@ -99,7 +115,7 @@ class StatisticsSection(Section):
 
 class RefineSection(Section):
     """Label-free distillation after a map: the student with the moved module learns the logits, and
-    the hidden states, of the teacher with its module, on the task's training texts.
+    the hidden states, of the teacher with its module, on the texts that `transfer.texts` names.
 
     training: fields of `transformers.TrainingArguments`.
     temperature: of the logits.
@@ -121,14 +137,18 @@ class TransferSection(Section):
     """How the module is moved.
 
     layers: which teacher layers a student layer takes from. sources: of `explicit`.
-    method: how features of the two models are mapped onto each other; `fresh` moves nothing, so
-        that refinement alone, which is plain distillation, can be compared.
+    method: how features of the two models are mapped onto each other; `fresh` moves no module, so
+        that a moved head or refinement alone, which is plain distillation, can be compared.
     preset: `reference` makes all choices as the paper's code does.
     scope: one map per layer, or one of the residual stream for all of them.
     head_aware: query, key, value and context are mapped head by head; null: except by regressions.
     scale: how standard deviations are carried; null: as suits the method.
     write: of ridge and reduced_rank, how the changes a module writes are mapped.
     head: a fresh task head for the student, or the teacher's through the map of the last layer.
+    head_method: of that map; null means `method`, and ridge with `method: fresh`.
+    texts: what statistics and refinement read, without labels. `train`: the examples whose labels
+        the teacher was trained on. `unlabelled`: the other examples of the training split, whose
+        labels neither the teacher nor the student has.
     """
 
     layers: LayerMapKind = "skip"
@@ -140,6 +160,8 @@ class TransferSection(Section):
     scale: Literal[SCALES] | None = None
     write: Literal[WRITES] = "rotation"
     head: Literal[HEADS] = "fresh"
+    head_method: Literal[MAP_METHODS] | None = None
+    texts: Literal[TEXTS] = "train"
     statistics: StatisticsSection = StatisticsSection()
     refine: RefineSection | None = None
 
@@ -163,9 +185,21 @@ class TransferSection(Section):
     def _consistent(self):
         if (self.layers == "explicit") != (self.sources is not None):
             raise ValueError("sources: expected together with layers: explicit, and only there")
-        if self.method == FRESH and (self.refine is None or self.head != "fresh"):
-            raise ValueError("method: fresh moves nothing; expected it with refine and head: fresh")
+        if self.method == FRESH and self.refine is None and self.head == "fresh":
+            raise ValueError(
+                "method: fresh moves no module; expected it with head: transport or refine, "
+                "or transfer: null for a student from scratch"
+            )
+        if self.head_method is not None and self.head != "transport":
+            raise ValueError("head_method: expected together with head: transport, and only there")
         return self
+
+    @property
+    def map_of_head(self) -> str | None:
+        """The method that maps the head, None where it is fresh."""
+        if self.head != "transport":
+            return None
+        return self.head_method or ("ridge" if self.method == FRESH else self.method)
 
 
 class TransferConfig(Section):
@@ -184,3 +218,30 @@ class TransferConfig(Section):
     student: TransferStudentSection
     transfer: TransferSection | None = TransferSection()
     scratch: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        transfer = self.transfer
+        if transfer is None:
+            return self
+        if transfer.texts == "unlabelled" and self.teacher.train_fraction == 1:
+            raise ValueError(
+                "transfer.texts: unlabelled expects teacher.train_fraction below 1, because a "
+                "teacher with all the labels leaves no such example"
+            )
+        if self.student.total_steps is not None and transfer.refine is not None:
+            steps = transfer.refine.training.get("max_steps")
+            if steps is None or steps >= self.student.total_steps[0]:
+                raise ValueError(
+                    "transfer.refine.training.max_steps: expected fewer than the first of "
+                    f"student.total_steps, {self.student.total_steps[0]}, got {steps}"
+                )
+        return self
+
+    def steps_before(self, *, scratch: bool) -> int:
+        """Steps of refinement that count towards `student.total_steps`."""
+        if scratch or self.student.total_steps is None:
+            return 0
+        if self.transfer is None or self.transfer.refine is None:
+            return 0
+        return self.transfer.refine.training["max_steps"]

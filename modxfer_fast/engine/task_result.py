@@ -14,6 +14,8 @@ class TaskResult:
     tested_step: the step whose weights gave `test`, and are now the model's.
     train_loss: {"step", "loss"}, means since the step before.
     seconds: of training, evaluation left out. truncated: examples cut, by split.
+    checkpoints: {"step", "validation", "test"}, the score that is compared on both splits, after
+        the steps that were asked for.
     """
 
     metric: str
@@ -26,6 +28,7 @@ class TaskResult:
     seconds: float
     trainable_parameters: int
     truncated: dict[str, int]
+    checkpoints: tuple[dict[str, float], ...] = ()
 
     def score(self, step: int) -> float:
         """The validation score at a step of `history`."""
@@ -51,5 +54,6 @@ class TaskResult:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TaskResult":
-        curves = {name: tuple(fields[name]) for name in ("history", "train_loss")}
+        lists = ("history", "train_loss", "checkpoints")
+        curves = {name: tuple(fields[name]) for name in lists if name in fields}
         return cls(**{**fields, **curves})

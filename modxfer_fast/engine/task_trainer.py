@@ -70,6 +70,7 @@ def train_task(
     seed: int,
     output_dir: str | Path,
     eval_steps: int | None = None,
+    test_steps: Sequence[int] = (),
     callbacks: Sequence[TrainerCallback] = (),
     where: str = "training",
 ) -> TaskResult:
@@ -84,6 +85,7 @@ def train_task(
         output_dir: of checkpoints, which are written only where `args` ask for them.
         eval_steps: score validation each so many steps; null means each epoch. Always before the
             first step and after the last.
+        test_steps: after which validation and test are scored too, for `TaskResult.checkpoints`.
         where: dotted path of `args`, for messages.
     Raises:
         ConfigError: a field that does not exist or is not the user's. DataError: a tokenizer that
@@ -115,6 +117,8 @@ def train_task(
     )
     curve = _Curve(metric, trainer.model if keep_best else None)
     trainer.add_callback(curve)
+    checkpoints = _Checkpoints(trainer, metric, encoded["test"].by_length(), test_steps)
+    trainer.add_callback(checkpoints)
     set_seed(seed)
     trainer.train()
     if curve.history[-1]["step"] != trainer.state.global_step:
@@ -133,6 +137,7 @@ def train_task(
         seconds=curve.seconds,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         truncated={name: rows.truncated for name, rows in encoded.items()},
+        checkpoints=tuple(checkpoints.scores),
     )
 
 
@@ -216,6 +221,14 @@ class TaskTrainer(Trainer):
             self._scored = before
         return _named(output.metrics, "_")
 
+    def evaluation_loop(self, *args, **kwargs):
+        # a data loader draws a seed from the generator that dropout draws from: how often a model
+        # is scored must not change what it learns
+        device = self.args.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type):
+            return super().evaluation_loop(*args, **kwargs)
+
     def _compute_scores(self, prediction) -> dict[str, float]:
         return task_scores(self._scored, prediction.predictions, prediction.label_ids)
 
@@ -245,6 +258,37 @@ def _named(metrics: dict[str, float], prefix: str) -> dict[str, float]:
         key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)
     }
     return {key: float(value) for key, value in named.items() if key not in timings}
+
+
+class _Checkpoints(TrainerCallback):
+    """Scores validation and test after given steps, and leaves the training as it is.
+
+    Args:
+        metric: the score that is noted. test: examples of the test split. steps: when.
+    """
+
+    def __init__(
+        self, trainer: TaskTrainer, metric: str, test: EncodedTask, steps: Sequence[int]
+    ) -> None:
+        self.scores: list[dict[str, float]] = []
+        self._trainer = trainer
+        self._metric = metric
+        self._test = test
+        self._steps = frozenset(steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self._steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step in self._steps:
+            self.scores.append(
+                {
+                    "step": state.global_step,
+                    "validation": metrics[f"eval_{self._metric}"],
+                    "test": self._trainer.scores(self._test)[self._metric],
+                }
+            )
 
 
 class _Curve(TrainerCallback):

@@ -1,16 +1,17 @@
 """A student's module as PEFT initialises it: the baseline that a moved module is compared with."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import set_seed
 
 from modxfer_fast.models.architecture import Architecture
-from modxfer_fast.transfer.attach import config_for
+from modxfer_fast.transfer.attach import adapter_state, check_tensors, config_for
 from modxfer_fast.transfer.layer_maps import LayerMap
 from modxfer_fast.transfer.maps import fit_maps
-from modxfer_fast.transfer.modules import PeftModuleState
+from modxfer_fast.transfer.modules import PREFIX, PeftModuleState
 from modxfer_fast.transfer.transport import transport
 
 
@@ -32,7 +33,26 @@ def fresh_config(module: PeftModuleState, student: nn.Module, layer_map: LayerMa
     return config_for(transport(module, maps, layer_map, parts), student)
 
 
-def fresh_module(config: PeftConfig, student: nn.Module, *, seed: int) -> PeftModel:
-    """The student with a module of `config`; its weights depend on `seed` and shapes alone."""
+def fresh_module(
+    config: PeftConfig,
+    student: nn.Module,
+    *,
+    seed: int,
+    head: Mapping[str, Tensor] | None = None,
+) -> PeftModel:
+    """The student with a module of `config`; its weights depend on `seed` and shapes alone.
+
+    Args:
+        head: tensors of the student's head by their names in the student; None leaves it as it is.
+
+    Raises:
+        TransferError: a head with other names or shapes.
+    """
     set_seed(seed)
-    return get_peft_model(student, deepcopy(config))
+    model = get_peft_model(student, deepcopy(config))
+    if head is not None:
+        fresh = adapter_state(model, "default")
+        state = {**fresh, **{PREFIX + name: tensor for name, tensor in head.items()}}
+        check_tensors(state, fresh)
+        set_peft_model_state_dict(model, state)
+    return model

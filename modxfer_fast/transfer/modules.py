@@ -42,7 +42,7 @@ _TENSORS = {
     "bottleneck": r"bottleneck_(?:down|up)\.(?:weight|bias)",
     "compacter": r"compacter_(?:down|up)\.(?:left|right|bias|rule)|compacter_rule",
 }
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # initialisations that subtract the first B A from the base weights: the file alone is no update of
 # the model it names
 _SHIFTED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -142,7 +142,7 @@ class PeftModuleState:
             if slot is not None:
                 slots.setdefault(slot, {})[match[2]] = tensor
             elif match is None and _is_saved_module(config, name):
-                head[name.removeprefix(_PREFIX)] = tensor
+                head[name.removeprefix(PREFIX)] = tensor
             else:
                 strangers.append(name)
         if strangers:
@@ -198,8 +198,8 @@ class PeftModuleState:
         for slot, tensors in self.slots.items():
             module = module_name(self.kind, self.config, self.architecture, slot)
             for name, tensor in tensors.items():
-                state[f"{_PREFIX}{module}.{name}"] = tensor
-        return state | {_PREFIX + name: tensor for name, tensor in self.head.items()}
+                state[f"{PREFIX}{module}.{name}"] = tensor
+        return state | {PREFIX + name: tensor for name, tensor in self.head.items()}
 
 
 def load_config(folder: Path) -> PeftConfig:
@@ -312,7 +312,7 @@ def _site_place(site) -> str:
 
 
 def _is_saved_module(config: PeftConfig, name: str) -> bool:
-    parts = name.removeprefix(_PREFIX).split(".")
+    parts = name.removeprefix(PREFIX).split(".")
     return any(module in parts for module in config.modules_to_save or ())
 
 

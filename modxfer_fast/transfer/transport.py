@@ -42,6 +42,7 @@ def transport(
     statistics: Statistics | None = None,
     rank: int | None = None,
     head: str = "fresh",
+    head_maps: Maps | None = None,
 ) -> PeftModuleState:
     """The module for the student, which starts from it; its configuration is the student's.
 
@@ -55,6 +56,7 @@ def transport(
             then tell how close a LoRA's updates come (updates.py).
         rank: of the student's LoRA; None keeps the teacher's.
         head: "fresh": none in the result; "transport": a token classifier is rewritten too.
+        head_maps: with the map of the last layers' outputs for the head; None means `maps`.
 
     Raises:
         TransferError: a place, map or statistic that is missing, spaces that differ, a LoRA rank
@@ -113,7 +115,7 @@ def transport(
         updates = lora_updates(module, result, maps, statistics)
         result = replace(result, facts={**result.facts, "updates": updates})
     if head == "transport":
-        result = replace(result, head=rewrite_head(module, maps, student))
+        result = replace(result, head=rewrite_head(module, head_maps or maps, student))
     return result
 
 

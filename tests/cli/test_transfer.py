@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from modxfer_fast.cli import task_models, task_stages, transfer_job, transfer_report
@@ -174,6 +176,7 @@ def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch, capsys):
             "refine": {"training": {"max_steps": 4, "use_cpu": True}, "hidden_weight": 0.5},
         },
         {"method": "fresh", "refine": {"training": {"max_steps": 4, "use_cpu": True}}},
+        {"method": "fresh", "head": "transport"},
     ],
     ids=lambda transfer: "-".join(str(v) for v in transfer.values() if isinstance(v, str)),
 )
@@ -185,6 +188,69 @@ def test_other_ways_to_move_a_lora(write, transfer):
     provenance = out / "module" / "transfer.json"
     if "refine" in transfer:
         assert json.loads(provenance.read_text())["refine"]["training"]["max_steps"] == 4
+
+
+def _head_of(folder):
+    tensors = load_file(folder / task_models.ADAPTER / "adapter_model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if "classifier" in name}
+
+
+def test_the_head_is_the_same_whatever_the_module_is(write):
+    heads = []
+    for transfer in (
+        {"method": "fresh", "head": "transport"},
+        {"method": "truncate", "head": "transport", "head_method": "ridge"},
+        {"method": "ridge", "head": "transport"},
+        {"method": "ridge", "head": "fresh"},
+    ):
+        path, _ = write(transfer=transfer)
+        job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
+        heads.append(_head_of(job.module))
+    fresh, copied, mapped, unmoved = heads
+    assert set(fresh) == {f"base_model.model.classifier.{name}" for name in ("weight", "bias")}
+    for other in (copied, mapped):
+        assert {name: tensor.tolist() for name, tensor in other.items()} == {
+            name: tensor.tolist() for name, tensor in fresh.items()
+        }
+    assert any(not torch.equal(unmoved[name], fresh[name]) for name in fresh)
+
+
+def test_unlabelled_texts_are_those_nobody_has_labels_of(write):
+    path, _ = write(
+        teacher={"train_fraction": 0.4},
+        task={"train_fraction": 0.6},
+        transfer={"texts": "unlabelled", "statistics": {"examples": 20, "batch_size": 8}},
+    )
+    job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
+    every = task_models.examples(task_models.with_fraction(job.job.task, 1.0))
+    labelled = job.data.texts("train") + every.texts("validation") + every.texts("test")
+    assert job.texts
+    assert not {tuple(text) for text in job.texts} & {tuple(text) for text in labelled}
+    expected = [text for text in every.texts("train") if text not in labelled]
+    assert job.texts == expected
+    assert job.module.is_dir()  # statistics are collected and read on those texts
+
+
+def cell_of(job):
+    return transfer_report.cell_result(job, job.student, {"method": "ridge", "seed": "0"})
+
+
+def test_refinement_and_training_share_their_steps(write):
+    refine = {"training": {"max_steps": 3, "use_cpu": True}}
+    training = {key: value for key, value in TRAINING.items() if key != "max_steps"}
+    path, _ = write(student={"total_steps": [5, 9]}, transfer={"method": "fresh", "refine": refine})
+    job_text = yaml.safe_load(path.read_text())
+    job_text["student"]["training"] = training
+    path.write_text(yaml.safe_dump(job_text))
+    job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
+    refined = cell_of(job)
+    assert job.student.result.steps == 6
+    assert [point.step for point in refined.checkpoints] == [5, 9]
+    assert [step for step, _ in refined.curve][:2] == [3, 5]
+    assert job.scratch.result.steps == 9
+    scratch = transfer_report.cell_result(job, job.scratch, {"method": "scratch", "seed": "0"})
+    assert [point.step for point in scratch.checkpoints] == [5, 9]
+    assert scratch.curve[0][0] == 0
 
 
 @pytest.mark.parametrize(

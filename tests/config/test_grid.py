@@ -105,6 +105,9 @@ def test_set_changes_the_base_of_every_cell(write):
         ({"axes": AXES, "slowest": ["langauge"]}, "slowest: expected axes among .* got langauge"),
         ({"axes": AXES, "only": [{"seed": ["7"]}]}, "only.seed: expected labels among 0, 1, got 7"),
         ({"axes": {**AXES, "peft": {}}}, "grid.axes.peft"),
+        ({"axes": AXES, "repeats": ["sed"]}, "repeats: expected axes among .* got sed"),
+        ({"axes": AXES, "choose": "rate"}, "choose: expected axes among .* got rate"),
+        ({"axes": AXES, "choose": "seed"}, "choose: expected an axis besides method and repeats"),
         ({"axis": AXES}, "grid.axis: unknown key; did you mean 'axes'"),
     ],
 )
@@ -141,6 +144,24 @@ def test_the_reference_preset_makes_every_choice(write):
     assert (section.statistics.pairing, section.statistics.held_out_every) == ("positions", 0)
 
 
+def test_strings_of_a_job_name_axes_by_their_labels(write):
+    student = {"path": "students/{fraction}/seed-{seed}", "training": {"run_name": "{other}"}}
+    cells = load_transfer(write(student=student, grid={"axes": AXES})).cells
+    assert {cell.job.student.path for cell in cells} == {
+        f"students/{fraction}/seed-{seed}" for fraction in ("0.1", "1.0") for seed in (0, 1)
+    }
+    assert cells[0].job.student.training == {"run_name": "{other}"}
+
+
+def test_the_steps_of_refinement_count_towards_the_total(write):
+    refine = {"training": {"max_steps": 100}}
+    job = load_transfer(
+        write(student={"path": "s", "total_steps": [150, 600]}, transfer={"refine": refine})
+    )
+    assert (job.steps_before(scratch=False), job.steps_before(scratch=True)) == (100, 0)
+    assert load_transfer(write(transfer={"refine": refine})).steps_before(scratch=False) == 0
+
+
 def test_an_override_through_a_scalar_is_refused(write):
     axes = {**AXES, "task": {"x": {"output_dir.name": 1}}}
     with pytest.raises(ConfigError, match=r"task\.x\.output_dir\.name: output_dir is not a"):
@@ -156,7 +177,24 @@ def test_an_override_through_a_scalar_is_refused(write):
             {"transfer": {"preset": "reference", "method": "ridge"}},
             "method: expected lsa or nothing with preset: reference, got ridge",
         ),
-        ({"transfer": {"method": "fresh"}}, "method: fresh moves nothing"),
+        ({"transfer": {"method": "fresh"}}, "method: fresh moves no module"),
+        (
+            {"transfer": {"head_method": "ridge"}},
+            "head_method: expected together with head",
+        ),
+        ({"transfer": {"texts": "unlabelled"}}, "texts: unlabelled expects teacher.train_fraction"),
+        ({"student": {"path": "s", "total_steps": [9, 3]}}, "total_steps: expected ascending"),
+        (
+            {"student": {"path": "s", "total_steps": [9], "training": {"max_steps": 9}}},
+            "training.max_steps: expected none together with total_steps",
+        ),
+        (
+            {
+                "student": {"path": "s", "total_steps": [9]},
+                "transfer": {"refine": {"training": {"max_steps": 9}}},
+            },
+            "refine.training.max_steps: expected fewer than the first of .* 9, got 9",
+        ),
         ({"transfer": {"method": "lsaa"}}, "transfer.method: .*got 'lsaa'"),
         ({"teacher": {"path": "t"}}, "teacher: expected exactly one of peft and adapter"),
         ({"teacher": {"path": "t", "peft": {}, "adapter": "a"}}, "teacher: expected exactly one"),

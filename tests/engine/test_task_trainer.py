@@ -98,7 +98,8 @@ def test_entities_are_learned(encoder, tokenizer, ner, tmp_path):
 def test_pairs_are_learned(folder, encoder, tokenizer, tmp_path, block):
     section = TaskSection(kind="nli", source=str(folder / "nli.tsv"), columns=SICK_COLUMNS)
     data = load_task(section)
-    result = train(student(encoder, data, block=block), tokenizer, data, tmp_path)
+    args = {**ARGS, "max_steps": 90}
+    result = train(student(encoder, data, block=block), tokenizer, data, tmp_path, args=args)
     assert result.metric == "accuracy"
     assert result.test["accuracy"] == 1.0
     assert result.test["macro_f1"] == 1.0
@@ -234,3 +235,23 @@ def test_examples_longer_than_the_model(folder, encoder, tokenizer, tmp_path):
 def test_arguments_that_are_refused(args, message):
     with pytest.raises(ConfigError, match=message):
         check_task_training(args, "student.training")
+
+
+def test_scores_on_the_way_are_those_of_a_run_that_ends_there(encoder, tokenizer, ner, tmp_path):
+    constant = {**ARGS, "lr_scheduler_type": "constant"}
+    models, results = [], []
+    for steps, on_the_way in ((20, (7, 20)), (20, ()), (7, ())):
+        models.append(student(encoder, ner))
+        args = {**constant, "max_steps": steps}
+        results.append(
+            train(models[-1], tokenizer, ner, tmp_path, args=args, test_steps=on_the_way)
+        )
+    looked, plain, short = results
+    assert [point["step"] for point in looked.checkpoints] == [7, 20]
+    assert not plain.checkpoints
+    assert looked.checkpoints[0]["test"] == short.test["f1"]
+    assert looked.checkpoints[0]["validation"] == short.final
+    assert looked.checkpoints[1]["test"] == looked.test["f1"] == plain.test["f1"]
+    one, other = (dict(model.named_parameters()) for model in models[:2])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert TaskResult.from_dict(looked.to_dict()) == looked

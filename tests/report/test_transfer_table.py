@@ -5,9 +5,13 @@ import pytest
 from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
 from modxfer_fast.report.transfer_table import (
     CellResult,
+    Checkpoint,
+    after_step,
     group_results,
     markdown,
+    markdown_by_steps,
     read_results,
+    steps_of,
     write_results,
 )
 
@@ -86,3 +90,67 @@ def test_pictures_are_drawn_for_any_number_of_groups(tmp_path):
             path = tmp_path / f"{plot.__name__}-{number}.png"
             plot(groups, "scratch", "entity F1", path)
             assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def arm(method, rate, models, *checkpoints):
+    """A cell whose validation and test scores after 10 and 40 steps are those given."""
+    labels = {"pair": "narrow", "method": method, "rate": rate, "models": models, "seed": "0"}
+    points = tuple(
+        Checkpoint(step, *scores) for step, scores in zip((10, 40), checkpoints, strict=True)
+    )
+    curve = tuple((point.step, point.validation) for point in points)
+    return CellResult(labels, 0.8, 0.0, points[-1].test, 1.0, curve, points)
+
+
+ARMS = [
+    # the low rate is better on validation at the end, the high one after ten steps; on test not so
+    arm("scratch", "low", "a", (0.1, 0.9), (0.5, 0.3)),
+    arm("scratch", "high", "a", (0.3, 0.2), (0.4, 0.9)),
+    arm("scratch", "low", "b", (0.1, 0.9), (0.5, 0.5)),
+    arm("scratch", "high", "b", (0.3, 0.4), (0.4, 0.9)),
+    arm("mapped", "low", "a", (0.4, 0.35), (0.6, 0.6)),
+    arm("mapped", "high", "a", (0.2, 0.9), (0.3, 0.9)),
+]
+REPEATS = {"repeats": ("models", "seed"), "choose": "rate"}
+
+
+def test_checkpoints_are_read_back(tmp_path):
+    write_results(ARMS, tmp_path)
+    assert read_results(tmp_path) == ARMS
+
+
+def test_every_method_has_the_label_that_validation_chose():
+    (group,) = group_results(ARMS, "scratch", **REPEATS)
+    scratch, mapped = group.methods
+    assert group.labels == {"pair": "narrow"}
+    assert (scratch.chosen, scratch.scores) == ("low", (0.3, 0.5))
+    assert (mapped.chosen, mapped.scores) == ("low", (0.6,))
+    # with the scratch of the same models
+    assert (mapped.paired, mapped.above_scratch) == (1, 1)
+    assert mapped.gap_recovered == pytest.approx((0.6 - 0.3) / (0.8 - 0.3))
+
+
+def test_after_fewer_steps_another_label_may_be_chosen():
+    (group,) = group_results(after_step(ARMS, 10), "scratch", **REPEATS)
+    scratch, mapped = group.methods
+    assert (scratch.chosen, scratch.scores) == ("high", (0.2, 0.4))
+    assert (mapped.chosen, mapped.scores) == ("low", (0.35,))
+    assert scratch.curve == ((10, pytest.approx(0.3)),)
+
+
+def test_a_label_is_chosen_on_the_repeats_that_all_have():
+    # the high rate of `mapped` would win by models that the low one has not seen
+    cells = [*ARMS, arm("mapped", "high", "b", (0.9, 0.9), (0.9, 0.9))]
+    (group,) = group_results(cells, "scratch", **REPEATS)
+    assert group.methods[1].chosen == "low"
+
+
+def test_the_table_by_steps_has_a_column_for_each():
+    assert steps_of(ARMS) == [10, 40]
+    text = markdown_by_steps(
+        {step: group_results(after_step(ARMS, step), "scratch", **REPEATS) for step in (10, 40)}
+    )
+    assert "### narrow: teacher 0.800" in text
+    assert "| method | 10 steps | 40 steps |" in text
+    assert "| scratch | 0.300 ± 0.141 (2, high) | 0.400 ± 0.141 (2, low) |" in text
+    assert "| mapped | 0.350 (1, low) | 0.600 (1, low) |" in text
