@@ -1,17 +1,16 @@
 """Which checkpoints may be resumed: those whose marker was written after everything else."""
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers.utils import logging
-
 from modxfer_fast.files import MARKER, damaged_files, scratch_folder, seal, sealed_facts, sync_tree
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = (
     "model*.safetensors*",
