@@ -100,10 +100,18 @@ def _extensions(mode: str):
 ext_modules, cmdclass = _extensions(os.environ.get("MODXFER_BUILD", "auto"))
 
 
+# What is imported as modxfer_fast stands in three folders of the checkout.
+FOLDERS = {
+    "modxfer_fast": "modxfer_fast",
+    "modxfer_fast.kernels": "kernels",
+    "modxfer_fast.examples": "examples",
+}
+
+
 def _packages():
-    """`modxfer_fast` and its sub-packages, and `kernels/` under its import name."""
+    """Every package below the folders, under its import name."""
     found = []
-    for top, name in (("modxfer_fast", "modxfer_fast"), ("kernels", "modxfer_fast.kernels")):
+    for name, top in FOLDERS.items():
         for init in sorted((ROOT / top).rglob("__init__.py")):
             parts = init.parent.relative_to(ROOT / top).parts
             found.append(".".join((name, *parts)))
@@ -112,8 +120,8 @@ def _packages():
 
 setup(
     packages=_packages(),
-    package_dir={"modxfer_fast": "modxfer_fast", "modxfer_fast.kernels": "kernels"},
-    package_data={"modxfer_fast": ["py.typed"]},
+    package_dir=FOLDERS,
+    package_data={"modxfer_fast": ["py.typed"], "modxfer_fast.examples": ["**/*.yaml", "**/*.py"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},

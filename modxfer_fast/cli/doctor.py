@@ -5,6 +5,9 @@ import importlib.metadata
 import json
 from typing import Any
 
+_ENGINE = ("transformers", "accelerate", "deepspeed", "peft", "datasets")
+_MISSING = "not installed; pip install 'modxfer-fast[engine]'"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -23,13 +26,15 @@ def collect() -> dict[str, Any]:
     """The facts, as JSON-like values.
 
     Returns:
-        {"version", "torch", "triton", "devices", "rooms"}: devices are one string each, the CPU
-        first; triton is null where it is not installed; rooms is {room: {backend: {"available":
-        bool, "reason": str}}}.
+        {"version", "torch", "triton", "engine", "cache", "devices", "rooms"}: engine is {package:
+        version} of what the engine stands on, null as triton's is where it is not installed; cache
+        is the folder that jobs keep models in; devices are one string each, the CPU first; rooms is
+        {room: {backend: {"available": bool, "reason": str}}}.
     """
     import torch
 
     from modxfer_fast import __version__
+    from modxfer_fast.cli.cache import cache_root
     from modxfer_fast.kernels import dispatch
 
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
@@ -41,6 +46,8 @@ def collect() -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
         "triton": _installed("triton"),
+        "engine": {name: _installed(name) for name in _ENGINE},
+        "cache": str(cache_root()),
         "devices": devices,
         "rooms": dispatch.table(),
     }
@@ -55,8 +62,11 @@ def _installed(package: str) -> str | None:
 
 def _print(facts: dict[str, Any]) -> None:
     for name in ("version", "torch", "triton"):
-        print(f"{name:<9} {facts[name] or 'not installed'}")
-    print(f"{'devices':<9} {', '.join(facts['devices'])}")
+        print(f"{name:<12} {facts[name] or 'not installed'}")
+    for name, version in facts["engine"].items():
+        print(f"{name:<12} {version or _MISSING}")
+    print(f"{'cache':<12} {facts['cache']}")
+    print(f"{'devices':<12} {', '.join(facts['devices'])}")
     rooms = facts["rooms"]
     width = max((len(room) for room in rooms), default=0)
     for room, backends in rooms.items():

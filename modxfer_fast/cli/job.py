@@ -14,13 +14,18 @@ from modxfer_fast.cli.cache import fingerprint
 from modxfer_fast.cli.loss_timing import time_losses
 from modxfer_fast.cli.material import Material
 from modxfer_fast.cli.part_timing import time_parts
-from modxfer_fast.cli.prepare import CROSS_ENTROPY, prepare_model, prepare_tokenizer
+from modxfer_fast.cli.prepare import (
+    CROSS_ENTROPY,
+    planned_configs,
+    prepare_model,
+    prepare_tokenizer,
+)
 from modxfer_fast.cli.ranks import barrier, is_main
 from modxfer_fast.cli.summary import print_summary, summarise
 from modxfer_fast.cli.surroundings import environment, quieten_libraries
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
 from modxfer_fast.cli.work_folder import REPORT_FILE, WorkFolder
-from modxfer_fast.config import ConfigError, JobConfig, LossSection
+from modxfer_fast.config import ConfigError, JobConfig, LossSection, as_dict
 from modxfer_fast.data import build_rows, load_documents, tokenizer_digest
 from modxfer_fast.engine import (
     DistillConfig,
@@ -38,7 +43,6 @@ from modxfer_fast.models import (
     check_same_vocabulary,
     load_adapter,
     load_model,
-    make_config,
     patch_peft_model,
 )
 from modxfer_fast.report import JobConsole, plot_curves, write_json
@@ -106,7 +110,7 @@ class _Job:
         report = {
             "modxfer_fast": __version__,
             "environment": environment(),
-            "config": json.loads(config.model_dump_json()),
+            "config": as_dict(config),
             "data": {
                 "documents": len(self.documents.train),
                 "held_out_documents": len(self.documents.held_out),
@@ -136,10 +140,7 @@ class _Job:
         config = self.config
         documents = load_documents(config.data)
         tokenizer = prepare_tokenizer(config, documents)
-        for role, section in (("teacher", config.teacher), ("student", config.student)):
-            # a mistake in it is told before the teacher trains; what is inherited needs the teacher
-            if section.is_built and not section.inherits:
-                make_config(section.config, tokenizer, f"{role}.config", kind=config.kind)
+        planned_configs(config, tokenizer)  # a mistake is told before the teacher trains
         rows = build_rows(documents, config.data, tokenizer, config.kind)
         self.documents = documents
         self.console.say(

@@ -1,18 +1,24 @@
 """Entry point: choose a command, import only that one, and turn errors into one clear message."""
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 COMMANDS = {
     "distill": "distil a teacher into a student, as a YAML file says",
     "transfer": "move a trained PEFT module from a teacher to a student, as a YAML file says",
     "doctor": "show which backends run on this machine, and why others do not",
     "bench": "time our ops against their peers and their floor",
+    "init": "list the example jobs, or copy one to begin with",
+    "schema": "describe every key of a job file",
+    "completion": "print the completion script of a shell",
 }
 EXIT_USER_ERROR = 2
 # A disk that refuses: full, over quota, read-only, not ours.
@@ -25,15 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 2 for an error that the user can fix, 1 for any other failure.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="modxfer",
-        description="Distil teachers into students with fused losses.",
-        epilog="commands:\n" + "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=_version())
-    parser.add_argument("command", choices=COMMANDS, metavar="command")
+    argv = _plain(sys.argv[1:] if argv is None else argv)
+    parser = _top_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR)
+    if argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {argv[0]!r}; {hint}")
     options = parser.parse_args(argv[:1])
 
     # imported only now: `modxfer --version` should not wait for transformers
@@ -41,10 +47,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"modxfer {options.command}", description=COMMANDS[options.command]
     )
+    add_arguments(command, parser)
+    return _run(command.run, parser.parse_args(argv[1:]))
+
+
+def _plain(argv: Sequence[str]) -> list[str]:
+    """`argv` without what launchers put before the command, and with `help` as the flag it means.
+
+    DeepSpeed's launcher gives --local_rank=N to what it starts; the rank comes by the environment.
+    """
+    argv = list(argv)
+    if argv and re.fullmatch("--local[-_]rank=[0-9]+", argv[0]):
+        del argv[0]
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    return argv
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listed = (f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="modxfer",
+        description="Distil teachers into students with fused losses.",
+        epilog="\n".join(["commands:", *listed]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("command", choices=COMMANDS, metavar="command")
+    return parser
+
+
+def add_arguments(command: ModuleType, parser: argparse.ArgumentParser) -> None:
+    """The arguments of one command, and those that all have."""
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv[1:])
-    return _run(command.run, args)
 
 
 def _run(run, args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast import __version__
 from modxfer_fast.cli.cache import cache_root, fingerprint
@@ -28,6 +28,8 @@ from modxfer_fast.engine import last_complete_checkpoint
 from modxfer_fast.models import (
     build_model,
     check_same_tokenizer,
+    check_targets,
+    load_model_config,
     make_config,
     take_from_teacher,
     weights_digest,
@@ -81,6 +83,33 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
     return tokenizer
 
 
+def planned_configs(
+    config: JobConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedConfig]:
+    """The configurations of "teacher" and "student", before either has weights.
+
+    Raises:
+        ConfigError: unknown field. ModelError: nothing there, values that the architecture refuses,
+            or target modules of `student.peft` that the student does not have.
+    """
+    planned: dict[str, PreTrainedConfig] = {}
+    for role, section in (("teacher", config.teacher), ("student", config.student)):
+        if not section.is_built:
+            planned[role] = load_model_config(section.path, section)
+            continue
+        inherited = planned["teacher"] if section.inherits else None
+        planned[role] = make_config(
+            section.config if inherited is None else _student_fields(section, inherited),
+            tokenizer,
+            f"{role}.config",
+            kind=config.kind,
+            inherited=inherited,
+        )
+    if config.student.peft is not None and not config.student.trust_remote_code:
+        check_targets(planned["student"], config.student.peft, "student.peft", kind=config.kind)
+    return planned
+
+
 def prepare_model(
     section: ModelSection,
     role: str,
@@ -104,7 +133,7 @@ def prepare_model(
         return ModelSource(section.path)
     taken = section.from_teacher if section.inherits else None
     config = make_config(
-        _student_fields(section, teacher) if taken is not None else section.config,
+        _student_fields(section, teacher.config) if taken is not None else section.config,
         material.tokenizer,
         f"{role}.config",
         vocab_size=vocab_size,
@@ -146,12 +175,12 @@ def prepare_model(
     return ModelSource(str(folder), _read(folder / _RECORD), _read(folder / _TAKEN), cached)
 
 
-def _student_fields(section: StudentSection, teacher: PreTrainedModel) -> dict[str, Any]:
+def _student_fields(section: StudentSection, teacher: PreTrainedConfig) -> dict[str, Any]:
     """The `config` block of a student that has as many blocks as it takes from the teacher."""
     fields = dict(section.config or {})
     if section.from_teacher.layers:
         # DistilBERT has another name for it
-        name = teacher.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        name = teacher.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         fields.setdefault(name, len(section.from_teacher.layers))
     return fields
 

@@ -19,7 +19,7 @@ from modxfer_fast.cli.task_models import (
     folder_digest,
     with_fraction,
 )
-from modxfer_fast.config import ConfigError, TaskSection
+from modxfer_fast.config import ConfigError, TaskSection, as_dict
 from modxfer_fast.config.transfer import TeacherSection
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
@@ -164,7 +164,7 @@ def report_head(config: BaseModel, data: TaskData, teacher: float) -> dict[str, 
     return {
         "modxfer_fast": __version__,
         "environment": environment(),
-        "config": json.loads(config.model_dump_json()),
+        "config": as_dict(config),
         "task": data.facts(),
         "metric": PRIMARY_METRIC[data.kind],
         "teacher": teacher,

@@ -3,8 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
 from modxfer_fast.config import ConfigError, LossSection, check_fields
-from modxfer_fast.engine import DistillConfig
+from modxfer_fast.config.errors import nearest
+from modxfer_fast.engine import DistillConfig, deepspeed
 
 _LOSS_FIELDS = tuple(name for name in LossSection.model_fields if name != "impl")
 _OWNED = {
@@ -28,7 +35,7 @@ _SHARDING = ("deepspeed", "zero_stage")
 
 
 def check_training(section: dict[str, Any], where: str, *, pretrain: bool = False) -> None:
-    """Raise a ConfigError unless `section` can become a DistillConfig.
+    """Raise a ConfigError unless `section` can become a DistillConfig that can run here.
 
     Args:
         section: fields of DistillConfig. pretrain: whether `seed` is among what it may hold.
@@ -36,7 +43,42 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
     owned = {key: by for key, by in _OWNED.items() if not (pretrain and key == "seed")}
     check_fields(DistillConfig, section, where, owned)
     plain = {key: value for key, value in section.items() if key not in _SHARDING}
-    _build(where, output_dir="unused", **plain)
+    args = _build(where, output_dir="unused", **plain)
+    if any(section.get(key) is not None for key in _SHARDING):
+        _check_deepspeed(section, where)
+    if "report_to" in section:
+        _check_loggers(args.report_to, f"{where}.report_to")
+    if args.push_to_hub:
+        _check_hub(args.hub_token, f"{where}.push_to_hub")
+
+
+def _check_deepspeed(section: dict[str, Any], where: str) -> None:
+    """What DeepSpeed would raise once the models are there; it is not started here."""
+    try:
+        if section.get("deepspeed") is not None:
+            deepspeed.check_config(deepspeed.load_config(section["deepspeed"]))
+        if section.get("zero_stage") is not None:
+            deepspeed.zero_config(section["zero_stage"])
+        deepspeed.check_environment()
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_loggers(names: list[str], where: str) -> None:
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"{where}: unknown logger {name!r}{nearest(name, INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"{where}: {name} is not installed; pip install {name}")
+
+
+def _check_hub(token: str | None, where: str) -> None:
+    try:
+        HfApi().whoami(token=token)
+    except Exception as error:  # refused, unreachable, or no token: each library has its own class
+        raise ConfigError(f"{where}: the hub cannot be used ({error})") from error
 
 
 def training_args(

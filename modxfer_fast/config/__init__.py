@@ -2,7 +2,7 @@
 
 from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.fields import check_fields, check_keys
-from modxfer_fast.config.loading import dump_config, load_config
+from modxfer_fast.config.loading import as_dict, dump_config, load_config
 from modxfer_fast.config.schema import (
     CompareSection,
     DataSection,
@@ -30,6 +30,7 @@ __all__ = [
     "StudentSection",
     "TaskSection",
     "TokenizerSection",
+    "as_dict",
     "check_fields",
     "check_keys",
     "dump_config",

@@ -12,6 +12,8 @@ from modxfer_fast.config.errors import ConfigError, nearest
 from modxfer_fast.config.schema import JobConfig
 
 Job = TypeVar("Job", bound=pydantic.BaseModel)
+# Fields of TrainingArguments that open an account; an output folder is made to be shown around.
+_SECRETS = ("hub_token",)
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,6 +159,17 @@ def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
     return list(section.model_fields)
 
 
+def as_dict(config: pydantic.BaseModel) -> dict[str, Any]:
+    """The complete configuration, defaults included, as JSON-like values without its secrets."""
+    return _without_secrets(json.loads(config.model_dump_json()))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_secrets(v) for k, v in value.items() if k not in _SECRETS}
+    return value
+
+
 def dump_config(config: pydantic.BaseModel) -> str:
-    """The complete configuration, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    """`as_dict` as YAML that `load_config` reads back."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)

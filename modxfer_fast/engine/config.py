@@ -146,6 +146,13 @@ class DistillConfig(TrainingArguments):
     def _refuse_unsupported(self) -> None:
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps: expected >= 0, got {self.max_skipped_steps}")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices: expected True; without it a rank with few tokens "
@@ -186,5 +193,7 @@ class DistillConfig(TrainingArguments):
                 )
         launcher_asks = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         if self.deepspeed is not None or launcher_asks:
+            if deepspeed.take_cpu_switch():
+                self.use_cpu = True
             deepspeed.check_environment()
             deepspeed.start(self.use_cpu)

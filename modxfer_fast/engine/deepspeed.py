@@ -63,8 +63,7 @@ def check_environment() -> None:
 
     Raises:
         ImportError: DeepSpeed is missing or too old.
-        RuntimeError: the processes were not started by a launcher, or Accelerate is told to ignore
-            it.
+        RuntimeError: the processes were not started by a launcher.
     """
     try:
         version = Version(importlib.metadata.version("deepspeed"))
@@ -75,17 +74,20 @@ def check_environment() -> None:
             f"deepspeed: expected >= {MIN_DEEPSPEED}, got {version}, which scales gradients "
             "wrongly under gradient accumulation"
         )
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        raise RuntimeError(
-            "ACCELERATE_USE_CPU: expected unset together with DeepSpeed, because Accelerate then "
-            "drops DeepSpeed without a word; set use_cpu=True in the configuration instead"
-        )
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if missing:
         raise RuntimeError(
             f"deepspeed: {', '.join(missing)} not set; start with a launcher, also for one "
             "process: torchrun --nproc-per-node 1 ..."
         )
+
+
+def take_cpu_switch() -> bool:
+    """Takes back Accelerate's ACCELERATE_USE_CPU, and returns whether it was on.
+
+    `accelerate launch --cpu` sets it; left alone it makes Accelerate drop DeepSpeed without a word.
+    """
+    return os.environ.pop("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def start(use_cpu: bool) -> None:

@@ -11,8 +11,10 @@ from modxfer_fast.models.build import (
     apply_peft,
     build_model,
     check_peft,
+    check_targets,
     load_adapter,
     load_model,
+    load_model_config,
     make_config,
 )
 from modxfer_fast.models.checks import (
@@ -53,9 +55,11 @@ __all__ = [
     "check_rows_fit",
     "check_same_tokenizer",
     "check_same_vocabulary",
+    "check_targets",
     "find_site",
     "load_adapter",
     "load_model",
+    "load_model_config",
     "make_config",
     "patch_peft_model",
     "phm_dense",

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -109,9 +110,7 @@ def load_model(path: str, section: ModelSection, kind: str = "causal_lm") -> Pre
     Raises:
         ModelError: nothing there, or not a model of that kind.
     """
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise ModelError(f"model {path}: no such folder")
+    path = _place(path)
     try:
         model = _KINDS[kind][0].from_pretrained(
             path,
@@ -128,6 +127,29 @@ def load_model(path: str, section: ModelSection, kind: str = "causal_lm") -> Pre
             f"model {path}: expected an encoder, got a {model.config.model_type} model"
         )
     return model
+
+
+def load_model_config(path: str, section: ModelSection) -> PreTrainedConfig:
+    """The configuration of the model at a folder or hub id, without its weights.
+
+    Raises:
+        ModelError: nothing there, or no configuration of transformers.
+    """
+    path = _place(path)
+    try:
+        return AutoConfig.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: cannot be loaded ({error})") from error
+
+
+def _place(path: str) -> str:
+    """A hub id as it is, or the path of a folder that is there."""
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise ModelError(f"model {path}: no such folder")
+    return path
 
 
 def _loading_options(section: ModelSection) -> dict[str, Any]:
@@ -158,6 +180,19 @@ def apply_peft(
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **block))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{where}: {error}") from error
+
+
+def check_targets(
+    config: PreTrainedConfig, block: dict[str, Any], where: str, *, kind: str = "causal_lm"
+) -> None:
+    """`apply_peft` on a model of `config` without weights, for what it raises.
+
+    It costs no memory and no time worth a word, so that a target module that does not exist is told
+    before any model is loaded.
+    """
+    with torch.device("meta"):
+        skeleton = _KINDS[kind][0].from_config(config)
+        apply_peft(skeleton, {**block, "init_lora_weights": False}, where, seed=0)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

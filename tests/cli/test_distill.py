@@ -37,6 +37,13 @@ def finished(tmp_path_factory, write_job, shared):
     return out, json.loads((out / "report.json").read_text())
 
 
+def test_output_holds_no_secret(tmp_path, write_job):
+    path, out = write_job(tmp_path, training={"max_steps": 2, "hub_token": "hf_secret"})
+    assert main(["distill", str(path)]) == 0
+    for file in out.rglob("*"):
+        assert file.is_dir() or b"hf_secret" not in file.read_bytes(), file
+
+
 def test_output_holds_everything_and_nothing_else(finished):
     out, _ = finished
     assert sorted(p.name for p in out.iterdir()) == [
@@ -183,7 +190,12 @@ def test_a_model_that_cannot_be_packed(tmp_path, write_job, capsys):
         ({"data": {"source": "absent.jsonl"}}, "data source absent.jsonl: no such file"),
         ({"training": {"max_stepz": 1}}, "training.max_stepz: unknown key"),
         ({"teacher": {"pretrain": {"lr": 1}}}, "teacher.pretrain.lr: unknown key"),
-        ({"student": {"peft": {"rank": 1}}}, "student.peft.rank: unknown key"),
+        ({"student": {"peft": {"rank": 1}}}, "student.peft.rank: unknown key; did you mean 'r'?"),
+        (
+            {"student": {"peft": {**LORA, "target_modules": ["absent"]}}},
+            "student.peft: Target modules {'absent'} not found",
+        ),
+        ({"training": {"zero_stage": 2}}, "training: deepspeed: RANK"),
         ({"student": {"config": {"hidden_siz": 1}}}, "student.config.hidden_siz: unknown key"),
         ({"student": {"config": {"model_type": "lama"}}}, "did you mean 'llama'"),
     ],
@@ -194,6 +206,7 @@ def test_mistakes_leave_nothing(tmp_path, write_job, capsys, changes, message):
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+    assert "Teacher" not in captured.out  # told before any model is made or loaded
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
 
 

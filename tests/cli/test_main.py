@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import transformers
 
 from modxfer_fast import __version__
 from modxfer_fast.cli import doctor
+from modxfer_fast.cli.cache import cache_root
 from modxfer_fast.cli.main import COMMANDS, main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_version(capsys):
@@ -23,6 +28,69 @@ def test_help_lists_every_command(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["help"], ["help", "distill"], ["distill", "--help"]])
+def test_help_is_a_command_too(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 0
+    assert ("--resume" in capsys.readouterr().out) == (argv != ["help"])
+
+
+def test_a_wrong_command_gets_the_nearest_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["distil"])
+    assert "unknown command 'distil'; did you mean 'distill'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=0"])
+def test_the_rank_that_a_launcher_puts_first_is_no_command(flag, capsys):
+    assert main([flag, "distill", "absent.yaml"]) == 2
+    assert "absent.yaml: no such file" in capsys.readouterr().err
+
+
+def test_init_lists_the_examples_and_copies_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == sorted(
+        path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.yaml")
+    )
+    assert main(["init", "transfer/ner"]) == 0
+    assert Path("ner.yaml").read_text() == (EXAMPLES / "transfer" / "ner.yaml").read_text()
+    Path("ner.yaml").write_text("mine")
+    assert main(["init", "transfer/ner"]) == 2
+    assert Path("ner.yaml").read_text() == "mine"
+    assert "ner.yaml exists" in capsys.readouterr().err
+    assert main(["init", "quickstrt"]) == 2
+
+
+@pytest.mark.parametrize("job", ["distill", "task", "transfer"])
+def test_schema_describes_every_key(job, capsys):
+    assert main(["schema", job, "--json"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert main(["schema", job]) == 0
+    text = capsys.readouterr().out
+    for section in (schema, *schema["$defs"].values()):
+        for key in section.get("properties", {}):
+            assert f"    {key}: " in text, key
+
+
+def test_schema_says_type_and_default(capsys):
+    assert main(["schema"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "loss.hidden_states" in lines
+    assert "divergence: forward_kl or reverse_kl or jsd, by default forward_kl" in lines
+    assert "workspace_mb: int, by default 512" in lines
+    assert "output_dir: str, required" in lines
+
+
+def test_completion_knows_every_command(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "--resume" in script
 
 
 @pytest.mark.parametrize("argv", [[], ["distil"], ["distill"], ["doctor", "--jsn"]])
@@ -75,7 +143,9 @@ def test_what_torch_alone_can_do():
 def test_doctor_json(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"version", "torch", "triton", "devices", "rooms"}
+    assert set(facts) == {"version", "torch", "triton", "engine", "cache", "devices", "rooms"}
+    assert facts["engine"]["transformers"] == transformers.__version__
+    assert facts["cache"] == str(cache_root())
     assert facts["devices"][0].startswith("cpu")
     assert {"kd_loss", "linear_kd_loss"} <= set(facts["rooms"])
     for backends in facts["rooms"].values():
@@ -88,10 +158,12 @@ def test_doctor_json(capsys):
 def test_doctor_table(capsys, monkeypatch):
     rooms = {"kd_loss": {"triton": {"available": False, "reason": "no GPU"}}}
     facts = {"version": "1", "torch": "2", "triton": None, "devices": ["cpu"], "rooms": rooms}
+    facts |= {"engine": {"peft": "3", "deepspeed": None}, "cache": "/there"}
     monkeypatch.setattr(doctor, "collect", lambda: facts)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "not installed" in out
+    assert "triton       not installed" in out
+    assert "deepspeed    not installed; pip install 'modxfer-fast[engine]'" in out
     assert out.strip().endswith("kd_loss  triton     no   no GPU")
 
 

@@ -1,6 +1,8 @@
 """`training` sections become arguments, or an error that names the key."""
 
 import pytest
+import torch
+from huggingface_hub import HfApi
 
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
 from modxfer_fast.config import ConfigError, LossSection
@@ -35,11 +37,44 @@ def test_evaluation_keeps_precision_and_drops_sharding(tmp_path):
         ({"seed": 3}, "training.seed: set by seeds, not here"),
         ({"lr_scheduler_type": "cosin"}, "training: .*cosin.* is not a valid SchedulerType"),
         ({"label_smoothing_factor": 0.1}, "training: label_smoothing_factor: expected it off"),
+        (
+            {"per_device_train_batch_size": 0},
+            "training: per_device_train_batch_size: expected >= 1, got 0",
+        ),
+        (
+            {"gradient_accumulation_steps": 0},
+            "training: gradient_accumulation_steps: expected >= 1, got 0",
+        ),
+        (
+            {"report_to": "tensorbord"},
+            r"training.report_to: unknown logger 'tensorbord'; did you mean 'tensorboard'\?",
+        ),
+        ({"report_to": "dvclive"}, "training.report_to: dvclive is not installed"),
+        ({"zero_stage": 5}, "training: zero_stage: expected one of 0, 1, 2, 3, got 5"),
+        ({"deepspeed": "absent.json"}, "training: deepspeed: expected a JSON file, found none"),
+        ({"deepspeed": {"zero_optimization.stage": 2}}, "training: deepspeed: .*nest it"),
     ],
 )
 def test_mistakes(section, message):
     with pytest.raises(ConfigError, match=message):
         check_training(section, "training")
+
+
+def test_zero_without_a_launcher_is_told_before_anything_is_loaded(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"training: deepspeed: RANK, .* not set; .*torchrun"):
+        check_training({"zero_stage": 2}, "training")
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_hub_that_cannot_be_used_is_told_before_anything_is_loaded(monkeypatch):
+    def refuse(api, token=None):
+        raise ConnectionError(f"no route for {token}")
+
+    monkeypatch.setattr(HfApi, "whoami", refuse)
+    with pytest.raises(ConfigError, match=r"training.push_to_hub: .*no route for mine"):
+        check_training({"push_to_hub": True, "hub_token": "mine"}, "training")
 
 
 def test_pretraining_has_its_own_seed():

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from modxfer_fast.config import ConfigError, dump_config, load_config
+from modxfer_fast.config import ConfigError, as_dict, dump_config, load_config
 
 MINIMAL = {
     "output_dir": "out",
@@ -52,6 +52,15 @@ def test_no_is_a_word_and_false_is_not(write):
     assert load_config(write(dump_config(config), "again.yaml")) == config
 
 
+def test_secrets_leave_no_trace(write):
+    secret = {"push_to_hub": True, "hub_token": "hf_secret"}
+    config = load_config(write(changed(training=secret)))
+    assert config.training == secret
+    for text in (dump_config(config), str(as_dict(config))):
+        assert "hf_secret" not in text
+        assert "push_to_hub" in text
+
+
 def test_dump_reads_back_the_same(write):
     config = load_config(write(changed(training={"max_steps": 3}, seeds=[4, 5])))
     assert load_config(write(dump_config(config), "again.yaml")) == config
@@ -62,6 +71,10 @@ def test_dump_reads_back_the_same(write):
     [
         (changed(loss={"temprature": 2.0}), ["loss.temprature", "did you mean 'temperature'"]),
         (changed(studnet={}), ["studnet", "did you mean 'student'"]),
+        (
+            changed(student={"path": "s", "lora": {"r": 2}}),
+            ["student.lora", "did you mean 'peft'"],
+        ),
         (changed(loss={"temperature": "hot"}), ["loss.temperature", "valid number", "'hot'"]),
         (changed(loss={"temperature": -1.0}), ["loss.temperature", "greater than 0", "-1.0"]),
         (changed(loss={"temperature": 0.0}), ["loss.temperature", "greater than 0", "0.0"]),

@@ -5,6 +5,8 @@ import json
 import os
 
 import pytest
+import torch
+from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from modxfer_fast.engine import DistillConfig, deepspeed
@@ -77,10 +79,18 @@ def test_missing_deepspeed_names_the_extra(monkeypatch):
 
 
 @pytest.mark.usefixtures("launched")
-def test_accelerate_must_not_drop_deepspeed(monkeypatch):
+def test_the_cpu_switch_of_accelerate_drops_no_deepspeed(monkeypatch, tmp_path):
+    """`accelerate launch --cpu` means CPUs, not a training without ZeRO."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU: expected unset"):
-        deepspeed.check_environment()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda args: None)
+    started = []
+    monkeypatch.setattr(deepspeed, "start", lambda use_cpu: started.append(use_cpu))
+    monkeypatch.setattr(DistillConfig, "n_gpu", 0)
+    args = DistillConfig(output_dir=str(tmp_path), zero_stage=2)
+    assert "ACCELERATE_USE_CPU" not in os.environ
+    assert args.use_cpu
+    assert started == [True]
 
 
 def test_a_launcher_is_asked_for(monkeypatch, tmp_path):

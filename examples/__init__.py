@@ -1,0 +1,1 @@
+"""Example jobs: data of the package, which `modxfer init` lists and copies."""

@@ -1,0 +1,60 @@
+"""The keys of a job file, read off its schema."""
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+def sections(
+    schema: type[BaseModel], path: str = ""
+) -> Iterator[tuple[str, type[BaseModel], list[tuple[str, str, str]]]]:
+    """Every section of a job, outermost first.
+
+    Yields:
+        (dotted path, class, [(key, type, default)]); the default is ", by default ..." or ",
+        required".
+    """
+    keys, inner = [], []
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            inner.append((f"{path}.{name}".removeprefix("."), section))
+        kind = "section" if section is not None else _kind(field.annotation)
+        keys.append((name, kind, _default(field, section)))
+    yield path, schema, keys
+    for inner_path, section in inner:
+        yield from sections(section, inner_path)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also an optional one."""
+    candidates = (annotation, *typing.get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if annotation is type(None):
+        return "null"
+    if origin is None:
+        return getattr(annotation, "__name__", str(annotation))
+    inner = [_kind(argument) for argument in arguments]
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__} of {' to '.join(inner)}"
+    return " or ".join(inner)
+
+
+def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
+    if field.is_required():
+        return ", required"
+    if section is not None:
+        return ""
+    value = field.get_default(call_default_factory=True)
+    return f", by default {'null' if value is None else value}"
