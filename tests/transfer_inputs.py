@@ -110,7 +110,16 @@ def sentencepiece_like(vocab_size=120, texts=TEXTS):
 FAMILIES = ("bert", "roberta", "distilbert", "llama")
 
 
-def tiny_model(family="bert", *, num_layers=2, hidden_size=16, vocab_size=400, seed=0, **options):
+def tiny_model(
+    family="bert",
+    *,
+    num_layers=2,
+    hidden_size=16,
+    intermediate_size=24,
+    vocab_size=400,
+    seed=0,
+    **options,
+):
     """A random model with a task head, 64 positions; the same seed gives the same weights.
 
     Norms and biases are random too, so that no place looks like another.
@@ -123,7 +132,12 @@ def tiny_model(family="bert", *, num_layers=2, hidden_size=16, vocab_size=400, s
     }
     if family == "distilbert":
         config = DistilBertConfig(
-            n_layers=num_layers, dim=hidden_size, hidden_dim=24, n_heads=4, **sizes, **options
+            n_layers=num_layers,
+            dim=hidden_size,
+            hidden_dim=intermediate_size,
+            n_heads=4,
+            **sizes,
+            **options,
         )
     else:
         of_family = {"bert": BertConfig, "roberta": RobertaConfig, "llama": LlamaConfig}[family]
@@ -131,7 +145,7 @@ def tiny_model(family="bert", *, num_layers=2, hidden_size=16, vocab_size=400, s
         config = of_family(
             num_hidden_layers=num_layers,
             hidden_size=hidden_size,
-            intermediate_size=24,
+            intermediate_size=intermediate_size,
             num_attention_heads=4,
             **kv_heads,
             **sizes,

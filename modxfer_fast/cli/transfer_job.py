@@ -64,6 +64,7 @@ from modxfer_fast.transfer import (
     transport,
     verify,
 )
+from modxfer_fast.transfer.kept import warnings
 from modxfer_fast.transfer.rewrite.head import rewrite_head
 
 CONTENT = "content"
@@ -71,13 +72,16 @@ CONTENT = "content"
 
 @dataclass(frozen=True)
 class StudentRun:
-    """A trained student: its folder in the cache, its scores, and how many steps of refinement
-    count before those of `result`.
+    """A trained student.
+
+    folder: in the cache. result: its scores. steps_before: of refinement, which count before those
+    of `result`. module: folder of the module that it started from, None from scratch.
     """
 
     folder: Path
     result: TaskResult
     steps_before: int
+    module: Path | None
 
 
 class TransferJob:
@@ -357,11 +361,13 @@ class TransferJob:
         section = self.transfer
         if section.preset == "reference":
             return reference_options(self.module_state.config.peft_type)
+        chosen = {} if section.measured_at is None else {"measured_at": section.measured_at}
         return MapOptions(
             scope=section.scope,
             head_aware=section.head_aware,
             scale=section.scale,
             write=section.write,
+            **chosen,
         )
 
     @cached_property
@@ -407,6 +413,8 @@ class TransferJob:
             head=self.transfer.head,
             head_maps=head_maps,
         )
+        for line in warnings(module.facts["kept"]):
+            self.console.say(line)
         save_adapter(
             module,
             student,
@@ -512,7 +520,7 @@ class TransferJob:
             "student", facts, lambda folder: self._train_student(module, folder)
         )
         result = TaskResult.from_dict(read_json(folder / RESULT))
-        return StudentRun(folder, result, job.steps_before(scratch=module is None))
+        return StudentRun(folder, result, job.steps_before(scratch=module is None), module)
 
     def _train_student(self, module: Path | None, folder: Path) -> None:
         job = self.job

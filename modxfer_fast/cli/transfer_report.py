@@ -20,6 +20,7 @@ from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning
 from modxfer_fast.report.transfer_table import CellResult, Checkpoint, group_results
 from modxfer_fast.transfer import PROVENANCE, Maps, Statistics
+from modxfer_fast.transfer.kept import share_kept
 
 
 def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[str, Any] | None:
@@ -113,7 +114,16 @@ def cell_result(job: TransferJob, run: StudentRun, labels: dict[str, str]) -> Ce
             Checkpoint(run.steps_before + int(point["step"]), point["validation"], point["test"])
             for point in result.checkpoints
         ),
+        kept=None if run.module is None else _kept(run.module),
     )
+
+
+def _kept(module: Path) -> float | None:
+    """Of the updates that a moved module had in the teacher, None of a fresh one."""
+    provenance = module / ADAPTER / PROVENANCE
+    if not provenance.is_file():
+        return None
+    return share_kept(json.loads(provenance.read_text(encoding="utf-8")).get("kept", ()))
 
 
 def _print_summary(

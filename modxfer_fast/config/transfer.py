@@ -14,6 +14,7 @@ from modxfer_fast.config.transfer_names import (
     POOLINGS,
     SCALES,
     SCOPES,
+    SPACES,
     TEXTS,
     WRITES,
 )
@@ -129,7 +130,14 @@ class RefineSection(Section):
 
 
 # What the paper's code does; `reference_options` has the rest.
-_REFERENCE = {"method": "lsa", "layers": "skip", "scope": "layer", "scale": "none", "head": "fresh"}
+_REFERENCE = {
+    "method": "lsa",
+    "layers": "skip",
+    "scope": "layer",
+    "scale": "none",
+    "head": "fresh",
+    "measured_at": None,
+}
 _REFERENCE_STATISTICS = {"pairing": "positions", "held_out_every": 0, "module_active": False}
 
 
@@ -144,6 +152,8 @@ class TransferSection(Section):
     head_aware: query, key, value and context are mapped head by head; null: except by regressions.
     scale: how standard deviations are carried; null: as suits the method.
     write: of ridge and reduced_rank, how the changes a module writes are mapped.
+    measured_at: {space: the space whose map it uses}; null: as suits the method, the gate and up
+        projections at ffn_inner; {} for none.
     head: a fresh task head for the student, or the teacher's through the map of the last layer.
     head_method: of that map; null means `method`, and ridge with `method: fresh`.
     texts: what statistics and refinement read, without labels. `train`: the examples whose labels
@@ -159,6 +169,7 @@ class TransferSection(Section):
     head_aware: bool | None = None
     scale: Literal[SCALES] | None = None
     write: Literal[WRITES] = "rotation"
+    measured_at: dict[Literal[SPACES], Literal[SPACES]] | None = None
     head: Literal[HEADS] = "fresh"
     head_method: Literal[MAP_METHODS] | None = None
     texts: Literal[TEXTS] = "train"

@@ -30,3 +30,18 @@ PAIRINGS = ("words", "spans", "positions")
 POOLINGS = ("mean", "first")
 HEADS = ("fresh", "transport")
 TEXTS = ("train", "unlabelled")
+# attention_out and ffn_out are sublayer outputs before the residual is added.
+SPACES = (
+    "attention_in",
+    "query",
+    "key",
+    "value",
+    "context",
+    "attention_out",
+    "ffn_in",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_inner",
+    "ffn_out",
+    "layer_out",
+)

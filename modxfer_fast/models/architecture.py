@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
+from modxfer_fast.config.transfer_names import SPACES
 from modxfer_fast.models.errors import ModelError
 
 
@@ -35,21 +36,6 @@ ROLES: Mapping[str, Role] = MappingProxyType(
     }
 )
 
-# attention_out and ffn_out are sublayer outputs before the residual is added.
-SPACES = (
-    "attention_in",
-    "query",
-    "key",
-    "value",
-    "context",
-    "attention_out",
-    "ffn_in",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_inner",
-    "ffn_out",
-    "layer_out",
-)
 _RESIDUAL = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
 _INNER = ("ffn_gate", "ffn_up", "ffn_inner")
 

@@ -29,6 +29,8 @@ class CellResult:
         seconds: of the student's training.
         curve: (step, score on the validation split), ascending.
         checkpoints: the scores after the steps that were asked for, ascending.
+        kept: share of the power of the teacher's updates that the write maps keep; None where
+            nothing was mapped.
     """
 
     labels: dict[str, str]
@@ -38,6 +40,7 @@ class CellResult:
     seconds: float
     curve: tuple[tuple[int, float], ...]
     checkpoints: tuple["Checkpoint", ...] = ()
+    kept: float | None = None
 
     def after(self, step: int) -> "CellResult | None":
         """What the cell would have found with this step as its last, None where nobody looked."""
@@ -66,12 +69,13 @@ def write_results(cells: Sequence[CellResult], folder: Path) -> None:
     checkpoints `checkpoints.csv`, too.
     """
     axes = list(cells[0].labels) if cells else []
-    lines = [[*axes, *_NUMBERS]]
+    lines = [[*axes, *_NUMBERS, "kept"]]
     curves = [[*axes, "step", "validation"]]
     checkpoints = [[*axes, *Checkpoint._fields]]
     for cell in cells:
         labels = [cell.labels[axis] for axis in axes]
-        lines.append([*labels, *(f"{getattr(cell, name):.6g}" for name in _NUMBERS)])
+        kept = "" if cell.kept is None else f"{cell.kept:.6g}"
+        lines.append([*labels, *(f"{getattr(cell, name):.6g}" for name in _NUMBERS), kept])
         curves += [[*labels, step, f"{value:.6g}"] for step, value in cell.curve]
         checkpoints += [[*labels, c[0], *(f"{v:.6g}" for v in c[1:])] for c in cell.checkpoints]
     write_text(folder / RESULTS, _csv(lines))
@@ -98,6 +102,7 @@ def read_results(folder: Path) -> list[CellResult]:
     with open(folder / RESULTS, encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             numbers = {name: float(line.pop(name)) for name in _NUMBERS}
+            kept = line.pop("kept", "")
             key = tuple(line.items())
             cells.append(
                 CellResult(
@@ -105,6 +110,7 @@ def read_results(folder: Path) -> list[CellResult]:
                     **numbers,
                     curve=tuple(curves.get(key, ())),
                     checkpoints=tuple(checkpoints.get(key, ())),
+                    kept=float(kept) if kept else None,
                 )
             )
     return cells
@@ -129,6 +135,7 @@ class MethodResult:
         steps_to_scratch: mean of the first evaluated steps at which the validation score reaches
             the last one of scratch, None unless every paired repeat gets there.
         curve: (step, mean validation score over the repeats).
+        kept: mean share of the teacher's updates that the write maps keep, None without maps.
         chosen: the label of the axis that was chosen along, None where there is none.
     """
 
@@ -140,6 +147,7 @@ class MethodResult:
     gap_recovered: float | None
     steps_to_scratch: float | None
     curve: tuple[tuple[int, float], ...]
+    kept: float | None = None
     chosen: str | None = None
 
     @property
@@ -236,6 +244,7 @@ def _method(
     pairs = [(cells[seed], scratch[seed]) for seed in seeds if seed in scratch]
     gap = sum(base.teacher - base.score for _, base in pairs)
     gained = sum(cell.score - base.score for cell, base in pairs)
+    kept = [cell.kept for cell in cells.values() if cell.kept is not None]
     reached = [_first_step(cell, base) for cell, base in pairs]
     steps = sorted({step for cell in cells.values() for step, _ in cell.curve})
     values = {step: [v for c in cells.values() for s, v in c.curve if s == step] for step in steps}
@@ -248,6 +257,7 @@ def _method(
         gained / gap if pairs and gap > 0 else None,
         statistics.fmean(reached) if reached and None not in reached else None,
         tuple((step, statistics.fmean(values[step])) for step in steps),
+        statistics.fmean(kept) if kept else None,
         None if choose is None else cells[seeds[0]].labels[choose],
     )
 
@@ -308,13 +318,15 @@ def _score(method: MethodResult) -> str:
 
 
 def markdown(groups: Sequence[Group], scratch: str) -> str:
-    """A table per group: score, before training, gap recovered, steps, seeds above scratch."""
+    """A table per group: score, before training, gap recovered, steps, repeats above scratch, and
+    how much of the teacher's updates the maps keep.
+    """
     parts = []
     for group in groups:
         parts.append(f"### {group.title}: teacher {group.teacher:.3f}\n")
         parts.append(
             "| method | test | validation before training | gap recovered "
-            "| steps to scratch's last | seeds above scratch |\n|---|---|---|---|---|---|"
+            "| steps to scratch's last | repeats above scratch | update kept |\n" + "|---" * 7 + "|"
         )
         best = max(group.methods, key=lambda method: method.mean)
         for method in group.methods:
@@ -328,6 +340,7 @@ def markdown(groups: Sequence[Group], scratch: str) -> str:
                 ""
                 if is_scratch or not method.paired
                 else f"{method.above_scratch}/{method.paired}",
+                "" if method.kept is None else f"{method.kept:.0%}",
             )
             parts.append("| " + " | ".join(columns) + " |")
         parts.append("")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modxfer_fast.config.transfer_names import HEADS
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.kept import kept_facts, power_kept
 from modxfer_fast.transfer.layer_maps import LayerMap
 from modxfer_fast.transfer.layout import student_config
 from modxfer_fast.transfer.maps import Maps
@@ -72,6 +73,7 @@ def transport(
     _check_places(module, student)
     slots: dict[Slot, dict[str, Tensor]] = {}
     scaling: dict[Slot, float] = {}
+    kept: list[tuple[Slot, int, tuple[float, float]]] = []
     for s, teachers in enumerate(layer_map.sources):
         for place in places(module.kind, module.config, module.architecture):
             sources = _sources(module, maps, statistics, s, teachers, layer_map.weights(s), place)
@@ -79,6 +81,10 @@ def transport(
                 continue
             slot = Slot(s, place)
             _check_counted(sources, layer_map, slot)
+            there = [t for t in teachers if Slot(t, place) in module.slots]
+            for t, source in zip(there, sources, strict=True):
+                if (power := power_kept(module.kind, source)) is not None:
+                    kept.append((slot, t, power))
             seed = len(slots)  # each slot its own
             slots[slot] = _rewrite(module, sources, layer_map.combine, maps.method, rank, seed)
             scaling[slot] = sources[0].scaling
@@ -107,6 +113,7 @@ def transport(
             "maps": maps.facts,
             "fits": maps.fits(),
             "head": head,
+            "kept": kept_facts(kept),
             "residuals": {f"{s}.{place}": numbers for (s, place), numbers in residuals.items()},
         },
     )

@@ -190,6 +190,28 @@ def test_other_ways_to_move_a_lora(write, transfer):
         assert json.loads(provenance.read_text())["refine"]["training"]["max_steps"] == 4
 
 
+def test_what_the_maps_lose_of_an_update_is_said(write, material, capsys):
+    """The same width on both sides: what is lost is lost where the maps are measured."""
+    peft = {"target_modules": ["intermediate.dense"]}
+    changes = {
+        "teacher": {"peft": peft},
+        "student": {"path": str(material / "same")},
+        "scratch": False,
+    }
+    path, out = write(**changes)
+    run(path)
+    assert "the write map keeps" not in capsys.readouterr().out
+    whole = json.loads((out / "module" / "transfer.json").read_text())["kept"]
+    path, _ = write(**changes, overwrite=True, transfer={"measured_at": {}})
+    run(path)
+    assert "ffn_up: the write map keeps" in capsys.readouterr().out
+    kept = json.loads((out / "module" / "transfer.json").read_text())["kept"]
+    assert [(row["student"], row["place"]) for row in kept] == [(0, "ffn_up"), (1, "ffn_up")]
+    for row, other in zip(whole, kept, strict=True):
+        assert row["kept"] > 0.95
+        assert other["kept"] < 0.9
+
+
 def _head_of(folder):
     tensors = load_file(folder / task_models.ADAPTER / "adapter_model.safetensors")
     return {name: tensor for name, tensor in tensors.items() if "classifier" in name}

@@ -1,5 +1,7 @@
 """The table of a grid: kept as CSV, compared with scratch seed by seed."""
 
+from dataclasses import replace
+
 import pytest
 
 from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
@@ -33,7 +35,7 @@ def test_what_is_written_is_read_back(tmp_path):
     write_results(CELLS, tmp_path)
     assert read_results(tmp_path) == CELLS
     assert (tmp_path / "results.csv").read_text().splitlines()[0] == (
-        "task,method,seed,teacher,initial,score,seconds"
+        "task,method,seed,teacher,initial,score,seconds,kept"
     )
 
 
@@ -73,8 +75,8 @@ def test_markdown_names_the_best_and_counts_seeds():
         group_results([*CELLS, cell("scratch", 0, 0.3, task="ner_de")], "scratch"), "scratch"
     )
     assert "### ner_en: teacher 0.800" in text
-    assert "| **ridge** | 0.525 ± 0.106 (2) | 0.200 | 21% | 15 | 1/2 |" in text
-    assert "| scratch | 0.450 ± 0.071 (2) | 0.000 |  | 20 |  |" in text
+    assert "| **ridge** | 0.525 ± 0.106 (2) | 0.200 | 21% | 15 | 1/2 |  |" in text
+    assert "| scratch | 0.450 ± 0.071 (2) | 0.000 |  | 20 |  |  |" in text
     assert "### ner_de" in text
 
 
@@ -154,3 +156,11 @@ def test_the_table_by_steps_has_a_column_for_each():
     assert "| method | 10 steps | 40 steps |" in text
     assert "| scratch | 0.300 ± 0.141 (2, high) | 0.400 ± 0.141 (2, low) |" in text
     assert "| mapped | 0.350 (1, low) | 0.600 (1, low) |" in text
+
+
+def test_what_the_maps_keep_is_a_figure_of_the_table(tmp_path):
+    kept = [replace(cell, kept=0.75 + 0.01 * i) for i, cell in enumerate(CELLS[1::2])]
+    write_results([CELLS[0], *kept], tmp_path)
+    assert read_results(tmp_path) == [CELLS[0], *kept]
+    text = markdown(group_results([CELLS[0], *kept], "scratch"), "scratch")
+    assert "| 1/1 | 76% |" in text

@@ -62,7 +62,8 @@ def move(teacher, student, config, method="lsa", *, kind="uniform", options=None
     module = PeftModuleState.from_model(with_module)
     layers = Architecture.of(student).num_layers, Architecture.of(teacher).num_layers
     layer_map = make_layer_map(kind, *layers)
-    facts = statistics(teacher, student, module.spaces, layer_map)
+    sites = (options or MapOptions()).sites(module.spaces)
+    facts = statistics(teacher, student, sites, layer_map)
     maps = fit_maps(
         facts,
         layer_map,
@@ -382,7 +383,11 @@ def test_a_clone_behind_another_tokenizer_is_recovered():
     pairs = Pairing(batch_size=6).batches(texts, teacher_tokenizer, student_tokenizer)
     layer_map = make_layer_map("skip", 2, 2)
     facts = collect_statistics(
-        teacher, student, pairs, layer_pairs=layer_map.pairs, spaces=module.spaces
+        teacher,
+        student,
+        pairs,
+        layer_pairs=layer_map.pairs,
+        spaces=MapOptions().sites(module.spaces),
     )
     assert facts.facts["kept_fraction"] == 1
     parts = {"teacher": Architecture.of(teacher), "student": Architecture.of(student)}

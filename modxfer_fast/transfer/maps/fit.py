@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,13 @@ from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
 from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.statistics import Statistics
 
+# What a LoRA writes into the gate or the up projection lies anywhere in the space of the hidden
+# neurons, but the outputs of these linears span no more than they read. Behind the non-linearity
+# the same neurons vary freely, and both linears get one map of them.
+MEASURED_AT: Mapping[str, str] = MappingProxyType({"ffn_gate": "ffn_inner", "ffn_up": "ffn_inner"})
 RESIDUAL_SPACES = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
-_REGRESSIONS = ("ridge", "reduced_rank")
+# kd_projection regresses in the spaces that no projection reaches
+_REGRESSIONS = ("ridge", "reduced_rank", "kd_projection")
 _FITS_MEANS = ("procrustes", *_REGRESSIONS)
 _DEFAULT_SCALE = {"lsa": "none", "shuffled": "none", "procrustes": "global"}  # others: "feature"
 DATA_FREE_METHODS = (*CONTROLS, "random_matched")
@@ -60,7 +66,8 @@ class MapOptions:
         scope: "layer": each pair of layers its own maps; "global": one map for the whole residual
             stream, from the moments of its spaces summed over all pairs.
         head_aware: pair heads before features in query, key, value and context; None: yes, except
-            for regressions, which may draw on every head.
+            for regressions, which may draw on every head; these do it where a linear writes more
+            features than it reads, because only inside a head features then span their space.
         scale: how deviations are carried: "none", "global" (one ratio a space) or "feature";
             None: "none" for lsa, "feature" for lsa_abs, "global" for procrustes.
         means: carry means, which transport folds into biases. Without, rotations and what
@@ -71,7 +78,9 @@ class MapOptions:
             features on the teacher's. A module writes in directions that features without it hardly
             have; there a regression is free to be large, and is, where a rotation keeps lengths.
         ridge: the penalties to choose from.
-        measured_at: space -> the space whose map it uses instead of its own.
+        measured_at: space -> the space whose map it uses instead of its own; {} for none. By
+            default the gate and up projections use that of the neurons behind them. Projections of
+            `kd_projection` need no such place, and take it where statistics have it.
     """
 
     scope: str = "layer"
@@ -80,7 +89,7 @@ class MapOptions:
     means: bool | None = None
     write: str = "rotation"
     ridge: tuple[float, ...] = GRID
-    measured_at: Mapping[str, str] = field(default_factory=dict)
+    measured_at: Mapping[str, str] = field(default_factory=lambda: dict(MEASURED_AT))
 
     def __post_init__(self):
         if self.scope not in SCOPES:
@@ -273,6 +282,11 @@ class _Fitter:
         Raises:
             TransferError: they were not collected, or hold NaN or infinity.
         """
+        if self.statistics is None:
+            raise TransferError(
+                f"statistics: expected for the space {space!r} with the method {self.method!r}, "
+                "got none"
+            )
         with self._lock:
             moments = on_cpu(self.statistics.moments(space, s, t))
         if not finite(moments):
@@ -333,7 +347,7 @@ class _Fitter:
             moments = self.moments_if_collected(site, s, t)
             read, write, numbers = self._data_free(site)
             mean_s, mean_t = read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
-        elif self.projection_maps is not None:
+        elif self._is_projected(site):
             moments = self.moments_if_collected(site, s, t)
             read, write, mean_s, mean_t = self.projection_maps.fit(site, s, t)
             numbers = {}
@@ -353,7 +367,19 @@ class _Fitter:
         return SpaceMap(read, write, mean_s, mean_t, {**fit, **numbers})
 
     def _site(self, space: str) -> str:
-        return self.options.measured_at.get(space, space)
+        site = self.options.measured_at.get(space, space)
+        if self.method == "kd_projection" and not self._is_collected(site):
+            return space
+        return site
+
+    def _is_collected(self, site: str) -> bool:
+        return self.statistics is not None and site in self.statistics.spaces
+
+    def _is_projected(self, site: str) -> bool:
+        """Whether the projections of a distillation give the map, and all of it."""
+        if self.projection_maps is None or not self.projection_maps.covers(site):
+            return False
+        return not (self._is_wide(site) and self._is_collected(site))
 
     def _pooled_map(self, key: Key) -> tuple[Tensor, Tensor, dict[str, float]]:
         read, write, numbers = self._global
@@ -368,7 +394,7 @@ class _Fitter:
         heads_s, heads_t = self.student.heads(site), self.teacher.heads(site)
         aware = self.options.head_aware
         if aware is None:
-            aware = self.method not in _REGRESSIONS
+            aware = self.method not in _REGRESSIONS or self._is_wide(site)
         if heads_s is not None and aware:
             fitted = fit_by_heads(self._on_moments, moments, held, heads_s, heads_t)
         else:
@@ -378,6 +404,13 @@ class _Fitter:
         read, write, numbers = fitted
         order = torch.randperm(read.shape[0], generator=self._generator(site, s, t))
         return read[order], write[:, order], numbers
+
+    def _is_wide(self, site: str) -> bool:
+        """Whether heads of either model have more features together than the linear reads that
+        writes them."""
+        if site not in ("query", "key", "value"):
+            return False
+        return any(parts.width(site) > parts.hidden_size for parts in (self.teacher, self.student))
 
     def _on_moments(
         self, moments: Moments, held: Moments | None

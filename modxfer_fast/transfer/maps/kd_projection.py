@@ -16,6 +16,9 @@ models, P = read W_t^T and R = W_s^T:
 
     read  = argmin_M E ||s R M - s P||^2        write = the rotation from s P to s R
 
+What no projection reaches, context and ffn_inner behind attention and a non-linearity, is mapped as
+by ridge, from statistics.
+
 E is over the student's second moments if statistics are given, else over white features.
 """
 
@@ -154,24 +157,23 @@ class ProjectionMaps:
         pairs = tuple(pair.between(*widths) for pair in projections.pairs)
         self.projections = Projections(pairs, projections.normalised)
 
+    @staticmethod
+    def covers(space: str) -> bool:
+        """Whether a map of this space follows from projections of the hidden states."""
+        return space in _DEPTH or any(role.writes == space for role in ROLES.values())
+
     def fit(self, space: str, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """read [d_s, d_t], write [d_t, d_s], mean_s and mean_t.
 
         Raises:
-            TransferError: a space whose map does not follow from the projections, or only with
-                statistics that are missing.
+            TransferError: a space whose map follows only with statistics that are missing.
         """
         if space in _DEPTH:
             read, offset = self._residual(space, s, t)
             gram = self._student_gram(space, s, t, read)
             write = _rotation(gram, gram @ read, read.T @ gram @ read)
             return read, write, read.new_zeros(read.shape[0]), offset
-        role = next((role for role, (_, writes) in ROLES.items() if writes == space), None)
-        if role is None:
-            raise TransferError(
-                f"spaces: 'kd_projection' has no map for {space!r}; it has one for "
-                f"{', '.join(_DEPTH)} and for what a linear of the block writes"
-            )
+        role = next(role for role, (_, writes) in ROLES.items() if writes == space)
         reads = ROLES[role].reads
         outer, _ = self._residual(reads, s, t)
         through_t = outer @ self._weight(self.teacher, self.teacher_parts, t, role).T

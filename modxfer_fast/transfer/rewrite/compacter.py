@@ -26,6 +26,11 @@ def rewrite_compacter(sources: Sequence[Source], combine: str) -> dict[str, Tens
     return {**rewrite_bottleneck(dense, combine), **rules}
 
 
+def dense_up(tensors: Mapping[str, Tensor]) -> Tensor:
+    """up.weight of a Compacter as that of a bottleneck."""
+    return _dense(tensors)["up.weight"]
+
+
 def factored(
     slots: Mapping[Slot, Mapping[str, Tensor]], rank: int
 ) -> tuple[dict[Slot, dict[str, Tensor]], dict[Slot, dict[str, float]]]:
