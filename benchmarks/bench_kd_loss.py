@@ -10,7 +10,7 @@ from torch import Tensor
 from modxfer_fast import kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
 
-from .candidates import divergence_columns, our_backends, training_step
+from .candidates import dense_divergence, divergence_columns, our_backends, training_step
 from .dense import dense_kd_loss
 from .harness import Candidate, Floor, Lineup
 from .inputs import logits_inputs, logits_truth
@@ -28,18 +28,18 @@ def lineup(case: Case) -> Lineup:
     beta = case.options["beta"]
     spec = KDSpec.checked(case.variant, beta, 1.0, 1.0, 0.0, False)
     compiled = torch.compile(dense_kd_loss, dynamic=False)
-    options = {"divergence": case.variant, "beta": beta}
 
-    def candidate(name: str, function, **extra) -> Candidate:
+    def candidate(name: str, function, **options) -> Candidate:
         leaf = student.detach().requires_grad_()
-        step = training_step(lambda: function(leaf, teacher, **options, **extra), {"dlogits": leaf})
+        step = training_step(lambda: function(leaf, teacher, **options), {"dlogits": leaf})
         return Candidate(name, step, _OUTPUTS, COPY)
 
     candidates = [
-        candidate(f"ours {backend}", kd_loss, backend=backend)
+        candidate(f"ours {backend}", kd_loss, divergence=case.variant, beta=beta, backend=backend)
         for backend in our_backends("kd_loss", case.device, case.dtype)
     ]
-    candidates += [candidate("eager", dense_kd_loss), candidate("torch.compile", compiled)]
+    dense = {"eager": dense_kd_loss, "torch.compile": compiled}
+    candidates += [candidate(name, dense[name], **dense_divergence(case)) for name in dense]
     truth = lambda: logits_truth(student, teacher, spec)
     problem = {"N": case.shape.N, "V": case.shape.V, **divergence_columns(case)}
     return Lineup(problem, candidates, floors(student, teacher), truth)

@@ -13,7 +13,7 @@ import torch
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
 
-from .candidates import divergence_columns, our_backends, training_step
+from .candidates import dense_divergence, divergence_columns, our_backends, training_step
 from .dense import dense_linear_kd_loss
 from .harness import COARSE_BUDGET, Candidate, Floor, Lineup
 from .inputs import LinearInputs, linear_inputs, linear_truth
@@ -92,13 +92,13 @@ def _ours(case: Case, inputs: LinearInputs) -> list[Candidate]:
 
 
 def _eager(case: Case, inputs: LinearInputs) -> Candidate:
-    loss = functools.partial(dense_linear_kd_loss, **_divergence(case))
+    loss = functools.partial(dense_linear_kd_loss, **dense_divergence(case))
     return _candidate(case, inputs, "eager", loss, budget=COARSE_BUDGET)
 
 
 def _compiled(case: Case, inputs: LinearInputs) -> Candidate:
     compiled = torch.compile(dense_linear_kd_loss, dynamic=False)
-    loss = functools.partial(compiled, **_divergence(case))
+    loss = functools.partial(compiled, **dense_divergence(case))
     return _candidate(case, inputs, "torch.compile", loss, budget=COARSE_BUDGET)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch, env
+from modxfer_fast.kernels.common import KDSpec
 
 from .rooms import Case
 
@@ -62,6 +63,12 @@ def forward_backward(
         return results
 
     return step
+
+
+def dense_divergence(case: Case) -> dict[str, str | float]:
+    """Arguments of the dense losses: the JSD has its ends, where its formula has log 0, as KLs."""
+    spec = KDSpec.checked(case.variant, case.options["beta"], 1.0, 1.0, 0.0, False)
+    return {"divergence": spec.divergence, "beta": spec.beta}
 
 
 def divergence_columns(case: Case) -> dict[str, str | float]:

@@ -155,6 +155,18 @@ def test_every_implementation_computes_the_same_function(room, variant, dtype, u
     assert any(name.startswith("ours") for name in results)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("room", ["kd_loss", "linear_kd_loss"])
+def test_every_implementation_knows_the_ends_of_the_jsd(room, beta, uncompiled):
+    problem = case(room, "jsd", beta=beta)
+    lineup = ROOMS[room].lineup(problem)
+    truth = lineup.truth()
+    texts = {c.name: check(c, truth, problem.dtype).text for c in lineup.candidates}
+    assert {"eager", "torch.compile"} < set(texts)
+    texts = {name: text for name, text in texts.items() if text != "not installed"}
+    assert all(text.startswith("pass") for text in texts.values()), texts
+
+
 @pytest.mark.parametrize("room", ["lora_linear", "lora_block", "lora_projection"])
 def test_a_wrong_scale_of_the_adapters_is_seen(room, monkeypatch, uncompiled):
     """The budgets in half precision are wide: they must not cover a LoRA part that is off."""
