@@ -9,7 +9,35 @@ from pathlib import Path
 
 import torch
 
+from modxfer_fast.kernels.common import compiled, instruction_sets
+
+# What torch and its libraries read when they first compute, for each set that is not the widest.
+# MKL heeds its variable on Intel processors and takes a choice of its own on others.
+_LIMITS = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "baseline": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+}
 _PACKAGES = ("triton", "liger-kernel", "trl", "peft", "transformers")
+
+
+def hold_libraries(isa: str | None) -> None:
+    """Floors and peers run with the instruction set that our kernels are asked to run with.
+
+    Call it before torch computes anything. What the user has set stays.
+
+    Args:
+        isa: as `MODXFER_CPU_ISA` has it; None changes nothing.
+    """
+    for name, value in _LIMITS.get(isa, {}).items():
+        os.environ.setdefault(name, value)
 
 
 def describe(device: str) -> dict[str, str]:
@@ -19,7 +47,7 @@ def describe(device: str) -> dict[str, str]:
         device: "cpu" or "cuda".
     """
     return {
-        **(_gpu() if device == "cuda" else {"cpu": _cpu_name(), "threads": _threads()}),
+        **(_gpu() if device == "cuda" else _cpu()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: version(package) or "not installed" for package in _PACKAGES},
@@ -46,6 +74,24 @@ def _gpu() -> dict[str, str]:
         "gpu": properties.name,
         "gpu_memory_gib": f"{properties.total_memory / 2**30:.0f}",
         "cuda": str(torch.version.cuda or torch.version.hip),
+    }
+
+
+def _cpu() -> dict[str, str]:
+    limits = [
+        f"{library} {os.environ.get(variable, 'unlimited')}"
+        for library, variable in (
+            ("MKL", "MKL_ENABLE_INSTRUCTIONS"),
+            ("oneDNN", "ONEDNN_MAX_CPU_ISA"),
+        )
+    ]
+    return {
+        "cpu": _cpu_name(),
+        "threads": _threads(),
+        "isa": instruction_sets.in_use() if compiled.available()[0] else "csrc is not built",
+        "isa_of_floors_and_peers": ", ".join(
+            [f"torch {torch.backends.cpu.get_cpu_capability()}", *limits]
+        ),
     }
 
 

@@ -6,6 +6,9 @@
 #include "modxfer/ops.h"
 
 STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
+  m.def("has_instruction_set(int index) -> bool");
+  m.def("instruction_set() -> int");
+  m.def("use_instruction_set(int index) -> ()");
   m.def(
       "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int divergence, "
       "float beta, float temperature, float kd_weight, float ce_weight) "
@@ -40,6 +43,12 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "correlation_centre(Tensor x, Tensor? mask, Tensor shift, Tensor(a!) centred, "
       "Tensor(b!) sums) -> ()");
   m.def("correlation_add(Tensor tile, Tensor(a!) total) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CompositeExplicitAutograd, m) {
+  m.impl("has_instruction_set", TORCH_BOX(&modxfer::has_instruction_set));
+  m.impl("instruction_set", TORCH_BOX(&modxfer::instruction_set));
+  m.impl("use_instruction_set", TORCH_BOX(&modxfer::use_instruction_set));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {

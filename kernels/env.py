@@ -8,6 +8,14 @@ def backend() -> str | None:
     return os.environ.get("MODXFER_BACKEND") or None
 
 
+def cpu_isa() -> str | None:
+    """`MODXFER_CPU_ISA`: instruction set of the C++ kernels, or None for the processor's widest.
+
+    One of `kernels/common/instruction_sets.py`; read once, when the kernels are loaded.
+    """
+    return os.environ.get("MODXFER_CPU_ISA") or None
+
+
 def debug() -> bool:
     """`MODXFER_DEBUG=1`: check values too (labels, NaN), at the price of a wait on a GPU."""
     return os.environ.get("MODXFER_DEBUG", "0") not in ("", "0")

@@ -1,4 +1,4 @@
-// Streaming moments on a CPU: dtype and thread handling around the loops of correlation_rows.h.
+// Streaming moments on a CPU: dtype and thread handling around the loops of correlation_isa.cpp.
 //
 // Threads share the columns, and every column is summed by one of them from the first row to the
 // last: the same bits for any number of threads.
@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "correlation_rows.h"
+#include "modxfer/correlation.h"
 #include "modxfer/ops.h"
 #include "rows.h"
 
@@ -31,15 +31,16 @@ void check_double(const Tensor& tensor, int64_t numel) {
 
 void centre_columns(Tensor x, const bool* mask, const double* shift, Tensor centred, int64_t first,
                     int64_t count, double* sum, double* square) {
+  const CorrelationKernels& kernels = correlation_kernels();
   const int64_t N = x.size(0);
   const Rows source(torch::stable::narrow(x, 1, first, count));
   const Rows target(torch::stable::narrow(centred, 1, first, count));
   std::vector<float> origin(shift + first, shift + first + count);
-  std::vector<float> buffer(source.buffer_size() * kGroup);
-  for (int64_t row = 0; row < N; row += kGroup) {
-    const int rows = static_cast<int>(std::min<int64_t>(kGroup, N - row));
-    const float* from[kGroup];
-    float* to[kGroup];
+  std::vector<float> buffer(source.buffer_size() * kCorrelationGroup);
+  for (int64_t row = 0; row < N; row += kCorrelationGroup) {
+    const int rows = static_cast<int>(std::min<int64_t>(kCorrelationGroup, N - row));
+    const float* from[kCorrelationGroup];
+    float* to[kCorrelationGroup];
     for (int i = 0; i < rows; ++i) {
       const bool counts = mask == nullptr || mask[row + i];
       // a row that does not count may hold anything: what is read in its place is at the shift
@@ -47,11 +48,11 @@ void centre_columns(Tensor x, const bool* mask, const double* shift, Tensor cent
           counts ? source.read(row + i, buffer.data() + i * source.buffer_size()) : origin.data();
       to[i] = target.target(row + i, nullptr);
     }
-    if (rows == kGroup) {
-      centre_group(from, origin.data(), count, to, sum + first, square + first);
+    if (rows == kCorrelationGroup) {
+      kernels.centre_group(from, origin.data(), count, to, sum + first, square + first);
     } else {
       for (int i = 0; i < rows; ++i) {
-        centre_row(from + i, origin.data(), count, to + i, sum + first, square + first);
+        kernels.centre_row(from + i, origin.data(), count, to + i, sum + first, square + first);
       }
     }
   }
@@ -95,10 +96,11 @@ void correlation_add(Tensor tile, Tensor total) {
   const auto* source = static_cast<const float*>(tile.data_ptr());
   auto* target = static_cast<double*>(total.data_ptr());
   const int64_t stride = total.stride(0);
+  const CorrelationKernels& kernels = correlation_kernels();
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(D, 1));
   torch::stable::parallel_for(0, M, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      add_to_double(source + row * D, D, target + row * stride);
+      kernels.add_to_double(source + row * D, D, target + row * stride);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Row kernels of the KD loss. Included once per instruction set after vec.h, in the same namespace.
+// Row kernels of the KD loss. Included once per instruction set after vec.h, by each_isa.h.
 //
 //   forward     1. maxima   2. e^x and its sums   3. q and u per class, their sums
 //   recompute   q and u per class from the statistics of an earlier forward
@@ -160,3 +160,5 @@ void row_recompute(const float* student, const float* teacher, int64_t V, const 
       return row_recompute_as<Divergence::kJsd>(student, teacher, V, spec, stats, scratch);
   }
 }
+
+constexpr KdRowKernels kKernels{kIsaName, row_fwd, row_recompute, row_grad};

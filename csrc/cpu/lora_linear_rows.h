@@ -1,4 +1,4 @@
-// Kernels of a LoRA linear. Included once per instruction set after vec.h, in the same namespace.
+// Kernels of a LoRA linear. Included once per instruction set after vec.h, by each_isa.h.
 //
 //   draw_mask   Philox4x32-7, a draw in each 64-bit lane
 //   shrink      lanes along the width: kShrinkRows x kShrinkRanks dot products in registers
@@ -295,3 +295,5 @@ void outer(Matrix s, Matrix x, Mask mask, int64_t rows, int64_t R, int64_t W, bo
   const auto run = mask.words != nullptr ? outer_as<true> : outer_as<false>;
   run(s, x, mask, rows, R, W, accumulate, grad);
 }
+
+constexpr LoraKernels kKernels{kIsaName, kLanes, draw_mask, shrink, expand, outer};

@@ -1,5 +1,4 @@
-// Row kernel of the projection loss. Included once per instruction set after vec.h, in the same
-// namespace.
+// Row kernel of the projection loss. Included once per instruction set after vec.h, by each_isa.h.
 //
 //   statistics   mean and scale of both rows, so that a = (z - mean) scale; none without a norm
 //   loss         terms of e = a - b, and the sums that the gradient of a statistic needs
@@ -170,3 +169,5 @@ float projection_row(const float* z, const float* t, int64_t D, float row_weight
       return row_with<ProjectionLoss::kMse>(z, t, D, row_weight, spec, dz);
   }
 }
+
+constexpr ProjectionRowKernel kKernels{kIsaName, projection_row};

@@ -5,11 +5,19 @@ import importlib.util
 
 import torch
 
+from .. import env
+from . import instruction_sets
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def available() -> tuple[bool, str]:
+    """Whether the library is there, and why not; the first call loads it.
+
+    Raises:
+        ValueError: MODXFER_CPU_ISA names no instruction set of this processor.
+    """
     spec = importlib.util.find_spec("modxfer_fast._C")
     if spec is None or spec.origin is None:
         return (
@@ -20,6 +28,8 @@ def available() -> tuple[bool, str]:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         return False, f"csrc cannot be loaded with torch {torch.__version__}: {error}"
+    if env.cpu_isa() is not None:
+        instruction_sets.use(env.cpu_isa(), "MODXFER_CPU_ISA")
     return True, ""
 
 

@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """0 when our backends pass their check, 1 when one of them does not."""
     import torch
 
+    from modxfer_fast.kernels import env
+
     benchmarks = load_benchmarks()
+    benchmarks("environment").hold_libraries(env.cpu_isa())
     environment, results = benchmarks("environment"), benchmarks("results")
     harness, rooms = benchmarks("harness"), benchmarks("rooms")
     module = _module(args.room, benchmarks)

@@ -26,16 +26,31 @@ def collect() -> dict[str, Any]:
     """The facts, as JSON-like values.
 
     Returns:
-        {"version", "torch", "triton", "engine", "cache", "devices", "rooms"}: engine is {package:
-        version} of what the engine stands on, null as triton's is where it is not installed; cache
-        is the folder that jobs keep models in; devices are one string each, the CPU first; rooms is
-        {room: {backend: {"available": bool, "reason": str}}}.
+        {"version", "torch", "triton", "engine", "cache", "devices", "cpu_isa", "rooms"}: engine is
+        {package: version} of what the engine stands on, null as triton's is where it is not
+        installed; cache is the folder that jobs keep models in; devices are one string each, the
+        CPU first; cpu_isa is {"in_use": str, "has": [str]}, the instruction sets of the C++
+        kernels, null where they are not built; rooms is {room: {backend: {"available": bool,
+        "reason": str}}}.
+    Raises:
+        UserError: MODXFER_CPU_ISA names no instruction set of this processor.
     """
     import torch
 
     from modxfer_fast import __version__
     from modxfer_fast.cli.cache import cache_root
+    from modxfer_fast.errors import UserError
     from modxfer_fast.kernels import dispatch
+    from modxfer_fast.kernels.common import compiled, instruction_sets
+
+    try:
+        is_built, _ = compiled.available()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    cpu_isa = None
+    if is_built:
+        has = list(instruction_sets.of_this_processor())
+        cpu_isa = {"in_use": instruction_sets.in_use(), "has": has}
 
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [
@@ -49,6 +64,7 @@ def collect() -> dict[str, Any]:
         "engine": {name: _installed(name) for name in _ENGINE},
         "cache": str(cache_root()),
         "devices": devices,
+        "cpu_isa": cpu_isa,
         "rooms": dispatch.table(),
     }
 
@@ -67,6 +83,8 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"{name:<12} {version or _MISSING}")
     print(f"{'cache':<12} {facts['cache']}")
     print(f"{'devices':<12} {', '.join(facts['devices'])}")
+    if (isa := facts["cpu_isa"]) is not None:
+        print(f"{'cpu isa':<12} {isa['in_use']} of {', '.join(isa['has'])}")
     rooms = facts["rooms"]
     width = max((len(room) for room in rooms), default=0)
     for room, backends in rooms.items():

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from benchmarks import bench_linear_kd_loss, harness, peers, results, roofline, 
 from modxfer_fast.cli import bench
 from modxfer_fast.cli.bench import load_benchmarks
 from modxfer_fast.cli.main import main
+from modxfer_fast.kernels.common import instruction_sets
 
 SMALL = ["--device", "cpu", "--shape", "smoke", "--N", "16", "--V", "200", "--quick"]
 
@@ -30,11 +34,36 @@ def test_run_writes_rows_and_a_table(tmp_path, monkeypatch, uncompiled, capsys):
     assert results.read(files["csv"]) == (environment, rows)
     assert environment["torch"] == torch.__version__
     assert environment["copy"].endswith("GB/s")
+    assert environment["isa"] == instruction_sets.in_use()
+    assert "oneDNN unlimited" in environment["isa_of_floors_and_peers"]
     sizes = {"N": 16, "D_s": 32, "D_t": 48, "V": 200, "divergence": "forward_kl"}
     assert all(row.problem == sizes and row.predicted_ms > 0 for row in rows)
     printed = capsys.readouterr().out
     assert all(row.impl in printed for row in rows)
     assert printed.count("not installed") >= 2
+
+
+def test_floors_and_peers_are_held_to_the_set_of_our_kernels(tmp_path):
+    """In a process of its own: the libraries read it once."""
+    path = tmp_path / "r.csv"
+    code = (
+        "import functools, sys; from modxfer_fast.cli import bench; from modxfer_fast.cli.main "
+        "import main; roofline = bench.load_benchmarks()('roofline'); roofline.measure_roof = "
+        "functools.partial(roofline.measure_roof, copy_bytes=1 << 20, matmul_width=64);"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["bench", "projection_loss", *SMALL[:4], "--quick", "--seconds", "0"]
+    chosen = {"MODXFER_CPU_ISA": "baseline", "ONEDNN_MAX_CPU_ISA": "AVX"}
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--csv", str(path)],
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1", **chosen},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    environment, _ = results.read(path)
+    assert environment["isa"] == "baseline"
+    floors = "torch DEFAULT, MKL SSE4_2, oneDNN AVX"  # what the user set stays
+    assert environment["isa_of_floors_and_peers"] == floors
 
 
 def test_several_divergences_of_a_room_without_widths(tmp_path, uncompiled):

@@ -143,7 +143,9 @@ def test_what_torch_alone_can_do():
 def test_doctor_json(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"version", "torch", "triton", "engine", "cache", "devices", "rooms"}
+    names = {"version", "torch", "triton", "engine", "cache", "devices", "cpu_isa", "rooms"}
+    assert set(facts) == names
+    assert facts["cpu_isa"]["in_use"] in facts["cpu_isa"]["has"]
     assert facts["engine"]["transformers"] == transformers.__version__
     assert facts["cache"] == str(cache_root())
     assert facts["devices"][0].startswith("cpu")
@@ -159,11 +161,13 @@ def test_doctor_table(capsys, monkeypatch):
     rooms = {"kd_loss": {"triton": {"available": False, "reason": "no GPU"}}}
     facts = {"version": "1", "torch": "2", "triton": None, "devices": ["cpu"], "rooms": rooms}
     facts |= {"engine": {"peft": "3", "deepspeed": None}, "cache": "/there"}
+    facts["cpu_isa"] = {"in_use": "avx2", "has": ["baseline", "avx2"]}
     monkeypatch.setattr(doctor, "collect", lambda: facts)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "triton       not installed" in out
     assert "deepspeed    not installed; pip install 'modxfer-fast[engine]'" in out
+    assert "cpu isa      avx2 of baseline, avx2\n" in out
     assert out.strip().endswith("kd_loss  triton     no   no GPU")
 
 

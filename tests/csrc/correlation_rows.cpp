@@ -1,9 +1,9 @@
-// Loops of the streaming moments against their definition in long double.
+// Loops of the streaming moments of every instruction set this processor has, against their
+// definition in long double.
 //
-// Built with AddressSanitizer, which leaves one instruction set: the loops hold no vectors of their
-// own. Every row is a heap block of exactly D values.
+// Built with AddressSanitizer: every row is a heap block of exactly D values.
 
-#include "correlation_rows.h"
+#include "correlation_isa.cpp"
 
 #include <cmath>
 #include <cstdio>
@@ -13,6 +13,7 @@
 
 namespace {
 
+using modxfer::CorrelationKernels;
 using Real = long double;
 
 int failures = 0;
@@ -58,7 +59,7 @@ void check_rows(void (*centre)(const float* const*, const float*, int64_t, float
   }
 }
 
-void check_add(int64_t D, std::mt19937& random) {
+void check_add(const CorrelationKernels& kernels, int64_t D, std::mt19937& random) {
   std::normal_distribution<float> normal;
   std::vector<float> tile(D);
   std::vector<double> total(D);
@@ -67,7 +68,7 @@ void check_add(int64_t D, std::mt19937& random) {
     total[i] = 1e6 * normal(random);
   }
   const std::vector<double> before = total;
-  modxfer::add_to_double(tile.data(), D, total.data());
+  kernels.add_to_double(tile.data(), D, total.data());
   for (int64_t i = 0; i < D; ++i) expect_near(total[i], before[i] + tile[i], 0, "total", D);
 }
 
@@ -75,18 +76,23 @@ void check_add(int64_t D, std::mt19937& random) {
 
 int main() {
   std::mt19937 random(0);
-  int rows = 0;
   std::vector<int64_t> widths = {255, 256, 257, 1001};
   for (int64_t D = 1; D <= 33; ++D) widths.push_back(D);
-  for (int64_t D : widths) {
-    for (bool in_place : {false, true}) {
-      check_rows(modxfer::centre_group, modxfer::kGroup, D, in_place, random);
-      check_rows(modxfer::centre_row, 1, D, in_place, random);
-      rows += modxfer::kGroup + 1;
+  for (modxfer::Isa isa : modxfer::kIsas) {
+    if (!modxfer::has_isa(isa)) continue;
+    modxfer::isa_in_use() = isa;
+    const CorrelationKernels& kernels = modxfer::correlation_kernels();
+    int rows = 0;
+    for (int64_t D : widths) {
+      for (bool in_place : {false, true}) {
+        check_rows(kernels.centre_group, modxfer::kCorrelationGroup, D, in_place, random);
+        check_rows(kernels.centre_row, 1, D, in_place, random);
+        rows += modxfer::kCorrelationGroup + 1;
+      }
+      check_add(kernels, D, random);
+      ++rows;
     }
-    check_add(D, random);
-    ++rows;
+    std::printf("%s: %d rows\n", kernels.isa, rows);
   }
-  std::printf("baseline: %d rows\n", rows);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -21,6 +21,12 @@ using modxfer::KdRowKernels;
 using modxfer::KdSpec;
 using Real = long double;
 
+// vectors of every room are as wide as the registers of their set
+static_assert(modxfer::baseline::kLanes == 4);
+#ifdef MODXFER_X86_TARGETS
+static_assert(modxfer::avx2::kLanes == 8 && modxfer::avx512::kLanes == 16);
+#endif
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 int failures = 0;
 
@@ -38,25 +44,6 @@ class Row {
   std::unique_ptr<float[]> block_;
   int64_t V_;
 };
-
-std::vector<KdRowKernels> kernels_of_this_processor() {
-  std::vector<KdRowKernels> found;
-  found.push_back({"baseline", modxfer::baseline::row_fwd, modxfer::baseline::row_recompute,
-                   modxfer::baseline::row_grad});
-#ifdef MODXFER_X86_TARGETS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back(
-        {"avx2", modxfer::avx2::row_fwd, modxfer::avx2::row_recompute, modxfer::avx2::row_grad});
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back({"avx512", modxfer::avx512::row_fwd, modxfer::avx512::row_recompute,
-                     modxfer::avx512::row_grad});
-  }
-#endif
-  return found;
-}
 
 struct Truth {
   Real kd = 0, ce = 0;
@@ -162,7 +149,10 @@ int main() {
     sizes.push_back(V);  // blocks of 1024
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
-  for (const KdRowKernels& kernels : kernels_of_this_processor()) {
+  for (modxfer::Isa isa : modxfer::kIsas) {
+    if (!modxfer::has_isa(isa)) continue;
+    modxfer::isa_in_use() = isa;
+    const KdRowKernels& kernels = modxfer::kd_row_kernels();
     int rows = 0;
     for (int64_t V : sizes) {
       for (float delta : {0.0f, 0.03f, 3.0f}) {

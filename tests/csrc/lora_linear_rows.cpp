@@ -72,25 +72,6 @@ class Panels {
   std::unique_ptr<float[]> block_;
 };
 
-std::vector<LoraKernels> kernels_of_this_processor() {
-  std::vector<LoraKernels> found;
-  found.push_back({"baseline", modxfer::baseline::kLanes, modxfer::baseline::draw_mask,
-                   modxfer::baseline::shrink, modxfer::baseline::expand, modxfer::baseline::outer});
-#ifdef MODXFER_X86_TARGETS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back({"avx2", modxfer::avx2::kLanes, modxfer::avx2::draw_mask, modxfer::avx2::shrink,
-                     modxfer::avx2::expand, modxfer::avx2::outer});
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back({"avx512", modxfer::avx512::kLanes, modxfer::avx512::draw_mask,
-                     modxfer::avx512::shrink, modxfer::avx512::expand, modxfer::avx512::outer});
-  }
-#endif
-  return found;
-}
-
 void expect_near(float got, Real expected, Real magnitude, const char* isa, const char* what,
                  int64_t R, int64_t W) {
   // a sum of floats in any order: an epsilon of its largest addends for each of a few tens of steps
@@ -205,7 +186,10 @@ void check_mask(const LoraKernels& kernels, const DropoutKey& key, int64_t num_w
 int main() {
   std::vector<int64_t> widths;
   for (int64_t W = 1; W <= 49; ++W) widths.push_back(W);  // every remainder of 16 lanes, thrice
-  for (const LoraKernels& kernels : kernels_of_this_processor()) {
+  for (modxfer::Isa isa : modxfer::kIsas) {
+    if (!modxfer::has_isa(isa)) continue;
+    modxfer::isa_in_use() = isa;
+    const LoraKernels& kernels = modxfer::lora_kernels();
     int checked = 0;
     const auto check = [&](int64_t rows, int64_t R, int64_t W) {
       for (bool masked : {false, true}) check_block(kernels, rows, R, W, masked), checked += rows;

@@ -39,22 +39,6 @@ class Row {
   int64_t D_;
 };
 
-std::vector<ProjectionRowKernel> kernels_of_this_processor() {
-  std::vector<ProjectionRowKernel> found;
-  found.push_back({"baseline", modxfer::baseline::projection_row});
-#ifdef MODXFER_X86_TARGETS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back({"avx2", modxfer::avx2::projection_row});
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back({"avx512", modxfer::avx512::projection_row});
-  }
-#endif
-  return found;
-}
-
 bool is_direction(const ProjectionSpec& spec) {
   return spec.loss == ProjectionLoss::kNormalizedMse || spec.loss == ProjectionLoss::kCosine;
 }
@@ -169,7 +153,10 @@ int main() {
     sizes.push_back(D);  // blocks of 1024
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
-  for (const ProjectionRowKernel& kernel : kernels_of_this_processor()) {
+  for (modxfer::Isa isa : modxfer::kIsas) {
+    if (!modxfer::has_isa(isa)) continue;
+    modxfer::isa_in_use() = isa;
+    const ProjectionRowKernel& kernel = modxfer::projection_row_kernel();
     int rows = 0;
     for (int64_t D : sizes) {
       for (float delta : {0.0f, 0.03f, 1.0f}) {

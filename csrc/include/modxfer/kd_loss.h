@@ -53,7 +53,7 @@ struct KdRowKernels {
                const KdStats& stats, const KdScratch& scratch, float* dlogits);
 };
 
-// The fastest kernels this processor can run.
+// The kernels of the instruction set in use.
 const KdRowKernels& kd_row_kernels();
 
 }  // namespace modxfer

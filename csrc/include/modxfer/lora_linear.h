@@ -47,7 +47,7 @@ struct LoraKernels {
                 float* grad);
 };
 
-// The fastest kernels this processor can run.
+// The kernels of the instruction set in use.
 const LoraKernels& lora_kernels();
 
 }  // namespace modxfer

@@ -13,6 +13,12 @@ namespace modxfer {
 
 using torch::stable::Tensor;
 
+// Instruction sets by their place in modxfer/isa.h: whether this processor has one, the one in
+// use, and another from now on, while no op runs.
+bool has_instruction_set(int64_t index);
+int64_t instruction_set();
+void use_instruction_set(int64_t index);
+
 // -> kd [M], ce [M], stats [M, 6]
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,

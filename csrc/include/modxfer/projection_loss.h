@@ -28,7 +28,7 @@ struct ProjectionRowKernel {
                const ProjectionSpec& spec, float* dz);
 };
 
-// The fastest kernel this processor can run.
+// The kernel of the instruction set in use.
 const ProjectionRowKernel& projection_row_kernel();
 
 }  // namespace modxfer

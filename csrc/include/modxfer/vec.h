@@ -1,12 +1,8 @@
-// Floats as a compiler vector type, sixteen unless MODXFER_VECTOR_BYTES says otherwise, and the
+// Floats as a compiler vector type of MODXFER_VECTOR_BYTES, the width of a register, and the
 // transcendental functions a row kernel needs.
 //
-// Included once per instruction set, inside that set's namespace and target pragma, so that the
-// vectors lower to its registers: no include guard and no includes of its own.
-
-#ifndef MODXFER_VECTOR_BYTES
-#define MODXFER_VECTOR_BYTES 64
-#endif
+// Included once per instruction set by each_isa.h, inside that set's namespace and target pragma,
+// so that the vectors lower to its registers: no include guard and no includes of its own.
 
 typedef float vf __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
 typedef int vi __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
