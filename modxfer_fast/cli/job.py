@@ -37,6 +37,7 @@ from modxfer_fast.engine import (
 )
 from modxfer_fast.models import (
     apply_peft,
+    check_finite,
     check_packing,
     check_peft,
     check_rows_fit,
@@ -164,6 +165,7 @@ class _Job:
         section = self.config.teacher
         source = prepare_model(section, "teacher", self.material, seed=0)
         model = load_model(source.path, section, self.config.kind)
+        check_finite(model, "teacher")
         if self.config.data.packing:
             check_packing(model.to(self.device), "teacher")
         # an encoder has no figures without a student
@@ -209,6 +211,7 @@ class _Job:
             teacher=teacher.model,
         )
         student = self._load_student(source.path, seed, tell=True)
+        check_finite(student, "student")
         if self.config.kind == "encoder":
             check_rows_fit(student, self.material.tokenizer, self.config.data.max_length, "student")
         else:

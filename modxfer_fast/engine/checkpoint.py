@@ -27,6 +27,7 @@ class CheckpointInfo:
 
     global_step: updates done. world_size, zero_stage: what a resume must agree with.
     num_tokens, seconds: of the run since its start. loss_sum: the losses of its updates, added.
+    skipped_steps: its updates that were not finite, of which loss_sum has none.
     """
 
     global_step: int
@@ -35,6 +36,7 @@ class CheckpointInfo:
     num_tokens: int
     loss_sum: float
     seconds: float
+    skipped_steps: int = 0
 
 
 def mark_complete(folder: str | Path, info: CheckpointInfo) -> None:

@@ -1,15 +1,21 @@
 """Updates that are not finite: left out, counted, named, and bounded."""
 
+import math
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from modxfer_fast.errors import UserError
+from modxfer_fast.models.checks import listed, nonfinite_parameters
 
 logger = logging.get_logger(__name__)
 
 
-class NonFiniteError(RuntimeError):
-    """Too many updates in a row were not finite."""
+class NonFiniteError(UserError):
+    """What the teacher answers, or too many updates in a row, are not finite."""
 
 
 class StepGuard(TrainerCallback):
@@ -17,15 +23,23 @@ class StepGuard(TrainerCallback):
 
     DeepSpeed skips such steps itself, without a word; everywhere else the optimiser would write NaN
     into every parameter. The decision costs one synchronisation a step, as DeepSpeed's own does,
-    and is the same on all ranks because it is taken on reduced gradients.
+    and is the same on all ranks because it is taken on reduced gradients. A skipped step takes no
+    part in the mean loss either.
 
     Args:
         max_skipped: consecutive skipped steps that are tolerated.
         module: the DistillModule, whose meter knows which term was not finite.
         reduce: sums a tensor over the ranks.
+        count_loss: takes the loss of each step that is not skipped, a device scalar.
     """
 
-    def __init__(self, max_skipped: int, module: nn.Module, reduce):
+    def __init__(
+        self,
+        max_skipped: int,
+        module: nn.Module,
+        reduce: Callable[[Tensor], Tensor],
+        count_loss: Callable[[Tensor], None],
+    ):
         self.max_skipped = max_skipped
         self.skipped = 0
         self.consecutive = 0
@@ -33,6 +47,32 @@ class StepGuard(TrainerCallback):
         self._module = module
         self._reduce = reduce
         self._dropped = False
+        self._count_loss = count_loss
+        self._loss: Tensor | None = None  # of the step so far
+        self._steps = self._taken = 0  # since the last report
+
+    def restart(self, skipped: int) -> None:
+        """A training begins, before which `skipped` steps were skipped."""
+        self.skipped, self.consecutive, self._loss = skipped, 0, None
+        self._steps = self._taken = 0
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds the loss of a micro-batch to that of its step."""
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def steps_per_taken(self) -> float:
+        """Steps per step that was not skipped, since the last call; NaN where all were."""
+        steps, taken = self._steps, self._taken
+        self._steps = self._taken = 0
+        return steps / taken if taken else math.nan
+
+    def _end_step(self, *, taken: bool) -> None:
+        loss, self._loss = self._loss, None
+        self._steps += 1
+        self._taken += taken
+        if taken and loss is not None:
+            # once in Trainer's sum, a NaN would never leave it
+            self._count_loss(torch.where(loss.isfinite(), loss, 0.0))
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Guards a torch optimiser whose gradients are whole and equal on all ranks."""
@@ -49,7 +89,9 @@ class StepGuard(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         by_deepspeed = self.engine is not None and not self.engine.was_step_applied()
-        if not (self._dropped or by_deepspeed):
+        is_taken = not (self._dropped or by_deepspeed)
+        self._end_step(taken=is_taken)
+        if is_taken:
             self.consecutive = 0
             return
         self._dropped = False
@@ -66,6 +108,11 @@ class StepGuard(TrainerCallback):
 
     def _cause(self, device: torch.device) -> str:
         sums = self._module.meter.totals(self._reduce, device)
+        if sums["nonfinite_teacher"]:
+            return (
+                "the teacher's hidden states were not finite in "
+                f"{sums['nonfinite_teacher']:.0f} micro-batches since the last report"
+            )
         if not sums["nonfinite"]:
             return "the gradient was not finite though every loss was"
         # pairs of layers only where one is to blame, since there may be many
@@ -82,5 +129,9 @@ class StepGuard(TrainerCallback):
         )
 
     def _broken_parameters(self) -> str:
-        names = [n for n, p in self._module.named_parameters() if not p.isfinite().all()]
-        return f"; parameters that are not finite: {', '.join(names[:5])}" if names else ""
+        names = nonfinite_parameters(self._module)
+        if self._module.teacher is not None:
+            names += [
+                f"teacher.{name}" for name in nonfinite_parameters(self._module.teacher.model)
+            ]
+        return f"; parameters that are not finite: {listed(names)}" if names else ""

@@ -25,7 +25,10 @@ class LossMeter:
             `nonfinite_<name>`.
     """
 
-    FIELDS = ("kd", "ce", "num_valid", "num_tokens", "nonfinite_kd", "nonfinite_ce", "nonfinite")
+    FIELDS = (
+        *("kd", "ce", "num_valid", "num_tokens"),
+        *("nonfinite_kd", "nonfinite_ce", "nonfinite", "nonfinite_teacher"),
+    )
 
     def __init__(self, features: tuple[str, ...] = ()):
         self.features = features
@@ -44,6 +47,7 @@ class LossMeter:
         num_valid: Tensor | int,
         num_tokens: Tensor | int,
         features: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+        teacher_is_finite: Tensor | None = None,
     ) -> None:
         """Adds one micro-batch.
 
@@ -52,6 +56,7 @@ class LossMeter:
             num_tokens: the tokens that are no padding.
             features: {name: (sum over tokens, number of tokens)} of the further terms; those
                 without a place here are left out.
+            teacher_is_finite: bool scalar, whether what the teacher answered with is.
         """
         device = terms.loss.device
         # zeros + value: a host number reaches the device as a kernel argument, without a copy
@@ -64,12 +69,23 @@ class LossMeter:
                 zero + num_tokens,
             ]
         )
-        nonfinite = ~torch.stack([terms.kd, terms.ce, terms.loss.detach()]).isfinite()
+        loss = terms.loss.detach()
+        if teacher_is_finite is None:
+            teacher_is_finite = loss.new_ones((), dtype=torch.bool)
+        # a loss that hides a broken teacher is no loss
+        nonfinite = ~torch.stack(
+            [
+                terms.kd.isfinite(),
+                terms.ce.isfinite(),
+                loss.isfinite() & teacher_is_finite,
+                teacher_is_finite,
+            ]
+        )
         further = counted[:0]
         if self.features:
             further = torch.stack([features[name][i] for i in (0, 1) for name in self.features])
         broken = ~further[: len(self.features)].isfinite()
-        counted, further = (torch.where(nonfinite[-1], 0.0, x) for x in (counted, further))
+        counted, further = (torch.where(nonfinite[2], 0.0, x) for x in (counted, further))
         row = torch.cat([counted, nonfinite.double(), further, broken.double()])
         self._sums = row if self._sums is None else self._sums + row
 

@@ -239,8 +239,13 @@ class DistillModule(nn.Module):
             )
             terms = terms._replace(loss=terms.loss + features.loss)
             sums = features.sums
+        teacher_is_finite = None
+        if teacher_hidden is not None:  # where it counts: padding may hold anything
+            counted = token_mask if labelled is None else labelled.mask
+            broken = ~teacher_hidden.isfinite().all(-1)
+            teacher_is_finite = ~(broken if counted is None else broken & counted).any()
         present = input_ids.numel() if attention_mask is None else attention_mask.sum()
-        self.meter.add(terms, num_valid, present, sums)
+        self.meter.add(terms, num_valid, present, sums, teacher_is_finite)
         return {"loss": terms.loss}
 
     def _logit_terms(

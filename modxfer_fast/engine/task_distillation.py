@@ -36,6 +36,7 @@ from modxfer_fast.engine.metrics import IGNORE_INDEX
 from modxfer_fast.engine.task_trainer import check_task_training, task_arguments
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.losses import HiddenStateLoss
+from modxfer_fast.models.checks import check_finite
 from modxfer_fast.models.task import label_names, same_labels
 
 # Keys of a batch that are no inputs of a model.
@@ -123,6 +124,7 @@ class TaskDistillTrainer(Trainer):
 
     Raises:
         ValueError: the two answer with other labels, or nothing would train.
+        ModelError: a weight of the teacher is not finite.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class TaskDistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided below, not once more by Trainer
         self.teacher = teacher.eval().to(args.device)
+        check_finite(self.teacher, "teacher")
         self._weights = {"kd": kd_weight, "ce": ce_weight, "hidden": 1.0}
         self._temperature = temperature
         self._hidden = None

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 
+from modxfer_fast.models.checks import check_finite
+
 from . import checkpoint, deepspeed
 from .config import DistillConfig
-from .guard import StepGuard
+from .guard import NonFiniteError, StepGuard
 from .labels import AlignedLabels
 from .metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
 from .module import DistillModule
@@ -102,12 +104,15 @@ class DistillTrainer(Trainer):
         if teacher is not None:
             teacher.to(args.device)
         self.clock = TrainingClock()
-        self.guard = StepGuard(args.max_skipped_steps, module, self._sum_over_ranks)
+        self.guard = StepGuard(
+            args.max_skipped_steps, module, self._sum_over_ranks, self._count_loss
+        )
         self.add_callback(self.clock)
         self.add_callback(self.guard)
         self._num_tokens = 0
         self._num_tokens_in_batch = None
         self._resumed: checkpoint.CheckpointInfo | None = None
+        self._teacher_is_checked = False
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -133,6 +138,8 @@ class DistillTrainer(Trainer):
         Raises:
             ValueError: no whole checkpoint there, a damaged one, or one written by another number
                 of ranks or stage.
+            ModelError: a weight of the teacher is not finite.
+            NonFiniteError: too many updates in a row were not.
         """
         self._resumed = None
         if resume_from_checkpoint is True:
@@ -157,7 +164,16 @@ class DistillTrainer(Trainer):
                 )
             self._num_tokens = info.num_tokens
             self._resumed = info
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)
+        self._check_teacher()
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _check_teacher(self) -> None:
+        """Looks once, when it is on its device, at whether a frozen teacher is finite."""
+        if self.model.teacher is not None and not self._teacher_is_checked:
+            check_finite(self.model.teacher.model, "teacher")
+            self._teacher_is_checked = True
 
     def _on_main(self, compute: Callable[[], Any]) -> Any:
         """What `compute` returns on the main process, on every process; its ValueError too."""
@@ -252,12 +268,21 @@ class DistillTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # a skipped update takes no part in the reported loss either
-        return torch.where(loss.isfinite(), loss, 0.0)
+        self.guard.add_loss(loss)
+        return torch.zeros_like(loss)  # it counts once its step is taken
+
+    def _count_loss(self, loss: Tensor) -> None:
+        self._tr_loss += loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Trainer divides by all steps
         if "loss" in logs:
+            logs["loss"] *= self.guard.steps_per_taken()
             logs.update(self._measurements())
+        if "train_loss" in logs:
+            steps = self.state.global_step - self._initial_global_step
+            taken = steps - self.guard.skipped
+            logs["train_loss"] *= steps / taken if taken else math.nan if steps else 1.0
         super().log(logs, start_time)
 
     def _measurements(self) -> dict[str, float]:
@@ -299,7 +324,12 @@ class DistillTrainer(Trainer):
         these alone.
 
         Each row counts once, also those that the sampler repeats to give all ranks equal batches.
+
+        Raises:
+            ModelError: a weight of the teacher is not finite.
+            NonFiniteError: what it answers with is not.
         """
+        self._check_teacher()
         if self.args.world_size > 1 and not has_length(dataloader.dataset):
             raise ValueError(
                 "eval_dataset: expected one with a length, which tells the rows that ranks repeat"
@@ -332,6 +362,12 @@ class DistillTrainer(Trainer):
         )
 
     def _evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        if sums["nonfinite_teacher"]:
+            raise NonFiniteError(
+                "teacher: expected hidden states that are finite, got NaN or inf in "
+                f"{sums['nonfinite_teacher']:.0f} batches of the evaluation though its weights are "
+                "finite; a half-precision teacher may need bfloat16 or float32"
+            )
         features = self._feature_means(sums)
         if sums["nonfinite"]:
             features = dict.fromkeys(features, math.nan)
@@ -435,6 +471,7 @@ class DistillTrainer(Trainer):
             num_tokens,
             self._loss_sum(),
             self.clock.since_begin() + (self._resumed.seconds if self._resumed else 0.0),
+            self.guard.skipped,
         )
         try:
             super()._save_checkpoint(model, trial)

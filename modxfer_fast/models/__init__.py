@@ -18,6 +18,7 @@ from modxfer_fast.models.build import (
     make_config,
 )
 from modxfer_fast.models.checks import (
+    check_finite,
     check_packing,
     check_rows_fit,
     check_same_tokenizer,
@@ -50,6 +51,7 @@ __all__ = [
     "apply_peft",
     "bottleneck_sites",
     "build_model",
+    "check_finite",
     "check_packing",
     "check_peft",
     "check_rows_fit",

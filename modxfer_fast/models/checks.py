@@ -1,6 +1,7 @@
 """Checks that teacher, student, tokenizer and packing fit together, before any training."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.models.architecture import max_tokens
@@ -64,6 +65,27 @@ def check_rows_fit(
 
 
 @torch.no_grad()
+def nonfinite_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters with a NaN or an infinity."""
+    return [name for name, param in model.named_parameters() if not param.isfinite().all()]
+
+
+def listed(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_finite(model: nn.Module, role: str) -> None:
+    """Raise when a weight is not finite."""
+    names = nonfinite_parameters(model)
+    if names:
+        raise ModelError(
+            f"{role}: expected weights that are finite, got NaN or inf in {listed(names)}; the "
+            "checkpoint is damaged, or was converted to a dtype too narrow for it"
+        )
+
+
+@torch.no_grad()
 def check_packing(model: PreTrainedModel, role: str) -> None:
     """Raise when a document packed behind another one sees it.
 
@@ -82,6 +104,12 @@ def check_packing(model: PreTrainedModel, role: str) -> None:
         input_ids=ids[None, length:], position_ids=positions[None], use_cache=False
     ).logits[0]
     model.train(was_training)
+    if not alone.isfinite().all():
+        check_finite(model, role)
+        raise ModelError(
+            f"{role}: expected logits that are finite, got NaN or inf though its weights are "
+            "finite; a half-precision model may need bfloat16 or float32"
+        )
     # a leak moves logits by their own size, another summation order by rounding
     tolerance = 16 * torch.finfo(alone.dtype).eps * alone.abs().max()
     if not torch.allclose(packed, alone, rtol=0, atol=float(tolerance)):

@@ -17,6 +17,7 @@ _SHOWN = {
     "eval_relation_loss": "held-out relation",
     "eval_f1": "validation F1",
     "eval_accuracy": "validation accuracy",
+    "skipped_steps": "skipped steps",
     "tokens_per_s": "tokens/s",
     "peak_mem_mib": "peak MiB",
 }

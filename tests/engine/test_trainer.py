@@ -16,6 +16,8 @@ from modxfer_fast.engine import (
     Teacher,
     last_complete_checkpoint,
 )
+from modxfer_fast.errors import UserError
+from modxfer_fast.models import ModelError
 from modxfer_fast.testing.models import TokenDataset, align_collate, pack_collate, tiny_llama
 from modxfer_fast.testing.reference import evaluate_dense, train_dense
 
@@ -513,7 +515,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     ):
         assert torch.equal(param, start), name
     assert run.state.log_history[0]["skipped_steps"] == 1
-    assert math.isfinite(run.state.log_history[0]["loss"])
+    assert math.isnan(run.state.log_history[0]["loss"])
+    assert math.isnan(run.state.log_history[-1]["train_loss"])
 
 
 def test_training_goes_on_after_a_skipped_step(tmp_path):
@@ -531,3 +534,87 @@ def test_too_many_skipped_steps_end_the_run(tmp_path):
         match=r"step 3: update skipped.*kd in 1.*3 updates in a row.*max_skipped_steps=2",
     ):
         run.train()
+
+
+def test_skipped_steps_take_no_part_in_the_reported_loss(tmp_path):
+    options = {"learning_rate": 0.0, "gradient_accumulation_steps": 2}
+    whole = trainer(tiny_llama(), config(tmp_path, **options), teacher_model())
+    output = whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert output.training_loss == pytest.approx(sum(losses) / STEPS)
+    # the second micro-batch of the second step; the first one is finite and is left out too
+    args = config(tmp_path, **options, logging_strategy="no")
+    run = trainer(poison(tiny_llama(), {4}), args, teacher_model())
+    output = run.train()
+    assert output.training_loss == pytest.approx((losses[0] + losses[2]) / 2)
+    logged = trainer(poison(tiny_llama(), {4}), config(tmp_path, **options), teacher_model())
+    logged.train()
+    assert [entry["loss"] for entry in logged.state.log_history if "loss" in entry] == [
+        pytest.approx(loss, nan_ok=True) for loss in (losses[0], math.nan, losses[2])
+    ]
+
+
+# ---- a broken teacher ----
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_with_a_broken_weight_is_named_before_training(tmp_path, value):
+    model = teacher_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    run = trainer(tiny_llama(), config(tmp_path), model, eval_dataset=DATA)
+    for begin in (run.train, run.evaluate):
+        with pytest.raises(
+            ModelError, match=r"teacher: expected weights .*model\.layers\.1\.mlp\.up_proj\.weight;"
+        ):
+            begin()
+    assert run.state.global_step == 0
+
+
+def break_answers(model, calls: set[int]):
+    """Makes the hidden states of one token NaN in the given calls, with finite weights."""
+
+    def hook(module, args, output):
+        hook.calls += 1
+        if hook.calls in calls:
+            output = output.clone()
+            output[0, 0] = math.nan
+        return output
+
+    hook.calls = 0
+    model.get_decoder().norm.register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_teacher_that_answers_with_nan_is_no_perfect_teacher(tmp_path, divergence):
+    args = config(tmp_path, divergence=divergence)
+    run = trainer(tiny_llama(), args, break_answers(teacher_model(), {2}), eval_dataset=DATA)
+    with pytest.raises(NonFiniteError, match=r"teacher: expected hidden .* got NaN or inf in 1 b"):
+        run.evaluate()
+
+
+def test_steps_that_a_teacher_breaks_are_skipped_and_blamed_on_it(tmp_path):
+    args = config(tmp_path, max_steps=9, gradient_accumulation_steps=1, max_skipped_steps=1)
+    run = trainer(tiny_llama(), args, break_answers(teacher_model(), {2, 4, 5, 6}))
+    with pytest.raises(NonFiniteError, match=r"step 5: update skipped, the teacher's hidden"):
+        run.train()
+    assert run.guard.skipped == 3
+    assert [entry["loss"] for entry in run.state.log_history if entry["step"] == 2] == [
+        pytest.approx(math.nan, nan_ok=True)
+    ]
+
+
+def test_padding_that_a_teacher_breaks_is_harmless(tmp_path):
+    def hook(module, args, output):
+        output = output.clone()
+        output[:, -1] = math.nan  # the last position has no label
+        return output
+
+    model = teacher_model()
+    model.get_decoder().norm.register_forward_hook(hook)
+    run = trainer(tiny_llama(), config(tmp_path), model, eval_dataset=DATA)
+    assert math.isfinite(run.evaluate()["eval_kd"])
+
+
+def test_nonfinite_errors_are_for_the_user():
+    assert issubclass(NonFiniteError, UserError)

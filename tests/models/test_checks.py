@@ -6,6 +6,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from modxfer_fast.data import train_tokenizer
 from modxfer_fast.models import (
     ModelError,
+    check_finite,
     check_packing,
     check_same_tokenizer,
     check_same_vocabulary,
@@ -60,4 +61,20 @@ def test_llama_keeps_packed_documents_apart(attention):
 def test_bloom_does_not():
     model = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ModelError, match=r"student: a bloom model .* set data\.packing: false"):
+        check_packing(model, "student")
+
+
+def test_broken_weights_are_named_with_and_without_packing():
+    model = llama()
+    check_finite(model, "teacher")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    for check in (check_finite, check_packing):
+        with pytest.raises(ModelError, match=r"teacher: .* in model\.layers\.1\.mlp\.up_proj\.w"):
+            check(model, "teacher")
+
+
+def test_logits_that_overflow_are_told():
+    model = llama()
+    model.model.norm.register_forward_hook(lambda module, args, output: output * float("inf"))
+    with pytest.raises(ModelError, match="student: expected logits that are finite"):
         check_packing(model, "student")
