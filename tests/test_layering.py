@@ -153,7 +153,8 @@ def test_no_top_level_package_named_kernels(tmp_path):
 @pytest.mark.parametrize("room", dispatch.ROOMS)
 def test_room_is_complete(room):
     folder = ROOT / "kernels" / room
-    wanted = [folder / "op.py", ROOT / "tests" / "kernels" / f"test_{room}.py"]
+    tests = ROOT / "tests" / "kernels"
+    wanted = [folder / "op.py", tests / f"test_{room}.py", tests / f"test_{room}_gpu.py"]
     wanted.append(ROOT / "benchmarks" / f"bench_{room}.py")
     for backend in dispatch.ROOMS[room]:
         wanted.append(folder / FILE_OF_BACKEND.get(backend, f"{backend}_impl.py"))
