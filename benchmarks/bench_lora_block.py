@@ -111,7 +111,7 @@ def lineup(case: Case) -> Lineup:
     }
     problem = dataclasses.asdict(case.shape) | {"targets": case.variant, **case.options}
     make = functools.partial(_with_lora, case, block, inject, torch.float64)
-    return Lineup(problem, candidates, floors, lambda: _truth(block, make()))
+    return Lineup(problem, candidates, floors, lambda: _truth(block, make()), graphs=True)
 
 
 def work(shape: Shape, dtype: torch.dtype, targets: str | None = None) -> Work:

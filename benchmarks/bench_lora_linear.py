@@ -115,7 +115,7 @@ def lineup(case: Case) -> Lineup:
     formula = functools.partial(dataclasses.replace, work=work(problem))
     candidates = [formula(c) for c in candidates]
     candidates += [formula(c, truth=unmasked) for c in others]
-    return Lineup(_columns(case, problem), candidates, floors(problem), masked)
+    return Lineup(_columns(case, problem), candidates, floors(problem), masked, graphs=True)
 
 
 def work(problem: Problem) -> Work:

@@ -135,7 +135,7 @@ def lineup(case: Case) -> Lineup:
         candidates.append(_candidate(case, problem, name, function, **options))
     shape = dataclasses.asdict(case.shape) | {"D_t": problem.teacher.shape[1]}
     columns = shape | {"projection": case.variant, "dropout": problem.dropout}
-    return Lineup(columns, candidates, floors(problem), masked)
+    return Lineup(columns, candidates, floors(problem), masked, graphs=True)
 
 
 def work(problem: Problem) -> Work:

@@ -114,6 +114,9 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str:
+    """From git, or from `MODXFER_COMMIT` where only the files have been copied."""
+    if given := os.environ.get("MODXFER_COMMIT"):
+        return given
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

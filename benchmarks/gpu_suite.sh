@@ -1,21 +1,44 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most 9 minutes: builds csrc, runs the GPU tests, then the
-# benchmarks. Stages are bounded one by one, and each writes its results before the next begins.
+# What is asked of a GPU, in three stages. Each leaves one archive, OUT/STAGE.tgz, renewed after
+# every step and when the stage is cut: results that came so far are never lost.
 #
-#   benchmarks/gpu_suite.sh              OUT=DIR   results (default: benchmarks/results/<gpu>)
-#   benchmarks/gpu_suite.sh --dry-run    PYTHON=python3   interpreter with torch installed
+#   benchmarks/gpu_suite.sh first     150 s: kernels of every room on their first shapes, against
+#                                     fp64, without waits, equal bits; a line for each room
+#   benchmarks/gpu_suite.sh tables    280 s: times of every room beside floors, peers and gates
+#   benchmarks/gpu_suite.sh full      540 s: all GPU tests
 #
-# --dry-run runs the same stages on a CPU at smoke size: GPU tests are collected and skipped.
+#   --dry-run        the same steps on a CPU: bodies of the tests and tables at their smallest sizes
+#   OUT=DIR          of the archive (default: benchmarks/results/<gpu>)
+#   LIMIT=SECONDS    of the whole stage, in place of those above
+#   JOBS=N           test processes (default: two fewer than there are cores)
+#   PYTHON=python3   interpreter with torch installed
+#   MODXFER_COMMIT   the commit, where there is no .git to ask
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-case "${1:-}" in
+usage() {
+    echo "usage: $0 first|tables|full [--dry-run]" >&2
+    exit 2
+}
+
+stage=${1:-}
+case "$stage" in
+    first) limit=150 ;;
+    tables) limit=280 ;;
+    full) limit=540 ;;
+    *) usage ;;
+esac
+case "${2:-}" in
     "") device=cuda ;;
     --dry-run) device=cpu ;;
-    *) echo "usage: $0 [--dry-run]" >&2; exit 2 ;;
+    *) usage ;;
 esac
 python=${PYTHON:-python3}
-deadline=$((SECONDS + 500)) # and half a minute for the plots
+reserve=15 # seconds in which a step that was cut tells what it has, and the archive is written
+deadline=$((SECONDS + ${LIMIT:-$limit} - reserve))
+cores=$(nproc)
+jobs=${JOBS:-$((cores > 3 ? cores - 2 : cores))}
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
 if [[ $device == cuda ]]; then
     gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || exit 1
@@ -24,76 +47,93 @@ else
 fi
 out=${OUT:-benchmarks/results/$(echo "$gpu" | tr 'A-Z ' 'a-z-')}
 mkdir -p "$out"
+work=$(mktemp -d)
+running=
 status=0
 
-# stage NAME SECONDS COMMAND...: output to the terminal and to $out/NAME.log; never past the deadline
-stage() {
-    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS code
-    shift 2
-    if ((left < 10)); then
-        echo "== $name: not started, ${left} s left" | tee -a "$out/stages.txt"
-        status=1
-        return
+archive() {
+    tar czf "$out/.$stage.tgz" -C "$work" . && mv "$out/.$stage.tgz" "$out/$stage.tgz"
+}
+
+cut_short() {
+    trap - INT TERM
+    echo "== cut short after $SECONDS s" | tee -a "$work/steps.txt"
+    if [[ -n $running ]]; then
+        kill -INT "$running" 2>/dev/null
+        for _ in {1..50}; do
+            kill -0 "$running" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "$running" 2>/dev/null
     fi
-    ((limit > left)) && limit=$left
-    echo "== $name (at most $limit s): $*"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
-    code=${PIPESTATUS[0]}
-    echo "$name: exit $code after $((SECONDS - started)) s" | tee -a "$out/stages.txt"
+    archive
+    exit 130
+}
+trap cut_short INT TERM
+trap 'rm -rf "$work"' EXIT
+
+# step NAME COMMAND...: output to the terminal and to NAME.log, until the deadline of the stage
+step() {
+    local name=$1 left=$((deadline - SECONDS)) started=$SECONDS code
+    shift
+    if ((left < 5)); then
+        echo "== $name: not started, no time left" | tee -a "$work/steps.txt"
+        status=1
+        return 1
+    fi
+    echo "== $name (at most $left s)"
+    # an interrupt, so that Python tells how far it came; in a group of its own, with all it started
+    timeout --signal=INT --kill-after=10 "$left" "$@" > >(tee -a "$work/$name.log") 2>&1 &
+    running=$!
+    wait "$running"
+    code=$?
+    running=
+    echo "== $name: exit $code after $((SECONDS - started)) s" | tee -a "$work/steps.txt"
+    archive
     ((code == 0)) || status=1
+    return "$code"
 }
 
-# bench ROOM SHAPE SECONDS VARIANT...: one stage, one CSV and one JSON, written after each variant
-bench() {
-    local room=$1 shape=$2 limit=$3 name=$1-$2
-    shift 3
-    stage "$name" "$limit" "$python" -P -m modxfer_fast bench "$room" --device "$device" \
-        --shape "$shape" --variant "$@" "${effort[@]}" \
-        --csv "$out/$name.csv" --json "$out/$name.json"
+# tests MARKERS: GPU tests in parallel processes, one by one, and a line for each room
+tests() {
+    step tests "$python" -m pytest -q --tb=short -p no:cacheprovider -p tests.outcomes \
+        --outcomes "$work/tests.jsonl" -n "$jobs" --dist worksteal -m "$1" \
+        tests/kernels/test_*_gpu.py
+    step rooms "$python" -m tests.outcomes "$work/tests.jsonl"
 }
 
-# plot ROOM: every file of the room in one figure
-plot() {
-    local room=$1 files=("$out/$1"-*.json)
-    [[ -e ${files[0]} ]] || return 0
-    stage "plot-$room" 30 "$python" -m benchmarks.plot "${files[@]}" --output "$out/$room.png"
+tables() {
+    local code=3 begun=-1 main="from modxfer_fast.cli.bench import load_benchmarks as load; "
+    main+="import sys; sys.exit(load()('gpu_tables').main(sys.argv[1:]))"
+    # 3: a table took the device along; a new process goes on behind it, as long as one is begun
+    while ((code == 3 && $(ls "$work" | grep -c 'csv$') > begun)); do
+        begun=$(ls "$work" | grep -c 'csv$')
+        step tables "$python" -P -c "$main" "$work" --device "$device"
+        code=$?
+    done
+    ((deadline += 10))
+    step gates "$python" -m benchmarks.gates "$work"/*.csv
+    local room rooms=(linear_kd_loss lora_linear lora_block projection_loss kd_loss correlation)
+    for room in "${rooms[@]}"; do
+        step "plot-$room" "$python" -m benchmarks.plot "$work/$room"-*.csv --output "$work/$room.png"
+    done
 }
 
-: > "$out/stages.txt"
-stage environment 60 "$python" -P -m modxfer_fast doctor
-if [[ $device == cuda ]]; then
-    nvidia-smi > "$out/nvidia-smi.txt" 2>&1
-    # of timing a variant: steps take milliseconds, and compiling the peers most of a stage
-    effort=(--seconds 4)
-    stage build 90 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
-    stage tests 130 "$python" -m pytest -q -m gpu
-    # each room once, then further shapes as time allows
-    bench lora_linear llama3-8b 70 single qkv gate_up
-    bench linear_kd_loss llama3-1b-from-8b 50 forward_kl jsd
-    bench lora_block llama3-8b 60 all-linear
-    bench projection_loss llama3-1b-from-8b 35 mse cosine
-    bench lora_projection llama3-1b-from-8b 50 full rank16 none
-    bench kd_loss llama3-1b-from-8b 35 forward_kl jsd
-    bench correlation llama3-1b-from-8b 35 cross cross+grams
-    bench linear_kd_loss llama3-8b-self 45 forward_kl
-    bench lora_block qwen2.5-1.5b 50 all-linear
-    bench lora_linear qwen2.5-1.5b 50 qkv gate_up
-    bench linear_kd_loss qwen3-0.6b-from-8b 45 forward_kl
-else
-    effort=(--quick --seconds 0)
-    stage tests 90 "$python" -m pytest -q -m gpu tests/kernels
-    bench kd_loss smoke 60 forward_kl
-    bench linear_kd_loss smoke 60 forward_kl
-    bench projection_loss smoke 60 mse
-    bench lora_linear smoke 60 single qkv
-    bench lora_projection smoke 60 full rank16
-    bench lora_block smoke 120 all-linear
-    bench correlation smoke 60 cross cross+grams
+# kernels are Triton's, compiled when they are first called: nothing is built
+here="import pathlib, modxfer_fast, modxfer_fast.kernels as k; \
+assert pathlib.Path(modxfer_fast.__file__).parents[1] == pathlib.Path('$PWD')"
+if ! "$python" -P -c "$here" 2>/dev/null; then
+    MODXFER_BUILD=none step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
 fi
-((deadline += 30))
-for room in kd_loss linear_kd_loss lora_linear lora_block projection_loss lora_projection \
-    correlation; do
-    plot "$room"
-done
-echo "results in $out"
+[[ $device == cuda ]] && step nvidia-smi nvidia-smi
+step environment "$python" -P -m modxfer_fast doctor
+case "$stage-$device" in
+    first-cuda) tests "gpu and first" ;;
+    full-cuda) tests gpu ;;
+    first-cpu) tests first ;;
+    full-cpu) tests "gpu or not gpu" ;;
+    tables-*) tables ;;
+esac
+archive
+echo "results in $out/$stage.tgz"
 exit $status

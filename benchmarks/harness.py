@@ -1,7 +1,9 @@
-"""From the candidates of a room to rows: check against fp64, count, time what is right."""
+"""From the candidates of a room to rows: check against fp64, count, time; one after another."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,7 @@ from .memory import peak_mib
 from .results import Row
 from .roofline import Roof, Work
 from .rooms import Case
-from .timing import Effort, Step, Timing, interleave
+from .timing import Effort, Step, Timing, graphed, interleave
 
 # Largest relative error (Frobenius norm) of results and gradients that still is the same function.
 BUDGET = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 3e-3}
@@ -69,6 +71,10 @@ class Candidate:
     truth: Truth | None = None
     why_not: str = ""
 
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("ours")
+
 
 @dataclass(frozen=True)
 class Lineup:
@@ -78,18 +84,27 @@ class Lineup:
         problem: sizes, variant and options as rows tell them.
         floors: what implementations are compared with, by name.
         truth: fp64 results and gradients by name.
+        graphs: on a GPU each candidate is also timed as a CUDA graph: the step is so short that
+            Python's launches may take longer.
     """
 
     problem: Mapping[str, int | float | str]
     candidates: list[Candidate]
     floors: Mapping[str, Floor]
     truth: Truth
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
 class Check:
-    ok: bool
+    """What a row says of an implementation, and whether its times mean something.
+
+    One over its accuracy budget is timed all the same, and the row says so: the time of a result
+    that is off in its third digit is worth knowing, one of NaN is not.
+    """
+
     text: str
+    is_timed: bool
 
 
 @dataclass(frozen=True)
@@ -102,62 +117,85 @@ class Counts:
 
 
 def measure(
-    room: str, case: Case, lineup: Lineup, effort: Effort, roof: Roof, say: Callable[[str], None]
-) -> list[Row]:
-    """Rows of all candidates and floors, in their order.
+    room: str,
+    case: Case,
+    lineup: Lineup,
+    effort: Effort,
+    roof: Roof,
+    say: Callable[[str], None],
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[Row]:
+    """A row of each floor and candidate as soon as it is measured, ours before their peers.
+
+    A candidate is timed in turn with its floor. Where `lineup.graphs`, its row comes a second
+    time, with the time of its CUDA graph.
 
     Args:
+        effort: `budget_s` is shared by all.
         roof: of this device in the case's dtype, measured in the same run.
         say: told what is being done, one short line at a time.
+        is_over: asked before each candidate; once it is true, the rest is named and not run.
     """
     # the same functions were compiled for earlier cases; past a limit they would run uncompiled
     torch.compiler.reset()
-    checks = _checks(case, lineup, say)
-    right = [c for c in lineup.candidates if checks[c.name].ok]
-    counts = {}
-    for name, floor in lineup.floors.items():
-        say(f"count {name}")
-        counts[name] = _counts(floor.step, floor.weights, case.device, floor.is_training)
-    for candidate in right:
-        say(f"count {candidate.name}")
-        counts[candidate.name] = _counts(candidate.step, candidate.weights, case.device, True)
-    steps = {name: floor.step for name, floor in lineup.floors.items()}
-    steps |= {c.name: c.step for c in right}
-    times = interleave(
-        steps, case.device, effort, lambda done: say(f"timing {len(steps)} steps, round {done + 1}")
-    )
-
+    candidates = sorted(lineup.candidates, key=lambda candidate: not candidate.is_ours)
+    parts = len(lineup.floors) + len(candidates)
+    effort = dataclasses.replace(effort, budget_s=effort.budget_s / parts)
     row = functools.partial(_row, room, case, lineup.problem, roof)
-    rows = [
-        row(name, "floor", times[name], name, times[name], floor.work, counts[name])
-        for name, floor in lineup.floors.items()
-    ]
-    for candidate in lineup.candidates:
-        name, floor = candidate.name, candidate.floor
-        work = candidate.work or lineup.floors[floor].work
-        counted = counts.get(name, Counts())
-        rows.append(
-            row(name, checks[name].text, times.get(name), floor, times[floor], work, counted)
+    for name, floor in lineup.floors.items():
+        say(f"time {name}")
+        counts = _counts(floor.step, floor.weights, case.device, floor.is_training)
+        (timing,) = interleave({name: floor.step}, case.device, effort).values()
+        yield row(name, "floor", name, floor.work, timing, timing, counts)
+    truth = _Truths(lineup.truth, say)
+    for candidate in candidates:
+        name, floor = candidate.name, lineup.floors[candidate.floor]
+        unmeasured = functools.partial(
+            row, name, floor=candidate.floor, work=candidate.work or floor.work
         )
-    return rows
+        if is_over():
+            yield unmeasured("not reached in the time given")
+            continue
+        say(f"check {name}")
+        checked = check(candidate, truth.of(candidate), case.dtype)
+        if not checked.is_timed:
+            yield unmeasured(checked.text)
+            continue
+        say(f"time {name}")
+        try:
+            counts = _counts(candidate.step, candidate.weights, case.device, True)
+            steps = {candidate.floor: floor.step, name: candidate.step}
+            times = interleave(steps, case.device, effort)
+        except Exception as error:  # a peer may fail in any way, and the others still have to run
+            yield unmeasured(_failure(error))
+            continue
+        measured = unmeasured(
+            checked.text, timing=times[name], floor_timing=times[candidate.floor], counts=counts
+        )
+        yield measured
+        if lineup.graphs and case.device == "cuda":
+            say(f"time {name} as a graph")
+            yield dataclasses.replace(measured, graph_ms=_graph_ms(candidate.step, effort))
 
 
-def check(candidate: Candidate, truth: Mapping[str, Tensor], dtype: torch.dtype) -> Check:
+def check(
+    candidate: Candidate, truth: Callable[[], Mapping[str, Tensor]], dtype: torch.dtype
+) -> Check:
     """Runs the candidate once and compares everything it returns with the truth."""
     if candidate.step is None:
-        return Check(False, candidate.why_not)
+        return Check(candidate.why_not, False)
     try:
         results = (candidate.check_step or candidate.step)()
+        if set(results) != set(candidate.outputs):
+            return Check(f"fail returned {', '.join(results)}", False)
+        expected = truth()
+        errors = {name: relative_error(results[name], expected[name]) for name in candidate.outputs}
     except Exception as error:  # a peer may fail in any way, and the others still have to run
-        message = (str(error).splitlines() or [""])[0][:80]
-        return Check(False, f"fail {type(error).__name__}: {message}")
-    if set(results) != set(candidate.outputs):
-        return Check(False, f"fail returned {', '.join(results)}")
-    errors = {name: relative_error(results[name], truth[name]) for name in candidate.outputs}
+        return Check(_failure(error), False)
     worst = max(errors, key=errors.get)
-    budget = candidate.budget[dtype]
-    ok = errors[worst] <= budget
-    return Check(ok, f"{'pass' if ok else 'fail'} {worst} {errors[worst]:.1e} of {budget:.0e}")
+    budget, error = candidate.budget[dtype], errors[worst]
+    word = "pass" if error <= budget else "over" if math.isfinite(error) else "fail"
+    return Check(f"{word} {worst} {error:.1e} of {budget:.0e}", word != "fail")
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
@@ -167,22 +205,40 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth).norm() / truth.norm()).item()
 
 
-def _checks(case: Case, lineup: Lineup, say: Callable[[str], None]) -> dict[str, Check]:
-    # one truth at a time: in fp64 they are the largest tensors of the run
-    by_truth: dict[Truth, list[Candidate]] = {lineup.truth: []}
-    for candidate in lineup.candidates:
-        by_truth.setdefault(candidate.truth or lineup.truth, []).append(candidate)
-    checks = {}
-    for make_truth, candidates in by_truth.items():
-        if not candidates:
-            continue
-        say("truth in fp64")
-        truth = make_truth()
-        for candidate in candidates:
-            say(f"check {candidate.name}")
-            checks[candidate.name] = check(candidate, truth, case.dtype)
-        del truth
-    return checks
+class _Truths:
+    """One truth at a time: in fp64 they are the largest tensors of the run."""
+
+    def __init__(self, default: Truth, say: Callable[[str], None]):
+        self._default, self._say = default, say
+        self._made_by: Truth | None = None
+        self._values: Mapping[str, Tensor] = {}
+
+    def of(self, candidate: Candidate) -> Truth:
+        make = candidate.truth or self._default
+
+        def truth() -> Mapping[str, Tensor]:
+            if make is not self._made_by:
+                self._say("truth in fp64")
+                self._values = {}
+                self._values, self._made_by = make(), make
+            return self._values
+
+        return truth
+
+
+def _failure(error: Exception) -> str:
+    message = (str(error).splitlines() or [""])[0][:80]
+    return f"fail {type(error).__name__}: {message}"
+
+
+def _graph_ms(step: Step, effort: Effort) -> float | None:
+    """Median time of the step's CUDA graph; None where it cannot be captured."""
+    try:
+        replay = graphed(step)
+        (timing,) = interleave({"graph": replay}, "cuda", effort).values()
+    except Exception:  # what a peer does may not be allowed in a graph
+        return None
+    return timing.median_ms
 
 
 def _counts(step: Step, weights: Sequence[Tensor], device: str, is_training: bool) -> Counts:
@@ -200,11 +256,11 @@ def _row(
     roof: Roof,
     impl: str,
     check_text: str,
-    time: Timing | None,
     floor: str,
-    floor_time: Timing,
     work: Work,
-    counts: Counts,
+    timing: Timing | None = None,
+    floor_timing: Timing | None = None,
+    counts: Counts = Counts(),
 ) -> Row:
     return Row(
         room=room,
@@ -213,10 +269,10 @@ def _row(
         dtype=str(case.dtype).removeprefix("torch."),
         problem=problem,
         check=check_text,
-        time_ms=time and time.median_ms,
-        time_ms_iqr=time and time.iqr_ms,
-        floor_ms=floor_time.median_ms,
-        ratio_to_floor=time and time.median_ms / floor_time.median_ms,
+        time_ms=timing and timing.median_ms,
+        time_ms_iqr=timing and timing.iqr_ms,
+        floor_ms=floor_timing and floor_timing.median_ms,
+        ratio_to_floor=timing and timing.median_ms / floor_timing.median_ms,
         peak_mib=counts.peak_mib,
         floor=floor,
         flops=work.flops,
@@ -225,4 +281,5 @@ def _row(
         saved_mib=counts.saved_mib,
         launches=counts.launches,
         launches_of=None if counts.launches is None else LAUNCHES_OF[case.device],
+        host_ms=timing and timing.host_ms,
     )

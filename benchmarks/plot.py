@@ -89,7 +89,7 @@ def _bars(axes: Axes, rows, values, texts, errors=None) -> None:
     for place, (value, text) in enumerate(zip(values, texts, strict=True)):
         end = value + (errors[place] if errors else 0.0)
         axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", size=7)
-    axes.set_yticks(places, [row.impl for row in rows], fontsize=8)
+    axes.set_yticks(places, [_name(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlim(left=0)
@@ -100,7 +100,11 @@ def _bars(axes: Axes, rows, values, texts, errors=None) -> None:
 def _color(row: results.Row) -> str:
     if row.check == "floor":
         return _FLOOR
-    return _OURS if row.impl.startswith("ours") else _PEER
+    return _OURS if row.is_ours else _PEER
+
+
+def _name(row: results.Row) -> str:
+    return f"{row.impl} (over its error budget)" if row.is_over_budget else row.impl
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,10 +2,13 @@
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from modxfer_fast import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +18,9 @@ class Row:
     Attributes:
         problem: sizes, variant and options of the room, by name. In a file each is a column of its
             own, between `dtype` and `check`.
-        check: "pass" or "fail" with the worst relative error against fp64 and its budget, "floor",
-            "not installed", or why the implementation does not run here.
+        check: "pass" or "over" with the worst relative error against fp64 and its budget, "fail"
+            with what went wrong, "floor", "not installed", or why the implementation does not run
+            here. One that is over its budget is timed, and marked wherever it is shown.
         time_ms, time_ms_iqr: median and interquartile range over rounds, forward and backward.
         floor_ms: median of the floor this row is compared with, in the same rounds.
         ratio_to_floor: time_ms / floor_ms.
@@ -26,6 +30,8 @@ class Row:
         predicted_ms: the time that the roof of this machine, measured in the same run, allows them.
         saved_mib: kept from forward to backward, weights left out.
         launches: of what `launches_of` says, in one forward and backward.
+        host_ms: Python's time for one forward and backward, on a GPU, where it runs beside time_ms.
+        graph_ms: median of replays of a CUDA graph of it, in the rooms that ask for one.
     """
 
     room: str
@@ -46,6 +52,16 @@ class Row:
     saved_mib: float | None = None
     launches: int | None = None
     launches_of: str | None = None
+    host_ms: float | None = None
+    graph_ms: float | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.impl.startswith("ours")
+
+    @property
+    def is_over_budget(self) -> bool:
+        return self.check.startswith("over")
 
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(Row) if field.name != "problem"}
@@ -55,18 +71,23 @@ _BEFORE_PROBLEM = ("room", "impl", "device", "dtype")
 def write_json(path: Path, environment: dict[str, str], rows: list[Row]) -> None:
     """{"environment": {...}, "rows": [{column: value}]}."""
     content = {"environment": environment, "rows": [_record(row) for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    _write(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: Path, environment: dict[str, str], rows: list[Row]) -> None:
     """A comment line with the environment as JSON, the columns, the rows; null is an empty cell."""
+    text = io.StringIO()
+    text.write(f"# {json.dumps(environment)}\n")
+    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_record(row) for row in rows)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
+    # whole files only: a run that writes row after row may be cut at any time
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# {json.dumps(environment)}\n")
-        writer = csv.DictWriter(file, columns(rows), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_record(row) for row in rows)
+    files.write_text(path, text)
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:

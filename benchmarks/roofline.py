@@ -78,7 +78,7 @@ def _best_s(step: Step, device: str) -> float:
     warm_up(step, device, QUICK.warmup_s)
     best, spent = float("inf"), 0.0
     for _ in range(_ROUNDS):
-        elapsed = clock(step) / 1e3
+        elapsed = clock.ms(step) / 1e3
         best, spent = min(best, elapsed), spent + elapsed
         if spent > _BUDGET_S:
             break

@@ -1,4 +1,9 @@
-"""Interleaved timing: each round runs every step once, so that noise and drift hit all alike."""
+"""Interleaved timing: each round runs every step once, so that noise and drift hit all alike.
+
+A GPU is timed by its own events. Python needs longer to launch a small step than the GPU to run it,
+so each step is queued behind a sleep of the GPU that lasts as long as the launching: what lies
+between the events is the GPU's work, and Python's time is a figure of its own.
+"""
 
 import statistics
 import time
@@ -22,11 +27,18 @@ class Effort:
 
 QUICK = Effort(warmup_s=0.05, min_rounds=3, max_rounds=20, budget_s=2.0)
 
+_HOST_CALLS = 5
+# a step that waits for the GPU takes its time for launching too: it needs no longer sleep
+_LONGEST_SLEEP_MS = 20.0
+
 
 @dataclass(frozen=True)
 class Timing:
+    """host_ms: until the step returned to Python, on a GPU; None on a CPU, where it is the time."""
+
     median_ms: float
     iqr_ms: float
+    host_ms: float | None = None
 
 
 def interleave(
@@ -42,6 +54,7 @@ def interleave(
     clock = clock_of(device)
     for step in steps.values():
         warm_up(step, device, effort.warmup_s)
+    hosts = {name: clock.host_ms(step) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     start = time.perf_counter()
@@ -51,13 +64,16 @@ def interleave(
         on_round(done)
         shift = done % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            times[name].append(clock(steps[name]))
-    return {name: Timing(statistics.median(values), iqr(values)) for name, values in times.items()}
+            times[name].append(clock.ms(steps[name], hosts[name]))
+    return {
+        name: Timing(statistics.median(values), iqr(values), hosts[name])
+        for name, values in times.items()
+    }
 
 
-def clock_of(device: str) -> Callable[[Step], float]:
-    """Milliseconds of one call of a step on that device."""
-    return _CudaClock() if device == "cuda" else _cpu_ms
+def clock_of(device: str) -> "CpuClock | CudaClock":
+    """The clock of that device."""
+    return CudaClock() if device == "cuda" else CpuClock()
 
 
 def iqr(values: list[float]) -> float:
@@ -77,26 +93,75 @@ def warm_up(step: Step, device: str, seconds: float) -> None:
             return
 
 
-def _cpu_ms(step: Step) -> float:
-    start = time.perf_counter()
-    results = step()
-    elapsed = time.perf_counter() - start
-    del results  # returning memory to the system is not part of the step
-    return elapsed * 1e3
+def graphed(step: Step) -> Step:
+    """The step captured as a CUDA graph: a call replays it, and returns what the capture returned.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are compiled, cuBLAS makes its workspace
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
 
 
-class _CudaClock:
+class CpuClock:
+    def host_ms(self, step: Step) -> None:
+        return None
+
+    def ms(self, step: Step, host_ms: float | None = None) -> float:
+        """Milliseconds of one call."""
+        start = time.perf_counter()
+        results = step()
+        elapsed = time.perf_counter() - start
+        del results  # returning memory to the system is not part of the step
+        return elapsed * 1e3
+
+
+class CudaClock:
     """Event time of one step with a cold L2: a buffer twice its size is overwritten before."""
 
     def __init__(self):
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device="cuda")
+        cycles = 10**6
+        torch.cuda._sleep(cycles)  # the first launch loads the kernel
+        self._cycles_per_ms = cycles / self._between_events(lambda: torch.cuda._sleep(cycles))
 
-    def __call__(self, step: Step) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def host_ms(self, step: Step) -> float:
+        """Median milliseconds until the step returns, the GPU idle when it is called."""
+        times = []
+        for _ in range(_HOST_CALLS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            results = step()
+            times.append((time.perf_counter() - start) * 1e3)
+            del results
+        torch.cuda.synchronize()
+        return statistics.median(times)
+
+    def ms(self, step: Step, host_ms: float | None = None) -> float:
+        """Milliseconds of the GPU, idle for none of them unless the step itself waits."""
+        sleep_ms = min(1.5 * (host_ms or 0.0) + 0.5, _LONGEST_SLEEP_MS)
         self._flush.zero_()
+        torch.cuda._sleep(int(sleep_ms * self._cycles_per_ms))
+        return self._between_events(step)
+
+    def _between_events(self, step: Step) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step()
+        results = step()
         end.record()
         torch.cuda.synchronize()
+        del results
         return start.elapsed_time(end)

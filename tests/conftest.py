@@ -58,6 +58,8 @@ def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    if config.getvalue("dist") == "worksteal":  # many processes share a GPU, test by test
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class WholeFiles(LoadFileScheduling):

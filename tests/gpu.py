@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.timing import graphed
 from modxfer_fast.kernels import dispatch
 
 NEEDS_GPU = (
@@ -69,26 +70,8 @@ def no_waiting(device: str) -> Iterator[None]:
 
 
 def recorded(step: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """`step` captured as a CUDA graph: a call replays it and returns what the capture returned.
-
-    On a CPU it is `step` itself.
-    """
-    if device == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled, cuBLAS makes its workspace
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-
-    def replay() -> Any:
-        graph.replay()
-        return results
-
-    return replay
+    """`step` as a CUDA graph, of which each call is a replay; on a CPU the step itself."""
+    return graphed(step) if device == "cuda" else step
 
 
 def free_or_skip(gib: int) -> None:

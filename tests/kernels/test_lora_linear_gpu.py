@@ -1,131 +1,159 @@
 """lora_linear on a GPU: real sizes, equal bits, no waiting, CUDA graphs, memory, large offsets."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+from benchmarks.memory import peak_mib
+from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
+from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
+from tests.gpu import (
+    NEEDS_GPU,
+    backend_on,
+    free_or_skip,
+    kernels_on,
+    no_waiting,
+    recorded,
+    to_device,
+)
+from tests.lora_inputs import BF16, DTYPES, FP16, FP32, LoraInputs, check, lora_inputs, run
 
-from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group, triton_impl
-from modxfer_fast.kernels.lora_linear.dropout import dropout_bits
-from tests.lora_inputs import BF16, DTYPES, FP32, PARTS, LoraInputs, check, lora_inputs, run
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
-]
 QKV = (4096, 1024, 1024)
+ON_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
+# what the widths of the tests are divided by on a CPU
+PART = {"cpu": 64, "cuda": 1}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def tf32():
     """The yardstick of fp32 adapters beside half-precision x is tf32, as the kernels are."""
     previous = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = previous
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = previous
 
 
-def gpu_inputs(*args, **options) -> LoraInputs:
-    inputs = lora_inputs(*args, **options)
-
-    def move(tensor):
-        if tensor is None:
-            return None
-        return tensor.detach().cuda().requires_grad_(tensor.requires_grad)
-
-    targets = [
-        target._replace(**{part: move(getattr(target, part)) for part in PARTS})
-        for target in inputs.targets
-    ]
-    dys = [dy.cuda() for dy in inputs.dys]
-    return LoraInputs(move(inputs.x), targets, dys, inputs.seed.cuda())
+def make(device: str, m: int, k: int, widths, *args, **options) -> LoraInputs:
+    part = PART[device]
+    shrunk = tuple(-(-width // part) for width in widths)
+    return to_device(lora_inputs(-(-m // part), -(-k // part), shrunk, *args, **options), device)
 
 
+def results(inputs: LoraInputs, device: str, **options):
+    return run(inputs, backend=backend_on(device, "lora_linear"), **options)
+
+
+def checked(inputs: LoraInputs, device: str, dys=None) -> None:
+    check(inputs, dys, backend=backend_on(device, "lora_linear"))
+
+
+@pytest.mark.first
 @pytest.mark.parametrize("widths", [(4096,), (11008, 11008), QKV], ids=["one", "gate-up", "qkv"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_real_sizes(dtypes, widths, request):
-    if dtypes[0] != dtypes[1]:
-        request.getfixturevalue("tf32")
-    check(gpu_inputs(2048, 4096, widths, dtypes, ranks=(16,), dropouts=(0.1,)))
+def test_real_sizes(dtypes, widths, device):
+    with tf32() if dtypes[0] != dtypes[1] else contextlib.nullcontext():
+        checked(make(device, 2048, 4096, widths, dtypes, ranks=(16,), dropouts=(0.1,)), device)
 
 
-def test_fp32_in_tf32(tf32):
-    check(gpu_inputs(2048, 4096, QKV, FP32, ranks=(16,), dropouts=(0.1,)))
+def test_fp32_in_tf32(device):
+    with tf32():
+        checked(make(device, 2048, 4096, QKV, FP32, ranks=(16,), dropouts=(0.1,)), device)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 24, 64, 256])
-def test_ranks(rank):
-    check(gpu_inputs(1024, 1024, (1024, 512), BF16, ranks=(rank,), dropouts=(0.1, 0.0)))
+def test_ranks(rank, device):
+    inputs = make(device, 1024, 1024, (1024, 512), BF16, ranks=(rank,), dropouts=(0.1, 0.0))
+    checked(inputs, device)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 63, 129, 4097])
 @pytest.mark.parametrize("width", [1, 100, 1000, 1536])
-def test_ragged_sizes(rows, width):
-    check(gpu_inputs(rows, width, (1000, 33), BF16, dropouts=(0.5, 0.1)))
+def test_ragged_sizes(rows, width, device):
+    checked(make(device, rows, width, (1000, 33), BF16, dropouts=(0.5, 0.1)), device)
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("num_targets", [1, 3])
-def test_without_a_base(num_targets):
-    check(gpu_inputs(2048, 4096, QKV[:num_targets], BF16, weight=(False,), dropouts=(0.1,)))
+def test_without_a_base(num_targets, device):
+    options = {"weight": (False,), "dropouts": (0.1,)}
+    checked(make(device, 2048, 4096, QKV[:num_targets], BF16, **options), device)
 
 
-def test_the_mask_is_that_of_every_backend():
-    inputs = gpu_inputs(1000, 4096, QKV, BF16, dropouts=(0.1, 0.5, 0.0))
-    _, bits = triton_impl.shrink(inputs.x.detach(), inputs.targets, inputs.seed)
-    assert torch.equal(bits, dropout_bits(inputs.seed, 1000, 4096, [0.1, 0.5, 0.0]))
+@pytest.mark.first
+@pytest.mark.parametrize("rows", [1, 127, 1000])
+def test_the_mask_is_that_of_every_backend(rows, device):
+    inputs = make(device, rows, 4096, QKV, BF16, dropouts=(0.1, 0.5, 0.0))
+    shape = inputs.x.shape
+    expected = dropout_bits(inputs.seed.cpu(), *shape, [0.1, 0.5, 0.0])
+    here = dropout_bits(inputs.seed, *shape, [0.1, 0.5, 0.0])
+    assert torch.equal(here.cpu(), expected)
+    if device == "cuda":
+        impl = kernels_on(device, "lora_linear")
+        _, bits = impl.shrink(inputs.x.detach(), inputs.targets, inputs.seed)
+        assert torch.equal(bits.cpu(), expected)
 
 
-def test_strided_gradients_and_inputs():
-    inputs = gpu_inputs(512, 1024, (1024, 256), BF16)
-    check(inputs, [dy.t().contiguous().t() for dy in inputs.dys])
-    check(
-        inputs, [torch.ones((), dtype=dy.dtype, device="cuda").expand_as(dy) for dy in inputs.dys]
-    )
-    inputs.x = torch.cat([inputs.x.detach()] * 2, dim=1)[:, 1024:].requires_grad_()
-    check(inputs)
+@pytest.mark.first
+def test_the_mask_keeps_as_many_as_it_should(device):
+    """x of ones through A of ones: each row's s is the number of elements kept."""
+    m, k, dropout = 512, 1024, 0.25
+    x, a, b = torch.ones(m, k), torch.ones(1, k), torch.ones(1, 1)
+    seed = torch.tensor(3)
+    x, a, b, seed = to_device((x, a, b, seed), device)
+    options = {"scaling": 1.0 - dropout, "dropout": dropout, "seed": seed}
+    y = lora_linear(x, None, a, b, backend=backend_on(device, "lora_linear"), **options)
+    mask = unpack(dropout_bits(seed, m, k, [dropout]), k)[0]
+    torch.testing.assert_close(y[:, 0], mask.sum(1).float())
+    assert abs(mask.float().mean().item() - 0.75) < 6 * (0.75 * 0.25 / (m * k)) ** 0.5
 
 
-def test_two_runs_are_equal():
-    inputs = gpu_inputs(8192, 4096, QKV, BF16, ranks=(16,), dropouts=(0.1,))
-    first = run(inputs)
+def test_strided_gradients_and_inputs(device):
+    inputs = make(device, 512, 1024, (1024, 256), BF16)
+    checked(inputs, device, [dy.t().contiguous().t() for dy in inputs.dys])
+    one = torch.ones((), dtype=torch.bfloat16, device=device)
+    checked(inputs, device, [one.expand_as(dy) for dy in inputs.dys])
+    width = inputs.x.shape[1]
+    inputs.x = torch.cat([inputs.x.detach()] * 2, dim=1)[:, width:].requires_grad_()
+    checked(inputs, device)
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("dtypes", [BF16, FP16], ids=["bf16", "fp16"])
+def test_two_runs_are_equal(dtypes, device):
+    inputs = make(device, 8192, 4096, QKV, dtypes, ranks=(16,), dropouts=(0.1,))
+    first = results(inputs, device)
     for _ in range(3):
-        for name, result in run(inputs).items():
+        for name, result in results(inputs, device).items():
             assert torch.equal(result, first[name]), name
 
 
-def test_nothing_waits_for_the_gpu():
-    inputs = gpu_inputs(256, 1024, QKV, BF16)
-    run(inputs, seed=None)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(inputs, seed=None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.first
+@pytest.mark.parametrize("dtypes", [BF16, FP16], ids=["bf16", "fp16"])
+def test_nothing_waits_for_the_gpu(dtypes, device):
+    inputs = make(device, 256, 1024, QKV, dtypes)
+    results(inputs, device, seed=None)  # compiles
+    with no_waiting(device):
+        results(inputs, device, seed=None)
 
 
-def test_a_captured_graph_draws_new_masks():
-    inputs = gpu_inputs(256, 1024, (1024,), FP32, dropouts=(0.5,), weight=(False,), bias=(False,))
+@pytest.mark.first
+def test_a_captured_graph_draws_new_masks(device):
+    options = {"dropouts": (0.5,), "weight": (False,), "bias": (False,)}
+    inputs = make(device, 256, 4096, (4096,), FP32, **options)
     (target,), (dy,) = inputs.targets, inputs.dys
     x, a, b = inputs.x.detach().requires_grad_(), target.lora_a, target.lora_b
+    backend = backend_on(device, "lora_linear")
 
     def step():
-        y = lora_linear(x, None, a, b, scaling=2.0, dropout=0.5)
+        y = lora_linear(x, None, a, b, scaling=2.0, dropout=0.5, backend=backend)
         return y, *torch.autograd.grad(y, [x, a, b], dy)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    replays = []
-    for _ in range(3):
-        graph.replay()
-        replays.append([tensor.detach().clone() for tensor in captured])
+    replay = recorded(step, device)
+    replays = [[tensor.detach().clone() for tensor in replay()] for _ in range(3)]
     for before, after in itertools.pairwise(replays):
         assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
     for y, dx, da, db in replays:
@@ -138,38 +166,31 @@ def test_a_captured_graph_draws_new_masks():
             )
 
 
-def test_memory():
-    """Forward: outputs, s and one bit an element. Backward: dx, adapters, partial sums."""
-    m, k, rank = 8192, 4096, 16
-    inputs = gpu_inputs(m, k, QKV, BF16, ranks=(rank,), dropouts=(0.1,), bias=(False,))
+@pytest.mark.first
+def test_memory_of_a_step(device):
+    """Above outputs and gradients: s, one bit an element of x, and partial sums of ds."""
+    if backend_on(device, "lora_linear") == "reference":
+        pytest.skip("the reference stores masked inputs, and compiled kernels were not built")
+    m, k, rank = 8192 // PART[device], 4096 // PART[device], 16
+    inputs = make(device, 8192, 4096, QKV, BF16, ranks=(rank,), dropouts=(0.1,), bias=(False,))
     inputs.require("x", "lora_a", "lora_b")
-    run(inputs)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    ys = lora_linear_group(inputs.x, inputs.targets, seed=inputs.seed)
-    torch.cuda.synchronize()
-    outputs, mask, s = 2 * m * sum(QKV), 3 * m * k // 8, 2 * m * 3 * rank
-    assert torch.cuda.max_memory_allocated() - before < outputs + mask + s + 2**20
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    leaves = list(inputs.trainable().values())
-    torch.autograd.grad(ys, leaves, inputs.dys)
-    torch.cuda.synchronize()
-    ds_parts = 4 * m * rank * sum(width // 256 for width in QKV)
-    assert torch.cuda.max_memory_allocated() - before < 2 * m * k + ds_parts + 16 * 2**20
+    widths = [dy.shape[1] for dy in inputs.dys]
+    step = lambda: results(inputs, device)
+    step()
+    mask, s = 3 * m * k // 8, 2 * m * 3 * rank
+    ds_parts = 4 * m * rank * sum(-(-width // 256) for width in widths)
+    assert peak_mib(step, device) <= (mask + s + ds_parts) / 2**20 + 16 / PART[device]
 
 
-def test_offsets_past_2_to_the_31():
+@ON_GPU
+def test_offsets_past_2_to_the_31(device):
     """The last rows begin past element 2^31; they must come out as they do alone."""
     k, n, count = 4096, 4096, 256
     m = 2**31 // k + count
-    free, _ = torch.cuda.mem_get_info()
-    if free < 64 * 2**30:
-        pytest.skip(f"needs 64 GiB of free GPU memory, has {free / 2**30:.0f}")
-    inputs = gpu_inputs(count, k, (n,), BF16, ranks=(16,), dropouts=(0.0,), bias=(False,))
+    free_or_skip(32)
+    inputs = make(device, count, k, (n,), BF16, ranks=(16,), dropouts=(0.0,), bias=(False,))
     (target,) = inputs.targets
-    alone = run(inputs)
+    alone, triton_impl = results(inputs, device), kernels_on(device, "lora_linear")
     x = torch.zeros(m, k, dtype=torch.bfloat16, device="cuda")
     x[-count:] = inputs.x.detach()
     dy = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")

@@ -1,25 +1,47 @@
-"""lora_projection_loss on a GPU: real sizes, no waiting, memory."""
+"""lora_projection_loss on a GPU: against fp64, the two ops in turn, bits, waits, memory."""
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
+from benchmarks.bench_lora_projection import BUDGET, Shape
+from benchmarks.bench_lora_projection import lineup as candidates
+from benchmarks.harness import relative_error
+from benchmarks.memory import peak_mib
+from benchmarks.rooms import Case
 from modxfer_fast import LoraTarget, lora_linear, lora_projection_loss, projection_loss
+from tests.gpu import backend_on, no_waiting
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
-]
+pytestmark = pytest.mark.first
 SCALING, DROPOUT = 2.0, 0.1
+# what sizes are divided by on a CPU
+PART = {"cpu": 16, "cuda": 1}
 
 
-def tensors(rows: int, k: int, n: int, d_t: int, dtype=torch.bfloat16) -> dict[str, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
+@pytest.mark.parametrize("projection", ["full", "none", "rank16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_against_fp64(dtype, projection, device):
+    """What the benchmark asks of its own candidates, hidden states and every gradient."""
+    part = PART[device]
+    shape = Shape(2048 // part, 1024 // part, 1024 // part, 1536 // part)
+    line = candidates(Case(shape, dtype, device, projection, {"dropout": DROPOUT}))
+    name = f"ours {backend_on(device, 'lora_linear')}"
+    (ours,) = (candidate for candidate in line.candidates if candidate.name == name)
+    results, truth = ours.step(), line.truth()
+    assert set(results) == set(truth)
+    for output, result in results.items():
+        error = relative_error(result, truth[output])
+        assert error <= BUDGET[dtype], f"{output}: relative error {error:.2%}"
+
+
+def tensors(
+    device: str, rows: int, k: int, n: int, d_t: int, dtype=torch.bfloat16
+) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    rows, k, n, d_t = (size // PART[device] for size in (rows, k, n, d_t))
 
     def randn(*shape: int, scale: float = 1.0, trained: bool = True) -> Tensor:
-        values = scale * torch.randn(shape, generator=generator, device="cuda")
+        values = scale * torch.randn(shape, generator=generator, device=device)
         return values.to(dtype).requires_grad_(trained)
 
     return {
@@ -30,8 +52,8 @@ def tensors(rows: int, k: int, n: int, d_t: int, dtype=torch.bfloat16) -> dict[s
         "residual": randn(rows, n),
         "projection": randn(d_t, n, scale=n**-0.5),
         "teacher": randn(rows, d_t, trained=False),
-        "seed": torch.tensor(7, device="cuda"),
-        "mask": torch.rand(rows, generator=generator, device="cuda") > 0.25,
+        "seed": torch.tensor(7, device=device),
+        "mask": torch.rand(rows, generator=generator, device=device) > 0.25,
     }
 
 
@@ -45,11 +67,13 @@ def fused(given: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
         residual=given["residual"],
         mask=given["mask"],
         seed=given["seed"],
+        backend=backend_on(given["x"].device.type, "lora_linear"),
         **options,
     )
 
 
 def in_turn(given: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    backend = backend_on(given["x"].device.type, "lora_linear")
     hidden = lora_linear(
         given["x"],
         given["weight"],
@@ -58,11 +82,11 @@ def in_turn(given: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
         scaling=SCALING,
         dropout=DROPOUT,
         seed=given["seed"],
+        backend=backend,
     )
     hidden = hidden + given["residual"]
-    loss = projection_loss(
-        hidden, given["teacher"], given["projection"], mask=given["mask"], **options
-    )
+    options = {"mask": given["mask"], "backend": backend, **options}
+    loss = projection_loss(hidden, given["teacher"], given["projection"], **options)
     return hidden, loss
 
 
@@ -76,9 +100,9 @@ def results(given: dict[str, Tensor], hidden: Tensor, loss: Tensor) -> list[Tens
 @pytest.mark.parametrize("counted", [False, True], ids=["unpacked", "num_valid"])
 @pytest.mark.parametrize("loss", ["mse", "cosine", "relative"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_the_two_ops_in_turn(dtype, loss, counted):
+def test_the_two_ops_in_turn(dtype, loss, counted, device):
     """Up to the roundings of h and of its gradient, which are one fewer here."""
-    given = tensors(2000, 1024, 2048, 1536, dtype)
+    given = tensors(device, 2000, 1024, 2048, 1536, dtype)
     options = {"loss": loss, "num_valid": int(given["mask"].sum()) if counted else None}
     got = results(given, *fused(given, **options))
     expected = results(given, *in_turn(given, **options))
@@ -89,11 +113,11 @@ def test_the_two_ops_in_turn(dtype, loss, counted):
 
 @pytest.mark.parametrize("rank", [8, 32, 64], ids=lambda rank: f"R{rank}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_low_rank_projection_equals_the_two_ops(dtype, rank):
+def test_low_rank_projection_equals_the_two_ops(dtype, rank, device):
     """In the epilogue of the linear, and past it; rows without weight are NaN in u as in h."""
-    given = tensors(8000, 1024, 4096, 1536, dtype)
+    given = tensors(device, 8000, 1024, 4096, 1536, dtype)
     with torch.no_grad():
-        p_b = given["projection"][:, :rank].clone() * (4096 / rank) ** 0.5
+        p_b = given["projection"][:, :rank].clone() * (given["lora_b"].shape[0] / rank) ** 0.5
         p_a = given["projection"][:rank].clone()
     given |= {"p_b": p_b.requires_grad_(), "p_a": p_a.requires_grad_()}
     given["projection"] = (given["p_b"], given["p_a"])
@@ -109,15 +133,15 @@ def test_low_rank_projection_equals_the_two_ops(dtype, rank):
         assert error <= 2 * torch.finfo(dtype).eps
 
 
-def test_two_runs_are_equal():
-    given = tensors(2000, 1024, 2048, 1536)
+def test_two_runs_are_equal(device):
+    given = tensors(device, 2000, 1024, 2048, 1536)
     first, second = (results(given, *fused(given)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_fp16_gradients_of_a_step_of_a_million_tokens():
+def test_fp16_gradients_of_a_step_of_a_million_tokens(device):
     """1 / (N D_t) is no fp16 number: it meets the gradients in fp32."""
-    half = tensors(512, 256, 512, 384, torch.float16)
+    half = tensors(device, 512, 256, 512, 384, torch.float16)
     half["teacher"] = 1000 * half["teacher"]
     gradients = []
     for dtype in (torch.float16, torch.float32):
@@ -134,8 +158,8 @@ def test_fp16_gradients_of_a_step_of_a_million_tokens():
         assert (one - other).norm() <= 0.002 * other.norm()
 
 
-def test_rows_that_do_not_count_may_hold_nan():
-    given = tensors(512, 256, 512, 384)
+def test_rows_that_do_not_count_may_hold_nan(device):
+    given = tensors(device, 512, 256, 512, 384)
     hole = ~given["mask"][:, None]
     given["teacher"] = given["teacher"].masked_fill(hole, float("nan"))
     given["residual"] = given["residual"].detach().masked_fill(hole, float("nan")).requires_grad_()
@@ -145,32 +169,31 @@ def test_rows_that_do_not_count_may_hold_nan():
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, leaves))
 
 
-def test_nothing_waits_for_the_gpu():
-    given = tensors(512, 256, 512, 384)
+def test_nothing_waits_for_the_gpu(device):
+    given = tensors(device, 512, 256, 512, 384)
+    rows = len(given["x"])
+    given["mask"] = torch.arange(rows, device=device) < rows - 8
+    normalizer = torch.tensor(100.0, device=device)
 
     def step():
-        hidden, loss = fused(given, num_valid=384, normalizer=torch.tensor(100.0, device="cuda"))
+        hidden, loss = fused(given, num_valid=rows - 8, normalizer=normalizer)
         (loss + hidden.float().mean()).backward()
 
-    given["mask"] = torch.arange(512, device="cuda") < 384
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting(device):
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_peak_memory_of_the_forward_is_the_workspace():
+def test_peak_memory_of_the_forward_is_the_workspace(device):
     """Beyond h, its gradient and P's, s and the mask bits."""
-    given = tensors(16384, 1024, 1024, 4096)
+    given = tensors(device, 16384, 1024, 1024, 4096)
     rows, k = given["x"].shape
-    fused(given)  # cuBLAS keeps a workspace of its own from its first product on
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = fused(given)
-    torch.cuda.synchronize()
-    rest = 2 * 2 * kept.hidden.numel() + 2 * given["projection"].numel() + rows * (k // 8 + 64)
-    peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= rest + 1.01 * 64 * 2**20
+
+    def step() -> dict[str, Tensor]:
+        hidden, loss = fused(given)
+        return {"hidden": hidden, "loss": loss}
+
+    step()  # cuBLAS keeps a workspace of its own from its first product on
+    hidden, projection = given["residual"].numel(), given["projection"].numel()
+    kept = 2 * hidden + 2 * projection + rows * (k // 8 + 64)
+    assert peak_mib(step, device) <= kept / 2**20 + 1.01 * 64

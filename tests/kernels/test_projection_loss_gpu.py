@@ -4,55 +4,59 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, projection_loss, triton_impl
+from benchmarks.memory import peak_mib
+from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
 from modxfer_fast.testing.accuracy import assert_within_budget
-from tests.projection_inputs import check_row_kernel, close_rows, projection_inputs
+from tests.gpu import (
+    NEEDS_GPU,
+    backend_on,
+    free_or_skip,
+    kernels_on,
+    no_waiting,
+    recorded,
+    to_device,
+)
+from tests.inputs import DTYPES
+from tests.projection_inputs import (
+    check_projection,
+    check_row_kernel,
+    close_rows,
+    projection_inputs,
+)
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
-]
-HALVES = [torch.bfloat16, torch.float16]
+# rows and widths: small ones, and several tiles of a real width
+SIZES = {"cpu": (50, 24, 40), "cuda": (700, 256, 1024)}
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ROW_LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_row_kernel(dtype, loss, norm):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_kernel(dtype, loss, norm, device):
     # one short of a tile of 4096, a tile, two and a rest; narrow rows of one warp
     for width in (1, 100, 1024, 4095, 4096, 5120, 9001, 16384):
-        rows = close_rows(64, width, dtype, device="cuda")
-        check_row_kernel(triton_impl.projection_loss_rows, *rows, ProjectionSpec(loss, 0.2, norm))
+        rows = close_rows(64 if device == "cuda" else 4, width, dtype, device=device)
+        kernel = kernels_on(device, "projection_loss").projection_loss_rows
+        check_row_kernel(kernel, *rows, ProjectionSpec(loss, 0.2, norm))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ROW_LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_dz_over_z(dtype, loss, norm):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dz_over_z(dtype, loss, norm, device):
     """Many rows and repeats: a missing barrier shows as other bits, now and then."""
-    z, t, weights = close_rows(2048, 9000, device="cuda")
+    size, repeats = {"cpu": ((9, 900), 2), "cuda": ((2048, 9000), 10)}[device]
+    kernel = kernels_on(device, "projection_loss").projection_loss_rows
+    z, t, weights = close_rows(*size, device=device)
     spec = ProjectionSpec(loss, 0.2, norm)
     apart = torch.empty_like(z, dtype=dtype)
-    triton_impl.projection_loss_rows(z, t, weights, spec, apart)
-    for _ in range(10):
+    kernel(z, t, weights, spec, apart)
+    for _ in range(repeats):
         buffer = z.clone()
         over = buffer if dtype == torch.float32 else buffer.view(dtype)[:, : buffer.shape[1]]
-        triton_impl.projection_loss_rows(buffer, t, weights, spec, over)
+        kernel(buffer, t, weights, spec, over)
         assert torch.equal(over, apart)
-
-
-def _on_gpu(inputs):
-    for name, tensor in inputs.tensors().items():
-        if isinstance(tensor, tuple):
-            setattr(inputs, name, tuple(x.detach().cuda().requires_grad_() for x in tensor))
-        elif tensor is not None:
-            moved = tensor.detach().cuda()
-            setattr(inputs, name, moved.requires_grad_(tensor.requires_grad))
-    return inputs
 
 
 def _eager(inputs, spec, dtype):
@@ -73,11 +77,10 @@ def _eager(inputs, spec, dtype):
 @pytest.mark.parametrize("kind", ["full", "low-rank"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ROW_LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_as_accurate_as_eager(dtype, loss, norm, kind, workspace_mb):
-    inputs = _on_gpu(
-        projection_inputs(700, 256, 1024, dtype, kind=kind, rank=32, bias=True, mask=True)
-    )
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_as_accurate_as_eager(dtype, loss, norm, kind, workspace_mb, device):
+    options = {"kind": kind, "rank": 32, "bias": True, "mask": True}
+    inputs = to_device(projection_inputs(*SIZES[device], dtype, **options), device)
     spec = ProjectionSpec(loss, 0.2, norm)
     options = {"loss": loss, "beta": 0.2, "norm": norm, "mask": inputs.mask, "bias": inputs.bias}
     truth, plain = _eager(inputs, spec, torch.float64), _eager(inputs, spec, dtype)
@@ -88,6 +91,7 @@ def test_as_accurate_as_eager(dtype, loss, norm, kind, workspace_mb):
             inputs.projection,
             num_valid=num_valid,
             workspace_mb=workspace_mb,
+            backend=backend_on(device, "projection_loss"),
             **options,
         )
         leaves = inputs.trainable()
@@ -100,88 +104,102 @@ def test_as_accurate_as_eager(dtype, loss, norm, kind, workspace_mb):
         )
 
 
-@pytest.mark.parametrize("kind", ["full", "low-rank", "none"])
-def test_masked_rows_may_hold_nan_where_they_cannot_be_packed(kind):
-    inputs = _on_gpu(projection_inputs(64, dtype=torch.bfloat16, kind=kind, mask=True, bias=True))
+def loss_and_grads(inputs, spec: ProjectionSpec, **options) -> dict[str, torch.Tensor]:
+    rows = inputs.tensors()
+    tensors = [rows.pop(name) for name in ("student_hidden", "teacher_hidden", "projection")]
+    backend = backend_on(tensors[0].device.type, "projection_loss")
+    described = {"loss": spec.loss, "beta": spec.beta, "norm": spec.norm}
+    value = projection_loss(*tensors, **rows, **described, backend=backend, **options)
+    leaves = {name: tensor for name, tensor in inputs.trainable().items() if tensor.requires_grad}
+    grads = torch.autograd.grad(value, list(leaves.values()))
+    return {"loss": value.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+KINDS = ("full", "low-rank", "none")
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("counted", [False, True], ids=["mask", "num_valid"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_bits_and_waits(dtype, loss, kind, counted, device):
+    inputs = projection_inputs(
+        *SIZES[device], dtype, kind=kind, bias=True, mask=True, token_weights=True
+    )
+    num_valid = int(inputs.mask.sum()) if counted else None
+    spec = ProjectionSpec(loss, 0.2, "none")
+    moved = to_device(inputs, device)
+    first = loss_and_grads(moved, spec, num_valid=num_valid)
+    with no_waiting(device):
+        second = loss_and_grads(moved, spec, num_valid=num_valid)
+    assert all(torch.equal(result, first[name]) for name, result in second.items())
+    check_projection({name: result.cpu() for name, result in first.items()}, inputs, spec)
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_captured_graph_follows_its_inputs(dtype, kind, device):
+    spec = ProjectionSpec("mse", 1.0, "none")
+    make = lambda seed: projection_inputs(*SIZES[device], dtype, kind=kind, mask=True, seed=seed)
+    static = to_device(make(0), device)
+    replay = recorded(lambda: loss_and_grads(static, spec), device)
+    for seed in (1, 2):
+        inputs = make(seed)
+        static.teacher_hidden.copy_(inputs.teacher_hidden)
+        for name, tensor in inputs.trainable().items():
+            static.trainable()[name].data.copy_(tensor.detach())
+        check_projection({name: result.cpu() for name, result in replay().items()}, inputs, spec)
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_rows_may_hold_nan_where_they_cannot_be_packed(kind, device):
+    inputs = projection_inputs(64, dtype=torch.bfloat16, kind=kind, mask=True, bias=True)
     inputs.student_hidden.data[~inputs.mask] = float("nan")
     inputs.teacher_hidden[~inputs.mask] = float("nan")
-    leaves = inputs.trainable()
-    results = []
-    for num_valid in (None, int(inputs.mask.sum())):
-        value = projection_loss(
-            inputs.student_hidden,
-            inputs.teacher_hidden,
-            inputs.projection,
-            bias=inputs.bias,
-            mask=inputs.mask,
-            num_valid=num_valid,
-        )
-        results.append((value, *torch.autograd.grad(value, list(leaves.values()))))
-    for whole, packed in zip(*results, strict=True):
-        assert whole.isfinite().all()
-        torch.testing.assert_close(whole, packed, rtol=2e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_waits_for_the_gpu(loss):
-    inputs = _on_gpu(projection_inputs(256, dtype=torch.bfloat16, mask=True, bias=True))
     num_valid = int(inputs.mask.sum())
-    normalizer = torch.tensor(100.0, device="cuda")
-
-    def step():
-        projection_loss(
-            inputs.student_hidden,
-            inputs.teacher_hidden,
-            inputs.projection,
-            bias=inputs.bias,
-            mask=inputs.mask,
-            num_valid=num_valid,
-            normalizer=normalizer,
-            loss=loss,
-        ).backward()
-
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    inputs, spec = to_device(inputs, device), ProjectionSpec("mse", 1.0, "none")
+    whole, packed = (loss_and_grads(inputs, spec, num_valid=count) for count in (None, num_valid))
+    for name, result in whole.items():
+        assert result.isfinite().all(), name
+        torch.testing.assert_close(result, packed[name], rtol=2e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_valid", [None, 12288], ids=["unpacked", "packed"])
-def test_peak_memory_is_the_workspace(num_valid):
-    inputs = _on_gpu(projection_inputs(16384, 1024, 4096, torch.bfloat16, mask=True))
-    leaves = inputs.trainable().values()
-    grads = sum(tensor.numel() * tensor.itemsize for tensor in leaves)
+@pytest.mark.first
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_waits_with_a_normalizer_on_the_device(loss, device):
+    inputs = projection_inputs(256, dtype=torch.bfloat16, mask=True, bias=True)
+    options = {"num_valid": int(inputs.mask.sum())}
+    inputs, spec = to_device(inputs, device), ProjectionSpec(loss, 1.0, "none")
+    options["normalizer"] = torch.tensor(100.0, device=device)
+    loss_and_grads(inputs, spec, **options)  # compiles
+    with no_waiting(device):
+        loss_and_grads(inputs, spec, **options)
 
-    def step():
-        projection_loss(
-            inputs.student_hidden,
-            inputs.teacher_hidden,
-            inputs.projection,
-            mask=inputs.mask,
-            num_valid=num_valid,
-        ).backward()
 
+@pytest.mark.first
+@pytest.mark.parametrize("counted", [False, True], ids=["unpacked", "packed"])
+def test_peak_memory_is_the_workspace(counted, device):
+    if backend_on(device, "projection_loss") == "reference":
+        pytest.skip("the reference stores projected states, and compiled kernels were not built")
+    size = {"cpu": (2048, 64, 512), "cuda": (16384, 1024, 4096)}[device]
+    workspace_mb = {"cpu": 2, "cuda": 64}[device]
+    inputs = projection_inputs(*size, torch.bfloat16, mask=True)
+    num_valid = int(inputs.mask.sum()) if counted else None
+    inputs, spec = to_device(inputs, device), ProjectionSpec("mse", 1.0, "none")
+    step = lambda: loss_and_grads(inputs, spec, num_valid=num_valid, workspace_mb=workspace_mb)
     step()  # cuBLAS keeps a workspace of its own from its first product on
-    for tensor in leaves:
-        tensor.grad = None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before - grads
-    assert peak <= 1.01 * 64 * 2**20
+    assert peak_mib(step, device) <= 1.01 * workspace_mb
 
 
-def test_offsets_past_2_to_the_31():
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
+def test_offsets_past_2_to_the_31(device):
     """The last row begins past element 2^31; it must come out as it does alone."""
-    width = 8192
+    width, triton_impl = 8192, kernels_on(device, "projection_loss")
     rows = 2**31 // width + 2
-    free, _ = torch.cuda.mem_get_info()
-    if free < 12 * 2**30:
-        pytest.skip(f"needs 12 GiB of free GPU memory, has {free / 2**30:.0f}")
+    free_or_skip(12)
     last_z, last_t, weight = close_rows(1, width, torch.bfloat16, device="cuda")
     z = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
     t = torch.zeros_like(z)

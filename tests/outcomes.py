@@ -1,0 +1,81 @@
+"""A pytest plugin that writes each outcome as it comes: a run that is cut loses none of them.
+
+python -m pytest -p tests.outcomes --outcomes FILE ...     a line of JSON for each test
+python -m tests.outcomes FILE                              a line of text for each room
+"""
+
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, metavar="FILE", help="write outcomes as they come")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--outcomes")
+    if path is not None and not hasattr(config, "workerinput"):  # the process that hands out tests
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config.pluginmanager.register(_Writer(path))
+
+
+class _Writer:
+    def __init__(self, path: Path):
+        self._file = path.open("w", buffering=1)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return  # an outcome is that of the call, or of a set-up or clean-up that ended it
+        self._write(report.nodeid, report.outcome, report.duration, report.longreprtext)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._write(report.nodeid, report.outcome, 0.0, report.longreprtext)
+
+    def _write(self, test: str, outcome: str, seconds: float, message: str) -> None:
+        record = {"test": test, "outcome": outcome, "seconds": round(seconds, 3)}
+        if outcome != "passed":
+            record["message"] = message
+        self._file.write(json.dumps(record) + "\n")
+
+
+def summary(records: list[dict]) -> list[str]:
+    """A line for each room, then one for each test that failed."""
+    rooms = defaultdict(list)
+    for record in records:
+        file = Path(record["test"].split("::")[0]).stem
+        rooms[re.sub(r"^test_|_gpu$", "", file)].append(record)
+    lines = []
+    for room, tests in sorted(rooms.items()):
+        counts = Counter(record["outcome"] for record in tests)
+        counted = "  ".join(f"{counts[name]:4} {name}" for name in ("passed", "failed", "skipped"))
+        lines.append(f"{room:<24}{counted}  {sum(t['seconds'] for t in tests):7.1f} s")
+    for record in records:
+        if record["outcome"] == "failed":
+            name = record["test"].partition("::")[2] or record["test"]
+            lines.append(f"FAILED {name}: {_reason(record['message'])}")
+    return lines
+
+
+def _reason(message: str) -> str:
+    errors = [line[1:].strip() for line in message.splitlines() if line.startswith("E ")]
+    return (errors or message.strip().splitlines() or [""])[0][:160]
+
+
+def main(path: Path) -> int:
+    """0 when tests passed and none failed."""
+    # the last line of a run that was killed may be a part
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    print("\n".join(summary(records)) or "no test ended")
+    counts = Counter(record["outcome"] for record in records)
+    return int(counts["failed"] > 0 or counts["passed"] == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
