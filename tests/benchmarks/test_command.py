@@ -98,15 +98,36 @@ def test_a_room_of_targets_with_dropout(tmp_path, uncompiled, capsys):
     assert "op calls" in printed
 
 
-def test_exit_code_tells_of_a_wrong_result_of_ours(monkeypatch):
-    def lineup(case):
-        zero = {"loss": torch.zeros(())}
-        ours = harness.Candidate("ours cpp", lambda: zero, ("loss",), floor="floor")
-        floor = harness.Floor(lambda: None, roofline.Work(0, 0))
-        return harness.Lineup({}, [ours], {"floor": floor}, lambda: {"loss": torch.ones(())})
+def lineup_of(*candidates):
+    """Of candidates whose one result, the loss, should be 1."""
+    floor = harness.Floor(lambda: None, roofline.Work(0, 0))
+    entries = [
+        harness.Candidate(name, step, ("loss",), floor="floor", budget={torch.float32: 0.0})
+        for name, step in candidates
+    ]
+    truth = lambda: {"loss": torch.ones((), dtype=torch.float64)}
+    return lambda case: harness.Lineup({}, entries, {"floor": floor}, truth)
 
-    monkeypatch.setattr(bench_linear_kd_loss, "lineup", lineup)
+
+@pytest.mark.parametrize("loss", [0.0, float("nan"), 1.01])
+def test_exit_code_tells_of_a_wrong_result_of_ours(loss, monkeypatch):
+    wrong = lambda: {"loss": torch.tensor(loss)}
+    monkeypatch.setattr(bench_linear_kd_loss, "lineup", lineup_of(("ours cpp", wrong)))
     assert main(["bench", "linear_kd_loss", *SMALL]) == 1
+
+
+def test_rows_before_an_interruption_are_kept(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    right = lambda: {"loss": torch.ones(())}
+    lineup = lineup_of(("peer", interrupted), ("ours cpp", right))
+    monkeypatch.setattr(bench_linear_kd_loss, "lineup", lineup)
+    path = tmp_path / "r.csv"
+    main(["bench", "linear_kd_loss", *SMALL, "--csv", str(path)])
+    _, rows = results.read(path)
+    assert [row.impl for row in rows] == ["floor", "ours cpp"]
+    assert rows[1].time_ms is not None
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Clock, memory and files: what a figure in a table rests on."""
 
+import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import counting, memory, plot, results, roofline, timing
+from benchmarks import counting, environment, memory, plot, results, roofline, timing
 from benchmarks.results import Row
 from modxfer_fast import linear_kd_loss
 
@@ -85,6 +87,78 @@ def test_median_and_spread():
     assert timing.iqr([10.0]) == 0.0
 
 
+class SimulatedGpu:
+    """Time of a host that launches and of a device that works in order, in milliseconds.
+
+    Stands for `torch.cuda` in `timing.CudaClock`.
+    """
+
+    CYCLES_PER_MS = 10**6
+
+    def __init__(self, monkeypatch):
+        self.host = self.device = 0.0
+        for name, function in {
+            "synchronize": self.synchronize,
+            "_sleep": lambda cycles: self.launch(cycles / self.CYCLES_PER_MS),
+            "Event": lambda enable_timing: SimulatedEvent(self),
+            "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=8),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        flush = SimpleNamespace(zero_=lambda: self.launch(0.01))
+        monkeypatch.setattr(timing.torch, "empty", lambda *args, **options: flush)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host / 1e3)
+
+    def launch(self, work_ms: float, host_ms: float = 0.005) -> None:
+        self.host += host_ms
+        self.device = max(self.device, self.host) + work_ms
+
+    def synchronize(self) -> None:
+        self.host = self.device = max(self.host, self.device)
+
+
+class SimulatedEvent:
+    def __init__(self, gpu: SimulatedGpu):
+        self._gpu = gpu
+
+    def record(self) -> None:
+        self._gpu.launch(0.0)
+        self._time = self._gpu.device
+
+    def elapsed_time(self, end: "SimulatedEvent") -> float:
+        return end._time - self._time
+
+
+def test_times_of_a_gpu_are_without_pythons(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch)
+
+    def launches_eight_kernels():
+        for _ in range(8):
+            gpu.launch(work_ms=0.05, host_ms=0.2)
+
+    effort = timing.Effort(warmup_s=0.0, min_rounds=3, max_rounds=3)
+    (timed,) = timing.interleave({"a": launches_eight_kernels}, "cuda", effort).values()
+    assert timed.median_ms == pytest.approx(8 * 0.05)
+    assert timed.host_ms == pytest.approx(8 * 0.2)
+
+
+def test_a_step_that_waits_for_the_gpu_is_timed_as_it_is(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch)
+
+    def waits():
+        gpu.launch(work_ms=1.0)
+        gpu.synchronize()
+        gpu.launch(work_ms=1.0, host_ms=0.5)
+
+    effort = timing.Effort(warmup_s=0.0, min_rounds=3, max_rounds=3)
+    (timed,) = timing.interleave({"a": waits}, "cuda", effort).values()
+    assert timed.median_ms == pytest.approx(2.5, rel=0.01)
+
+
+def test_a_cpu_has_no_time_beside_its_own():
+    (timed,) = timing.interleave({"a": lambda: None}, "cpu", timing.QUICK).values()
+    assert timed.host_ms is None
+
+
 def test_budget_ends_after_the_least_rounds():
     rounds = []
     effort = timing.Effort(warmup_s=0.0, min_rounds=2, max_rounds=50, budget_s=0.0)
@@ -157,6 +231,8 @@ ROWS = [
         saved_mib=0.25,
         launches=12,
         launches_of="op calls",
+        host_ms=0.5,
+        graph_ms=1.75,
     ),
     Row(
         "lora_linear",
@@ -218,6 +294,38 @@ def test_plot_is_drawn_from_a_file(tmp_path):
     results.write_csv(path, ENVIRONMENT, ROWS)
     plot.main([str(path), "--output", str(figure)])
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_stays_whole_when_a_write_is_cut(tmp_path, monkeypatch):
+    path = tmp_path / "r.csv"
+    results.write_csv(path, ENVIRONMENT, ROWS[:1])
+    before = path.read_text()
+
+    def record(row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "_record", record)
+    with pytest.raises(KeyboardInterrupt):
+        results.write_csv(path, ENVIRONMENT, ROWS)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_plot_names_what_is_over_its_budget(tmp_path, monkeypatch):
+    shown = []
+    bars = plot._bars
+    monkeypatch.setattr(
+        plot, "_bars", lambda axes, rows, *rest: (bars(axes, rows, *rest), shown.append(axes))
+    )
+    off = dataclasses.replace(ROWS[1], check="over dhidden 2.0e-02 of 3e-03")
+    plot.draw(ENVIRONMENT, [ROWS[1], off], tmp_path / "r.png")
+    names = [label.get_text() for label in shown[0].get_yticklabels()]
+    assert names == ["ours cpp", "ours cpp (over its error budget)"]
+
+
+def test_the_commit_of_a_copy_without_git_is_told(monkeypatch):
+    monkeypatch.setenv("MODXFER_COMMIT", "0123abc")
+    assert environment.describe("cpu")["commit"] == "0123abc"
 
 
 def test_plot_without_a_timed_row(tmp_path):
