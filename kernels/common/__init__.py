@@ -1,5 +1,5 @@
 from .autocast import cast_for_autocast, without_autocast
-from .backward import refuse_double_backward, scaled
+from .backward import refuse_double_backward, saved_dtype, scaled
 from .checks import (
     check_float,
     check_label_values,
@@ -27,6 +27,7 @@ __all__ = [
     "debug_check_finite",
     "denominator",
     "refuse_double_backward",
+    "saved_dtype",
     "scaled",
     "valid_rows",
     "without_autocast",

@@ -35,6 +35,7 @@ from ..common import (
     debug_check_finite,
     denominator,
     refuse_double_backward,
+    saved_dtype,
     scaled,
     valid_rows,
     without_autocast,
@@ -121,7 +122,8 @@ def linear_kd_loss(
             (Hinton et al. 2015). Off by default, as in TRL and Liger.
         workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. Larger is
             faster until a chunk holds a thousand rows or so. A trainable half-precision head whose
-            fp32 gradient sum, 4 V D_s bytes, exceeds half of it needs those bytes on top.
+            fp32 gradient sum, 4 V D_s bytes, exceeds half of it needs those bytes on top; an fp16 head
+            keeps the sum until the backward.
         num_valid: number of labels that are not `ignore_index`, when the caller knows it on the
             host (a collator does). A GPU cannot pack rows without it and then runs all of them.
         backend: "triton", "cpp" or "reference"; None takes the best available.
@@ -217,7 +219,8 @@ def linear_kd_loss_terms(
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     weights = combine_row_weights(valid, token_weights, student_hidden, dtype)
     divisor = denominator(reduction, normalizer, valid, student_hidden, dtype)
-    # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient
+    # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient, and
+    # the parameters' sums over all tokens stay in fp32 until it has come
     late = divisor is not None and student_hidden.dtype == torch.float16
     if divisor is not None and not late:
         weights = weights / divisor
@@ -384,7 +387,7 @@ def _(student_hidden, *rest):
 def _(student_hidden, student_weight, *rest):
     row_weights, needs, bias = rest[_ROW_WEIGHTS - 2], rest[-3:], rest[2]
     grads = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        tensor.new_empty(tensor.shape, dtype=saved_dtype(tensor, student_hidden, row_weights))
         if need
         else row_weights.new_empty(0)
         for tensor, need in zip((student_hidden, student_weight, bias), needs, strict=True)
@@ -395,6 +398,7 @@ def _(student_hidden, student_weight, *rest):
 
 def _fwd_setup_context(ctx, inputs, output):
     ctx.needs = inputs[_NUM_INPUTS:]
+    ctx.dtypes = [getattr(inputs[position], "dtype", None) for position in _DIFFERENTIABLE]
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -403,9 +407,12 @@ def _fwd_setup_context(ctx, inputs, output):
 def _fwd_backward(ctx, dloss, *_):
     refuse_double_backward("linear_kd_loss")
     grads = [None] * (_NUM_INPUTS + 3)
-    for position, grad, needed in zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.needs, strict=True):
-        if needed and dloss is not None:
-            grads[position] = scaled(grad, dloss)
+    if dloss is None:
+        return tuple(grads)
+    saved = zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+    for position, grad, needed, dtype in saved:
+        if needed:
+            grads[position] = scaled(grad, dloss).to(dtype)
     return tuple(grads)
 
 
@@ -432,7 +439,7 @@ def _rows_backward(ctx, drows, *_):
     row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
     outputs = torch.ops.modxfer.linear_kd_loss_fwd(*tensors, row_weights, *ctx.options, *needs)
     for position, grad, needed in zip(_DIFFERENTIABLE, outputs[3:], needs, strict=True):
-        grads[position] = grad if needed else None
+        grads[position] = grad.to(tensors[position].dtype) if needed else None
     return tuple(grads)
 
 

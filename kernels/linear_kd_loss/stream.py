@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..common import KDSpec, gemm, valid_rows
+from ..common import KDSpec, gemm, saved_dtype, valid_rows
 from ..common.packing import kept_rows, put, take
 from ..common.scratch import logits_buffers
 from .workspace import Plan
@@ -50,7 +50,7 @@ def stream(
 
     Returns:
         kd, ce: [N], unweighted, 0 where packed away; dhidden [N, D_s], dweight [V, D_s],
-        dbias [V] in the dtypes of their inputs, or None.
+        dbias [V], or None; dhidden in its input's dtype, the others in that of `saved_dtype`.
     """
     n, vocab_size = student_hidden.shape[0], student_weight.shape[0]
     work_dtype = row_weights.dtype
@@ -78,7 +78,8 @@ def stream(
         dhidden = make(student_hidden.shape, device=device, dtype=student_hidden.dtype)
     if need_dweight:
         # several chunks are summed in fp32; a single one is rounded by its GEMM
-        dtype = student_weight.dtype if plan.is_single else work_dtype
+        dweight_dtype = saved_dtype(student_weight, student_hidden, row_weights)
+        dtype = dweight_dtype if plan.is_single else work_dtype
         dweight = torch.empty(student_weight.shape, device=device, dtype=dtype)
         if count == 0:
             dweight.zero_()
@@ -120,9 +121,9 @@ def stream(
                 dbias += dlogits.sum(0, dtype=work_dtype)
 
     if need_dweight:
-        dweight = dweight.to(student_weight.dtype)
+        dweight = dweight.to(dweight_dtype)
     if need_dbias:
-        dbias = dbias.to(student_bias.dtype)
+        dbias = dbias.to(saved_dtype(student_bias, student_hidden, row_weights))
     return kd, ce, dhidden, dweight, dbias
 
 

@@ -53,10 +53,14 @@ class Plan:
             budget -= budget // _WIDENED_SHARE
         self._split(budget, row_bytes)
         accumulator = size * vocab_size * d_s
+        # a single chunk's product is rounded on the tensor cores; fp16 waits for what unscales it
+        is_rounded = (
+            self.is_single and student_weight.is_cuda and student_weight.dtype != torch.float16
+        )
         if (
             need_dweight
             and student_weight.dtype != work_dtype
-            and not (self.is_single and student_weight.is_cuda)
+            and not is_rounded
             and accumulator <= budget // 2
         ):
             self._split(budget - accumulator, row_bytes)

@@ -309,9 +309,7 @@ def _backward(ctx, dhidden, dloss, *_):
             if needs[position]:
                 grads[position] = scaled(grad, dloss).to(dtype)
         if any(needs[:_NUM_LINEAR]):
-            # dloss may hold 1 / (N D_t), no fp16 number; with dimensions it is not cast to one
-            factor = dloss.reshape(1, 1) if of_loss.dtype == torch.float16 else dloss
-            total = scaled(of_loss, factor)
+            total = scaled(of_loss, dloss)
             # what `scaled` returns is nobody else's
             dhidden = (total if dhidden is None else total.add_(dhidden)).to(of_loss.dtype)
     if dhidden is None:

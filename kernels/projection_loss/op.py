@@ -33,6 +33,7 @@ from .. import dispatch
 from ..common import (
     debug_check_finite,
     refuse_double_backward,
+    saved_dtype,
     scaled,
     without_autocast,
 )
@@ -277,16 +278,10 @@ def _(*args):
     hidden, *parameters = args[:_NUM_DIFFERENTIABLE]
     grads = []
     for tensor, need in zip((hidden, *parameters), needs, strict=True):
-        dtype = _saved_dtype(tensor, hidden, row_weights) if need else row_weights.dtype
+        dtype = saved_dtype(tensor, hidden, row_weights) if need else row_weights.dtype
         shape = tensor.shape if need else (0,)
         grads.append(row_weights.new_empty(shape, dtype=dtype))
     return row_weights.new_empty(()), *grads
-
-
-def _saved_dtype(tensor: Tensor, hidden: Tensor, row_weights: Tensor) -> torch.dtype:
-    """Of a gradient before it meets dloss: beside fp16 states, parameters keep an fp32 sum."""
-    is_parameter = tensor is not hidden
-    return row_weights.dtype if is_parameter and hidden.dtype == torch.float16 else tensor.dtype
 
 
 def _fwd_setup_context(ctx, inputs, output):
@@ -305,9 +300,7 @@ def _fwd_backward(ctx, dloss, *_):
     saved = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     for position, (grad, needed, dtype) in enumerate(saved):
         if needed:
-            # dloss may hold 1 / (N D_t), no fp16 number; with dimensions it is not cast to one
-            factor = dloss.reshape(1, 1) if grad.dtype == torch.float16 else dloss
-            grads[position] = scaled(grad, factor).to(dtype)
+            grads[position] = scaled(grad, dloss).to(dtype)
     return tuple(grads)
 
 
