@@ -47,9 +47,9 @@ KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_
                  double ce_weight) {
   STD_TORCH_CHECK(0 <= divergence && divergence <= 2, "divergence: expected 0, 1 or 2");
   return {static_cast<Divergence>(divergence),   static_cast<float>(beta),
-          static_cast<float>(std::log(beta)),    static_cast<float>(std::log1p(-beta)),
-          static_cast<float>(1.0 / temperature), static_cast<float>(kd_weight),
-          static_cast<float>(ce_weight)};
+          static_cast<float>(1.0 - beta),        static_cast<float>(std::log(beta)),
+          static_cast<float>(std::log1p(-beta)), static_cast<float>(1.0 / temperature),
+          static_cast<float>(kd_weight),         static_cast<float>(ce_weight)};
 }
 
 void check_same_shape(const Tensor& student, const Tensor& other) {

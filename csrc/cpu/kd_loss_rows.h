@@ -19,18 +19,22 @@ struct Terms {
 
 template <Divergence kDivergence>
 MODXFER_INLINE Terms divergence_terms(vf q, vf p, vf d, const KdSpec& spec) {
-  // d = log p - log q is meaningless where its probability is 0, whose term is 0 by definition
+  // d = log p - log q is meaningless where its probability is 0, whose term is 0 by definition; a
+  // NaN is not 0 and stays
   if constexpr (kDivergence == Divergence::kForwardKl) {
-    return {select(p > 0.0f, p * d, vf{}), -p};
+    return {select(p == 0.0f, vf{}, p * d), -p};
   } else if constexpr (kDivergence == Divergence::kReverseKl) {
-    const vf u = select(q > 0.0f, -q * d, vf{});
+    const vf u = select(q == 0.0f, vf{}, -q * d);
     return {u, u};
   } else {
-    const vf log_m_q = vlogaddexp(d + spec.log_beta, splat(spec.log_one_minus_beta));
-    // p > 0 = q: log(m/q) and d are infinite, log(p/m) is -log beta
-    const vf log_p_m = select(d > 3e38f, splat(-spec.log_beta), d - log_m_q);
-    const vf f_p = select(p > 0.0f, spec.beta * p * log_p_m, vf{});
-    const vf u = select(q > 0.0f, (spec.beta - 1.0f) * q * log_m_q, vf{});
+    // log(m/q) = log(beta e^d + 1 - beta) and log(m/p), its mirror image, each from the larger
+    // addend: one as the difference of the other and d would cancel where d is large
+    const vf gap = d + (spec.log_beta - spec.log_one_minus_beta);
+    const vf rest = vlog1p_unit(vexp(-vabs(gap)));
+    const vf log_m_q = vmax(gap, vf{}) + (rest + spec.log_one_minus_beta);
+    const vf log_m_p = vmax(-gap, vf{}) + (rest + spec.log_beta);
+    const vf f_p = select(p == 0.0f, vf{}, -spec.beta * p * log_m_p);
+    const vf u = select(q == 0.0f, vf{}, -spec.one_minus_beta * q * log_m_q);
     return {f_p + u, u};
   }
 }

@@ -14,7 +14,7 @@ keeps six numbers a row, the backward reads both logits once more and writes dlo
 
 Bytes moved, b per logit: forward 2 b (4 b when the row does not stay in cache and the divergence
 needs the normalisers first), backward 3 b.
-Limits: both vocabularies must be the same; no gradient to the teacher.
+Limits: both vocabularies must be the same; no gradient to the teacher; no double backward.
 """
 
 import torch
@@ -32,6 +32,7 @@ from ..common import (
     combine_row_weights,
     debug_check_finite,
     denominator,
+    refuse_double_backward,
     valid_rows,
 )
 
@@ -224,6 +225,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, drows, *_):
+    refuse_double_backward("kd_loss")
     student_logits, teacher_logits, labels, stats = ctx.saved_tensors
     if labels is not None:
         drows = drows.masked_fill(~valid_rows(labels, ctx.ignore_index), 0.0)

@@ -54,11 +54,11 @@ def kd_loss_reference(
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    # classes that a gives no probability add nothing, also where both logs are -inf
-    support = log_a > -math.inf
-    a = torch.where(support, log_a, 0.0)
-    terms = a.exp() * (a - torch.where(support, log_b, 0.0))
-    return torch.where(support, terms, 0.0).sum(-1)
+    # classes that a gives no probability add nothing, also where both logs are -inf; NaN is no -inf
+    excluded = log_a == -math.inf
+    a = torch.where(excluded, 0.0, log_a)
+    terms = a.exp() * (a - torch.where(excluded, 0.0, log_b))
+    return torch.where(excluded, 0.0, terms).sum(-1)
 
 
 def kd_loss_fwd(
@@ -125,19 +125,24 @@ def kd_loss_fwd_bwd(
 
 
 def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
-    """f and u of each class, [M, V]."""
+    """f and u of each class, [M, V].
+
+    A class without p (or q) adds no p-term (or q-term), whatever d is; a NaN is not without.
+    """
     p, q = log_p.exp(), log_q.exp()
     d = log_p - log_q
     if spec.divergence == "forward_kl":
-        return torch.where(p > 0, p * d, 0.0), -p
+        return torch.where(p == 0, 0.0, p * d), -p
     if spec.divergence == "reverse_kl":
-        u = torch.where(q > 0, -q * d, 0.0)
+        u = torch.where(q == 0, 0.0, -q * d)
         return u, u
-    log_m_over_q = torch.logaddexp(math.log(spec.beta) + d, d.new_tensor(math.log1p(-spec.beta)))
-    f_p = torch.where(p > 0, spec.beta * p * (d - log_m_over_q), 0.0)
-    # p > 0 with q == 0 leaves d = inf and d - log(m/q) = -log(beta)
-    f_p = torch.where((p > 0) & (d == math.inf), -spec.beta * math.log(spec.beta) * p, f_p)
-    u = torch.where(q > 0, -(1 - spec.beta) * q * log_m_over_q, 0.0)
+    # each from its own side: log(p/m) as d - log(m/q) would be the difference of two large numbers
+    # where the student gives a class next to nothing
+    log_beta, log_rest = math.log(spec.beta), math.log1p(-spec.beta)
+    log_m_over_p = torch.logaddexp(log_rest - d, d.new_tensor(log_beta))
+    log_m_over_q = torch.logaddexp(log_beta + d, d.new_tensor(log_rest))
+    f_p = torch.where(p == 0, 0.0, -spec.beta * p * log_m_over_p)
+    u = torch.where(q == 0, 0.0, -(1 - spec.beta) * q * log_m_over_q)
     return f_p + u, u
 
 

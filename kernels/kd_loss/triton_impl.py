@@ -149,17 +149,18 @@ def _log2_mean_with_1(x):
 
 
 @triton.jit
-def _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE: tl.constexpr):
+def _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE: tl.constexpr):
     """f, u of each class: divergence = sum f, and u = q dD/dq up to a constant in dD/dq.
 
     d = log2(p / q). A class without p (or q) adds no p-term (or q-term), also where d is infinite
-    or NaN. For jsd, log2_2_beta = log2(2 beta) and log2_2_rest = log2(2 (1 - beta)).
+    or NaN; a NaN in p or q stays. For jsd, rest = 1 - beta, log2_2_beta = log2(2 beta) and
+    log2_2_rest = log2(2 rest).
     """
     if DIVERGENCE == "forward_kl":
-        f = tl.where(p > 0, LN2 * p * d, 0.0)
+        f = tl.where(p == 0, 0.0, LN2 * p * d)
         u = -p
     if DIVERGENCE == "reverse_kl":
-        f = tl.where(q > 0, -LN2 * q * d, 0.0)
+        f = tl.where(q == 0, 0.0, -LN2 * q * d)
         u = f
     if DIVERGENCE == "jsd":
         # log(m / q) = logaddexp(log beta + d, log(1 - beta)) and log(p / m), its mirror image, each
@@ -168,8 +169,8 @@ def _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE: tl.co
         mean = _log2_mean_with_1(tl.exp2(-tl.abs(s)))
         m_over_q = tl.maximum(s, 0.0) + (mean + log2_2_rest)
         m_over_p = tl.maximum(-s, 0.0) + (mean + log2_2_beta)
-        u = tl.where(q > 0, (LN2 * (beta - 1.0)) * q * m_over_q, 0.0)
-        f = tl.where(p > 0, (-LN2 * beta) * p * m_over_p, 0.0) + u
+        u = tl.where(q == 0, 0.0, (-LN2 * rest) * q * m_over_q)
+        f = tl.where(p == 0, 0.0, (-LN2 * beta) * p * m_over_p) + u
     return f, u
 
 
@@ -188,7 +189,7 @@ def _divergence_sums(
     student_ptr, teacher_ptr,            # in   [V]
     V,
     max_s, logd_s, max_t, logd_t,
-    scale, beta, log2_2_beta, log2_2_rest,
+    scale, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: sum f and sum u, right to left."""
@@ -200,7 +201,7 @@ def _divergence_sums(
         z_s = _load_tile(student_ptr, offs_v, V)
         z_t = _load_tile(teacher_ptr, offs_v, V)
         p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        f, u = _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE)
+        f, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
         f_sum += f
         u_sum += u
     return tl.sum(f_sum, axis=0), tl.sum(u_sum, axis=0)
@@ -210,7 +211,7 @@ def _divergence_sums(
 def _row_loss(
     student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
     V,
-    scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +230,7 @@ def _row_loss(
     else:
         kd, u_sum = _divergence_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
-            scale, beta, log2_2_beta, log2_2_rest, DIVERGENCE, BLOCK_V,
+            scale, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE, BLOCK_V,
         )  # fmt: skip
     ce = 0.0
     if HAS_CE:
@@ -245,7 +246,7 @@ def _write_dlogits(
     V,
     max_s, logd_s, max_t, logd_t, u_sum, logd_1,
     row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
-    scale, beta, log2_2_beta, log2_2_rest,
+    scale, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -266,7 +267,7 @@ def _write_dlogits(
             z_s = _load_tile(student_ptr, offs_v, V)
             z_t = _load_tile(teacher_ptr, offs_v, V)
             p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-            _, u = _divergence_terms(p, q, d, beta, log2_2_beta, log2_2_rest, DIVERGENCE)
+            _, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
             dlogits = kd_factor * (u - q * u_sum)
             if HAS_CE:
                 q_1 = q
@@ -298,7 +299,7 @@ def _kd_loss_fwd_kernel(
     stats_ptr,                           # out  [M, 6], fp32
     V,
     stride_sm, stride_tm, stride_lm,     # strides, in elements
-    scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +308,7 @@ def _kd_loss_fwd_kernel(
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, V,
-        scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
         DIVERGENCE, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
@@ -330,7 +331,7 @@ def _kd_loss_bwd_kernel(
     dlogits_ptr,                         # out  [M, V]
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
-    kd_weight, ce_weight, scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -348,7 +349,8 @@ def _kd_loss_bwd_kernel(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label,
         dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
-        row_weight, kd_weight * inv_temperature, ce_weight, scale, beta, log2_2_beta, log2_2_rest,
+        row_weight, kd_weight * inv_temperature, ce_weight,
+        scale, beta, rest, log2_2_beta, log2_2_rest,
         DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V,
     )  # fmt: skip
 
@@ -362,7 +364,7 @@ def _kd_loss_fwd_bwd_kernel(
     dlogits_ptr,                         # out  [M, V]
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
-    kd_weight, ce_weight, scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+    kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -373,7 +375,7 @@ def _kd_loss_fwd_bwd_kernel(
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr, teacher_ptr, label, V,
-        scale, inv_temperature, beta, log2_2_beta, log2_2_rest,
+        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
         DIVERGENCE, HAS_CE, HAS_CE and not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
@@ -381,7 +383,8 @@ def _kd_loss_fwd_bwd_kernel(
     _write_dlogits(
         student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
-        row_weight, kd_weight * inv_temperature, ce_weight, scale, beta, log2_2_beta, log2_2_rest,
+        row_weight, kd_weight * inv_temperature, ce_weight,
+        scale, beta, rest, log2_2_beta, log2_2_rest,
         DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V,
     )  # fmt: skip
 
@@ -503,6 +506,7 @@ def _spec_args(
         "scale": math.log2(math.e) / spec.temperature,
         "inv_temperature": 1.0 / spec.temperature,
         "beta": spec.beta,
+        "rest": 1.0 - spec.beta,  # not left to the kernel, whose beta is rounded to fp32
         "log2_2_beta": math.log2(2.0 * spec.beta) if is_jsd else 0.0,
         "log2_2_rest": math.log2(2.0 * (1.0 - spec.beta)) if is_jsd else 0.0,
         "DIVERGENCE": spec.divergence,

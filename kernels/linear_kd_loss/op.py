@@ -122,8 +122,8 @@ def linear_kd_loss(
             (Hinton et al. 2015). Off by default, as in TRL and Liger.
         workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. Larger is
             faster until a chunk holds a thousand rows or so. A trainable half-precision head whose
-            fp32 gradient sum, 4 V D_s bytes, exceeds half of it needs those bytes on top; an fp16 head
-            keeps the sum until the backward.
+            fp32 gradient sum, 4 V D_s bytes, exceeds half of it needs those bytes on top, and an
+            fp16 head keeps them until the backward.
         num_valid: number of labels that are not `ignore_index`, when the caller knows it on the
             host (a collator does). A GPU cannot pack rows without it and then runs all of them.
         backend: "triton", "cpp" or "reference"; None takes the best available.

@@ -168,6 +168,7 @@ int main() {
             const float beta = 0.3f;
             const KdSpec spec{static_cast<Divergence>(divergence),
                               beta,
+                              1.0f - beta,
                               std::log(beta),
                               std::log1p(-beta),
                               1.0f / temperature,

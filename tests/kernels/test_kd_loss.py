@@ -511,6 +511,17 @@ def test_repeated_backward_adds_up(reduction, backend):
     torch.testing.assert_close(student.grad, 3 * once)
 
 
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused(reduction, backend):
+    """It would have no derivative to go through, and be zero."""
+    student, teacher = close_logits(10, 100)
+    loss = kd_loss(student, teacher, reduction=reduction, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="kd_loss: expected a backward without create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
+    torch.autograd.grad(loss, student)
+
+
 def test_teacher_gets_no_gradient():
     student, teacher = close_logits(10, 100)
     kd_loss(student, teacher.requires_grad_()).backward()

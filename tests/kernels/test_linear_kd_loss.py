@@ -229,6 +229,21 @@ def test_ignored_rows_may_hold_nan(known, reduction, backend):
     check_linear(results, inputs, LIKE_TRAINING, weights)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_broken_model_is_not_a_perfect_one(role, divergence, backend):
+    """One NaN in a counting token's states: NaN in its loss, in the sum, and in the term."""
+    inputs = linear_inputs(5, 60)
+    getattr(inputs, f"{role}_hidden").data[2, 0] = float("nan")
+    objective = Objective(divergence)
+    terms = call(inputs, objective, linear_kd_loss_terms, backend=backend)
+    assert terms.loss.isnan()
+    assert terms.kd.isnan()
+    rows = call(inputs, objective, backend=backend, reduction="none")
+    assert rows.isnan().tolist() == [False, False, True, False, False]
+
+
 @pytest.mark.parametrize("ignore_index", [-1, 7, 10**9])
 def test_ignore_index(ignore_index):
     inputs = linear_inputs(11, 100)

@@ -11,6 +11,7 @@ enum class Divergence : int64_t { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
 struct KdSpec {
   Divergence divergence;
   float beta;
+  float one_minus_beta;  // rounded once: 1 - beta of a float beta loses digits next to 1
   float log_beta;
   float log_one_minus_beta;
   float inv_temperature;

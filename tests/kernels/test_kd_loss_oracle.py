@@ -1,0 +1,328 @@
+"""The definition of every divergence, in numbers of fifty digits, against every backend.
+
+Nothing of the project computes the truth here: the reference, which is the truth elsewhere, is one
+of the candidates. Logits are masked at large finite values and at -inf, on either side.
+"""
+
+import math
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modxfer_fast import kd_loss
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
+from tests.inputs import BACKENDS, NATIVE
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # NumPy, which interprets Triton, warns of infinities that the kernels mask
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+INF = float("inf")
+LOWEST = torch.finfo(torch.float32).min
+MASKED = [-1e3, -1e5, -1e7, -1e9, LOWEST, -INF]
+TEMPERATURES = [0.1, 1.0, 20.0]
+JSD = [("jsd", beta) for beta in (0.1, 0.5, 0.9, 0.999)]
+OBJECTIVES = [("forward_kl", 0.5), ("reverse_kl", 0.5), *JSD]
+
+
+def softmax(row: Tensor, temperature: float) -> list[mpmath.mpf]:
+    """Exact for the logits as they are; no class is lost to underflow but one of -inf."""
+    z = [mpmath.mpf(value) for value in row.tolist()]
+    top = max(z)
+    weights = [
+        mpmath.mpf(0) if value == -mpmath.inf else mpmath.exp((value - top) / temperature)
+        for value in z
+    ]
+    total = mpmath.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def kl(a: list[mpmath.mpf], b: list[mpmath.mpf]) -> mpmath.mpf:
+    """sum a log(a / b)."""
+    if any(x > 0 and y == 0 for x, y in zip(a, b, strict=True)):
+        return mpmath.inf
+    return mpmath.fsum(x * mpmath.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+
+
+def divergence_of(p: list, q: list, divergence: str, beta: float) -> mpmath.mpf:
+    if divergence == "forward_kl":
+        return kl(p, q)
+    if divergence == "reverse_kl":
+        return kl(q, p)
+    beta = mpmath.mpf(beta)
+    m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def oracle(student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float):
+    """[M] divergences and [M, V] gradients in the student's logits, fp64.
+
+    dD/dz_i = q_i (g_i - sum q g) / temperature with g = dD/dq; at q = 0 it is -p_i where g = -p/q,
+    and 0 otherwise.
+    """
+    with mpmath.workdps(50):
+        losses, grads = [], []
+        for z_s, z_t in zip(student, teacher, strict=True):
+            p, q = softmax(z_t, temperature), softmax(z_s, temperature)
+            losses.append(float(divergence_of(p, q, divergence, beta)))
+            q_g = []
+            for x, y in zip(p, q, strict=True):
+                if divergence == "forward_kl":
+                    q_g.append(-x)
+                elif y == 0:
+                    q_g.append(mpmath.mpf(0))
+                elif divergence == "reverse_kl":
+                    q_g.append(y * mpmath.log(y / x) if x else mpmath.inf)
+                else:
+                    rest = 1 - mpmath.mpf(beta)
+                    q_g.append(rest * y * mpmath.log(y / (beta * x + rest * y)))
+            mean = mpmath.fsum(q_g)
+            grads.append([float((g - y * mean) / temperature) for g, y in zip(q_g, q, strict=True)])
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(grads, dtype=torch.float64)
+
+
+def logits(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher [2, 24], fp32, apart by about one."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = 2.0 * torch.randn(2, 24, generator=generator)
+    return teacher + torch.randn(2, 24, generator=generator), teacher
+
+
+def masked_logits(value: float, side: str) -> tuple[Tensor, Tensor]:
+    """A third of the classes masked on one side or on both."""
+    student, teacher = logits()
+    for name, z in (("student", student), ("teacher", teacher)):
+        if side in (name, "both"):
+            z[:, 16:] = value
+    return student, teacher
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    candidates: list[tuple[str, torch.dtype]],
+) -> None:
+    """Loss and gradient of every candidate, a backend and the dtype of its logits."""
+    losses, grads = oracle(student, teacher, divergence, beta, temperature)
+    for backend, dtype in candidates:
+        eps = torch.finfo(dtype).eps
+        leaf = student.to(dtype).requires_grad_()
+        got = kd_loss(
+            leaf,
+            teacher.to(dtype),
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            reduction="none",
+            backend=backend,
+        )
+        name = f"{backend} {dtype}"
+        tolerance = {"rtol": 16 * eps, "atol": 16 * eps}
+        torch.testing.assert_close(
+            got.detach().double(), losses, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        if losses.isinf().any():
+            continue  # its gradient has no value
+        (grad,) = torch.autograd.grad(got.sum(), leaf)
+        # what is summed: probabilities and, under reverse KL, differences of large logarithms
+        size = max(1.0, losses.max().item()) / temperature
+        torch.testing.assert_close(
+            grad.double(),
+            grads,
+            rtol=16 * eps,
+            atol=16 * eps * size,
+            msg=lambda m, n=name: f"{n} gradient: {m}",
+        )
+
+
+CANDIDATES = [("reference", torch.float64), ("reference", torch.float32), ("cpp", torch.float32)]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES, ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("value", MASKED, ids=lambda v: f"{v:.0e}")
+@pytest.mark.parametrize(("divergence", "beta"), OBJECTIVES)
+def test_masked_classes(divergence, beta, value, side, temperature):
+    fits = CANDIDATES
+    if value == LOWEST and (divergence, side) in (
+        ("forward_kl", "student"),
+        ("reverse_kl", "teacher"),
+    ):
+        fits = CANDIDATES[:1]  # the loss is as large as the largest fp32 number
+    check(*masked_logits(value, side), divergence, beta, temperature, fits)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0, 20.0], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize(("divergence", "beta"), OBJECTIVES)
+def test_logits_of_ten_thousand(divergence, beta, temperature):
+    student, teacher = logits()
+    student += 1e4 * torch.arange(24).remainder(3).sub(1.0)
+    teacher += 1e4 * torch.arange(24).remainder(5).sub(2.0).clamp(-1.0, 1.0)
+    check(student, teacher, divergence, beta, temperature, CANDIDATES)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES, ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_masked_classes_for_triton(backend, temperature):
+    """A row for each value, masked by the student, and one for each masked by the teacher."""
+    pairs = [masked_logits(value, side) for side in ("student", "teacher") for value in MASKED]
+    student, teacher = (torch.cat([pair[i][:1] for pair in pairs]) for i in (0, 1))
+    check(student, teacher, "jsd", 0.3, temperature, [(backend, torch.float32)])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_masked_classes_of_the_kls_for_triton(backend, divergence):
+    side = "student" if divergence == "forward_kl" else "teacher"
+    pairs = [masked_logits(value, side) for value in MASKED if value != LOWEST]
+    student, teacher = (torch.cat([pair[i][:1] for pair in pairs]) for i in (0, 1))
+    check(student, teacher, divergence, 0.5, 1.0, [(backend, torch.float32)])
+
+
+@pytest.mark.parametrize(("divergence", "beta"), [*OBJECTIVES, ("jsd", 1e-6), ("jsd", 1 - 1e-6)])
+@pytest.mark.parametrize("value", [0.0, -30.0, -1e9])
+def test_oracle_gradient_is_the_difference_quotient(value, divergence, beta):
+    student, teacher = (z[:1, 12:20] for z in masked_logits(value, "student"))
+    _, grads = oracle(student, teacher, divergence, beta, 2.0)
+    with mpmath.workdps(80):
+        step = mpmath.mpf(10) ** -25
+        for i in range(8):
+            ends = []
+            for sign in (1, -1):
+                z = [mpmath.mpf(x) for x in student[0].tolist()]
+                z[i] += sign * step
+                weights = [mpmath.exp((x - max(z)) / 2) for x in z]
+                q = [weight / mpmath.fsum(weights) for weight in weights]
+                ends.append(divergence_of(softmax(teacher[0], 2.0), q, divergence, beta))
+            quotient = (ends[0] - ends[1]) / (2 * step)
+            assert float(quotient) == pytest.approx(grads[0, i].item(), rel=1e-12, abs=1e-15)
+
+
+# --- the mixture's weight next to its ends
+
+
+@pytest.mark.parametrize("beta", [1e-7, 1e-4, 0.999, 0.99999, 1 - 1e-7])
+def test_betas_next_to_the_ends(beta):
+    student, teacher = logits()
+    losses, grads = oracle(student, teacher, "jsd", beta, 1.0)
+    for backend in NATIVE:
+        leaf = student.clone().requires_grad_()
+        got = kd_loss(leaf, teacher, divergence="jsd", beta=beta, reduction="none", backend=backend)
+        (grad,) = torch.autograd.grad(got.sum(), leaf)
+        # relative to the gradient, which vanishes with 1 - beta
+        assert (grad.double() - grads).norm() <= 4e-7 * grads.norm(), backend
+        torch.testing.assert_close(got.detach().double(), losses, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.99999, 1 - 1e-7])
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_betas_next_to_one_in_scalars_of_a_gpu(backend, beta, monkeypatch):
+    """A GPU receives scalars in fp32, the interpreter in fp64: here they are rounded first."""
+    from modxfer_fast.kernels.kd_loss import triton_impl
+
+    in_fp64 = triton_impl._spec_args
+
+    def in_fp32(*args):
+        rounded = in_fp64(*args)
+        for name, value in rounded.items():
+            if isinstance(value, float):
+                rounded[name] = torch.tensor(value, dtype=torch.float32).item()
+        return rounded
+
+    monkeypatch.setattr(triton_impl, "_spec_args", in_fp32)
+    student, teacher = logits()
+    _, grads = oracle(student, teacher, "jsd", beta, 1.0)
+    leaf = student.clone().requires_grad_()
+    loss = kd_loss(leaf, teacher, divergence="jsd", beta=beta, reduction="sum", backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert (grad.double() - grads).norm() <= 1e-6 * grads.norm()
+
+
+# --- the definition in other words
+
+
+def trl_generalized_jsd(student: Tensor, teacher: Tensor, beta: float, temperature: float):
+    """GKD's loss as TRL writes it, by `kl_div` of log-softmaxes and a mixture in log space."""
+    log_q = F.log_softmax(student / temperature, -1)
+    log_p = F.log_softmax(teacher / temperature, -1)
+    if beta == 0:
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if beta == 1:
+        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    weights = torch.tensor([beta, 1 - beta], dtype=log_q.dtype).log()[:, None, None]
+    log_m = torch.logsumexp(torch.stack([log_p, log_q]) + weights, dim=0)
+    parts = [F.kl_div(log_m, log, reduction="none", log_target=True) for log in (log_p, log_q)]
+    return (beta * parts[0] + (1 - beta) * parts[1]).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 2.0, 20.0], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize(
+    "value", [*MASKED[:5], None], ids=lambda v: "ordinary" if v is None else f"{v:.0e}"
+)
+def test_equals_generalized_jsd_of_trl(value, beta, temperature):
+    student, teacher = logits() if value is None else masked_logits(value, "student")
+    truth = trl_generalized_jsd(student.double(), teacher.double(), beta, temperature)
+    divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+    spec = KDSpec(divergence, beta, temperature, 1.0, 0.0)
+    kd, _ = kd_loss_reference(student.double(), teacher.double(), None, spec)
+    torch.testing.assert_close(kd, truth, rtol=1e-12, atol=1e-13)
+    for backend, dtype in CANDIDATES if truth.max() < 1e30 else CANDIDATES[:1]:
+        eps = torch.finfo(dtype).eps
+        got = kd_loss(
+            student.to(dtype),
+            teacher.to(dtype),
+            divergence="jsd",
+            beta=beta,
+            temperature=temperature,
+            reduction="none",
+            backend=backend,
+        )
+        torch.testing.assert_close(got.double(), truth, rtol=16 * eps, atol=16 * eps)
+
+
+# --- NaN and infinity
+
+
+BROKEN = {
+    "nan": lambda z: z.__setitem__((1, 3), math.nan),
+    "all-nan": lambda z: z.__setitem__(1, math.nan),
+    "inf": lambda z: z.__setitem__((1, 3), INF),
+    "two-inf": lambda z: z.__setitem__((1, slice(3, 5)), INF),
+    "no-class": lambda z: z.__setitem__(1, -INF),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_a_row_without_a_distribution_is_nan(side, divergence, backend):
+    """NaN, +inf and rows of -inf alone: the loss of that row is NaN, and of no other."""
+    clean_student, clean_teacher = (torch.cat([z, z])[:3] for z in logits())
+    expected = kd_loss(
+        clean_student, clean_teacher, divergence=divergence, reduction="none", backend=backend
+    )
+    for name, damage in BROKEN.items():
+        student, teacher = clean_student.clone(), clean_teacher.clone()
+        for role, z in (("student", student), ("teacher", teacher)):
+            if side in (role, "both"):
+                damage(z)
+        leaf = student.requires_grad_()
+        rows = kd_loss(leaf, teacher, divergence=divergence, reduction="none", backend=backend)
+        assert rows.isnan().tolist() == [False, True, False], name
+        assert torch.equal(rows[::2], expected[::2]), name
+        (grad,) = torch.autograd.grad(rows.sum(), leaf)
+        assert grad[1].isnan().any(), name
+        assert grad[::2].isfinite().all(), name
+        if backend == "reference":
+            spec = KDSpec(divergence, 0.5, 1.0, 1.0, 0.0)
+            truth, _ = kd_loss_reference(student.detach(), teacher, None, spec)
+            assert truth.isnan().tolist() == [False, True, False], name
