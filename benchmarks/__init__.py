@@ -1,7 +1,8 @@
-"""Benchmarks of every room against its peers and its floor: checked first, timed second.
+"""Benchmarks of every room against its peers and its floor: checked, then timed, then written.
 
     modxfer bench ROOM [--device cpu|cuda] [--shape NAME] [--variant NAME ...] [--json FILE]
     python -m benchmarks.plot FILE.json --output FILE.png
+    benchmarks/gpu_suite.sh first|tables|full
 
 bench_<room>.py   shapes, who takes part, floors  rooms.py        what a room declares
 harness.py        check, count, time, make rows   candidates.py   our backends, one training step
@@ -11,6 +12,7 @@ inputs.py         close student, fp64 truth       shapes.py       named sizes of
 peers.py          Liger, TRL and PEFT, optional   dense.py        plain PyTorch, as users write it
 unsloth_style.py  LoRA by addmm, as libraries do  tracing.py      the profiler's events
 results.py        columns, JSON and CSV           plot.py         figures, from those files only
+gpu_tables.py     all tables of a GPU in one run  gates.py        the numbers a GPU has to reach
 
 Not part of the wheel: run from a checkout.
 """

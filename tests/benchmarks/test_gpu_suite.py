@@ -1,0 +1,140 @@
+"""gpu_suite.sh and its outcomes: whatever cuts a stage, its archive holds what came before."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import outcomes
+
+SUITE = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.sh"
+# Stands for the interpreter: writes an outcome where it is asked for tests, then stays until it is
+# interrupted, which it tells; everything else it is asked for it does at once.
+PYTHON = """\
+#!/usr/bin/env bash
+previous=
+for argument in "$@"; do
+    [[ $previous == --outcomes ]] && file=$argument
+    previous=$argument
+done
+[[ -n ${file:-} ]] || exit 0
+trap 'echo interrupted; exit 2' INT
+echo '{"test": "tests/kernels/test_kd_loss_gpu.py::test_a", "outcome": "passed"}' > "$file"
+touch "$STARTED"
+while true; do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """Starts a dry run of a stage; its archive will be out/<stage>.tgz."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    started = []
+
+    def start(stage: str, limit: int) -> subprocess.Popen:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHON": str(python),
+            "OUT": str(tmp_path / "out"),
+            "LIMIT": str(limit),
+            "STARTED": str(tmp_path / "started"),
+        }
+        command = [SUITE, stage, "--dry-run"]
+        run = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+
+
+def members(path: Path) -> dict[str, str]:
+    with tarfile.open(path) as archive:
+        files = [member for member in archive.getmembers() if member.isfile()]
+        return {Path(m.name).name: archive.extractfile(m).read().decode() for m in files}
+
+
+def test_a_stage_out_of_time_keeps_its_results(suite, tmp_path):
+    run = suite("first", limit=22)
+    run.communicate(timeout=120)
+    assert run.returncode == 1
+    files = members(tmp_path / "out" / "first.tgz")
+    assert "test_a" in files["tests.jsonl"]
+    assert "interrupted" in files["tests.log"]
+    assert "tests: exit 124" in files["steps.txt"]
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_stage_that_is_stopped_keeps_its_results(signal_name, suite, tmp_path):
+    run = suite("full", limit=500)
+    while not (tmp_path / "started").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(getattr(signal, signal_name))
+    run.communicate(timeout=120)
+    assert run.returncode == 130
+    files = members(tmp_path / "out" / "full.tgz")
+    assert "test_a" in files["tests.jsonl"]
+    assert "cut short" in files["steps.txt"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["all"], ["first", "--quick"]], ids=" ".join)
+def test_usage(arguments):
+    run = subprocess.run([SUITE, *arguments], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "first|tables|full" in run.stderr
+
+
+# --- outcomes
+
+
+def test_outcomes_are_written_as_they_come(tmp_path):
+    (tmp_path / "test_kd_loss_gpu.py").write_text(
+        "import os, pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'not equal'\n"
+        "def test_absent(): pytest.skip('no GPU')\n"
+        "def test_end(): os._exit(9)\n"  # as a crash of the driver would
+    )
+    file = tmp_path / "outcomes.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.outcomes", "--outcomes", file]
+    root = SUITE.parents[1]
+    run = subprocess.run(
+        [*command, "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 9, run.stdout + run.stderr
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["outcome"] for record in records] == ["passed", "failed", "skipped"]
+    room, failure = outcomes.summary(records)
+    assert room.split()[:7] == ["kd_loss", "1", "passed", "1", "failed", "1", "skipped"]
+    assert failure.startswith("FAILED test_wrong: AssertionError: not equal")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "code"), [(["passed"], 0), (["passed", "failed"], 1), (["skipped"], 1), ([], 1)]
+)
+def test_code_of_the_summary(kinds, code, tmp_path):
+    path = tmp_path / "outcomes.jsonl"
+    record = {"test": "tests/kernels/test_kd_loss_gpu.py::test_a", "seconds": 0.1, "message": "no"}
+    lines = [json.dumps(record | {"outcome": kind}) + "\n" for kind in kinds]
+    path.write_text("".join(lines) + '{"test": "cut')
+    assert outcomes.main(path) == code
