@@ -41,7 +41,6 @@ from modxfer_fast.models import (
     check_packing,
     check_peft,
     check_rows_fit,
-    check_same_vocabulary,
     load_adapter,
     load_model,
     patch_peft_model,
@@ -168,10 +167,9 @@ class _Job:
         check_finite(model, "teacher")
         if self.config.data.packing:
             check_packing(model.to(self.device), "teacher")
+        check_rows_fit(model, self.material.tokenizer, self.config.data.max_length, "teacher")
         # an encoder has no figures without a student
         is_encoder = self.config.kind == "encoder"
-        if is_encoder:
-            check_rows_fit(model, self.material.tokenizer, self.config.data.max_length, "teacher")
         metrics = {} if is_encoder else self._evaluate(model, None)
         facts = {
             "path": source.path,
@@ -185,7 +183,8 @@ class _Job:
             + (" (from the cache)" if source.cached else "")
             + ("" if is_encoder else f", held-out perplexity {metrics['eval_perplexity']:.2f}")
         )
-        return Teacher(model, kind=self.config.kind), facts
+        num_tokens = len(self.material.tokenizer)
+        return Teacher(model, kind=self.config.kind, num_tokens=num_tokens), facts
 
     def _run_seed(self, seed: int, teacher: Teacher) -> dict[str, Any]:
         config, console = self.config, self.console
@@ -212,10 +211,7 @@ class _Job:
         )
         student = self._load_student(source.path, seed, tell=True)
         check_finite(student, "student")
-        if self.config.kind == "encoder":
-            check_rows_fit(student, self.material.tokenizer, self.config.data.max_length, "student")
-        else:
-            check_same_vocabulary(teacher.model, student, self.material.tokenizer)
+        check_rows_fit(student, self.material.tokenizer, self.config.data.max_length, "student")
         if source.from_teacher is not None:
             self.console.say(_taken(source.from_teacher))
         self._check_features(student, teacher)
@@ -252,7 +248,8 @@ class _Job:
         try:
             DistillModule(student, teacher, objective, *options)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"loss.{error}") from error
+            in_loss = str(error).startswith(("hidden_states", "relations"))
+            raise ConfigError(f"loss.{error}" if in_loss else str(error)) from error
 
     def _train(
         self, role: str, loss: LossSection, seed: int, path: str, teacher: Teacher

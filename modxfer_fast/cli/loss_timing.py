@@ -90,8 +90,9 @@ def time_head(
     with torch.no_grad():
         student_hidden = parts.hidden(*inputs)
         teacher_hidden = teacher.hidden(*inputs)
-    weight, bias = parts.weight_and_bias()
-    teacher_weight, teacher_bias = teacher.head
+    common = teacher.common_classes(parts)
+    weight, bias = parts.weight_and_bias(common)
+    teacher_weight, teacher_bias = teacher.head(common)
     result: dict[str, Any] = {"requires_grad": weight.requires_grad}
 
     student_hidden, teacher_hidden = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)

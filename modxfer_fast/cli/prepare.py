@@ -27,6 +27,7 @@ from modxfer_fast.data import (
 from modxfer_fast.engine import last_complete_checkpoint
 from modxfer_fast.models import (
     build_model,
+    check_config_fits,
     check_same_tokenizer,
     check_targets,
     load_model_config,
@@ -90,7 +91,8 @@ def planned_configs(
 
     Raises:
         ConfigError: unknown field. ModelError: nothing there, values that the architecture refuses,
-            or target modules of `student.peft` that the student does not have.
+            fewer rows than tokens, fewer positions than `data.max_length`, or target modules of
+            `student.peft` that the student does not have.
     """
     planned: dict[str, PreTrainedConfig] = {}
     for role, section in (("teacher", config.teacher), ("student", config.student)):
@@ -105,6 +107,8 @@ def planned_configs(
             kind=config.kind,
             inherited=inherited,
         )
+    for role, fields in planned.items():
+        check_config_fits(fields, tokenizer, config.data.max_length, role)
     if config.student.peft is not None and not config.student.trust_remote_code:
         check_targets(planned["student"], config.student.peft, "student.peft", kind=config.kind)
     return planned

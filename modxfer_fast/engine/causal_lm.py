@@ -91,9 +91,15 @@ class SplitCausalLM:
         output = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return self._scaled(output[0].reshape(*shape, -1))
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Head tensors. Read them in a wrapped `forward`, where ZeRO-3 gathers what is read."""
+    def weight_and_bias(self, num_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Head tensors. Read them in a wrapped `forward`, where ZeRO-3 gathers what is read.
+
+        Args:
+            num_classes: leading rows to take, a view; the gradient of the others is then zero.
+        """
         weight, bias = self.head.weight, self.head.bias
+        if num_classes is not None and num_classes < weight.shape[0]:
+            weight, bias = weight[:num_classes], None if bias is None else bias[:num_classes]
         return weight, bias if bias is None or self.logit_scale == 1.0 else bias * self.logit_scale
 
     def _scaled(self, hidden: Tensor) -> Tensor:

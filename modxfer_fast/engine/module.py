@@ -76,12 +76,8 @@ class DistillModule(nn.Module):
         self.teacher = teacher
         self.objective = objective
         self._parts = PARTS[kind].of(student, "student")
-        if teacher is not None and teacher.vocab_size != self._parts.vocab_size:
-            what = "rows of the embeddings" if objective is None else "output classes"
-            raise ValueError(
-                f"teacher: expected the student's {self._parts.vocab_size} {what}, "
-                f"got {teacher.vocab_size}"
-            )
+        # a head padded further than the other one has classes that no token is
+        self._num_classes = None if teacher is None else teacher.common_classes(self._parts)
         self.features = None
         if has_features:
             self._student_taps = LayerTaps(self._parts.backbone, "student")
@@ -257,9 +253,9 @@ class DistillModule(nn.Module):
         labelled: TokenSet,
     ) -> KDTerms:
         """Terms of the logits, from last hidden states [B, T, D] and the heads."""
-        student_head = self._parts.weight_and_bias()
+        student_head = self._parts.weight_and_bias(self._num_classes)
         if objective.kd_weight != 0.0:
-            teacher_head = self.teacher.head
+            teacher_head = self.teacher.head(self._num_classes)
         else:
             # of no width, so that its GEMM costs nothing; its divergence has weight 0
             teacher_hidden = student_hidden.detach()[..., :0]

@@ -1,6 +1,7 @@
 """The frozen teacher: a model with its own plan, outside the student's module tree."""
 
 import enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class Teacher:
             the teacher together.
         plan: a TeacherPlan or its name.
         kind: "causal_lm", which also answers with its head, or "encoder".
+        num_tokens: of the tokenizer that it shares with its student, where known. Vocabularies may
+            then be padded to different sizes: the classes that both have count, the others do not.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Teacher:
         model: nn.Module,
         plan: TeacherPlan | str = TeacherPlan.REPLICA,
         kind: str = "causal_lm",
+        num_tokens: int | None = None,
     ):
         try:
             self.plan = TeacherPlan(plan)
@@ -55,16 +59,61 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         materialise(self.model)
         self.kind = checked_kind(kind)
+        self.num_tokens = num_tokens
         self._parts = PARTS[kind].of(model, "teacher")
+
+    @classmethod
+    def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> "Teacher | None":
+        """A Teacher from a model, or as it is, told the number of tokens where it knows none.
+
+        Raises:
+            TypeError: neither a model nor a Teacher.
+        """
+        if teacher is None:
+            return None
+        if isinstance(teacher, Teacher):
+            if teacher.num_tokens is None:
+                teacher.num_tokens = num_tokens
+            return teacher
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(
+                "teacher: expected a PreTrainedModel, PeftModel or Teacher, "
+                f"got {type(teacher).__name__}"
+            )
+        return cls(teacher, kind=kind, num_tokens=num_tokens)
 
     @property
     def vocab_size(self) -> int:
         return self._parts.vocab_size
 
-    @property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Output weight [V, D_t] and bias [V] or None of a causal language model, constants."""
-        return self._parts.weight_and_bias()
+    def common_classes(self, student: SplitCausalLM | EncoderBackbone) -> int:
+        """Leading rows of the vocabularies that both have.
+
+        Raises:
+            ValueError: they differ in size, and are not known to hold every token.
+        """
+        ours, theirs = student.vocab_size, self.vocab_size
+        common = min(ours, theirs)
+        if ours == theirs or (self.num_tokens is not None and common >= self.num_tokens):
+            return common
+        what = "output classes" if self.kind == "causal_lm" else "rows of the embeddings"
+        if self.num_tokens is None:
+            raise ValueError(
+                f"teacher: expected the student's {ours} {what}, got {theirs}; where both are "
+                "padded for one tokenizer, give it as processing_class"
+            )
+        role = "student" if ours < theirs else "teacher"
+        raise ValueError(
+            f"{role}: expected at least {self.num_tokens} {what}, one per token, got {common}"
+        )
+
+    def head(self, num_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Output weight [V, D_t] and bias [V] or None of a causal language model, constants.
+
+        Args:
+            num_classes: leading classes to take; all without it.
+        """
+        return self._parts.weight_and_bias(num_classes)
 
     def to(self, device: torch.device) -> "Teacher":
         self.model.to(device)

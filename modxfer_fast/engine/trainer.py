@@ -53,6 +53,8 @@ class DistillTrainer(Trainer):
         teacher: frozen model, or a Teacher with its plan, or None for cross entropy alone. With
             kd_weight=0 it takes part in evaluation only.
         data_collator: see above.
+        processing_class: tokenizer, saved with the student. It lets vocabularies of the two models
+            be padded to different sizes: the classes that both have count.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -76,8 +78,8 @@ class DistillTrainer(Trainer):
             raise TypeError("data_collator: expected a collator of input_ids and labels, got None")
         if args.kind != "encoder":
             data_collator = AlignedLabels(data_collator)
-        if isinstance(teacher, nn.Module):
-            teacher = Teacher(teacher, kind=args.kind)
+        num_tokens = None if processing_class is None else len(processing_class)
+        teacher = Teacher.of(teacher, args.kind, num_tokens)
         module = DistillModule(
             model,
             teacher,

@@ -18,11 +18,11 @@ from modxfer_fast.models.build import (
     make_config,
 )
 from modxfer_fast.models.checks import (
+    check_config_fits,
     check_finite,
     check_packing,
     check_rows_fit,
     check_same_tokenizer,
-    check_same_vocabulary,
 )
 from modxfer_fast.models.compacter import CompacterConfig, phm_dense, phm_refit
 from modxfer_fast.models.errors import ModelError
@@ -51,12 +51,12 @@ __all__ = [
     "apply_peft",
     "bottleneck_sites",
     "build_model",
+    "check_config_fits",
     "check_finite",
     "check_packing",
     "check_peft",
     "check_rows_fit",
     "check_same_tokenizer",
-    "check_same_vocabulary",
     "check_targets",
     "find_site",
     "load_adapter",

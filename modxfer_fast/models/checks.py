@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
@@ -29,38 +29,39 @@ def check_same_tokenizer(
     )
 
 
-def check_same_vocabulary(
-    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def check_config_fits(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, role: str
 ) -> None:
-    """Raise unless both heads have the same number of rows and cover the tokenizer."""
-    rows_t = teacher.get_output_embeddings().weight.shape[0]
-    rows_s = student.get_output_embeddings().weight.shape[0]
-    if rows_t != rows_s:
+    """Raise unless a model of this configuration has a place for every token and position.
+
+    Vocabularies of teacher and student may be padded to different sizes.
+    """
+    config = config.get_text_config()
+    if getattr(config, "vocab_size", None) is not None:
+        _check_rows(config.vocab_size, tokenizer, role)
+    limit = max_tokens(config)
+    if limit is not None and max_length > limit:
         raise ModelError(
-            f"student: expected a head with as many rows as the teacher's, {rows_t}, got {rows_s}"
-        )
-    if rows_s < len(tokenizer):
-        raise ModelError(
-            f"student: expected a head with at least {len(tokenizer)} rows, one per token, "
-            f"got {rows_s}"
+            f"{role}: expected data.max_length of at most {limit}, the positions that the model "
+            f"has, got {max_length}"
         )
 
 
 def check_rows_fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, role: str
 ) -> None:
-    """Raise unless an encoder has an embedding for every token and for every position of a row."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    """Raise unless a model has a row for every token, and for every position of a row of data."""
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if table is not None:
+            _check_rows(table.weight.shape[0], tokenizer, role)
+    check_config_fits(model.config, tokenizer, max_length, role)
+
+
+def _check_rows(rows: int, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
     if rows < len(tokenizer):
         raise ModelError(
-            f"{role}: expected at least {len(tokenizer)} rows of embeddings, one per token, "
+            f"{role}: expected a vocabulary of at least {len(tokenizer)} rows, one per token, "
             f"got {rows}"
-        )
-    limit = max_tokens(model.config.get_text_config())
-    if limit is not None and max_length > limit:
-        raise ModelError(
-            f"{role}: expected data.max_length of at most {limit}, the positions that the model "
-            f"has, got {max_length}"
         )
 
 

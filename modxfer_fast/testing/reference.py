@@ -15,11 +15,14 @@ def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, obje
     labels = batch["labels"]
     valid = labels != -100
     student_logits = student(**inputs).logits[valid]
+    if teacher is not None:  # classes that only one of them has are padding
+        common = min(student_logits.shape[-1], teacher.config.vocab_size)
+        student_logits = student_logits[:, :common]
     ce = -student_logits.log_softmax(-1).gather(1, labels[valid][:, None]).sum()
     if teacher is None:
         return torch.zeros_like(ce), ce, valid.sum()
     with torch.no_grad():
-        teacher_logits = teacher(**inputs).logits[valid]
+        teacher_logits = teacher(**inputs).logits[valid][:, :common]
     log_p = (teacher_logits / objective.temperature).log_softmax(-1)
     log_q = (student_logits / objective.temperature).log_softmax(-1)
     return _divergence(log_p, log_q, objective).sum(), ce, valid.sum()

@@ -1,15 +1,16 @@
 """Teacher, student, tokenizer and packing must fit together."""
 
 import pytest
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from modxfer_fast.data import train_tokenizer
 from modxfer_fast.models import (
     ModelError,
+    check_config_fits,
     check_finite,
     check_packing,
+    check_rows_fit,
     check_same_tokenizer,
-    check_same_vocabulary,
 )
 
 TEXT = "some words and other words to learn from"
@@ -42,13 +43,37 @@ def test_a_differing_tokenizer_is_described():
     assert "absent" in message
 
 
-def test_heads_must_match_and_cover_the_tokenizer():
+def test_vocabularies_must_cover_the_tokenizer():
     tokenizer = train_tokenizer([TEXT], 300)
-    check_same_vocabulary(llama(), llama(), tokenizer)
-    with pytest.raises(ModelError, match=r"as many rows as the teacher's, 320, got 300"):
-        check_same_vocabulary(llama(320), llama(300), tokenizer)
-    with pytest.raises(ModelError, match=rf"at least {len(tokenizer)} rows, one per token, got 64"):
-        check_same_vocabulary(llama(64), llama(64), tokenizer)
+    check_rows_fit(llama(320), tokenizer, 64, "student")
+    for check, model in ((check_rows_fit, llama(64)), (check_config_fits, llama(64).config)):
+        with pytest.raises(
+            ModelError, match=rf"student: .* at least {len(tokenizer)} rows, one per token, got 64"
+        ):
+            check(model, tokenizer, 64, "student")
+
+
+def gpt2(n_positions):
+    return GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=n_positions)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [gpt2(128), LlamaConfig(vocab_size=300, max_position_embeddings=128)],
+    ids=["gpt2", "llama"],
+)
+def test_rows_longer_than_the_positions_are_refused(config):
+    tokenizer = train_tokenizer([TEXT], 300)
+    check_config_fits(config, tokenizer, 128, "teacher")
+    with pytest.raises(
+        ModelError, match=r"teacher: expected data\.max_length of at most 128, .* got 1024"
+    ):
+        check_config_fits(config, tokenizer, 1024, "teacher")
+
+
+def test_a_model_without_a_limit_of_positions():
+    config = BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)
+    check_config_fits(config, train_tokenizer([TEXT], 300), 4096, "student")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
