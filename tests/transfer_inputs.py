@@ -141,13 +141,13 @@ def tiny_model(
         )
     else:
         of_family = {"bert": BertConfig, "roberta": RobertaConfig, "llama": LlamaConfig}[family]
-        kv_heads = {"num_key_value_heads": 2} if family == "llama" else {}
+        if family == "llama":
+            options = {"num_key_value_heads": 2, **options}
         config = of_family(
             num_hidden_layers=num_layers,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_attention_heads=4,
-            **kv_heads,
             **sizes,
             **options,
         )

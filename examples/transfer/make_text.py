@@ -1,4 +1,4 @@
-"""Writes `text.txt` for the students of grid.yaml: the training sentences of all its tasks.
+"""Writes `text.txt` for the students of a grid or job: the training sentences of all its tasks.
 
 One sentence a line, without labels, each once. Held-out sentences of the tasks stay out, and so do
 those that happen to stand in a training split as well.
@@ -7,7 +7,7 @@ those that happen to stand in a training split as well.
 
 import sys
 
-from modxfer_fast.config.grid import load_transfer
+from modxfer_fast.config.grid import Grid, load_transfer
 from modxfer_fast.data.tasks import load_task
 
 
@@ -21,8 +21,10 @@ def lines(task, split: str) -> list[str]:
 
 def main(grid: str, output: str) -> None:
     sections = {}  # each task once; the fraction that students see does not matter here
-    for cell in load_transfer(grid).cells:
-        section = cell.job.task.model_copy(update={"train_fraction": 1.0})
+    loaded = load_transfer(grid)
+    jobs = [cell.job for cell in loaded.cells] if isinstance(loaded, Grid) else [loaded]
+    for job in jobs:
+        section = job.task.model_copy(update={"train_fraction": 1.0})
         sections[section.model_dump_json()] = section
     tasks = [load_task(section) for section in sections.values()]
     held_out = {

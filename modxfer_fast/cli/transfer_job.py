@@ -413,8 +413,13 @@ class TransferJob:
             head=self.transfer.head,
             head_maps=head_maps,
         )
-        for line in warnings(module.facts["kept"]):
+        for line in [*warnings(module.facts["kept"]), *module.facts["notes"]]:
             self.console.say(line)
+        if left_out := module.facts["layers_left_out"]:
+            self.console.say(
+                f"layers: {self.transfer.layers} takes nothing from the module's teacher layers "
+                f"{', '.join(map(str, left_out))}"
+            )
         save_adapter(
             module,
             student,

@@ -44,6 +44,7 @@ class _Family(NamedTuple):
     layers: str  # of the blocks, inside the base model
     modules: Mapping[str, str]  # role -> path inside a block
     post_norm: bool
+    qk_norm: bool = False
 
 
 _BERT = _Family(
@@ -91,7 +92,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen3": _LLAMA._replace(qk_norm=True),
     "gemma": _LLAMA,
 }
 
@@ -108,6 +109,7 @@ class Architecture:
         num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: its sizes.
         post_norm: whether a norm follows the addition of the residual, as in BERT, and so stands
             between one block's sublayers and what the next one reads.
+        qk_norm: whether norms follow the linears of queries and keys.
     """
 
     family: str
@@ -120,6 +122,7 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     post_norm: bool
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "Architecture":
@@ -150,6 +153,7 @@ class Architecture:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             post_norm=family.post_norm,
+            qk_norm=family.qk_norm,
         )
 
     @property

@@ -31,6 +31,17 @@ from modxfer_fast.transfer.rewrite.source import Source
 from modxfer_fast.transfer.statistics import Statistics
 from modxfer_fast.transfer.updates import lora_updates
 
+# what models call the linear that makes logits of the vocabulary, or the modules around it
+_OUTPUT_EMBEDDINGS = (
+    "lm_head",
+    "embed_out",
+    "cls",
+    "predictions",
+    "vocab_transform",
+    "vocab_layer_norm",
+    "vocab_projector",
+    "generator_lm_head",
+)
 _PREFIXED = ("bottleneck", "compacter")  # kinds whose tensors are named after them
 
 
@@ -61,7 +72,8 @@ def transport(
 
     Raises:
         TransferError: a place, map or statistic that is missing, spaces that differ, a LoRA rank
-            for another kind, a place whose sources all count for nothing.
+            for another kind, a place whose sources all count for nothing, trained output embeddings
+            of a language model.
     """
     student = student if isinstance(student, Architecture) else Architecture.of(student)
     if head not in HEADS:
@@ -70,6 +82,7 @@ def transport(
         raise TransferError(
             f"rank: expected a positive number for a LoRA, got {rank} for a {module.kind} module"
         )
+    _check_head(module)
     _check_places(module, student)
     slots: dict[Slot, dict[str, Tensor]] = {}
     scaling: dict[Slot, float] = {}
@@ -88,10 +101,12 @@ def transport(
             seed = len(slots)  # each slot its own
             slots[slot] = _rewrite(module, sources, layer_map.combine, maps.method, rank, seed)
             scaling[slot] = sources[0].scaling
+    with_module = {slot.layer for slot in module.slots}
     if not slots:
         raise TransferError(
             "layer_map: the module has no tensors in any of the teacher layers "
-            f"{sorted({t for _, t in layer_map.pairs})}"
+            f"{sorted({t for _, t in layer_map.pairs})}, only in {sorted(with_module)}; choose a "
+            "map that takes some of them, such as skip_last, uniform, mean or explicit"
         )
     residuals: dict[Slot, dict[str, float]] = {}
     if module.kind == "compacter":
@@ -114,6 +129,8 @@ def transport(
             "fits": maps.fits(),
             "head": head,
             "kept": kept_facts(kept),
+            "layers_left_out": sorted(with_module - {t for _, t in layer_map.pairs}),
+            "notes": _notes(module, student),
             "residuals": {f"{s}.{place}": numbers for (s, place), numbers in residuals.items()},
         },
     )
@@ -124,6 +141,28 @@ def transport(
     if head == "transport":
         result = replace(result, head=rewrite_head(module, head_maps or maps, student))
     return result
+
+
+def _check_head(module: PeftModuleState) -> None:
+    of_language = [name for name in module.head if name.split(".")[0] in _OUTPUT_EMBEDDINGS]
+    if of_language:
+        raise TransferError(
+            f"modules_to_save: expected a head for a task, got {', '.join(of_language)}, the "
+            "trained output embeddings of a language model, which no map moves and the student's "
+            "own do not replace; train the module without them"
+        )
+
+
+def _notes(module: PeftModuleState, student: Architecture) -> list[str]:
+    """What no map can carry over, and no figure shows."""
+    written = {"query", "key"} & {slot.place for slot in module.slots}
+    if not written or module.architecture.qk_norm == student.qk_norm:
+        return []
+    of = student if student.qk_norm else module.architecture
+    return [
+        f"{', '.join(sorted(written))}: {of.family} has norms behind them and the other model has "
+        "none; how large an update is there does not carry over"
+    ]
 
 
 def _check_places(module: PeftModuleState, student: Architecture) -> None:

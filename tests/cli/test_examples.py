@@ -1,16 +1,21 @@
 """The job files a user copies are valid, and do what they say."""
 
+import runpy
 from pathlib import Path
 
 import pytest
+import yaml
 
 from modxfer_fast.cli.job import check_open_sections
 from modxfer_fast.cli.task_distill import TaskDistillJob
 from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.config import load_config
 from modxfer_fast.config.grid import Grid, load_transfer
+from modxfer_fast.config.task import TaskSection
 from modxfer_fast.config.task_distillation import TaskDistillConfig, load_distill
+from modxfer_fast.data.tasks import load_task
 from modxfer_fast.report import JobConsole
+from tests.task_inputs import sentences, write_conllu
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.yaml"))
@@ -34,6 +39,30 @@ def test_transfer_example_is_valid(path):
     job = load_transfer(path)
     for each in [cell.job for cell in job.cells] if isinstance(job, Grid) else [job]:
         TransferJob(each, JobConsole(is_main=False)).check()
+
+
+def test_text_for_students_is_written_for_a_job_and_for_a_grid(tmp_path):
+    """Every training sentence once, and none that is held out."""
+    write_conllu(tmp_path / "train.conllu", sentences(60))
+    base = {
+        "output_dir": "out",
+        "task": {"kind": "ner", "files": {"train": str(tmp_path / "train.conllu")}},
+        "teacher": {"path": "teacher", "peft": {"type": "lora", "r": 4}},
+        "student": {"path": "student"},
+    }
+    axes = {"method": {"scratch": {"transfer": None}}, "seed": {"path": "seed", "values": [0, 1]}}
+    texts = []
+    for name, job in {"job": base, "grid": {**base, "grid": {"axes": axes}}}.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(job))
+        runpy.run_path(str(FOLDER / "transfer" / "make_text.py"))["main"](
+            str(file), str(tmp_path / f"{name}.txt")
+        )
+        texts.append((tmp_path / f"{name}.txt").read_text().splitlines())
+    assert texts[0] == texts[1]
+    task = load_task(TaskSection(**base["task"]))
+    held_out = {" ".join(words) for part in ("validation", "test") for words in task.texts(part)}
+    assert set(texts[0]) == {" ".join(words) for words in task.texts("train")} - held_out
 
 
 def test_the_paper_has_three_pairs_on_every_task_and_language():

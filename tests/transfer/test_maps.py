@@ -580,3 +580,25 @@ def test_states_that_were_compared_as_they_are_have_the_identity_for_a_map(tmp_p
     narrow = tiny_model("bert", hidden_size=8)
     with pytest.raises(TransferError, match=r"expected \[16, 8\] .* got equal widths"):
         kd_maps(tmp_path, teacher, narrow)
+
+
+@pytest.mark.parametrize("method", ["procrustes", "ridge"])
+def test_rounding_counts_in_no_rank(method):
+    """fp32 outputs of a linear from 16 features, 24 of them: the rest of their rank is rounding."""
+    model = tiny_model("bert", vocab_size=60).eval()
+    facts = statistics(model, model, ["ffn_up"], make_layer_map("skip", 2, 2), count=10)
+    moments = facts.moments("ffn_up", 0, 0)
+    values = torch.linalg.svdvals(moments.cov_xy)
+    facts.moments = lambda *a, **k: replace(
+        moments, cov_xy=moments.cov_xy + 1e-6 * values.max() * torch.eye(24, dtype=torch.float64)
+    )
+    maps = fit_maps(
+        facts,
+        make_layer_map("skip", 2, 2),
+        method,
+        teacher=model,
+        student=model,
+        spaces=["ffn_up"],
+        options=MapOptions(measured_at={}),
+    )
+    assert all(entry.fit["rank"] <= 16 for entry in maps.values())

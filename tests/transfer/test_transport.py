@@ -704,3 +704,54 @@ def test_verify_takes_a_module_in_memory(pair):
         verify(pair.moved(), wrapped)
     with pytest.raises(TransferError, match="expected a model without PEFT"):
         attach(pair.moved(), wrapped)
+
+
+# --- what no map moves is said
+
+
+@pytest.mark.parametrize("head", ["fresh", "transport"])
+def test_trained_output_embeddings_are_refused(head):
+    model = tiny_model("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    module = PeftModuleState.from_model(get_peft_model(model, config))
+    layer_map = make_layer_map("skip", 2, 2)
+    parts = Architecture.of(model)
+    maps = fit_maps(None, layer_map, "identity", teacher=parts, student=parts, module=module)
+    with pytest.raises(TransferError, match=r"modules_to_save: .* got lm_head\.weight"):
+        transport(module, maps, layer_map, parts, head=head)
+
+
+def moved_on_layers(layers, kind):
+    teacher = tiny_model("llama", num_layers=4)
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=layers)
+    module = PeftModuleState.from_model(get_peft_model(teacher, config))
+    student = Architecture.of(tiny_model("llama"))
+    layer_map = make_layer_map(kind, 2, 4)
+    maps = fit_maps(None, layer_map, "identity", teacher=teacher, student=student, module=module)
+    return transport(module, maps, layer_map, student)
+
+
+def test_layers_that_no_student_layer_takes_are_named():
+    assert moved_on_layers([0, 1], "skip").facts["layers_left_out"] == [1]
+    assert moved_on_layers([0, 1], "mean").facts["layers_left_out"] == []
+    with pytest.raises(TransferError, match=r"only in \[1, 3\]; choose a map .* skip_last"):
+        moved_on_layers([1, 3], "skip")
+    assert moved_on_layers([1, 3], "skip_last").facts["layers_left_out"] == []
+
+
+def test_norms_behind_queries_are_noted():
+    teacher = tiny_model("llama")
+    parts = Architecture.of(teacher)
+    student = replace(parts, family="qwen3", qk_norm=True)
+    layer_map = make_layer_map("skip", 2, 2)
+    for target, other, noted in (
+        ("q_proj", student, 1),
+        ("v_proj", student, 0),
+        ("q_proj", parts, 0),
+    ):
+        config = LoraConfig(r=2, target_modules=[target])
+        module = PeftModuleState.from_model(get_peft_model(tiny_model("llama"), config))
+        maps = fit_maps(None, layer_map, "identity", teacher=parts, student=other, module=module)
+        notes = transport(module, maps, layer_map, other).facts["notes"]
+        assert len(notes) == noted
+        assert all("query: qwen3 has norms behind them" in note for note in notes)

@@ -25,11 +25,19 @@ from torch import Tensor, nn
 
 from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES, WRITES
 from modxfer_fast.kernels.correlation import Moments
-from modxfer_fast.models.architecture import SPACES, Architecture
+from modxfer_fast.models.architecture import ROLES, SPACES, Architecture
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.layer_maps import LayerMap
 from modxfer_fast.transfer.maps.controls import CONTROLS
-from modxfer_fast.transfer.maps.heads import fit_by_heads, selection_by_heads
+from modxfer_fast.transfer.maps.heads import (
+    KEY_VALUE_SPACES,
+    QUERY_SPACES,
+    HeadCounts,
+    Pairs,
+    fit_by_heads,
+    pair_heads,
+    selection_by_heads,
+)
 from modxfer_fast.transfer.maps.kd_projection import ProjectionMaps, Projections
 from modxfer_fast.transfer.maps.lsa import fit_lsa
 from modxfer_fast.transfer.maps.moment_views import (
@@ -273,6 +281,7 @@ class _Fitter:
         self.projection_maps: ProjectionMaps | None = None
         self._global: tuple[Tensor, Tensor, dict[str, float]] | None = None
         self._units: dict[Key, tuple[float, float]] = {}
+        self._pairs: dict[tuple[int, int], dict[str, Pairs]] = {}
         # statistics put the last rows and triangles in place when they are first asked for
         self._lock = Lock()
 
@@ -396,14 +405,29 @@ class _Fitter:
         if aware is None:
             aware = self.method not in _REGRESSIONS or self._is_wide(site)
         if heads_s is not None and aware:
-            fitted = fit_by_heads(self._on_moments, moments, held, heads_s, heads_t)
+            pairs = self._head_pairs(s, t)[site]
+            fitted = fit_by_heads(self._on_moments, moments, held, heads_s, heads_t, pairs)
         else:
-            fitted = self._on_moments(moments, held)
+            fitted = self._on_moments(moments, held, self._span(site))
         if self.method != "shuffled":
             return fitted
         read, write, numbers = fitted
         order = torch.randperm(read.shape[0], generator=self._generator(site, s, t))
         return read[order], write[:, order], numbers
+
+    def _head_pairs(self, s: int, t: int) -> dict[str, Pairs]:
+        """The same for all spaces that heads share, whichever of them maps are fitted for."""
+        if (s, t) in self._pairs:
+            return self._pairs[s, t]
+        spaces = [
+            space for space in (*QUERY_SPACES, *KEY_VALUE_SPACES) if self._is_collected(space)
+        ]
+        self._pairs[s, t] = pair_heads(
+            {space: self.moments(space, s, t).correlation() for space in spaces},
+            HeadCounts(self.student.num_heads, self.student.num_kv_heads),
+            HeadCounts(self.teacher.num_heads, self.teacher.num_kv_heads),
+        )
+        return self._pairs[s, t]
 
     def _is_wide(self, site: str) -> bool:
         """Whether heads of either model have more features together than the linear reads that
@@ -413,12 +437,12 @@ class _Fitter:
         return any(parts.width(site) > parts.hidden_size for parts in (self.teacher, self.student))
 
     def _on_moments(
-        self, moments: Moments, held: Moments | None
+        self, moments: Moments, held: Moments | None, span: int | None = None
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         if self.method not in _FITS_MEANS:
             return fit_lsa(moments, self.scale, absolute=self.method == "lsa_abs")
         if self.method == "procrustes":
-            return fit_procrustes(self._about(moments), self.scale)
+            return fit_procrustes(self._about(moments), self.scale, span)
         if moments.cov_xx is None or moments.cov_yy is None:
             raise TransferError(
                 f"statistics: the method {self.method!r} expects the Gram matrices of both models, "
@@ -430,18 +454,27 @@ class _Fitter:
             self.options.ridge,
             means=self.options.means,
             write=self.options.write,
+            span=span,
         )
+
+    def _span(self, site: str) -> int | None:
+        """Directions that features can have at most: the linear that writes them has no more."""
+        reads = next((role.reads for role in ROLES.values() if role.writes == site), None)
+        if reads is None:
+            return None
+        return min(parts.width(reads) for parts in (self.teacher, self.student))
 
     def _data_free(self, site: str) -> tuple[Tensor, Tensor, dict[str, float]]:
         choose = CONTROLS["truncate" if self.method == "random_matched" else self.method]
-        z = selection_by_heads(
+        read, write = selection_by_heads(
             choose,
             self.student.width(site),
             self.teacher.width(site),
             self.student.heads(site) or 1,
             self.teacher.heads(site) or 1,
+            shared=site in KEY_VALUE_SPACES,
         )
-        return z, z.T.contiguous(), {}
+        return read, write, {}
 
     def _generator(self, site: str, s: int, t: int) -> torch.Generator:
         # a number of its own for every map: the order does not depend on which maps are fitted

@@ -14,22 +14,30 @@ from modxfer_fast.transfer.maps.scaling import scaled
 _RANK = 1e-8  # singular values below this part of the largest are rounding
 
 
-def polar(cross: Tensor, count: int | None = None) -> Tensor:
-    """U V^T [d_s, d_t] over the directions that `count` centred rows can span, None for all."""
+def polar(cross: Tensor, count: int | None = None, span: int | None = None) -> Tensor:
+    """U V^T [d_s, d_t] over the directions that `count` centred rows can span, None for all.
+
+    Args:
+        span: directions that the features have at most: others are rounding, however large.
+    """
     u, s, vt = torch.linalg.svd(cross, full_matrices=False)
     kept = s > _RANK * s.max()
     if count is not None:
         kept &= torch.arange(len(s)) < count - 1
+    if span is not None:
+        kept &= torch.arange(len(s)) < span
     return u[:, kept] @ vt[kept]
 
 
-def fit_procrustes(moments: Moments, scale: str) -> tuple[Tensor, Tensor, dict[str, float]]:
+def fit_procrustes(
+    moments: Moments, scale: str, span: int | None = None
+) -> tuple[Tensor, Tensor, dict[str, float]]:
     """read, write and the rank of Q.
 
     With scale "global" or "none" K is the covariance and Q a rotation of the features as they are;
-    with "feature" K is the correlation and each feature counts the same.
+    with "feature" K is the correlation and each feature counts the same. span: as in `polar`.
     """
     cross = moments.correlation() if scale == "feature" else moments.cov_xy
-    q = polar(cross, moments.count)
+    q = polar(cross, moments.count, span)
     read, write = scaled(q, moments, scale)
     return read, write, {"rank": float((q * q).sum().round().item())}

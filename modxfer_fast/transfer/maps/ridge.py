@@ -85,6 +85,7 @@ def fit_ridge(
     *,
     means: bool,
     write: str,
+    span: int | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """read, write, and the numbers of their fit.
 
@@ -93,9 +94,10 @@ def fit_ridge(
             write is about the means in any case: it maps changes, and the change of an affine
             function has no constant.
         write: "rotation" or "regression".
+        span: directions that the features have at most, as `polar` takes it.
     """
     if write == "rotation":
-        _, back, numbers = fit_procrustes(moments, "global")
+        _, back, numbers = fit_procrustes(moments, "global", span)
     else:
         other = None if held_out is None else swapped(held_out)
         back, penalty = regress(swapped(moments), other, grid)
