@@ -1,11 +1,12 @@
 """How the tests run: one thread a process, Triton's interpreter where there is no GPU, costs shown.
 
-Whole files go to the processes of pytest-xdist, the dear ones first. Files whose tests run on ranks
-go to one process, one after the other: they share the ranks, and ranks fill the cores.
+Whole files go to the processes of pytest-xdist, the dear ones first. Tests on ranks, which have
+`distributed` in the name of their file or their own, go to one process, one after the other: they
+share the ranks, and ranks fill the cores.
 
 The interpreter pays for every program of a kernel. Of a product of parameters it therefore gets the
-cases in which any two values meet (`pairs.py`): those with backend "triton", and all of a file
-marked `interpreted`. Native backends run the whole product, and so does a GPU.
+cases in which any two values meet (`pairs.py`). Native backends run the whole product, and so does
+a GPU. The marker `pairs` asks for the same where a test is dear for another reason.
 """
 
 import os
@@ -25,27 +26,35 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["tests.cpu_seconds"]
-RANKS = "_distributed.py"  # how the names of files end whose tests run on ranks
-DEAR = (RANKS, "/cli/", "/engine/", "/kernels/")
+ON_RANKS = "distributed"
+DEAR = (ON_RANKS, "/cli/", "/engine/", "/kernels/")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Two ranks that all suites of one process share; started when first used."""
+    from modxfer_fast.testing import Ranks
+
+    with Ranks() as ranks:
+        yield ranks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _thin(config, items)
 
     def place(item: pytest.Item) -> int:
-        path = item.path.as_posix()
-        return next((i for i, name in enumerate(DEAR) if name in path), len(DEAR))
+        return next((i for i, name in enumerate(DEAR) if name in item.nodeid), len(DEAR))
 
     items.sort(key=place)  # stable: within a file the order stays
 
 
 def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     functions = defaultdict(list)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("backend") == "triton" or (params and item.get_closest_marker("interpreted")):
+        dear = interpreted and params.get("backend") == "triton"
+        if params and (dear or item.get_closest_marker("pairs")):
             functions[item.nodeid.split("[")[0]].append(item)
     left_out = set()
     for cases in functions.values():
@@ -64,8 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class WholeFiles(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "ranks" if file.endswith(RANKS) else file
+            return ON_RANKS if ON_RANKS in nodeid else super()._split_scope(nodeid)
 
     config.option.loadscopereorder = False  # it would go by the number of tests
     return WholeFiles(config, log)

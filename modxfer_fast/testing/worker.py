@@ -1,18 +1,44 @@
-"""One rank of `run_distributed`: python -m modxfer_fast.testing.worker FILE FUNCTION FOLDER."""
+"""One rank of `Ranks`: python -m modxfer_fast.testing.worker, a job as a line of JSON on stdin."""
 
 import faulthandler
+import gc
 import importlib.util
+import json
 import os
+import queue
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
 
-def main(file: str, function: str, folder: str) -> None:
+def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
+    jobs = queue.SimpleQueue()
+    lines = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_listen, args=(lines, jobs), daemon=True).start()
+    while (job := jobs.get()) is not None:
+        _run(**job)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _listen(lines, jobs: queue.SimpleQueue) -> None:
+    """Ends this rank and its children with the process that started it, whatever it is doing."""
+    for line in lines:
+        jobs.put(job := json.loads(line))
+        if job is None:
+            return
+    os.killpg(0, signal.SIGKILL)
+
+
+def _run(file: str, function: str, folder: str, environment: dict[str, str]) -> None:
+    _forget_the_last_job(environment)
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -21,9 +47,18 @@ def main(file: str, function: str, folder: str) -> None:
     result = getattr(module, function)(*args)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    torch.save(result, Path(folder) / f"result{os.environ['RANK']}.pt")
+    path = Path(folder) / f"result{environment['RANK']}.pt"
+    torch.save(result, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)  # its name says that it is whole
+
+
+def _forget_the_last_job(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    if deepspeed := sys.modules.get("modxfer_fast.engine.deepspeed"):
+        deepspeed.forget()
+    gc.collect()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,9 +1,6 @@
 """`modxfer distill` from end to end on a job of a few seconds."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modxfer_fast.cli.main import main
 from modxfer_fast.models import load_adapter
 from modxfer_fast.report import ConsoleCallback
+from tests.cli.command import run_command
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -32,8 +30,9 @@ def assert_same(a, b):
 def finished(tmp_path_factory, write_job, shared):
     """A finished job with two seeds: its output folder and report."""
     path, out = write_job(tmp_path_factory.mktemp("finished"), seeds=[0, 1])
-    os.environ["MODXFER_CACHE"] = str(shared / "cache")
-    assert main(["distill", str(path)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODXFER_CACHE", str(shared / "cache"))
+        assert main(["distill", str(path)]) == 0
     return out, json.loads((out / "report.json").read_text())
 
 
@@ -223,7 +222,7 @@ def test_a_teacher_with_another_tokenizer(finished, tmp_path, write_job, capsys)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_processes(tmp_path, write_job, shared, zero_stage):
+def test_distributed(ranks, tmp_path, write_job, monkeypatch, zero_stage):
     path, out = write_job(
         tmp_path,
         training={
@@ -233,12 +232,10 @@ def test_two_processes(tmp_path, write_job, shared, zero_stage):
         },
         compare={"loss_rows": None},
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "modxfer_fast", "distill", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MODXFER_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Student, distilled") == 1
+    monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
+    (code, printed), (other_code, _) = ranks.run(run_command, ["distill", str(path)], timeout=900)
+    assert (code, other_code) == (0, 0), printed
+    assert printed.count("Student, distilled") == 1
     report = json.loads((out / "report.json").read_text())
     assert report["environment"]["processes"] == 2
     run = report["runs"][0]

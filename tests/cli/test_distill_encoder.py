@@ -1,9 +1,6 @@
 """`modxfer distill` with kind: encoder, from lines of text to a student and its report."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from modxfer_fast.cli.main import main
+from tests.cli.command import run_command
 from tests.cli.conftest import WORDS, merged
 from tests.encoder_models import tiny_encoder, word_tokenizer
 
@@ -82,8 +80,9 @@ def figures(run, role):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, write_job, shared):
     path, out = write_job(tmp_path_factory.mktemp("finished"), seeds=[0, 1])
-    os.environ["MODXFER_CACHE"] = str(shared / "cache")
-    assert main(["distill", str(path)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODXFER_CACHE", str(shared / "cache"))
+        assert main(["distill", str(path)]) == 0
     return out, json.loads((out / "report.json").read_text())
 
 
@@ -188,14 +187,12 @@ def test_mistakes_leave_nothing(tmp_path, write_job, capsys, changes, message):
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
 
 
-def test_two_processes(tmp_path, write_job):
+def test_distributed(ranks, tmp_path, write_job, monkeypatch):
     training = {"zero_stage": 3, "per_device_train_batch_size": 4, "save_strategy": "no"}
     path, out = write_job(tmp_path, **merged(NARROW, {"training": {**training, "max_steps": 4}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "modxfer_fast", "distill", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MODXFER_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
+    (code, printed), (other_code, _) = ranks.run(run_command, ["distill", str(path)], timeout=900)
+    assert (code, other_code) == (0, 0), printed
     run = json.loads((out / "report.json").read_text())["runs"][0]
     assert run["student"]["eval_hidden_loss"] < run["start"]["eval_hidden_loss"]
     AutoModel.from_pretrained(out / "seed-0" / "student")

@@ -1,4 +1,4 @@
-"""Encoders on two ranks equal a loop written out by hand on one; all cells run in one launch.
+"""Encoders on two ranks equal a loop written out by hand on one; all cells run on the same ranks.
 
 Rows differ in length, so the ranks hold different numbers of tokens.
 """
@@ -12,7 +12,6 @@ from transformers import AutoModel
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.testing import run_distributed
 from tests.encoder_reference import (
     COLLATOR,
     HELD_OUT,
@@ -83,8 +82,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    return run_distributed(run_stages, str(folder), timeout=240)
+def results(ranks, folder):
+    return ranks.run(run_stages, str(folder), timeout=900)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Hidden-state and relation losses on two ranks equal a dense single-process reference.
 
-All cells run in one launch. Sequences differ in length, so the ranks hold different numbers of
+All cells run on the same ranks. Sequences differ in length, so the ranks hold different numbers of
 tokens, and labels are fewer than tokens.
 """
 
@@ -18,7 +18,6 @@ from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Ob
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
-from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from tests.feature_reference import evaluate_dense_features, train_dense_features
 
@@ -160,8 +159,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    return run_distributed(run_cells, CELLS, RESUMED, str(folder), world_size=RANKS, timeout=300)
+def results(ranks, folder):
+    return ranks.run(run_cells, CELLS, RESUMED, str(folder), timeout=900)
 
 
 def start_of(cell: Cell) -> tuple:

@@ -22,7 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.models import patch_peft_model, register_fused_lora
-from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from modxfer_fast.testing.reference import train_dense
 from tests.fused_lora_models import (
@@ -159,9 +158,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    ranks = run_distributed(run_cells, CELLS, str(folder), world_size=RANKS, timeout=300)
-    return {cell: [rank[i] for rank in ranks] for i, cell in enumerate(CELLS)}
+def results(ranks, folder):
+    results = ranks.run(run_cells, CELLS, str(folder), timeout=900)
+    return {cell: [rank[i] for rank in results] for i, cell in enumerate(CELLS)}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +217,8 @@ def test_no_parameter_stays_gathered(cell, results):
 
 
 def run_fsdp(versions: list[int]) -> list[dict]:
-    torch.distributed.init_process_group("gloo")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
     with fused_backend():
         return [run_sharded(version) for version in versions]
 
@@ -256,9 +256,9 @@ def run_sharded(version: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def fsdp():
-    ranks = run_distributed(run_fsdp, [1, 2], world_size=RANKS)
-    return {version: [rank[version - 1] for rank in ranks] for version in (1, 2)}
+def fsdp(ranks):
+    results = ranks.run(run_fsdp, [1, 2], timeout=900)
+    return {version: [rank[version - 1] for rank in results] for version in (1, 2)}
 
 
 def test_fsdp2_runs_groups_within_a_sharded_layer(fsdp):

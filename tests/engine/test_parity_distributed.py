@@ -1,6 +1,6 @@
 """After a few steps on two ranks the saved student equals a dense single-process reference.
 
-All cells run in one launch, because starting two interpreters costs more than training.
+All cells run on the same ranks, because starting two interpreters costs more than training.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from modxfer_fast.testing.reference import evaluate_dense, train_dense
 
@@ -165,9 +164,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    ranks = run_distributed(run_cells, CELLS, str(folder), world_size=RANKS, timeout=300)
-    return {cell: [rank[i] for rank in ranks] for i, cell in enumerate(CELLS)}
+def results(ranks, folder):
+    results = ranks.run(run_cells, CELLS, str(folder), timeout=900)
+    return {cell: [rank[i] for rank in results] for i, cell in enumerate(CELLS)}
 
 
 def starting_student(lora: bool, tied: bool, folder: Path):

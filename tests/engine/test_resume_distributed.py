@@ -1,7 +1,6 @@
 """Two ranks: a run resumed in new processes equals an uninterrupted one; NaN is bounded.
 
-The first launch trains everything, the second resumes; its first model in a fresh process is a
-ZeRO-3 one.
+The shared ranks train everything, fresh ones resume; their first model is a ZeRO-3 one.
 """
 
 import dataclasses
@@ -141,13 +140,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
-    return run_distributed(train_all, CELLS, str(folder), timeout=240)
+def whole(ranks, folder):
+    return ranks.run(train_all, CELLS, str(folder), timeout=900)
 
 
 @pytest.fixture(scope="module")
 def resumed(folder, whole):
-    return run_distributed(resume_all, CELLS, str(folder), timeout=240)
+    return run_distributed(resume_all, CELLS, str(folder), timeout=900)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

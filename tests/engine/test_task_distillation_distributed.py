@@ -8,7 +8,6 @@ from datasets import Dataset
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from modxfer_fast.engine import TaskTextCollator, distil_task
-from modxfer_fast.testing import run_distributed
 from tests.encoder_models import tiny_encoder, word_tokenizer
 
 # Texts differ in length: the ranks hold different numbers of words.
@@ -46,7 +45,7 @@ def distilled(folder: str, batch_size: int) -> dict:
     return {"state": student.state_dict(), "log": kept}
 
 
-def test_two_ranks_equal_one(tmp_path):
+def test_two_ranks_equal_one(ranks, tmp_path):
     tokenizer = word_tokenizer(tmp_path, [])
     tokenizer.save_pretrained(tmp_path)
     for seed, name in enumerate(("student", "teacher")):
@@ -55,7 +54,7 @@ def test_two_ranks_equal_one(tmp_path):
         )
         model.save_pretrained(tmp_path / name)
     alone = distilled(str(tmp_path), 4)
-    for ranked in run_distributed(distilled, str(tmp_path), 2, timeout=120):
+    for ranked in ranks.run(distilled, str(tmp_path), 2, timeout=900):
         for name, value in alone["log"].items():
             assert ranked["log"][name] == pytest.approx(value, rel=1e-4), name
         for name, value in alone["state"].items():

@@ -548,6 +548,7 @@ def test_chunks_change_nothing_for_triton(backend):
     check(inputs, LIKE_TRAINING, backend=backend, workspace_mb=1)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("labels", [False, True], ids=["unlabelled", "labelled"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen-head"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -666,6 +667,7 @@ def test_batches_of_other_sizes_share_a_graph():
     assert counter.frame_count <= 2  # the first sizes, then any
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("labels", [False, True], ids=["unlabelled", "labelled"])
 @pytest.mark.parametrize("op", ["linear_kd_loss_fwd", "linear_kd_loss_rows"])

@@ -775,6 +775,7 @@ def test_batches_of_other_sizes_share_a_graph():
     assert counter.frame_count <= 2  # the first size, then any
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("dtypes", DTYPES[::3])
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=lambda p: f"p{p}")

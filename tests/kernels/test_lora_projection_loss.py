@@ -710,6 +710,7 @@ def test_two_calls_draw_two_masks():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES[::2])

@@ -732,6 +732,7 @@ def test_chunks_change_nothing(dtype, mask, kind, backend):
     check(inputs, ProjectionSpec("mse", norm="layer"), reduction="none", **options)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mask", [False, True], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -842,6 +843,7 @@ def test_batches_of_other_sizes_share_a_graph():
     assert counter.frame_count <= 2  # the first sizes, then any
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["projection_loss_fwd", "projection_loss_rows"])

@@ -482,6 +482,7 @@ def test_padding_at_the_ends_enters_no_product():
     assert {size for _, *sizes in found for size in sizes} == {7, 11, 8, 12}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("seq", [512, 1024, 2048], ids=lambda t: f"T{t}")
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("is_self", [False, True], ids=["cross", "self"])
@@ -577,6 +578,7 @@ def test_batches_of_other_sizes_share_a_graph():
     assert counter.frame_count <= 2  # the first sizes, then any
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mask", [None, "right"])
 @pytest.mark.parametrize("is_self", [False, True], ids=["cross", "self"])
 @pytest.mark.parametrize("layout", ["contiguous", "tokens-first"])

@@ -11,7 +11,7 @@ from modxfer_fast.kernels.kd_loss import triton_impl
 from modxfer_fast.testing.kd_rows import Rows, check_row_kernels, close_rows
 
 pytestmark = [
-    pytest.mark.interpreted,
+    pytest.mark.pairs,
     pytest.mark.skipif(
         not env.triton_interpreted(), reason="a GPU is present: test_kd_loss_gpu.py runs there"
     ),
