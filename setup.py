@@ -5,6 +5,8 @@ MODXFER_BUILD=auto   what this machine can compile; if that fails, the other bac
               cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU; none in this version)
               none   pure Python
 
+MODXFER_CXXFLAGS       more options for the C++ compiler, behind ours: "-O1", "-isystem /opt/include"
+
 csrc is compiled against the torch that is installed, also where pip builds in isolation: a torch
 resolved for the build alone would be gigabytes of another version.
 """
@@ -72,6 +74,7 @@ def _extensions(mode: str):
     ]
     if platform.machine() in ("x86_64", "AMD64"):
         cxx.append("-Wno-psabi")  # vector types stay inside always_inline functions
+    cxx += shlex.split(os.environ.get("MODXFER_CXXFLAGS", ""))
     extension = (CUDAExtension if with_cuda else CppExtension)(
         name="modxfer_fast._C",
         sources=[str(path.relative_to(ROOT)) for path in sources],
