@@ -11,13 +11,14 @@ CSRC := $(shell find csrc -type f)
 # processes of the tests, each with one thread
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow coverage lint format bench-peers clean
+.PHONY: help setup demo test test-slow coverage aot-budget lint format bench-peers clean
 
 help:
 	@echo "make demo         distil examples/quickstart.yaml on this machine (no network, no GPU needed)"
 	@echo "make test         run the test suite; WORKERS=2 processes"
 	@echo "make test-slow    run what make test leaves out: sanitizers, packaging"
 	@echo "make coverage     run all tests and report the branches that they take"
+	@echo "make aot-budget   compile the Triton kernels that changed; rewrites tests/aot_budget.json"
 	@echo "make lint         ruff and clang-format, as CI runs them"
 	@echo "make format       rewrite files the way lint wants them"
 	@echo "make bench-peers  install the libraries that the benchmarks compare against"
@@ -45,6 +46,9 @@ coverage: $(STAMP)
 	$(BIN)/coverage run -m pytest -n $(WORKERS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+aot-budget: $(STAMP)
+	env -u TRITON_INTERPRET $(BIN)/python tests/aot.py --update
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
     python tests/aot.py                        every target
     python tests/aot.py cuda:90 hip:gfx942     the targets named
-    python tests/aot.py --json cuda:90         for programs
+    python tests/aot.py --json cuda:90         an object a line
     python tests/aot.py --room kd_loss         the kernels of one room
+    python tests/aot.py --core                 the cases of the test suite, by aot_budget.json
+    python tests/aot.py --update               compile what changed there, and rewrite the file
 
 A room contributes `aot_rooms/<room>.py`: dataclasses with `launch()` and `most_registers`, listed
 by `all_cases()`, and by `core_cases()` for the test suite. `launch()` calls the launchers
@@ -26,6 +28,7 @@ from unittest import mock
 
 import torch
 import triton
+from aot_budget import Budget, hash_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
@@ -41,9 +44,13 @@ ROOMS = ("kd_loss", "projection_loss", "lora_linear", "correlation")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a thread of a compiled kernel needs; `spills` in bytes (cuda) or registers (hip)."""
+    """What a compiled kernel needs: registers and spills a thread, shared bytes a program.
+
+    `spills` are bytes (cuda) or registers (hip).
+    """
 
     registers: int
+    shared: int
     spills: int
 
 
@@ -52,27 +59,46 @@ def compile_case(case, target: str) -> Resources:
     with _compiling_for(TARGETS[target]) as compiled:
         case.launch()
     (kernel,) = compiled
-    return _hip_resources(kernel) if target.startswith("hip") else _cuda_resources(kernel)
+    registers, spills = (_hip_usage if target.startswith("hip") else _cuda_usage)(kernel)
+    return Resources(registers, kernel.metadata.shared, spills)
+
+
+def hash_case(case, target: str) -> str:
+    """Hash of what `compile_case` would compile."""
+    hashes = []
+
+    def note(*, fn, compile: dict, **_) -> bool:
+        hashes.append(hash_of(fn.jit_function, compile["specialization_data"]))
+        return True  # nothing is compiled
+
+    with (
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
+        _compiling_for(TARGETS[target], device="none, so that no compiled kernel is found"),
+    ):
+        case.launch()
+    (digest,) = hashes
+    return digest
 
 
 class _CompileOnlyDriver:
     """As much of a Triton driver as compiling asks for."""
 
-    def __init__(self, target: GPUTarget):
+    def __init__(self, target: GPUTarget, device: str):
         self._target = target
+        self._device = f"{target} {device}"
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> str:
-        return str(self._target)  # JIT functions keep one cache of compiled kernels a device
+        return self._device  # JIT functions keep one cache of compiled kernels a device
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 @contextlib.contextmanager
-def _compiling_for(target: GPUTarget) -> Iterator[list]:
+def _compiling_for(target: GPUTarget, device: str = "") -> Iterator[list]:
     """Inside, `kernel[grid](...)` compiles for `target` and appends the kernel to the list."""
     compiled = []
 
@@ -84,7 +110,7 @@ def _compiling_for(target: GPUTarget) -> Iterator[list]:
 
     hip = "compile only" if target.backend == "hip" else None
     previous = driver._active
-    driver.set_active(_CompileOnlyDriver(target))
+    driver.set_active(_CompileOnlyDriver(target, device))
     try:
         with (
             mock.patch.object(KernelInterface, "__getitem__", getitem),
@@ -95,7 +121,7 @@ def _compiling_for(target: GPUTarget) -> Iterator[list]:
         driver._active = previous
 
 
-def _cuda_resources(kernel) -> Resources:
+def _cuda_usage(kernel) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -107,14 +133,13 @@ def _cuda_resources(kernel) -> Resources:
         ).stdout
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     # the kernels index no local array, so a stack frame is spilled registers
-    return Resources(int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"]))
+    return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
 
 
-def _hip_resources(kernel) -> Resources:
+def _hip_usage(kernel) -> tuple[int, int]:
     used = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
-    return Resources(
-        int(used["vgpr_count"]), int(used["vgpr_spill_count"]) + int(used["sgpr_spill_count"])
-    )
+    spills = int(used["vgpr_spill_count"]) + int(used["sgpr_spill_count"])
+    return int(used["vgpr_count"]), spills
 
 
 def main() -> int:
@@ -122,22 +147,33 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--room", action="append", choices=ROOMS, help="may be repeated")
     parser.add_argument("--core", action="store_true", help="the cases of the test suite only")
+    parser.add_argument("--update", action="store_true", help="rewrite the budget of those cases")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     unknown = set(args.targets) - set(TARGETS)
     if unknown:
         parser.error(f"targets: expected {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
-    spilled = 0
+    if args.update and (args.targets or args.room):
+        parser.error("--update: expected no targets and rooms, the file holds all of them")
+    core, budget, spilled = args.core or args.update, Budget(), 0
     for target in args.targets or TARGETS:
         for room in args.room or ROOMS:
             cases = importlib.import_module(f"aot_rooms.{room}")
-            for case in cases.core_cases() if args.core else cases.all_cases():
-                used = compile_case(case, target)
+            for case in cases.core_cases() if core else cases.all_cases():
+                name = " ".join(map(str, (room, *dataclasses.astuple(case))))
+                row = {"target": target, "name": name, "function": case.function}
+                if core:
+                    digest, entry = hash_case(case, target), budget.entry(target, name)
+                    row["known"] = entry.pop("hash", None) == digest
+                used = Resources(**entry) if row.get("known") else compile_case(case, target)
+                if core:
+                    budget.record(target, name, digest, used)
                 spilled += used.spills > 0
-                row = {"target": target, "room": room, **dataclasses.asdict(case)}
                 row |= {**dataclasses.asdict(used), "most_registers": case.most_registers}
                 line = json.dumps(row) if args.json else "  ".join(map(str, row.values()))
                 print(line, flush=True)
+    if args.update:
+        budget.write()
     return 1 if spilled else 0
 
 

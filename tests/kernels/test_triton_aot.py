@@ -1,4 +1,8 @@
-"""The Triton kernels compile for every supported GPU, and no thread spills registers to memory."""
+"""The Triton kernels compile for every supported GPU, and no thread spills registers to memory.
+
+What `tests/aot_budget.json` knows is not compiled again; a kernel that changed is, and fails until
+`make aot-budget` has written down what it needs now.
+"""
 
 import json
 import os
@@ -8,40 +12,70 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 AOT = Path(__file__).parents[1] / "aot.py"
+BUDGET = json.loads(AOT.with_name("aot_budget.json").read_text())
+TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+FUNCTIONS = {
+    "kd_loss_fwd",
+    "kd_loss_bwd",
+    "kd_loss_fwd_bwd",
+    "projection_loss_rows",
+    "shrink",
+    "expand",
+    "ds_db",
+    "dx",
+    "da",
+    "reduce",
+    "centre",
+    "product",
+    "gram",
+}
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
-def test_compiles_without_spills(target):
+@pytest.fixture(scope="module")
+def kernels():
     # the interpreter of the other tests replaces what is compiled here, so this is another process
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(AOT), "--core", "--json", target],
+        [sys.executable, str(AOT), "--core", "--json"],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    spilled = [kernel for kernel in kernels if kernel["spills"]]
-    assert not spilled
-    assert run.returncode == 0, run.stderr
-    assert {kernel["function"] for kernel in kernels} == {
-        "kd_loss_fwd",
-        "kd_loss_bwd",
-        "kd_loss_fwd_bwd",
-        "projection_loss_rows",
-        "shrink",
-        "expand",
-        "ds_db",
-        "dx",
-        "da",
-        "reduce",
-        "centre",
-        "product",
-        "gram",
-    }
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode in (0, 1), run.stderr  # 1: there are spills
+    assert found, run.stderr
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(kernels, target):
+    of_target = [kernel for kernel in kernels if kernel["target"] == target]
+    assert {kernel["function"] for kernel in of_target} == FUNCTIONS
+    assert not [kernel for kernel in of_target if kernel["spills"]]
     if target.startswith("cuda"):
-        assert not [k for k in kernels if k["registers"] > k["most_registers"]]
+        assert not [k for k in of_target if k["registers"] > k["most_registers"]]
+
+
+@pytest.mark.skipif(
+    BUDGET["triton"] != triton.__version__,
+    reason=f"the budget is of Triton {BUDGET['triton']}, this is {triton.__version__}",
+)
+def test_the_budget_is_that_of_the_kernels(kernels):
+    names = {target: set() for target in TARGETS}
+    for kernel in kernels:
+        names[kernel["target"]].add(kernel["name"])
+    gone = {target: BUDGET[target].keys() - names[target] for target in TARGETS}
+    changed = [
+        f"{kernel['target']} {kernel['name']}: registers, shared memory and spills are now "
+        f"{kernel['registers']}, {kernel['shared']}, {kernel['spills']}, the budget has "
+        f"{BUDGET[kernel['target']].get(kernel['name'], 'no entry')}"
+        for kernel in kernels
+        if not kernel["known"]
+    ]
+    message = "tests/aot_budget.json is stale: run `make aot-budget`, look at the changes, commit"
+    assert not changed, "\n".join([message, *changed])
+    assert not any(gone.values()), f"{message}; no case is called {gone}"
