@@ -5,7 +5,7 @@ MODXFER_BUILD=auto   what this machine can compile; if that fails, the other bac
               cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU; none in this version)
               none   pure Python
 
-MODXFER_CXXFLAGS       more options for the C++ compiler, behind ours: "-O1", "-isystem /opt/include"
+MODXFER_CXXFLAGS       more options for the C++ compiler, behind ours
 
 csrc is compiled against the torch that is installed, also where pip builds in isolation: a torch
 resolved for the build alone would be gigabytes of another version.

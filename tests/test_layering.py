@@ -136,17 +136,6 @@ def test_backends_of_a_room_do_not_import_one_another():
             assert not imported.startswith(f"{PACKAGE}.kernels.{room}.{backend}")
 
 
-def test_no_top_level_package_named_kernels(tmp_path):
-    """Away from the root, where Python would find the folder; another library owns that name."""
-    code = (
-        "import importlib.util as util, modxfer_fast.kernels; spec = util.find_spec('kernels');"
-        "print(spec and (spec.origin, list(spec.submodule_search_locations or ())))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert str(ROOT / "kernels") not in run.stdout
-
-
 # --- rooms
 
 
@@ -192,26 +181,54 @@ def test_every_room_is_in_its_own_tests_and_in_the_readme():
 # --- what an import costs
 
 
-def python(code: str, **environment: str) -> dict:
-    """Runs `code` in a fresh interpreter; what it assigned to `result`."""
-    script = f"import json, sys\n{code}\nprint(json.dumps(result))"
+def python(code: str, folder: Path) -> dict:
+    """Runs `code` in a fresh interpreter; what it put into `result`."""
+    script = f"import json, sys\nresult = {{}}\n{code}\nprint(json.dumps(result))"
     run = subprocess.run(
         [sys.executable, "-c", script],
-        env={"PATH": "", **environment},
+        env={"PATH": ""},
+        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_import_loads_torch_and_nothing_large():
-    loaded = python(
-        "import torch; before = set(sys.modules)\n"
-        "import modxfer_fast\n"
-        "result = sorted(set(sys.modules) - before)"
-    )
+IMPORT = """
+import importlib.util, types
+import torch
+def refuse(*args, **kwargs): raise SystemExit('the import asked for a GPU')
+for name in ('is_available', 'device_count', 'current_device', 'init', '_lazy_init',
+             'get_device_capability', 'get_device_properties', 'is_initialized'):
+    setattr(torch.cuda, name, refuse)
+before = set(sys.modules)
+import modxfer_fast
+result['loaded'] = sorted(set(sys.modules) - before)
+import modxfer_fast.kernels
+kernels = importlib.util.find_spec('kernels')
+result['kernels'] = kernels and str((kernels.origin, kernels.submodule_search_locations))
+engine = types.ModuleType('modxfer_fast.engine')
+engine.DistillConfig, engine.DistillTrainer = 'config', 'trainer'
+result['engine'] = ['modxfer_fast.engine' in sys.modules]
+sys.modules['modxfer_fast.engine'] = engine
+result['engine'] += [modxfer_fast.DistillConfig, modxfer_fast.DistillTrainer]
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """An interpreter that imports the package, away from the root with its folder `kernels`."""
+    return python(IMPORT, tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_import_asks_no_gpu(imported):
+    assert imported  # where it asks, the interpreter ends
+
+
+def test_import_loads_torch_and_nothing_large(imported):
+    loaded = imported["loaded"]
     foreign = {name.split(".")[0] for name in loaded} - {PACKAGE} - set(sys.stdlib_module_names)
     assert foreign <= {"torch"}
     # what torch loads lazily is no part of it either: inductor and dynamo take seconds
@@ -219,42 +236,40 @@ def test_import_loads_torch_and_nothing_large():
     assert len(loaded) < 100
 
 
-def test_import_asks_no_gpu():
-    result = python(
-        "import torch\n"
-        "def refuse(*args, **kwargs): raise SystemExit('the import asked for a GPU')\n"
-        "for name in ('is_available', 'device_count', 'current_device', 'init', '_lazy_init',\n"
-        "             'get_device_capability', 'get_device_properties', 'is_initialized'):\n"
-        "    setattr(torch.cuda, name, refuse)\n"
-        "import modxfer_fast\n"
-        "result = True"
-    )
-    assert result is True
+def test_no_top_level_package_named_kernels(imported):
+    """Another library owns that name."""
+    assert str(ROOT / "kernels") not in (imported["kernels"] or "")
 
 
-def test_everything_works_without_triton():
-    result = python(
-        "sys.modules['triton'] = None\n"
-        "import torch, modxfer_fast\n"
-        "from modxfer_fast.kernels import dispatch\n"
-        "h, w = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)\n"
-        "modxfer_fast.linear_kd_loss(h, w, h, w).backward()\n"
-        "result = dispatch.table()['kd_loss']['triton']"
-    )
-    assert result["available"] is False
-    assert "triton" in result["reason"]
+def test_the_engine_is_loaded_when_asked_for(imported):
+    assert imported["engine"] == [False, "config", "trainer"]
 
 
-def test_the_engine_is_loaded_when_asked_for():
-    result = python(
-        "import types, modxfer_fast\n"
-        "engine = types.ModuleType('modxfer_fast.engine')\n"
-        "engine.DistillConfig, engine.DistillTrainer = 'config', 'trainer'\n"
-        "before = 'modxfer_fast.engine' in sys.modules\n"
-        "sys.modules['modxfer_fast.engine'] = engine\n"
-        "result = [before, modxfer_fast.DistillConfig, modxfer_fast.DistillTrainer]"
-    )
-    assert result == [False, "config", "trainer"]
+BARE = """
+sys.modules['triton'] = sys.modules['transformers'] = None
+import torch, modxfer_fast
+from modxfer_fast.kernels import dispatch
+h, w = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
+modxfer_fast.linear_kd_loss(h, w, h, w).backward()
+result['triton'] = dispatch.table()['kd_loss']['triton']
+try: modxfer_fast.DistillTrainer
+except ModuleNotFoundError as error: result['trainer'] = str(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """An interpreter with neither Triton nor what the engine needs."""
+    return python(BARE, tmp_path_factory.mktemp("bare"))
+
+
+def test_everything_works_without_triton(bare):
+    assert bare["triton"]["available"] is False
+    assert "triton" in bare["triton"]["reason"]
+
+
+def test_what_the_engine_needs_is_named(bare):
+    assert "DistillTrainer: transformers is not installed; pip install" in bare["trainer"]
 
 
 def test_names_that_are_loaded_lazily_are_listed():
@@ -262,16 +277,6 @@ def test_names_that_are_loaded_lazily_are_listed():
     assert lazy <= set(modxfer_fast.__all__)
     assert lazy <= set(dir(modxfer_fast))
     assert all(hasattr(modxfer_fast, name) for name in modxfer_fast.__all__)
-
-
-def test_what_the_engine_needs_is_named():
-    result = python(
-        "sys.modules['transformers'] = None\n"
-        "import modxfer_fast\n"
-        "try: modxfer_fast.DistillTrainer\n"
-        "except ModuleNotFoundError as error: result = str(error)"
-    )
-    assert "DistillTrainer: transformers is not installed; pip install" in result
 
 
 def test_a_missing_attribute_is_an_attribute_error():

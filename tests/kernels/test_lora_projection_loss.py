@@ -499,10 +499,19 @@ def epilogue(monkeypatch):
     return record
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
-@pytest.mark.parametrize("rows", [1, 37, 130])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_epilogue_equals_a_product_that_reads_h_again(dtype, rows, residual, epilogue):
+@pytest.mark.parametrize(
+    ("rows", "dtype", "residual"),
+    [  # rows cut the grid whatever the dtype, and every program costs seconds
+        (1, torch.float32, False),
+        (37, torch.float32, True),
+        (130, torch.float32, False),
+        (37, torch.bfloat16, True),
+        (37, torch.bfloat16, False),
+        (37, torch.float16, True),
+    ],
+    ids=str,
+)
+def test_epilogue_equals_a_product_that_reads_h_again(rows, dtype, residual, epilogue):
     inputs = make(rows, "low_rank", dtype, residual=residual)
     inputs.mask[0] = True
     one = results(inputs, *fused(inputs, loss="cosine", norm="rms", backend="triton"))
