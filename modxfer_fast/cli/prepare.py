@@ -20,6 +20,7 @@ from modxfer_fast.config import JobConfig, LossSection, ModelSection, StudentSec
 from modxfer_fast.data import (
     DataError,
     Documents,
+    has_tokenizer,
     load_tokenizer,
     tokenizer_digest,
     train_tokenizer,
@@ -77,7 +78,8 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
         try:
             theirs = load_tokenizer(model.path, revision=model.revision, kind=config.kind)
         except DataError:
-            if Path(model.path).is_dir():  # weights without a tokenizer: nothing to compare
+            folder = Path(model.path).expanduser()
+            if folder.is_dir() and not has_tokenizer(folder):  # weights alone: nothing to compare
                 continue
             raise
         check_same_tokenizer(tokenizer, theirs, role)

@@ -5,7 +5,12 @@ from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator, EncoderColl
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.python_docs import python_docs
 from modxfer_fast.data.sources import load_source
-from modxfer_fast.data.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
+from modxfer_fast.data.tokenizer import (
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_digest,
+    train_tokenizer,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -15,6 +20,7 @@ __all__ = [
     "EncoderCollator",
     "Rows",
     "build_rows",
+    "has_tokenizer",
     "load_documents",
     "load_source",
     "load_tokenizer",

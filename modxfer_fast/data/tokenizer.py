@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from modxfer_fast.data.errors import DataError
 
 END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -60,7 +61,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()) if path.startswith("~") else path, revision=revision
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises several types, `tokenizers` a bare Exception
         raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
     if kind == "encoder":
         if tokenizer.pad_token_id is None:
@@ -76,6 +77,12 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds any file of a tokenizer, whole or not."""
+    folder = Path(folder).expanduser()
+    return any(path for pattern in _FILES for path in folder.glob(pattern))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
