@@ -113,10 +113,7 @@ tables() {
     done
     ((deadline += 10))
     step gates "$python" -m benchmarks.gates "$work"/*.csv
-    local room rooms=(linear_kd_loss lora_linear lora_block projection_loss kd_loss correlation)
-    for room in "${rooms[@]}"; do
-        step "plot-$room" "$python" -m benchmarks.plot "$work/$room"-*.csv --output "$work/$room.png"
-    done
+    step plot "$python" -m benchmarks.plot "$work"/*.csv --output "$work/tables.png"
 }
 
 # kernels are Triton's, compiled when they are first called: nothing is built

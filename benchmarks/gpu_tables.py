@@ -2,8 +2,8 @@
 
     benchmarks/gpu_suite.sh tables        calls `main`; again, where a table took the process along
 
-A table has its seconds: when they are over, what was not reached is named. Peers that are compiled
-are left out: compiling them takes longer than all the rest.
+A table has its seconds: when they are over, peers that were not reached are named. Peers that are
+compiled are left out: compiling them takes longer than all the rest.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EFFORT = Effort(warmup_s=0.2, min_rounds=9, budget_s=8.0)
 
 @dataclass(frozen=True)
 class Table:
-    """One problem of a room, with the seconds it may take."""
+    """One problem of a room, with the seconds after which no peer is begun."""
 
     room: str
     shape: str

@@ -304,7 +304,9 @@ def _through_the_sums(student_logits, teacher_logits, labels, objective, weights
     loss_scale = kd_weight * lse.abs().amax(0)
     if labels is not None and ce_weight:
         touched = touched + ce_weight * student_logits.softmax(-1)
-        touched[torch.arange(len(labels)), labels.clamp(0, q.shape[1] - 1)] += ce_weight
+        touched[
+            torch.arange(len(labels), device=labels.device), labels.clamp(0, q.shape[1] - 1)
+        ] += ce_weight
         loss_scale = loss_scale + ce_weight * student_logits.logsumexp(-1).abs()
     masked = weights == 0
     touched = (touched * weights[:, None]).masked_fill(masked[:, None], 0.0)
