@@ -1,6 +1,8 @@
 """A `data` section -> documents, and documents + tokenizer -> rows for training and evaluation."""
 
+import contextlib
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +14,10 @@ from modxfer_fast.config import DataSection
 from modxfer_fast.data.encoding import ROW, encoder, encoder_rows
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.packing import packer
-from modxfer_fast.data.records import RecordError, normalise
+from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 from modxfer_fast.data.sources import detect_format, load_source, with_columns
+
+logger = logging.getLogger(__name__)
 
 _MAX_REASONS = 3  # told of documents that are left out
 
@@ -29,20 +33,25 @@ class Documents:
 
     def texts(self) -> Iterator[str]:
         """Every text of the training documents, for training a tokenizer."""
-        for record in self.train:
-            try:
-                document = normalise(record, self.train_format)
-            except RecordError:  # `build_rows` leaves it out and says so
-                continue
+        for document in self._usable():
             yield from document.texts()
 
     def digest(self) -> str:
         """Short hash of the training documents."""
         digest = hashlib.sha256()
-        for text in self.texts():
-            digest.update(text.encode("utf-8", "surrogatepass"))
-            digest.update(b"\0")
+        for document in self._usable():
+            # of a conversation also roles, tools, and which turns are learnt
+            is_chat = isinstance(document, Conversation)
+            for text in [repr(document)] if is_chat else document.texts():
+                digest.update(text.encode("utf-8", "surrogatepass"))
+                digest.update(b"\0")
         return digest.hexdigest()[:16]
+
+    def _usable(self) -> Iterator[Text | Completion | Conversation]:
+        for record in self.train:
+            # `build_rows` leaves the others out and says so
+            with contextlib.suppress(RecordError):
+                yield normalise(record, self.train_format)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,9 @@ def build_rows(
     ):
         if kind == "encoder":
             rows = _encoder_rows(half, fmt, section, tokenizer)
+            blank = sum(not (isinstance(t, str) and t.strip()) for t in half["text"])
+            if blank:
+                notes.append(f"{name}: left out {blank} of {len(half)} documents without text")
             if not len(rows):
                 raise DataError(
                     f"data: expected text in the {name} documents, got none; {source}, "
@@ -160,9 +172,10 @@ def rows_from_documents(
         max_length: tokens of a row. Longer texts become several rows, others are cut.
         packing: several documents in a row, each for itself.
 
+    Documents that cannot be learnt from are left out, with a warning that counts them.
+
     Raises:
-        DataError: nothing to learn, with the first reason, or unknown columns. A document that
-            cannot be learnt from is an error here: leave it out, or read it with `modxfer distill`.
+        DataError: nothing to learn, with the reason, or unknown columns.
     """
     if not isinstance(documents, Dataset):
         documents = list(documents)
@@ -176,10 +189,12 @@ def rows_from_documents(
     fmt = detect_format(documents, "auto", "documents")
     documents = documents.add_column(ROW, list(range(1, len(documents) + 1)))
     pieces = _pieces(documents, fmt, tokenizer, max_length)
-    for row, problem in zip(pieces["row"], pieces["problem"], strict=True):
-        if problem:
-            raise DataError(f"documents: row {row}: {problem}")
-    return _packed(pieces, max_length, packing)
+    rows, told = _packed(pieces, max_length, packing), _notes(pieces, len(documents))
+    if not len(rows):
+        raise DataError(f"documents: expected targets, got none; {'; '.join(told)}")
+    for note in told:
+        logger.warning(f"documents: {note}")
+    return rows
 
 
 def _encoder_rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Dataset:

@@ -46,6 +46,10 @@ class AlignedLabels:
                 cannot read, with the key.
         """
         batch = self.collator(features)
+        if "labels" not in batch and "shift_labels" not in batch:
+            raise ValueError(
+                f"data_collator: expected labels in its batches, got {', '.join(batch)}"
+            )
         if self._is_aligned:
             _check_aligned(batch["input_ids"], batch["labels"], "the collator says")
             return batch
@@ -95,8 +99,6 @@ def _check_keys(batch: dict[str, Any]) -> None:
             "counts labels of the token after each position; leave num_valid out if labels[t] is "
             "the token at t"
         )
-    if "labels" not in batch and "shift_labels" not in batch:
-        raise ValueError(f"data_collator: expected labels in its batches, got {', '.join(batch)}")
     for key, value in batch.items():
         if key in (*_INPUTS, "labels", "shift_labels"):
             if value is not None and value.dim() != 2:

@@ -86,6 +86,19 @@ def test_what_is_no_text(tmp_path, tokenizer):
         build_rows(load_documents(section), section, tokenizer, "encoder")
 
 
+def test_texts_that_are_none_are_counted(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    Dataset.from_dict({"text": ["one", "two", None, " ", "three", "four"] * 2}).to_json(path)
+    section = DataSection(source=str(path), packing=False, eval_fraction=0.5)
+    rows = build_rows(load_documents(section), section, tokenizer, "encoder")
+    assert sum(int(note.split("left out ")[1].split()[0]) for note in rows.notes) == 4
+    Dataset.from_dict({"text": [None] * 3}).to_json(path)
+    with pytest.raises(
+        DataError, match=r"texts\.jsonl, row \d: column text: expected text, got null"
+    ):
+        build_rows(load_documents(section), section, tokenizer, "encoder")
+
+
 def test_tokenizers_of_encoders(tmp_path, tokenizer):
     folder = tmp_path / "saved"
     tokenizer.save_pretrained(folder)

@@ -268,7 +268,24 @@ def test_rows_from_documents():
     assert len(rows_from_documents(texts, tokenizer, max_length=32, packing=False)) == 2
     [row] = rows_from_documents([{"prompt": "one", "completion": "two"}], tokenizer)
     assert [row["is_target"][0], row["is_target"][-1]] == [False, True]
-    with pytest.raises(DataError, match="documents: row 2: column text: expected text, got an emp"):
-        rows_from_documents(["one", ""], tokenizer)
+    with pytest.raises(
+        DataError, match=r"got none; left out 1 of 1 .* column text: .* an empty one"
+    ):
+        rows_from_documents([""], tokenizer)
     with pytest.raises(DataError, match="documents: expected columns"):
         rows_from_documents([{"body": "one"}], tokenizer)
+
+
+def test_rows_from_documents_warns_of_what_it_leaves_out(caplog):
+    rows = rows_from_documents(["one", ""], train_tokenizer(["one two three"], 300))
+    assert len(rows) == 1
+    assert "left out 1 of 2 documents (first: row 2)" in caplog.text
+
+
+def test_the_digest_of_a_conversation_knows_who_speaks(tmp_path):
+    digests = set()
+    for roles in (("user", "assistant"), ("assistant", "user")):
+        messages = [{"role": role, "content": "hi"} for role in roles]
+        path = write_rows(tmp_path / f"{roles[0]}.jsonl", [{"messages": messages}] * 3)
+        digests.add(load_documents(DataSection(source=str(path))).digest())
+    assert len(digests) == 2
