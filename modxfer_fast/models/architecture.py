@@ -44,7 +44,7 @@ class _Family(NamedTuple):
     layers: str  # of the blocks, inside the base model
     modules: Mapping[str, str]  # role -> path inside a block
     post_norm: bool
-    qk_norm: bool = False
+    norms_behind: tuple[str, ...] = ()  # spaces
 
 
 _BERT = _Family(
@@ -84,16 +84,52 @@ _LLAMA = _Family(
     },
     post_norm=False,
 )
+_MPNET = _Family(
+    "encoder.layer",
+    {
+        "query": "attention.attn.q",
+        "key": "attention.attn.k",
+        "value": "attention.attn.v",
+        "attention_output": "attention.attn.o",
+        "ffn_up": "intermediate.dense",
+        "ffn_down": "output.dense",
+    },
+    post_norm=True,
+)
+_HEAD_NORMS, _OUTPUT_NORMS = ("query", "key"), ("attention_out", "ffn_out")
 _FAMILIES: Mapping[str, _Family] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": _BERT,
+    "mpnet": _MPNET,
     "distilbert": _DISTILBERT,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    "eurobert": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA._replace(qk_norm=True),
+    "qwen3": _LLAMA._replace(norms_behind=_HEAD_NORMS),
+    # its experts are no linears, each of which would read and write the same spaces for every token
+    "qwen3_moe": _LLAMA._replace(
+        modules={role: path for role, path in _LLAMA.modules.items() if "ffn" not in role},
+        norms_behind=_HEAD_NORMS,
+    ),
     "gemma": _LLAMA,
+    "gemma2": _LLAMA._replace(norms_behind=_OUTPUT_NORMS),
+    "gemma3_text": _LLAMA._replace(norms_behind=_HEAD_NORMS + _OUTPUT_NORMS),
+    "olmo2": _LLAMA._replace(norms_behind=_HEAD_NORMS + _OUTPUT_NORMS),
+}
+_FUSED = "one linear writes several spaces, and a module's part in each is not told apart"
+_REFUSED: Mapping[str, str] = {
+    "gpt2": f"{_FUSED}; its weights are transposed",
+    "phi3": _FUSED,
+    "modernbert": _FUSED,
+    "deberta": _FUSED,
+    "deberta-v2": "its queries and keys read relative positions as well as features",
+    "albert": "its blocks share one set of weights, so that none has a module of its own",
 }
 
 
@@ -109,7 +145,8 @@ class Architecture:
         num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: its sizes.
         post_norm: whether a norm follows the addition of the residual, as in BERT, and so stands
             between one block's sublayers and what the next one reads.
-        qk_norm: whether norms follow the linears of queries and keys.
+        norms_behind: spaces that a linear writes and a norm of its own follows, before attention or
+            the residual: how large an update is there matters less than its direction.
     """
 
     family: str
@@ -122,7 +159,7 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     post_norm: bool
-    qk_norm: bool = False
+    norms_behind: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Architecture":
@@ -135,12 +172,18 @@ class Architecture:
         config = model.config.get_text_config()
         family = _FAMILIES.get(config.model_type)
         if family is None:
+            why = _REFUSED.get(config.model_type)
             raise ModelError(
                 f"model: expected one of the families {', '.join(_FAMILIES)}, "
-                f"got {config.model_type}"
+                f"got {config.model_type}" + (f": {why}" if why else "")
             )
         base = model.base_model
         prefix = next(name for name, module in model.named_modules() if module is base)
+        if not _has(base, family.layers):
+            raise ModelError(
+                f"model: expected the blocks of a {config.model_type} model at {family.layers}, "
+                f"got {type(model).__name__}, which has them elsewhere"
+            )
         num_heads = config.num_attention_heads
         return cls(
             family=config.model_type,
@@ -153,13 +196,14 @@ class Architecture:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             post_norm=family.post_norm,
-            qk_norm=family.qk_norm,
+            norms_behind=family.norms_behind,
         )
 
     @property
     def spaces(self) -> tuple[str, ...]:
         """The spaces that a block of this family has."""
-        return SPACES if "ffn_gate" in self.modules else tuple(s for s in SPACES if s != "ffn_gate")
+        there = {space for role in self.modules for space in ROLES[role]} | {"layer_out"}
+        return tuple(space for space in SPACES if space in there)
 
     def module_name(self, layer: int, role: str) -> str:
         """Dotted name of the linear of `role` in block `layer`.
@@ -238,9 +282,20 @@ def without_peft(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def max_tokens(config: PreTrainedConfig) -> int | None:
     """Tokens that a model has positions for; None where its configuration sets no limit."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        return limit - config.pad_token_id - 1  # positions count from behind the padding token
-    return limit
+    if limit is None:
+        return None
+    # positions count from behind the padding token
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        return limit - config.pad_token_id - 1
+    return limit - 2 if config.model_type == "mpnet" else limit  # whose padding is 1 in any case

@@ -155,14 +155,16 @@ def _check_head(module: PeftModuleState) -> None:
 
 def _notes(module: PeftModuleState, student: Architecture) -> list[str]:
     """What no map can carry over, and no figure shows."""
-    written = {"query", "key"} & {slot.place for slot in module.slots}
-    if not written or module.architecture.qk_norm == student.qk_norm:
-        return []
-    of = student if student.qk_norm else module.architecture
-    return [
-        f"{', '.join(sorted(written))}: {of.family} has norms behind them and the other model has "
-        "none; how large an update is there does not carry over"
-    ]
+    written = {module.slot_spaces(slot)[-1] for slot in module.slots}
+    notes = []
+    for one, other in ((module.architecture, student), (student, module.architecture)):
+        alone = [s for s in one.norms_behind if s in written and s not in other.norms_behind]
+        if alone:
+            notes.append(
+                f"{', '.join(alone)}: a {one.family} block has norms behind them and a "
+                f"{other.family} block has none; how large an update is there does not carry over"
+            )
+    return notes
 
 
 def _check_places(module: PeftModuleState, student: Architecture) -> None:

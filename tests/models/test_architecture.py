@@ -1,22 +1,36 @@
 """Blocks, roles and spaces of every family."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GPT2Config,
 )
 
 from modxfer_fast.models import Architecture, ModelError
-from modxfer_fast.models.architecture import ROLES, SPACES
+from modxfer_fast.models.architecture import ROLES, SPACES, max_tokens
+from modxfer_fast.transfer import (
+    MapOptions,
+    PairedBatch,
+    PeftModuleState,
+    attach,
+    collect_statistics,
+    fit_maps,
+    make_layer_map,
+    transport,
+)
 
-FAMILIES = (
-    "bert", "roberta", "xlm-roberta", "distilbert", "llama", "mistral", "qwen2", "qwen3", "gemma",
-)  # fmt: skip
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "camembert", "electra", "mpnet")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "granite", "eurobert", "gemma2",
+         "gemma3_text", "olmo2")  # fmt: skip
+FAMILIES = (*ENCODERS, *GATED, "qwen3_moe")
 SIZES = {
     "hidden_size": 24,
     "num_hidden_layers": 3,
@@ -27,14 +41,38 @@ SIZES = {
 DISTILBERT_SIZES = {"dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 40, "vocab_size": 30}
 
 
+# what a configuration sets apart from the hidden size, or leaves to a larger model
+MORE = {
+    "electra": {"embedding_size": 12},
+    "eurobert": {"pad_token_id": 0},
+    "gemma2": {"head_dim": 6},
+    "gemma3_text": {"head_dim": 6},
+    "granite": {"residual_multiplier": 0.5},
+    "qwen3_moe": {
+        "head_dim": 6,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+    },
+    "smollm3": {"pad_token_id": 0},
+}
+# the classes that a library has a token classifier of
+WITHOUT_TOKEN_CLASSIFIER = ("gemma3_text", "granite", "olmo2")
+
+
 def tiny(family, auto=AutoModel, **more):
     sizes = DISTILBERT_SIZES if family == "distilbert" else SIZES
-    return auto.from_config(CONFIG_MAPPING[family](**sizes, **more))
+    if family not in ENCODERS:
+        sizes = {**sizes, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return auto.from_config(CONFIG_MAPPING[family](**{**sizes, **MORE.get(family, {}), **more}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForTokenClassification])
 def test_every_role_is_a_linear_of_the_declared_widths(family, auto):
+    if auto is not AutoModel and family in WITHOUT_TOKEN_CLASSIFIER:
+        auto = AutoModelForCausalLM
     model = tiny(family, auto)
     found = Architecture.of(model)
     assert (found.num_layers, found.hidden_size, found.intermediate_size) == (3, 24, 40)
@@ -75,13 +113,15 @@ def test_what_is_no_linear_of_a_block_has_no_place():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spaces_are_those_of_the_family(family):
     found = Architecture.of(tiny(family))
-    assert ("ffn_gate" in found.spaces) == (family not in FAMILIES[:4])
-    assert set(SPACES) - set(found.spaces) <= {"ffn_gate"}
+    assert ("ffn_gate" in found.spaces) == (family in GATED)
+    of_experts = {space for space in SPACES if space.startswith("ffn")}
+    absent = of_experts if family == "qwen3_moe" else {"ffn_gate"}
+    assert set(SPACES) - set(found.spaces) <= absent
     assert {space for role in found.modules for space in ROLES[role]} <= set(found.spaces)
 
 
 def test_errors_name_what_exists():
-    with pytest.raises(ModelError, match=r"families bert, .*got gpt2"):
+    with pytest.raises(ModelError, match=r"families bert, .*got gpt2: one linear writes several"):
         Architecture.of(AutoModel.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
     found = Architecture.of(tiny("bert"))
     with pytest.raises(ModelError, match=r"role: expected one of query, .*got 'ffn_gate'"):
@@ -102,3 +142,61 @@ def test_the_output_of_a_role_is_what_the_block_computes():
     )
     model(torch.arange(5)[None])
     assert seen == [(1, 5, 24)]
+
+
+@pytest.mark.parametrize("family", ["phi3", "modernbert", "deberta", "deberta-v2", "albert"])
+def test_a_family_that_does_not_map_says_why(family):
+    config = CONFIG_MAPPING[family](**SIZES, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    with pytest.raises(ModelError, match=rf"got {family}: (one linear|its)"):
+        Architecture.of(model)
+
+
+@pytest.mark.parametrize("family", ["roberta", "camembert", "mpnet", "electra", "bert"])
+def test_positions_end_where_the_limit_says(family):
+    model = tiny(family, max_position_embeddings=12, pad_token_id=1).eval()
+    limit = max_tokens(model.config)
+    assert model(torch.full((1, limit), 5)).last_hidden_state.shape == (1, limit, 24)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_module_moves_to_the_same_model_of_every_family(family):
+    """Features are taken where the linears are, and the student does what the teacher did."""
+    teacher = tiny(family).eval()
+    parts = Architecture.of(teacher)
+    paths = list(parts.modules.values())
+    with_module = get_peft_model(deepcopy(teacher), LoraConfig(r=2, target_modules=paths)).eval()
+    with torch.no_grad():
+        for name, parameter in with_module.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+    module = PeftModuleState.from_model(with_module)
+    assert {slot.place for slot in module.slots} == set(parts.modules)
+    layer_map = make_layer_map("skip", 3, 3)
+    sites = MapOptions().sites(module.spaces)
+    if family == "qwen3_moe":
+        assert "ffn_inner" not in sites
+    ids = torch.randint(3, 30, (6, 20), generator=torch.Generator().manual_seed(0))
+    statistics = collect_statistics(
+        teacher,
+        teacher,
+        [PairedBatch.of_ids(part) for part in ids.split(2)],
+        layer_pairs=layer_map.pairs,
+        spaces=sites,
+        held_out_every=0,
+    )
+    maps = fit_maps(statistics, layer_map, "lsa", teacher=teacher, student=teacher, module=module)
+    moved = transport(module, maps, layer_map, teacher, statistics=statistics)
+    assert not moved.facts["notes"]
+    student = attach(moved, teacher)
+    with torch.no_grad():
+        expected = with_module(input_ids=ids).last_hidden_state
+        result = student(input_ids=ids).last_hidden_state
+        plain = student.disable_adapter()
+        with plain:
+            without = student(input_ids=ids).last_hidden_state
+    assert torch.equal(result, expected)
+    assert (result - without).abs().max() > 0.01

@@ -742,7 +742,7 @@ def test_layers_that_no_student_layer_takes_are_named():
 def test_norms_behind_queries_are_noted():
     teacher = tiny_model("llama")
     parts = Architecture.of(teacher)
-    student = replace(parts, family="qwen3", qk_norm=True)
+    student = replace(parts, family="qwen3", norms_behind=("query", "key"))
     layer_map = make_layer_map("skip", 2, 2)
     for target, other, noted in (
         ("q_proj", student, 1),
@@ -754,4 +754,4 @@ def test_norms_behind_queries_are_noted():
         maps = fit_maps(None, layer_map, "identity", teacher=parts, student=other, module=module)
         notes = transport(module, maps, layer_map, other).facts["notes"]
         assert len(notes) == noted
-        assert all("query: qwen3 has norms behind them" in note for note in notes)
+        assert all("query: a qwen3 block has norms behind them" in note for note in notes)

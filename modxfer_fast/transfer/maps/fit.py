@@ -195,7 +195,9 @@ def fit_maps(
             projections, teacher, student, fitter.moments_if_collected
         )
     if options.scope == "global":
-        fitter.pool([key for key in keys if key[0] in RESIDUAL_SPACES])
+        # behind a norm of its own, an output is in the units of the residual stream no more
+        apart = {*teacher_parts.norms_behind, *student_parts.norms_behind}
+        fitter.pool([key for key in keys if key[0] in RESIDUAL_SPACES and key[0] not in apart])
     fitters = dict.fromkeys(keys, fitter)
     if head and last not in fitters:
         keys.append(last)
@@ -388,7 +390,9 @@ class _Fitter:
         """Whether the projections of a distillation give the map, and all of it."""
         if self.projection_maps is None or not self.projection_maps.covers(site):
             return False
-        return not (self._is_wide(site) and self._is_collected(site))
+        apart = {*self.teacher.norms_behind, *self.student.norms_behind}
+        measured = site in apart or self._is_wide(site)
+        return not (measured and self._is_collected(site))
 
     def _pooled_map(self, key: Key) -> tuple[Tensor, Tensor, dict[str, float]]:
         read, write, numbers = self._global
