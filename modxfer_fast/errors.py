@@ -1,5 +1,9 @@
-"""The error whose message is meant for the person at the command line."""
+"""Ends of a command that are no faults of the program."""
 
 
 class UserError(ValueError):
     """Something the user can fix; the command line prints the message without a traceback."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked for the end (SIGTERM), and what was done is saved."""

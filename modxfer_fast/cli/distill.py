@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue an interrupted run of the same job (kind: task goes on without it)",
+        help="go on with an interrupted run of the same job, or with a finished one to more "
+        "training.max_steps, whose schedule the learning rate then follows; start where nothing "
+        "is, and do nothing where the job is finished",
     )
 
 
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(config, TaskDistillConfig):
         from modxfer_fast.cli.task_distill import run_task_distillation
 
-        run_task_distillation(config)
+        run_task_distillation(config, resume=args.resume)
         return 0
 
     from modxfer_fast.cli.job import run_job

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from modxfer_fast.cli.prepare import (
     prepare_model,
     prepare_tokenizer,
 )
-from modxfer_fast.cli.ranks import barrier, is_main
+from modxfer_fast.cli.ranks import barrier, end_with_launcher, is_main
 from modxfer_fast.cli.summary import print_summary, summarise
 from modxfer_fast.cli.surroundings import environment, quieten_libraries
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
-from modxfer_fast.cli.work_folder import REPORT_FILE, WorkFolder
+from modxfer_fast.cli.work_folder import CHECKPOINTS, REPORT_FILE, WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig, LossSection, as_dict
 from modxfer_fast.data import build_rows, load_documents, tokenizer_digest
 from modxfer_fast.engine import (
@@ -32,9 +33,9 @@ from modxfer_fast.engine import (
     DistillModule,
     Objective,
     Teacher,
-    last_complete_checkpoint,
     load_projections,
 )
+from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.models import (
     apply_peft,
     check_finite,
@@ -45,7 +46,7 @@ from modxfer_fast.models import (
     load_model,
     patch_peft_model,
 )
-from modxfer_fast.report import JobConsole, plot_curves, write_json
+from modxfer_fast.report import JobConsole, plot_curves
 
 # Held-out figures of causal language models always mean this, whatever a run minimises.
 _MEASURED = LossSection(divergence="forward_kl", temperature=1.0, kd_weight=1.0, ce_weight=1.0)
@@ -56,7 +57,8 @@ def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
     """Run a job from text to report; its output folder appears when everything is in it.
 
     Args:
-        resume: continue the interrupted run of the same configuration.
+        resume: go on with an interrupted run of the same configuration, or with a finished one to
+            more steps; a finished one is left as it is, and where nothing is the job starts.
     Returns:
         What `report.json` holds.
     Raises:
@@ -64,14 +66,20 @@ def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     quieten_libraries()
     check_open_sections(config)
+    end_with_launcher()
     folder = WorkFolder(config)
+    report = folder.finished_report() if resume else None
+    if report is not None:
+        JobConsole(is_main=is_main()).say(f"finished already: {folder.output}")
+        return report
     if is_main():
         folder.open(resume=resume)
     try:
         report = _Job(config, folder.path).run()
-    except BaseException:
-        if is_main():
-            folder.discard_if_empty()
+    except BaseException as error:
+        hint = folder.leave() if is_main() else None
+        if hint is not None:
+            error.add_note(hint)
         raise
     if is_main():
         folder.finish()
@@ -209,6 +217,8 @@ class _Job:
             vocab_size=teacher.vocab_size,
             teacher=teacher.model,
         )
+        if self._base_of(seed) is not None:
+            self._keep_base(source.path, seed)
         student = self._load_student(source.path, seed, tell=True)
         check_finite(student, "student")
         check_rows_fit(student, self.material.tokenizer, self.config.data.max_length, "student")
@@ -234,11 +244,31 @@ class _Job:
         model = load_model(path, section, self.config.kind)
         if section.peft is not None:
             model = apply_peft(model, section.peft, "student.peft", seed=seed)
+            base = self._base_of(seed)
+            if base is not None:
+                model.peft_config[model.active_adapter].base_model_name_or_path = str(base)
         if section.fuses_lora and fuse_lora:
             report = patch_peft_model(model)
             for line in str(report).splitlines() if tell else ():
                 self.console.say(line)
         return model
+
+    def _base_of(self, seed: int) -> Path | None:
+        """Where an adapter finds its base in the output, if that was made here.
+
+        Such a path is absolute because PEFT takes another as relative to the current folder.
+        """
+        section = self.config.student
+        if section.peft is None or not section.is_built:
+            return None
+        return WorkFolder(self.config).output / f"seed-{seed}" / "student_base"
+
+    def _keep_base(self, path: str, seed: int) -> None:
+        """Copy the base beside its adapters: the cache may be emptied, the output may travel."""
+        if is_main():
+            folder = self.work / f"seed-{seed}" / "student_base"
+            with new_folder(folder, keep_existing=True) as scratch:
+                shutil.copytree(path, scratch, dirs_exist_ok=True)
 
     def _check_features(self, student: PreTrainedModel, teacher: Teacher) -> None:
         """Raise a ConfigError unless the losses inside the networks fit the two models."""
@@ -260,7 +290,7 @@ class _Job:
         if result_file.is_file():
             self.console.say("finished before the interruption")
             return _read_result(result_file)
-        checkpoints = self.work / "checkpoints" / f"seed-{seed}" / role
+        checkpoints = self.work / CHECKPOINTS / f"seed-{seed}" / role
         # before the student: under ZeRO-3 it is partitioned while it is loaded
         args = training_args(
             self.config.training,
@@ -271,9 +301,7 @@ class _Job:
             kind=self.config.kind,
         )
         trainer = self.material.trainer(self._load_student(path, seed), args, teacher)
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
-        seconds = time.perf_counter() - start
+        seconds = self.material.train(trainer)
         trainer.save_model(str(folder / role))
         barrier()  # the main process writes, every process reads it below
         history = trainer.state.log_history

@@ -21,7 +21,9 @@ COMMANDS = {
     "completion": "print the completion script of a shell",
 }
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 # A disk that refuses: full, over quota, read-only, not ours.
+_TORCH_REFUSALS = ("unexpected pos", "PytorchStreamWriter failed writing")
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -29,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when done, 2 for an error that the user can fix, 1 for any other failure.
+        0 when done, 2 for an error that the user can fix, 130 after Ctrl-C, 143 after SIGTERM while
+        a run trained, 1 for any other failure.
     """
     argv = _plain(sys.argv[1:] if argv is None else argv)
     parser = _top_parser()
@@ -85,13 +88,16 @@ def add_arguments(command: ModuleType, parser: argparse.ArgumentParser) -> None:
 
 
 def _run(run, args: argparse.Namespace) -> int:
-    from modxfer_fast.errors import UserError
+    from modxfer_fast.errors import Terminated, UserError
 
     try:
         return run(args)
-    except KeyboardInterrupt:
-        print("modxfer: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        if os.environ.get("RANK", "0") == "0":
+            message = "terminated" if terminated else "interrupted"
+            print(f"modxfer: {_with_notes(message, error)}", file=sys.stderr)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except Exception as error:
         if args.debug:
             raise
@@ -111,12 +117,19 @@ def _run(run, args: argparse.Namespace) -> int:
             code = 1
         rank = os.environ.get("RANK")
         who = "modxfer" if rank is None else f"modxfer [rank {rank}]"
-        print(f"{who}: {message}", file=sys.stderr)
+        print(f"{who}: {_with_notes(message, error)}", file=sys.stderr)
         return code
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """The message and what was noted on the way of the error, e.g. how to go on."""
+    return "\n  ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _is_refusal(error: Exception) -> bool:
     """Whether the disk refused a file."""
+    if isinstance(error, RuntimeError):  # of torch.save, which does not say why
+        return any(text in str(error) for text in _TORCH_REFUSALS)
     if type(error).__name__ == "SafetensorError":  # of Rust, which keeps the number in its text
         return any(f"(os error {number})" in str(error) for number in _REFUSALS)
     return isinstance(error, OSError) and error.errno in _REFUSALS

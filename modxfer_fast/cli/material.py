@@ -5,8 +5,15 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
+from modxfer_fast.cli.ranks import from_main, is_main
+from modxfer_fast.cli.termination import checkpoint_on_sigterm
 from modxfer_fast.data import CausalCollator, EncoderCollator, Rows
-from modxfer_fast.engine import DistillConfig, DistillTrainer, Teacher
+from modxfer_fast.engine import (
+    DistillConfig,
+    DistillTrainer,
+    Teacher,
+    last_complete_checkpoint,
+)
 from modxfer_fast.report import ConsoleCallback, JobConsole
 
 
@@ -49,3 +56,18 @@ class Material:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def train(self, trainer: DistillTrainer) -> float:
+        """Train from the newest whole checkpoint of the trainer's folder, where there is one.
+
+        Returns:
+            Seconds of the whole run, also of what came before an interruption.
+        Raises:
+            Terminated: SIGTERM came, and a checkpoint is written.
+        """
+        last = None
+        if is_main():
+            last = last_complete_checkpoint(trainer.args.output_dir, self.console.say)
+        with checkpoint_on_sigterm(trainer):
+            output = trainer.train(resume_from_checkpoint=from_main(last))
+        return output.metrics["train_runtime"]

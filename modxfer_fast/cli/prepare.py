@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast import __version__
-from modxfer_fast.cli.cache import cache_root, fingerprint
+from modxfer_fast.cli.cache import cache_root, fingerprint, is_cached
 from modxfer_fast.cli.material import Material
 from modxfer_fast.cli.ranks import barrier, from_main, is_main
 from modxfer_fast.cli.training_args import training_args
@@ -25,7 +24,7 @@ from modxfer_fast.data import (
     tokenizer_digest,
     train_tokenizer,
 )
-from modxfer_fast.engine import last_complete_checkpoint
+from modxfer_fast.files import new_folder, seal, write_json
 from modxfer_fast.models import (
     build_model,
     check_config_fits,
@@ -36,7 +35,6 @@ from modxfer_fast.models import (
     take_from_teacher,
     weights_digest,
 )
-from modxfer_fast.report import new_folder, write_json
 
 CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
 _RECORD = "modxfer_pretrain.json"
@@ -165,7 +163,7 @@ def prepare_model(
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         facts.update(pretrain=pretrain, rows=material.digest, world=world)
     folder = cache_root() / "models" / fingerprint(facts)
-    cached = from_main(folder.is_dir())
+    cached = from_main(is_main() and is_cached(folder, material.console.say))
     if not cached:
         model = build_model(config, section, seed=seed, kind=material.kind)
         records = {}
@@ -208,9 +206,8 @@ def _pretrain(
     checkpoints = material.work / "checkpoints" / f"{role}-pretrain"
     args = training_args(section, f"{role}.pretrain", checkpoints, CROSS_ENTROPY, seed=seed)
     trainer = material.trainer(model, args)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
-    record = {"seconds": time.perf_counter() - start, "history": trainer.state.log_history}
+    seconds = material.train(trainer)
+    record = {"seconds": seconds, "history": trainer.state.log_history}
     trained = checkpoints / "final"
     trainer.save_model(str(trained))  # gathers from every process
     _store(
@@ -235,4 +232,5 @@ def _store(save, tokenizer, records: dict[str, Any], folder: Path) -> None:
             tokenizer.save_pretrained(scratch)
             for name, record in records.items():
                 write_json(scratch / name, record)
+            seal(scratch)
     barrier()

@@ -1,6 +1,9 @@
 """The processes of one job. Without a process group the collective functions do nothing."""
 
 import os
+import signal
+import threading
+import time
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -32,6 +35,23 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def end_with_launcher() -> None:
+    """Send this process SIGTERM when its launcher is gone.
+
+    torchrun starts processes in sessions of their own: when it is killed, they run on and write.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no launcher, whose end would mean something
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def single_process(command: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from modxfer_fast.cli.continuation import changes
 from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.stage_cache import Stages
 from modxfer_fast.cli.surroundings import quieten_libraries
@@ -33,7 +34,7 @@ from modxfer_fast.cli.task_stages import (
     split_steps,
     train_stage,
 )
-from modxfer_fast.cli.work_folder import REPORT_FILE, check_output
+from modxfer_fast.cli.work_folder import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.config import dump_config
 from modxfer_fast.config.task_distillation import TaskDistillConfig
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
@@ -48,9 +49,11 @@ CE_ONLY, DISTILLED = "ce_only", "distilled"
 _TITLES = {CE_ONLY: "student, labels alone", DISTILLED: "student, distilled"}
 
 
-def run_task_distillation(config: TaskDistillConfig) -> dict[str, Any]:
+def run_task_distillation(config: TaskDistillConfig, *, resume: bool = False) -> dict[str, Any]:
     """Run a job; its output folder appears when everything is in it.
 
+    Args:
+        resume: leave a finished job as it is. Another goes on where it was in any case.
     Returns:
         What `report.json` holds.
     Raises:
@@ -59,8 +62,11 @@ def run_task_distillation(config: TaskDistillConfig) -> dict[str, Any]:
     single_process("modxfer distill with kind: task")
     quieten_libraries()
     output = Path(config.output_dir).expanduser().absolute()
-    check_output(output, config.overwrite)
     console = JobConsole(is_main=True)
+    if resume and (output / REPORT_FILE).is_file() and not changes(output / CONFIG_FILE, config):
+        console.say(f"finished already: {output}")
+        return read_json(output / REPORT_FILE)
+    check_output(output, config.overwrite)
     job = TaskDistillJob(config, console)
     job.check()
     start = time.perf_counter()
@@ -75,8 +81,9 @@ def run_task_distillation(config: TaskDistillConfig) -> dict[str, Any]:
         "students": scores,
         "seconds": time.perf_counter() - start,
     }
+    check_output(output, config.overwrite)  # another job may have been faster
     with new_folder(output) as folder:
-        write_text(folder / "config.yaml", dump_config(config))
+        write_text(folder / CONFIG_FILE, dump_config(config))
         write_json(folder / REPORT_FILE, report)
         for (name, seed), trained in folders.items():
             if name == DISTILLED:

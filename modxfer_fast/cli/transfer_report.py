@@ -11,7 +11,7 @@ from modxfer_fast.cli.surroundings import quieten_libraries
 from modxfer_fast.cli.task_models import ADAPTER
 from modxfer_fast.cli.task_stages import report_head
 from modxfer_fast.cli.transfer_job import CONTENT, StudentRun, TransferJob
-from modxfer_fast.cli.work_folder import REPORT_FILE, check_output
+from modxfer_fast.cli.work_folder import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.config import dump_config
 from modxfer_fast.config.grid import SCRATCH
 from modxfer_fast.config.transfer import TransferConfig
@@ -59,8 +59,9 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
     report["seconds"] = time.perf_counter() - start
     cells = [cell_result(job, run, {"method": name, "seed": str(config.seed)})
              for name, run in runs.items()]  # fmt: skip
+    check_output(output, config.overwrite)  # another job may have been faster
     with new_folder(output) as folder:
-        write_text(folder / "config.yaml", dump_config(config))
+        write_text(folder / CONFIG_FILE, dump_config(config))
         write_json(folder / REPORT_FILE, report)
         metric = METRIC_NAMES[job.metric]
         plot_learning(group_results(cells, SCRATCH), SCRATCH, metric, folder / "curves.png")

@@ -1,13 +1,27 @@
 """Where a job works: `<output_dir>.partial`, renamed to `<output_dir>` when everything is there."""
 
+import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from modxfer_fast.cli.continuation import changes, describe, is_longer
 from modxfer_fast.config import ConfigError, JobConfig, dump_config
-from modxfer_fast.report import replace_folder, write_text
+from modxfer_fast.files import (
+    MARKER,
+    FileLock,
+    LockedError,
+    replace_folder,
+    sealed_facts,
+    sync_tree,
+    write_text,
+)
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
+CHECKPOINTS = "checkpoints"
+_LOCK_FILE = "job.lock"
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -23,61 +37,188 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 class WorkFolder:
-    """The unfinished output of one job.
+    """The unfinished output of one job, which one process at a time may have open.
 
-    Only the main process calls `open` and `finish`; the others may write below `path` in between.
+    Only the main process calls `open`, `leave` and `finish`; the others may write below `path` in
+    between.
     """
 
     def __init__(self, config: JobConfig) -> None:
         self.output = Path(config.output_dir).expanduser().absolute()
         self.path = self.output.with_name(self.output.name + ".partial")
         self._config = config
+        self._lock = FileLock(self.path / _LOCK_FILE)
+        self._replaces = config.overwrite
+
+    def finished_report(self) -> dict[str, Any] | None:
+        """The report of this very job where it is finished, else None. Every process may ask."""
+        done = self.output / REPORT_FILE
+        if not done.is_file() or changes(self.output / CONFIG_FILE, self._config):
+            return None
+        if self._config.overwrite and self._has_progress():
+            return None  # it was being done once more
+        return json.loads(done.read_text(encoding="utf-8"))
 
     def open(self, *, resume: bool) -> None:
         """Create the folder, or take up the one of an interrupted run.
 
+        Args:
+            resume: go on with what is there, be it an interrupted run of the same configuration or
+                an interrupted or finished one that is to train longer; start where nothing is.
         Raises:
-            ConfigError: the output exists and may not be replaced, an interrupted run is in the
-                way, or `resume` meets none or one with another configuration.
+            ConfigError: the output exists and may not be replaced; an interrupted run is in the
+                way, or one of another configuration or number of processes is to be resumed; or
+                another process works there.
         """
-        config = self._config
-        check_output(self.output, config.overwrite)
-        if resume:
-            self._check_resumable()
-            return
-        if self.path.exists():
-            if not config.overwrite:
-                raise ConfigError(
-                    f"output_dir: {self.path} holds an interrupted run; continue it with --resume, "
-                    "or set overwrite: true"
-                )
-            if not (self.path / CONFIG_FILE).is_file():
-                raise ConfigError(
-                    f"output_dir: {self.path} is in the way and is no interrupted run; remove it"
-                )
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        write_text(self.path / CONFIG_FILE, dump_config(config))
-
-    def _check_resumable(self) -> None:
-        kept = self.path / CONFIG_FILE
-        if not kept.is_file():
-            raise ConfigError(f"--resume: expected an interrupted run at {self.path}, found none")
-        before, now = kept.read_text(encoding="utf-8").splitlines(), dump_config(self._config)
-        changed = sorted(set(now.splitlines()) ^ set(before))
-        if changed:
+        continued = self._finished_and_shorter() if resume else False
+        self._replaces = self._config.overwrite or continued
+        if resume and not self._replaces:
+            self._check_same_output()
+        check_output(self.output, self._replaces)
+        self._check_ours()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except LockedError as error:
             raise ConfigError(
-                f"--resume: the configuration differs from that of {self.path}: "
-                + "; ".join(line.strip() for line in changed[:6])
+                f"output_dir: {self.path} is in use by {error}; wait for its end or name another "
+                "folder"
+            ) from None
+        try:
+            if self._has_progress():
+                self._take_up(resume=resume)
+            else:
+                self._begin()
+                if continued:
+                    self._take_checkpoints_of_output()
+        except BaseException:
+            self.leave()
+            raise
+
+    def _finished_and_shorter(self) -> bool:
+        """Whether the output is that of the same job with fewer steps."""
+        done = (self.output / REPORT_FILE).is_file()
+        return done and is_longer(changes(self.output / CONFIG_FILE, self._config))
+
+    def _check_same_output(self) -> None:
+        if (self.output / REPORT_FILE).is_file():
+            differing = changes(self.output / CONFIG_FILE, self._config)
+            raise ConfigError(
+                f"--resume: the configuration differs from that of {self.output}: "
+                f"{describe(differing)}; set overwrite: true or name another folder"
             )
 
-    def discard_if_empty(self) -> None:
-        """After a failure: remove the folder unless it holds something worth resuming."""
+    def _check_ours(self) -> None:
+        """Raise a ConfigError where the working folder would be inside somebody else's."""
+        if not self.path.exists() or (self.path / CONFIG_FILE).is_file():
+            return
+        if not self.path.is_dir() or {p.name for p in self.path.iterdir()} - {_LOCK_FILE}:
+            raise ConfigError(
+                f"output_dir: {self.path} is in the way and is no interrupted run; remove it"
+            )
+
+    def _has_progress(self) -> bool:
+        """Whether a run could go on from what is there."""
+        return bool(self._results() or _markers(self.path))
+
+    def _results(self) -> list[Path]:
+        return sorted(self.path.glob("seed-*/*.json"))
+
+    def _begin(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK_FILE:
+                path.unlink()
+        write_text(self.path / CONFIG_FILE, dump_config(self._config))
+
+    def _take_up(self, *, resume: bool) -> None:
+        if not resume:
+            raise ConfigError(
+                f"output_dir: {self.path} holds an interrupted run; continue it with --resume, or "
+                "remove it to start again"
+            )
+        differing = changes(self.path / CONFIG_FILE, self._config)
+        if differing and not is_longer(differing):
+            raise ConfigError(
+                f"--resume: the configuration differs from that of {self.path}: "
+                f"{describe(differing)}"
+            )
+        _check_processes(self.path)
+        if differing:  # what has ended goes on from its last checkpoint
+            for seed in self.path.glob("seed-*"):
+                shutil.rmtree(seed)
+            write_text(self.path / CONFIG_FILE, dump_config(self._config))
+        for folder in (self.path / CHECKPOINTS).rglob("checkpoint-*"):
+            if folder.is_dir() and not (folder / MARKER).is_file():  # half of one
+                shutil.rmtree(folder)
+
+    def _take_checkpoints_of_output(self) -> None:
+        if not _markers(self.output):
+            raise ConfigError(
+                f"--resume: {self.output} keeps no checkpoint to go on from (training.save_strategy"
+                "); without --resume and with overwrite: true all steps are trained again"
+            )
+        _check_processes(self.output)
+        shutil.copytree(
+            self.output / CHECKPOINTS, self.path / CHECKPOINTS, copy_function=_link_or_copy
+        )
+
+    def leave(self) -> str | None:
+        """After a failure: let go, and remove the folder unless it holds something.
+
+        Returns:
+            How to go on, where there is something to go on from.
+        """
+        hint = None
+        if self._has_progress():
+            newest = max(_markers(self.path), key=lambda path: path.stat().st_mtime, default=None)
+            whole = f" ({newest.parent.relative_to(self.path)} is whole)" if newest else ""
+            hint = f"what is done stays in {self.path}{whole}; --resume goes on from there"
+        self._lock.release()
         files = [path for path in self.path.rglob("*") if path.is_file()]
-        if files == [self.path / CONFIG_FILE]:
+        if not {path.name for path in files} - {CONFIG_FILE}:
             shutil.rmtree(self.path)
+        return hint
 
     def finish(self) -> Path:
-        """Put the folder in its place, instead of an older one, and return that place."""
+        """Put the folder in its place, instead of an older one, and return that place.
+
+        Raises:
+            ConfigError: another process took the folder or the place; what is done stays.
+        """
+        if not self._lock.holds():
+            raise ConfigError(f"output_dir: another process replaced {self.path} in the meantime")
+        try:
+            check_output(self.output, self._replaces)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; the finished run is in {self.path}") from None
+        sync_tree(self.path)
         replace_folder(self.path, self.output)
+        self._lock.release(self.output / _LOCK_FILE)
         return self.output
+
+
+def _markers(folder: Path) -> list[Path]:
+    return sorted((folder / CHECKPOINTS).rglob(f"checkpoint-*/{MARKER}"))
+
+
+def _check_processes(folder: Path) -> None:
+    now = int(os.environ.get("WORLD_SIZE", "1"))
+    written = {
+        (sealed_facts(path.parent) or {}).get("world_size", now) for path in _markers(folder)
+    }
+    if written - {now}:
+        raise ConfigError(
+            f"--resume: expected as many processes as wrote the checkpoints in {folder}, "
+            f"{', '.join(map(str, sorted(written)))}, got {now}"
+        )
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Checkpoints are never changed, only removed, so that two folders may share their files."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return shutil.copy2(source, target)
+    return target

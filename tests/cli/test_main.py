@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from modxfer_fast import __version__
@@ -101,13 +102,22 @@ def test_wrong_usage(argv, capsys):
     assert "usage: modxfer" in capsys.readouterr().err
 
 
+def refused_by_torch():
+    """What torch raises on a full disk."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.save(torch.zeros(100_000), "/dev/full")
+    return caught.value
+
+
 def test_a_full_disk_is_no_fault_of_the_program(tmp_path, capsys, monkeypatch):
     from safetensors import SafetensorError
 
     for error in (
         OSError(28, "No space left on device"),
         SafetensorError("I/O error: No space left on device (os error 28)"),
+        refused_by_torch(),
     ):
+        error.add_note("checkpoint-4 is whole")
 
         def run(args, error=error):
             raise error
@@ -115,7 +125,8 @@ def test_a_full_disk_is_no_fault_of_the_program(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(doctor, "run", run)
         assert main(["doctor"]) == 2
         assert "cannot write" in (message := capsys.readouterr().err)
-        assert "No space left on device" in message
+        assert str(error) in message
+        assert message.endswith("\n  checkpoint-4 is whole\n")
     monkeypatch.setattr(doctor, "run", lambda args: (tmp_path / "absent").read_text())
     assert main(["doctor"]) == 1  # any other failure of a file is
 

@@ -134,22 +134,20 @@ def test_what_is_in_the_cache_needs_no_weights(write, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["changed", "absent"])
-def test_a_damaged_stage_is_named(write, capsys, damage):
+def test_a_damaged_stage_is_named_and_made_again(write, capsys, damage):
     path, out = write(scratch=False, student={"training": {"max_steps": 4}})
     job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
     file = job.module / task_models.ADAPTER / "adapter_model.safetensors"
+    content = file.read_bytes()
     if damage == "changed":
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content)
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         file.unlink()
-    message = refused(capsys, path)
-    assert str(job.module) in message
-    assert "adapter/adapter_model.safetensors; delete the folder" in message
-    assert not out.exists()
-    shutil.rmtree(job.module)
     run(path)
+    told = "".join(capsys.readouterr().out.split())  # a long path is broken anywhere
+    assert f"{job.module}isdamaged(adapter/adapter_model.safetensors);itismadeagain" in told
+    assert file.read_bytes() == content
+    assert out.exists()
 
 
 def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch, capsys):

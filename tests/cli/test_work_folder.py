@@ -1,9 +1,14 @@
 """The output folder appears whole, replaces only what it may, and an interrupted run is kept."""
 
+import json
+import os
+import shutil
+
 import pytest
 
 from modxfer_fast.cli.work_folder import WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.files import damaged_files, seal
 
 
 def folder_of(tmp_path, **changes):
@@ -50,29 +55,172 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
-def test_an_interrupted_run_is_not_lost(tmp_path):
-    folder_of(tmp_path).open(resume=False)
+def checkpoint(folder, step, *, processes=1, run="seed-0/student"):
+    """A whole checkpoint of a run below a working or finished folder."""
+    path = folder / "checkpoints" / run / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_text(f"weights of step {step}")
+    seal(path, {"world_size": processes})
+    return path
+
+
+def interrupted(tmp_path, **changes):
+    """A working folder with a checkpoint that its process has left."""
+    folder = folder_of(tmp_path, **changes)
+    folder.open(resume=False)
+    checkpoint(folder.path, 4)
+    assert "checkpoints/seed-0/student/checkpoint-4 is whole" in folder.leave()
+    return folder.path
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_run_is_not_lost(tmp_path, overwrite):
+    kept = interrupted(tmp_path, overwrite=overwrite)
     with pytest.raises(ConfigError, match="holds an interrupted run; continue it with --resume"):
-        folder_of(tmp_path).open(resume=False)
-    folder_of(tmp_path).open(resume=True)
+        folder_of(tmp_path, overwrite=overwrite).open(resume=False)
+    assert (kept / "checkpoints/seed-0/student/checkpoint-4/model.safetensors").is_file()
+    folder_of(tmp_path, overwrite=overwrite).open(resume=True)
+
+
+def test_a_run_that_did_nothing_is_no_obstacle(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    half = folder.path / "checkpoints" / "seed-0" / "student" / "checkpoint-2"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").touch()
+    assert folder.leave() is None
+    again = folder_of(tmp_path, training={"max_steps": 3})
+    again.open(resume=False)
+    assert not half.exists()
+
+
+def test_resume_starts_where_nothing_is(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=True)
+    assert (folder.path / "config.yaml").is_file()
 
 
 def test_resume_needs_a_run_of_the_same_configuration(tmp_path):
-    with pytest.raises(ConfigError, match=r"--resume: expected an interrupted run at .*found none"):
-        folder_of(tmp_path).open(resume=True)
-    folder_of(tmp_path).open(resume=False)
-    with pytest.raises(ConfigError, match=r"--resume: the configuration differs.*max_steps: 3"):
+    kept = interrupted(tmp_path)
+    with pytest.raises(ConfigError, match=r"--resume: the configuration differs.*max_steps: 3 ins"):
         folder_of(tmp_path, training={"max_steps": 3}).open(resume=True)
+    # where the result may go says nothing about the run
+    folder_of(tmp_path, overwrite=True).open(resume=True)
+    assert (kept / "checkpoints/seed-0/student/checkpoint-4").is_dir()
+
+
+def test_resume_removes_half_checkpoints(tmp_path):
+    kept = interrupted(tmp_path)
+    half = kept / "checkpoints" / "seed-0" / "student" / "checkpoint-8"
+    half.mkdir()
+    (half / "optimizer.pt").touch()
+    folder_of(tmp_path).open(resume=True)
+    assert not half.exists()
+    assert (half.parent / "checkpoint-4").is_dir()
+
+
+def test_resume_needs_as_many_processes(tmp_path, monkeypatch):
+    interrupted(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"--resume: expected as many processes.*, 1, got 2"):
+        folder_of(tmp_path).open(resume=True)
+
+
+def test_an_interrupted_run_may_become_longer(tmp_path):
+    kept = interrupted(tmp_path, training={"max_steps": 8})
+    (kept / "seed-0").mkdir()
+    (kept / "seed-0" / "ce_only.json").write_text("{}")
+    longer = folder_of(tmp_path, training={"max_steps": 12})
+    longer.open(resume=True)
+    assert not (kept / "seed-0").exists()  # ends at 12 steps as well
+    assert (kept / "checkpoints/seed-0/student/checkpoint-4").is_dir()
+    longer.leave()
+    with pytest.raises(ConfigError, match="max_steps: 8 instead of 12"):
+        folder_of(tmp_path, training={"max_steps": 8}).open(resume=True)
+
+
+def done(tmp_path, steps, **changes):
+    """A finished run with a checkpoint of its last step."""
+    folder = folder_of(tmp_path, training={"max_steps": steps}, **changes)
+    folder.open(resume=False)
+    checkpoint(folder.path, steps)
+    (folder.path / "report.json").write_text(json.dumps({"steps": steps}))
+    folder.finish()
+
+
+def test_a_finished_run_is_told_and_goes_on_to_more_steps_only(tmp_path):
+    done(tmp_path, 8)
+    assert folder_of(tmp_path, training={"max_steps": 8}).finished_report() == {"steps": 8}
+    for other in ({"max_steps": 4}, {"max_steps": 12, "learning_rate": 1.0}):
+        folder = folder_of(tmp_path, training=other)
+        assert folder.finished_report() is None
+        with pytest.raises(ConfigError, match=r"the configuration differs from that of .*out: "):
+            folder.open(resume=True)
+    folder = folder_of(tmp_path, training={"max_steps": 12})
+    assert folder.finished_report() is None
+    folder.open(resume=True)
+    taken = folder.path / "checkpoints" / "seed-0" / "student" / "checkpoint-8"
+    assert not damaged_files(taken)
+    assert (tmp_path / "out" / "report.json").read_text() == '{"steps": 8}'
+    checkpoint(folder.path, 12)
+    (folder.path / "report.json").write_text('{"steps": 12}')
+    folder.finish()
+    assert (tmp_path / "out" / "report.json").read_text() == '{"steps": 12}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_finished_run_without_checkpoints_cannot_go_on(tmp_path):
+    done(tmp_path, 8)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(ConfigError, match="keeps no checkpoint to go on from"):
+        folder_of(tmp_path, training={"max_steps": 12}).open(resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_use_names_the_process_and_stays(tmp_path, resume):
+    folder = folder_of(tmp_path, overwrite=True)
+    folder.open(resume=False)
+    checkpoint(folder.path, 4)
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*; wait for its"):
+        folder_of(tmp_path, overwrite=True).open(resume=resume)
+    (folder.path / "report.json").write_text("{}")
+    folder.finish()
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+
+def test_a_result_that_appeared_in_the_meantime_stays(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    (folder.path / "report.json").write_text("new")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("other")
+    with pytest.raises(ConfigError, match=r"out exists.*; the finished run is in .*out\.partial"):
+        folder.finish()
+    assert (tmp_path / "out" / "report.json").read_text() == "other"
+    assert (folder.path / "report.json").read_text() == "new"
+
+
+def test_a_folder_that_was_taken_away_is_not_finished(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    shutil.rmtree(folder.path)
+    again = folder_of(tmp_path)
+    again.open(resume=False)
+    (folder.path / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"another process replaced .*out\.partial"):
+        folder.finish()
+    again.finish()
 
 
 def test_nothing_stays_after_an_early_failure(tmp_path):
     folder = folder_of(tmp_path)
     folder.open(resume=False)
     (folder.path / "checkpoints" / "empty").mkdir(parents=True)
-    folder.discard_if_empty()
+    assert folder.leave() is None
     assert list(tmp_path.iterdir()) == []
     folder.open(resume=False)
     (folder.path / "checkpoints").mkdir()
     (folder.path / "checkpoints" / "weights").touch()
-    folder.discard_if_empty()
+    folder.leave()
     assert folder.path.exists()

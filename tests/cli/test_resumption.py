@@ -1,0 +1,213 @@
+"""`modxfer distill --resume`: stopped anywhere, a job ends as if it never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from modxfer_fast.cli.main import main
+from modxfer_fast.engine import DistillTrainer
+from modxfer_fast.report import ConsoleCallback
+from tests.cli.conftest import job_file, merged
+
+SHORT = {"compare": {"ce_only": False, "loss_rows": None}}
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture
+def write(tmp_path, write_job):
+    """Writes a job of one run."""
+    return lambda **changes: write_job(tmp_path, **merged(SHORT, changes))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, write_job, shared):
+    """The output of the job when nothing stops it."""
+    os.environ["MODXFER_CACHE"] = str(shared / "cache")
+    path, out = write_job(tmp_path_factory.mktemp("whole"), **SHORT)
+    assert main(["distill", str(path)]) == 0
+    return out
+
+
+def assert_as_whole(out, whole):
+    weights, expected = (
+        load_file(f / "seed-0" / "student" / "model.safetensors") for f in (out, whole)
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    runs = [json.loads((f / "report.json").read_text())["runs"][0]["student"] for f in (out, whole)]
+    last, train_loss = (
+        [[e[key] for e in run["history"] if key in e][-1] for run in runs]
+        for key in ("loss", "train_loss")
+    )
+    assert last[0] == last[1]
+    assert train_loss[0] == pytest.approx(train_loss[1], rel=1e-6)
+    assert runs[0]["eval_perplexity"] == runs[1]["eval_perplexity"]
+
+
+def told(text):
+    """Printed text without the breaks of its lines."""
+    return " ".join(text.split())
+
+
+def at_step(step, act):
+    """A callback's `on_step_end` that acts in the student's run."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith("student") and state.global_step == step:
+            act()
+
+    return on_step_end
+
+
+def test_sigterm_writes_a_checkpoint_and_resume_goes_on(write, whole, monkeypatch, capsys):
+    path, out = write()
+    with monkeypatch.context() as patch:
+        stop = at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(ConsoleCallback, "on_step_end", stop)
+        before = signal.getsignal(signal.SIGTERM)
+        assert main(["distill", str(path), "--resume"]) == 143  # nothing was there: it started
+        assert signal.getsignal(signal.SIGTERM) == before
+    message = capsys.readouterr().err
+    assert message.startswith("modxfer: terminated\n")
+    assert "(checkpoints/seed-0/student/checkpoint-7 is whole); --resume goes on" in message
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert_as_whole(out, whole)
+    capsys.readouterr()
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert told(capsys.readouterr().out) == told(f"finished already: {out}")
+
+
+def test_interrupt_says_how_to_go_on(write, monkeypatch, capsys):
+    path, out = write()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConsoleCallback, "on_step_end", at_step(7, interrupt))
+    assert main(["distill", str(path)]) == 130
+    message = capsys.readouterr().err
+    assert message.startswith("modxfer: interrupted\n")
+    assert f"{out}.partial (checkpoints/seed-0/student/checkpoint-5 is whole)" in message
+
+
+def test_a_run_stopped_after_its_last_step_trains_no_further(write, whole, monkeypatch):
+    path, out = write()
+    with monkeypatch.context() as patch:
+        save = DistillTrainer.save_model
+
+        def stopped(self, output_dir=None, _internal_call=False):
+            if not _internal_call and self.args.output_dir.endswith("student"):
+                raise KeyboardInterrupt
+            save(self, output_dir, _internal_call)
+
+        patch.setattr(DistillTrainer, "save_model", stopped)
+        assert main(["distill", str(path)]) == 130
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert_as_whole(out, whole)
+    checkpoints = out / "checkpoints" / "seed-0" / "student"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_a_damaged_checkpoint_is_told_and_passed_over(write, whole, monkeypatch, capsys):
+    path, out = write()
+    with monkeypatch.context() as patch:
+        stop = at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(ConsoleCallback, "on_step_end", stop)
+        assert main(["distill", str(path)]) == 143
+    file = out.with_name("out.partial") / "checkpoints/seed-0/student/checkpoint-7/optimizer.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert "checkpoint-7 is damaged (optimizer.pt)" in told(capsys.readouterr().out)
+    assert_as_whole(out, whole)
+
+
+def test_a_finished_run_goes_on_to_more_steps(write):
+    path, out = write()
+    assert main(["distill", str(path)]) == 0
+    assert main(["distill", str(path), "--resume", "--set", "training.max_steps=14"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["config"]["training"]["max_steps"] == 14
+    steps = [e["step"] for e in report["runs"][0]["student"]["history"] if "loss" in e]
+    assert steps == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_a_damaged_model_in_the_cache_is_made_again(write, whole, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
+    path, out = write()
+    assert main(["distill", str(path)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    for role, model in (("teacher", report["teacher"]), ("student", report["runs"][0]["start"])):
+        file = tmp_path / "cache" / "models" / os.path.basename(model["path"]) / "model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if role == "teacher" else b"")
+    capsys.readouterr()
+    assert main(["distill", str(path), "--set", "overwrite=true"]) == 0
+    assert told(capsys.readouterr().out).count("damaged (model.safetensors); it is made again") == 2
+    assert_as_whole(out, whole)
+
+
+def test_an_adapter_needs_no_cache(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
+    path, out = write(student={"peft": LORA}, training={"max_steps": 5})
+    assert main(["distill", str(path)]) == 0
+    (tmp_path / "cache").rename(tmp_path / "emptied")
+    ids = torch.arange(5)[None]
+    in_place = AutoPeftModelForCausalLM.from_pretrained(out / "seed-0" / "student")(ids).logits
+    moved = tmp_path / "elsewhere"
+    out.rename(moved)
+    base = AutoModelForCausalLM.from_pretrained(moved / "seed-0" / "student_base")
+    before = base(ids).logits
+    model = PeftModel.from_pretrained(base, moved / "seed-0" / "student")
+    assert torch.equal(model(ids).logits, in_place)
+    assert not torch.equal(before, in_place)
+
+
+def test_a_process_ends_after_its_launcher():
+    rank = (
+        "import time; from modxfer_fast.cli.ranks import end_with_launcher;"
+        "end_with_launcher(); print('ready', flush=True); time.sleep(100)"
+    )
+    launcher = (
+        "import subprocess, sys;"
+        f"subprocess.Popen([sys.executable, '-c', {rank!r}], start_new_session=True).wait()"
+    )
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, env=environment, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    assert process.stdout.read() == ""  # the end of the pipe: the rank has closed it too
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_finished_job_on_a_task_stays(tmp_path, capsys, monkeypatch):
+    from modxfer_fast.cli import task_distill
+    from modxfer_fast.config import dump_config
+    from modxfer_fast.config.task_distillation import load_distill
+
+    task = {"kind": "ner", "files": {"train": "train.conllu"}, "labels": ["O", "B-LOC", "I-LOC"]}
+    base = {
+        "kind": "task",
+        "task": task,
+        "teacher": {"path": "teacher", "training": {"max_steps": 2}},
+        "student": {"path": "student"},
+        "training": {"max_steps": 2},
+    }
+    path, out = job_file(tmp_path, base, {})
+    out.mkdir()
+    (out / "report.json").write_text('{"seconds": 1}')
+    (out / "config.yaml").write_text(dump_config(load_distill(path)))
+    monkeypatch.setattr(task_distill, "TaskDistillJob", lambda *a: pytest.fail("it began"))
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert main(["distill", str(path)]) == 2
