@@ -1,11 +1,12 @@
 // Kernels of a LoRA linear. Included once per instruction set after vec.h, by each_isa.h.
 //
-//   draw_mask   Philox4x32-7, a draw in each 64-bit lane
+//   draw_mask   Philox4x32-7, a draw in each 64-bit lane; what columns share is made once a block
 //   shrink      lanes along the width: kShrinkRows x kShrinkRanks dot products in registers
 //   expand      lanes along the width: kExpandRows x kExpandVectors results in registers
 //   outer       lanes along the width: one vector of x against kOuterRanks sums in registers
 //
-// A mask is applied to a vector as it is loaded, or as it is stored: no masked copy exists.
+// A mask is applied to a vector as it is loaded, or as it is stored. Of x only the rows of a tile
+// of shrink exist masked, in the first cache.
 
 #if MODXFER_VECTOR_BYTES == 64  // 32 registers
 constexpr int kShrinkRows = 6, kShrinkRanks = 4;
@@ -22,6 +23,8 @@ constexpr int kPrefetchVectors = 4;
 
 // Panels that stay in the second cache while several rows pass over them.
 constexpr int64_t kPanelBlockBytes = 256 * 1024;
+// At most so many columns of them: kShrinkRows rows of these stay in the first cache.
+constexpr int64_t kBlockColumns = 1024;
 
 typedef unsigned long long vw __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
 typedef unsigned short vh __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
@@ -60,7 +63,8 @@ template <class Body>
 MODXFER_INLINE void for_each_panel_block(int64_t R, int64_t W, const Body& body) {
   const int64_t panel_bytes = R * kLanes * static_cast<int64_t>(sizeof(float));
   const int64_t panels = kPanelBlockBytes / panel_bytes;
-  const int64_t block = (panels < 4 ? 4 : panels) * kLanes;
+  const int64_t columns = (panels < 4 ? 4 : panels) * kLanes;
+  const int64_t block = columns < kBlockColumns ? columns : kBlockColumns;
   for (int64_t i = 0; i < W; i += block) body(i, i + block < W ? i + block : W);
 }
 
@@ -111,28 +115,65 @@ MODXFER_INLINE vw multiply_low(vw x, unsigned factor) {
 }
 
 constexpr int kDraws = kLanes / 2;  // a lane of 64 bits each
+typedef unsigned char vd __attribute__((vector_size(kDraws)));
 
-// Bytes of a mask, one a lane: those of the draws from `first` on. The upper halves of the lanes
-// hold what is left of products and are never read.
-MODXFER_INLINE vw draw(const DropoutKey& key, unsigned row, unsigned first) {
-  constexpr unsigned long long kLane[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-  vw c0, c1 = vw{} + row, c2 = {}, c3 = vw{} + key.target;
-  __builtin_memcpy(&c0, kLane, sizeof(c0));
-  c0 += first;
-  unsigned k0 = static_cast<unsigned>(key.seed), k1 = static_cast<unsigned>(key.seed >> 32);
+// Round keys, each in every lane. The upper halves of lanes hold what is left of products, here as
+// in every other word of a draw, and are never read.
+struct RoundKeys {
+  vw low[7], high[7];
+};
+
+MODXFER_INLINE RoundKeys round_keys(uint64_t seed) {
+  RoundKeys keys;
+  unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
   for (int round = 0; round < 7; ++round) {
-    const vw product_0 = multiply_low(c0, 0xD2511F53u), product_2 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = (product_2 >> 32) ^ c1 ^ k0;
-    c1 = product_2;
-    c2 = (product_0 >> 32) ^ c3 ^ k1;
-    c3 = product_0;
+    keys.low[round] = vw{} + k0;
+    keys.high[round] = vw{} + k1;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
+  }
+  return keys;
+}
+
+constexpr unsigned kPhilox0 = 0xD2511F53u, kPhilox2 = 0xCD9E8D57u;
+
+// What the draws of some columns share in all rows: words 0 and 1 after two rounds, and what the
+// third makes of word 0. A counter is {column, row, 0, target}: until then a word depends on the
+// column or on the row alone, but for word 2, which is the exclusive or of one of each.
+struct ColumnDraws {
+  vw word_1, word_2, product_0;
+};
+
+MODXFER_INLINE ColumnDraws column_draws(const RoundKeys& keys, unsigned target, unsigned first) {
+  constexpr unsigned long long kLane[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  vw column;
+  __builtin_memcpy(&column, kLane, sizeof(column));
+  const vw product = multiply_low(column + first, kPhilox0);
+  const vw word_1 = multiply_low(
+      (product >> 32) ^ static_cast<unsigned long long>(target) ^ keys.high[0], kPhilox2);
+  const vw word_0 = (word_1 >> 32) ^ keys.low[1];
+  return {word_1, product ^ keys.high[1], multiply_low(word_0, kPhilox0)};
+}
+
+// Bytes of a mask, one a lane, of a row that its first key leaves as `row_word`. Halves up to
+// `largest_dropped` are dropped.
+MODXFER_INLINE vw draw(const RoundKeys& keys, const ColumnDraws& columns, unsigned row_word,
+                       unsigned short largest_dropped) {
+  const unsigned long long row_product = static_cast<unsigned long long>(row_word) * kPhilox0;
+  const vw product_2 = multiply_low(columns.word_2 ^ (row_product >> 32), kPhilox2);
+  vw c0 = (product_2 >> 32) ^ columns.word_1 ^ keys.low[2], c1 = product_2;
+  vw c2 = (columns.product_0 >> 32) ^ row_product ^ keys.high[2], c3 = columns.product_0;
+  for (int round = 3; round < 7; ++round) {
+    const vw product_0 = multiply_low(c0, kPhilox0), product_2 = multiply_low(c2, kPhilox2);
+    c0 = (product_2 >> 32) ^ c1 ^ keys.low[round];
+    c1 = product_2;
+    c2 = (product_0 >> 32) ^ c3 ^ keys.high[round];
+    c3 = product_0;
   }
   // halves 0 to 3 of a draw side by side in its lane, and 4 to 7; then the bit of each
   const vh halves_low = (vh)((c0 & 0xffffffffULL) | (c1 << 32));
   const vh halves_high = (vh)((c2 & 0xffffffffULL) | (c3 << 32));
-  const vh limit = vh{} + static_cast<unsigned short>(key.threshold - 1);
+  const vh limit = vh{} + largest_dropped;
   const vw bits_low = vw{} + 0x0008000400020001ULL, bits_high = vw{} + 0x0080004000200010ULL;
   vw bits = ((vw)(halves_low > limit) & bits_low) | ((vw)(halves_high > limit) & bits_high);
   bits |= bits >> 32;
@@ -143,13 +184,16 @@ MODXFER_INLINE vw draw(const DropoutKey& key, unsigned row, unsigned first) {
 void draw_mask(const DropoutKey& key, int64_t first_row, int64_t rows, int64_t num_words,
                uint32_t* words, int64_t stride) {
   const int64_t num_bytes = 4 * num_words;
-  for (int64_t row = 0; row < rows; ++row) {
-    auto* target = reinterpret_cast<unsigned char*>(words + row * stride);
-    for (int64_t byte = 0; byte < num_bytes; byte += kDraws) {
-      const vw drawn = draw(key, static_cast<unsigned>(first_row + row), byte);
-      unsigned char bytes[kDraws];
-      for (int i = 0; i < kDraws; ++i) bytes[i] = static_cast<unsigned char>(drawn[i]);
-      __builtin_memcpy(target + byte, bytes, num_bytes - byte < kDraws ? 4 : kDraws);
+  const RoundKeys keys = round_keys(key.seed);
+  const unsigned row_key = static_cast<unsigned>(key.seed);
+  const auto limit = static_cast<unsigned short>(key.threshold - 1);
+  for (int64_t byte = 0; byte < num_bytes; byte += kDraws) {
+    const ColumnDraws columns = column_draws(keys, key.target, static_cast<unsigned>(byte));
+    for (int64_t row = 0; row < rows; ++row) {
+      const vd bytes = __builtin_convertvector(
+          draw(keys, columns, static_cast<unsigned>(first_row + row) ^ row_key, limit), vd);
+      auto* target = reinterpret_cast<unsigned char*>(words + row * stride) + byte;
+      __builtin_memcpy(target, &bytes, num_bytes - byte < kDraws ? 4 : kDraws);
     }
   }
 }
@@ -186,10 +230,21 @@ void shrink_as(const Matrix& x, const Mask& mask, int64_t rows, int64_t K, const
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t r = 0; r < R; ++r) s[row * s_stride + r] = 0.0f;
   }
+  // every pass over the ranks reads what the mask left; making that costs as much as a few ranks
+  alignas(64) float kept[kMasked ? kShrinkRows : 1][kMasked ? kBlockColumns : 1];
   for_each_panel_block(R, K, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     in_steps<kShrinkRows>(0, rows, [&](auto m_size, int64_t row) __attribute__((always_inline)) {
+      constexpr int kM = decltype(m_size)::value;
+      if constexpr (kMasked) {
+        for (int m = 0; m < kM; ++m) {
+          for_each_vector(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+            prefetch(x.data + (row + m + kM) * x.stride + i);
+            store(kept[m] + (i - begin), load_kept<true>(x, mask, row + m, i, n));
+          });
+        }
+      }
       in_steps<kShrinkRanks>(0, R, [&](auto r_size, int64_t rank) __attribute__((always_inline)) {
-        constexpr int kM = decltype(m_size)::value, kR = decltype(r_size)::value;
+        constexpr int kR = decltype(r_size)::value;
         vf sums[kM][kR] = {};
         for_each_vector(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
           const float* a = a_panels + i * R + rank * kLanes;
@@ -197,8 +252,13 @@ void shrink_as(const Matrix& x, const Mask& mask, int64_t rows, int64_t K, const
           unrolled<kR>([&](int r)
                            __attribute__((always_inline)) { weights[r] = load(a + r * kLanes); });
           unrolled<kM>([&](int m) __attribute__((always_inline)) {
-            if (rank == 0) prefetch(x.data + (row + m + kM) * x.stride + i);
-            const vf values = load_kept<kMasked>(x, mask, row + m, i, n);
+            vf values;
+            if constexpr (kMasked) {
+              values = load(kept[m] + (i - begin));
+            } else {
+              if (rank == 0) prefetch(x.data + (row + m + kM) * x.stride + i);
+              values = load_or_zero(x.data + (row + m) * x.stride + i, n);
+            }
             unrolled<kR>([&](int r)
                              __attribute__((always_inline)) { sums[m][r] += values * weights[r]; });
           });
