@@ -7,12 +7,68 @@
 Same dtype everywhere: one `mm`. Half precision on a GPU: `mm` with fp32 output, tensor cores on
 half inputs. Half precision on a CPU: there is no such `mm`, and a bf16 result would lose the
 difference of two close distributions, so tiles of the weight are widened to fp32 as they are used.
+
+Every product is summed in fp32 and rounded once, to the dtype of its output; on a GPU that takes
+`fp32_sums` around it.
 """
 
+import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+
+_lock = threading.Lock()
+_inside = 0  # blocks of `fp32_sums` that are entered
+_allowed: tuple = ()  # what was set before the first of them
+
+
+@contextlib.contextmanager
+def fp32_sums(operand: Tensor) -> Iterator[None]:
+    """Inside, cuBLAS rounds no part of a sum to half precision; nothing changes off a GPU.
+
+    By default it may split a long sum, such as that over the vocabulary, and round the parts to the
+    dtype of the output before it adds them. The setting is the process's: meanwhile the products of
+    other threads are summed in fp32 too.
+    """
+    if not operand.is_cuda:
+        yield
+        return
+    global _inside, _allowed
+    with _lock:
+        if _inside == 0:
+            _allowed = _reduced_precision()
+            _set_reduced_precision(*((False, split) for _, split in _allowed))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _set_reduced_precision(*_allowed)
+
+
+def _reduced_precision() -> tuple[tuple[bool, bool], tuple[bool, bool]]:
+    """(reduced-precision sums, split sums) allowed for fp16 and for bf16."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        (
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_fp16_reduced_precision_reduction_split_k,
+        ),
+        (
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction_split_k,
+        ),
+    )
+
+
+def _set_reduced_precision(fp16: tuple[bool, bool], bf16: tuple[bool, bool]) -> None:
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = fp16
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16
 
 
 def is_widened(weight: Tensor, out_dtype: torch.dtype) -> bool:
@@ -35,7 +91,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ti
 
 
 def dhidden(dlogits: Tensor, weight: Tensor, out: Tensor, tile: int) -> None:
-    """out [M, D] = dlogits [M, V] @ weight [V, D], accumulated in fp32, rounded once."""
+    """out [M, D] = dlogits [M, V] @ weight [V, D]."""
     if weight.dtype == dlogits.dtype:
         torch.mm(dlogits, weight, out=out)
         return

@@ -1,7 +1,17 @@
-"""Rows that count, taken out before a GEMM and put back behind it."""
+"""Rows that count, taken out before a GEMM and put back behind it.
+
+A CPU counts them, and a GPU is told their number (`num_valid`). A GPU that is not runs every row:
+it would have to wait for the count, and a product cannot be made shorter without it. Rows that do
+not count then have no weight and states of 0, because 0 * NaN would reach a parameter's gradient.
+"""
 
 import torch
 from torch import Tensor
+
+
+def runs_ignored_rows(valid: Tensor | None, num_valid: int | None) -> bool:
+    """Whether rows that do not count are run beside the others; arguments as of `kept_rows`."""
+    return valid is not None and num_valid is None and valid.is_cuda
 
 
 def kept_rows(valid: Tensor | None, num_valid: int | None) -> Tensor | None:
@@ -9,10 +19,9 @@ def kept_rows(valid: Tensor | None, num_valid: int | None) -> Tensor | None:
 
     Args:
         valid: [N] bool, None when every row counts.
-        num_valid: how many are True, where the caller knows it on the host. On a GPU it would have
-            to be waited for, and without it all rows are run.
+        num_valid: how many are True, where the caller knows it on the host.
     """
-    if valid is None or (num_valid is None and valid.is_cuda):
+    if valid is None or runs_ignored_rows(valid, num_valid):
         return None
     if num_valid is not None:
         if num_valid == valid.shape[0]:

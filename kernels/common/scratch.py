@@ -10,6 +10,10 @@ from torch import Tensor
 # the caching allocator keeps such memory; here one buffer waits for the next call.
 _spare: list[Tensor] = []
 
+# Elements at whose multiples rows begin: those of an odd vocabulary (50257) would be 4-byte aligned,
+# and kernels that load vectors, cuBLAS's foremost, would be passed over.
+_PITCH = 64
+
 
 def release_workspace() -> None:
     """Frees the buffer that a CPU keeps between two calls of a streamed loss."""
@@ -35,7 +39,16 @@ def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[Te
 def logits_buffers(
     rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two uninitialised [rows, vocab_size] buffers; not to be kept after the block."""
-    with scratch(2 * rows * vocab_size, dtype, device) as buffer:
-        student, teacher = buffer.view(2, rows, vocab_size)
+    """Two uninitialised [rows, vocab_size] buffers with rows `pitch(vocab_size)` apart.
+
+    Not to be kept after the block.
+    """
+    width = pitch(vocab_size)
+    with scratch(2 * rows * width, dtype, device) as buffer:
+        student, teacher = buffer.view(2, rows, width)[:, :, :vocab_size]
         yield student, teacher
+
+
+def pitch(vocab_size: int) -> int:
+    """Elements from one row of `logits_buffers` to the next."""
+    return -(-vocab_size // _PITCH) * _PITCH

@@ -7,8 +7,8 @@
         dweight += dz^T h_s,  dbias += sum(dz)              one fp32 accumulator, rounded once
 
 Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. Rows that
-are ignored are packed away before the first GEMM. The chunk comes from a budget in bytes
-(workspace.py).
+are ignored are packed away before the first GEMM where their number is known (packing.py). The
+chunk comes from a budget in bytes (workspace.py).
 """
 
 from types import ModuleType
@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..common import KDSpec, gemm, saved_dtype, valid_rows
+from ..common import KDSpec, gemm, packing, saved_dtype, valid_rows
 from ..common.packing import kept_rows, put, take
 from ..common.scratch import logits_buffers
 from .workspace import Plan
@@ -56,15 +56,17 @@ def stream(
     work_dtype = row_weights.dtype
     device = student_hidden.device
     need_grad = need_dhidden or need_dweight or need_dbias
-    kept = kept_rows(valid_rows(labels, ignore_index), num_valid)
+    valid = valid_rows(labels, ignore_index)
+    kept = kept_rows(valid, num_valid)
     count = n if kept is None else kept.shape[0]
+    is_blanked = need_dweight and packing.runs_ignored_rows(valid, num_valid)
 
     plan = Plan(
         count,
         student_weight,
         teacher_weight,
         work_dtype,
-        packed=kept is not None,
+        copies_rows=kept is not None or is_blanked,
         need_dweight=need_dweight,
         budget=workspace_bytes,
     )
@@ -86,39 +88,47 @@ def stream(
     if need_dbias:
         dbias = torch.zeros(vocab_size, device=device, dtype=work_dtype)
 
-    with logits_buffers(plan.chunk, vocab_size, work_dtype, device) as (z_s, z_t):
-        for start in range(0, count, plan.chunk):
-            span = slice(start, min(start + plan.chunk, count))
-            index = None if kept is None else kept[span]
-            h_s, h_t = take(student_hidden, span, index), take(teacher_hidden, span, index)
-            chunk_labels = None if labels is None else take(labels, span, index)
-            chunk_weights = take(row_weights, span, index)
-            logits_s, logits_t = z_s[: h_s.shape[0]], z_t[: h_s.shape[0]]
-            gemm.project(h_s, student_weight, student_bias, logits_s, plan.tile)
-            gemm.project(h_t, teacher_weight, teacher_bias, logits_t, plan.tile)
+    def run(span: slice, z_s: Tensor, z_t: Tensor) -> None:  # its rows are freed before the next's
+        index = None if kept is None else kept[span]
+        h_s, h_t = take(student_hidden, span, index), take(teacher_hidden, span, index)
+        if is_blanked:
+            h_s = h_s.masked_fill(~valid[span, None], 0.0)
+        chunk_labels = None if labels is None else take(labels, span, index)
+        chunk_weights = take(row_weights, span, index)
+        logits_s, logits_t = z_s[: h_s.shape[0]], z_t[: h_s.shape[0]]
+        gemm.project(h_s, student_weight, student_bias, logits_s, plan.tile)
+        gemm.project(h_t, teacher_weight, teacher_bias, logits_t, plan.tile)
 
-            if not need_grad:
-                kd_rows, ce_rows, _ = rows.kd_loss_fwd(logits_s, logits_t, chunk_labels, spec)
-                put(kd, span, index, kd_rows)
-                put(ce, span, index, ce_rows)
-                continue
-
-            dlogits = _dlogits_buffer(logits_s, student_weight)
-            kd_rows, ce_rows = rows.kd_loss_fwd_bwd(
-                logits_s, logits_t, chunk_labels, chunk_weights, spec, dlogits
-            )
+        if not need_grad:
+            kd_rows, ce_rows, _ = rows.kd_loss_fwd(logits_s, logits_t, chunk_labels, spec)
             put(kd, span, index, kd_rows)
             put(ce, span, index, ce_rows)
-            if need_dhidden and index is None:
-                gemm.dhidden(dlogits, student_weight, dhidden[span], plan.tile)
-            elif need_dhidden:
-                packed = torch.empty_like(h_s)
-                gemm.dhidden(dlogits, student_weight, packed, plan.tile)
-                dhidden.index_copy_(0, index, packed)
-            if need_dweight:
-                gemm.dweight(dlogits, h_s, dweight, accumulate=start > 0)
-            if need_dbias:
-                dbias += dlogits.sum(0, dtype=work_dtype)
+            return
+
+        dlogits = _dlogits_buffer(logits_s, student_weight)
+        kd_rows, ce_rows = rows.kd_loss_fwd_bwd(
+            logits_s, logits_t, chunk_labels, chunk_weights, spec, dlogits
+        )
+        put(kd, span, index, kd_rows)
+        put(ce, span, index, ce_rows)
+        if need_dhidden and index is None:
+            gemm.dhidden(dlogits, student_weight, dhidden[span], plan.tile)
+        elif need_dhidden:
+            packed = torch.empty_like(h_s)
+            gemm.dhidden(dlogits, student_weight, packed, plan.tile)
+            dhidden.index_copy_(0, index, packed)
+        if need_dweight:
+            gemm.dweight(dlogits, h_s, dweight, accumulate=span.start > 0)
+        if need_dbias:
+            dbias.add_(dlogits.sum(0, dtype=work_dtype))
+
+    with (
+        logits_buffers(plan.chunk, vocab_size, work_dtype, device) as buffers,
+        gemm.fp32_sums(student_hidden),
+    ):
+        for start in range(0, count, plan.chunk):
+            run(slice(start, min(start + plan.chunk, count)), *buffers)
+    del buffers  # a gradient that is rounded takes their place
 
     if need_dweight:
         dweight = dweight.to(dweight_dtype)

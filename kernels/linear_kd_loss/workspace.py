@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common import gemm
+from ..common.scratch import pitch
 
 MIN_ROWS = 16
 _WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-precision heads
@@ -30,7 +31,7 @@ class Plan:
         teacher_weight: Tensor,
         work_dtype: torch.dtype,
         *,
-        packed: bool,
+        copies_rows: bool,
         need_dweight: bool,
         budget: int,
     ):
@@ -38,8 +39,8 @@ class Plan:
         size = work_dtype.itemsize
         vocab_size, d_s = student_weight.shape
         d_t = teacher_weight.shape[1]
-        row_bytes = 2 * size * vocab_size
-        if packed:  # gathered hidden states of the chunk, and dhidden before it is scattered
+        row_bytes = 2 * size * pitch(vocab_size)
+        if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
             row_bytes += 2 * d_s * student_weight.itemsize + d_t * teacher_weight.itemsize
         self.tile = vocab_size
         widened = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common import KDSpec
-from ..common.scratch import logits_buffers
+from ..common.scratch import scratch
 
 MIN_ROWS = 16  # GEMMs of fewer rows degenerate, and the budget is exceeded instead
 # A CPU gains when both blocks of logits stay in its cache between the GEMMs and the row kernel.
@@ -158,7 +158,9 @@ def stream(
     db = torch.zeros_like(student_b, memory_format=torch.contiguous_format) if need_db else None
     plan = _Plan.of(student_a, teacher_a, args, roles=2 + need_da + need_db)
     pairs = plan.sequences * plan.heads
-    with logits_buffers(pairs * plan.rows, seq, args.dtype, student_a.device) as buffers:
+    size = pairs * plan.rows * seq
+    with scratch(2 * size, args.dtype, student_a.device) as buffer:
+        buffers = buffer.view(2, size).unbind()
         for b in range(0, batch, plan.sequences):
             sequences = slice(b, min(b + plan.sequences, batch))
             for h in range(0, args.num_heads, plan.heads):
@@ -235,7 +237,7 @@ def _operand_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 def _logits(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
     """a [P, M, d] b [P, S, d]^T / sqrt(d), laid out in the first P M S elements of the buffer."""
     shape = (a.shape[0], a.shape[1], b.shape[1])
-    out = buffer.view(-1)[: math.prod(shape)].view(shape)
+    out = buffer[: math.prod(shape)].view(shape)
     _product(out, a, b.mT, beta=0.0, alpha=1.0 / math.sqrt(a.shape[-1]))
     return out
 

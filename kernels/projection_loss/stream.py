@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..common import gemm
+from ..common import gemm, packing
 from ..common.packing import kept_rows, put, take
 from ..common.scratch import scratch
 from .spec import ProjectionSpec
@@ -101,6 +101,18 @@ class ProjectionBlock:
         if not self._factors:
             rows = (row_major(hidden), row_major(teacher))
             return self._rows(*rows, row_weights, self._spec, dhidden)
+        with gemm.fp32_sums(hidden):
+            return self._run(hidden, teacher, row_weights, z, dhidden, u)
+
+    def _run(
+        self,
+        hidden: Tensor,
+        teacher: Tensor,
+        row_weights: Tensor,
+        z: Tensor | None,
+        dhidden: Tensor | None,
+        u: Tensor | None,
+    ) -> Tensor:
         m = hidden.shape[0]
         outer, *inner = self._factors
         if z is None:
@@ -258,8 +270,7 @@ def stream(
 
     kept = kept_rows(mask, num_valid)
     count = n if kept is None else kept.shape[0]
-    # rows that a GPU cannot pack away are run with weight 0, and 0 * NaN must not reach dP
-    is_blanked = mask is not None and mask.is_cuda and num_valid is None
+    is_blanked = packing.runs_ignored_rows(mask, num_valid)
     plan = Plan(
         count,
         student_hidden,
