@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 _lock = threading.Lock()
 _inside = 0  # blocks of `fp32_sums` that are entered
 _allowed: tuple = ()  # what was set before the first of them

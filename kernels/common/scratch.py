@@ -10,8 +10,8 @@ from torch import Tensor
 # the caching allocator keeps such memory; here one buffer waits for the next call.
 _spare: list[Tensor] = []
 
-# Elements at whose multiples rows begin: those of an odd vocabulary (50257) would be 4-byte aligned,
-# and kernels that load vectors, cuBLAS's foremost, would be passed over.
+# Rows begin at multiples of so many elements. Those of an odd vocabulary (50257) would be aligned
+# to 4 bytes, and cuBLAS would pass over its kernels that load vectors.
 _PITCH = 64
 
 

@@ -187,17 +187,19 @@ def test_fp32_sums_of_several_threads_end_as_they_began():
 
     thread = threading.Thread(target=other)
     try:
-        with pytest.raises(KeyError), gemm.fp32_sums(OnGPU.make(1)):
+        with gemm.fp32_sums(OnGPU.make(1)):
             assert gemm._reduced_precision() == ((False, True), (False, False))
             thread.start()
             assert inside.wait(30)
-            raise KeyError
         assert not matmul.allow_bf16_reduced_precision_reduction  # the other thread is inside
         leave.set()
         thread.join(30)
         assert gemm._reduced_precision() == chosen
         with gemm.fp32_sums(torch.empty(1)):
             assert gemm._reduced_precision() == chosen
+        with pytest.raises(KeyError, match="chunk"), gemm.fp32_sums(OnGPU.make(1)):
+            raise KeyError("chunk")
+        assert gemm._reduced_precision() == chosen
     finally:
         leave.set()
         gemm._set_reduced_precision(*before)
