@@ -25,8 +25,8 @@ _OUTPUTS = ("loss", "dlogits")
 
 def lineup(case: Case) -> Lineup:
     student, teacher = logits_inputs(case.shape, case.dtype, case.device)
-    beta = case.options["beta"]
-    spec = KDSpec.checked(case.variant, beta, 1.0, 1.0, 0.0, False)
+    divergence = divergence_columns(case)
+    spec = KDSpec.checked(case.variant, divergence.get("beta"), 1.0, 1.0, 0.0, False)
     compiled = torch.compile(dense_kd_loss, dynamic=False)
 
     def candidate(name: str, function, **options) -> Candidate:
@@ -35,13 +35,13 @@ def lineup(case: Case) -> Lineup:
         return Candidate(name, step, _OUTPUTS, COPY)
 
     candidates = [
-        candidate(f"ours {backend}", kd_loss, divergence=case.variant, beta=beta, backend=backend)
+        candidate(f"ours {backend}", kd_loss, **divergence, backend=backend)
         for backend in our_backends("kd_loss", case.device, case.dtype)
     ]
     dense = {"eager": dense_kd_loss, "torch.compile": compiled}
     candidates += [candidate(name, dense[name], **dense_divergence(case)) for name in dense]
     truth = lambda: logits_truth(student, teacher, spec)
-    problem = {"N": case.shape.N, "V": case.shape.V, **divergence_columns(case)}
+    problem = {"N": case.shape.N, "V": case.shape.V, **divergence}
     return Lineup(problem, candidates, floors(student, teacher), truth)
 
 

@@ -29,7 +29,8 @@ _OUTPUTS = ("loss", "dhidden", "dweight")
 
 def lineup(case: Case) -> Lineup:
     inputs = linear_inputs(case.shape, case.dtype, case.device)
-    spec = KDSpec.checked(case.variant, case.options["beta"], 1.0, 1.0, 0.0, False)
+    divergence = divergence_columns(case)
+    spec = KDSpec.checked(case.variant, divergence.get("beta"), 1.0, 1.0, 0.0, False)
     candidates = [
         *_ours(case, inputs),
         _eager(case, inputs),
@@ -37,7 +38,7 @@ def lineup(case: Case) -> Lineup:
         _liger(case, inputs),
         _trl(case, inputs),
     ]
-    problem = dataclasses.asdict(case.shape) | divergence_columns(case)
+    problem = dataclasses.asdict(case.shape) | divergence
     return Lineup(problem, candidates, floors(inputs), lambda: linear_truth(inputs, spec))
 
 
@@ -84,7 +85,7 @@ def _ours(case: Case, inputs: LinearInputs) -> list[Candidate]:
     for backend in our_backends("linear_kd_loss", case.device, case.dtype):
 
         def loss(h_s, w_s, h_t, w_t, backend=backend):
-            return linear_kd_loss(h_s, w_s, h_t, w_t, **_divergence(case), backend=backend)
+            return linear_kd_loss(h_s, w_s, h_t, w_t, **divergence_columns(case), backend=backend)
 
         for suffix, frozen in (("", False), (", frozen head", True)):
             candidates.append(_candidate(case, inputs, f"ours {backend}{suffix}", loss, frozen))
@@ -108,7 +109,7 @@ def _liger(case: Case, inputs: LinearInputs) -> Candidate:
     if jsd_class is not None:
         # no hard loss: only the divergence is compared; all else is Liger's default
         jsd = jsd_class(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta_of(**_divergence(case))
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta_of(**divergence_columns(case))
         )
         labels = torch.zeros(case.shape.N, dtype=torch.int64, device=case.device)
         loss = lambda *tensors: jsd(*tensors, labels)
@@ -120,17 +121,13 @@ def _trl(case: Case, inputs: LinearInputs) -> Candidate:
     function, why_not = trl_chunked_divergence()
     loss = None
     if function is not None:
-        beta = beta_of(**_divergence(case))
+        beta = beta_of(**divergence_columns(case))
 
         def loss(h_s, w_s, h_t, w_t):
             divergence, _ = function.apply(h_s, w_s, None, h_t, w_t, None, beta)
             return divergence.mean()
 
     return _candidate(case, inputs, label("trl", "trl chunked"), loss, why_not=why_not)
-
-
-def _divergence(case: Case) -> dict[str, str | float]:
-    return {"divergence": case.variant, "beta": case.options["beta"]}
 
 
 def _candidate(

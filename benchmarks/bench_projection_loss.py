@@ -160,7 +160,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
 
 def _truth(inputs: Inputs, loss: str) -> dict[str, Tensor]:
     """Mean loss and gradients in fp64, by autograd through the definition."""
-    spec = ProjectionSpec.checked(loss, beta=1.0, norm="none", norm_eps=1e-6)
+    spec = ProjectionSpec.checked(loss, beta=None, norm="none", norm_eps=1e-6)
     student = inputs.student.double().requires_grad_()
     projection = inputs.projection.double().requires_grad_()
     teacher = inputs.teacher.double()

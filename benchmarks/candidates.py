@@ -67,7 +67,8 @@ def forward_backward(
 
 def dense_divergence(case: Case) -> dict[str, str | float]:
     """Arguments of the dense losses: the JSD has its ends, where its formula has log 0, as KLs."""
-    spec = KDSpec.checked(case.variant, case.options["beta"], 1.0, 1.0, 0.0, False)
+    beta = divergence_columns(case).get("beta")
+    spec = KDSpec.checked(case.variant, beta, 1.0, 1.0, 0.0, False)
     return {"divergence": spec.divergence, "beta": spec.beta}
 
 

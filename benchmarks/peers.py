@@ -13,7 +13,7 @@ from .environment import version
 _BETA_OF_KL = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
-def beta_of(divergence: str, beta: float) -> float:
+def beta_of(divergence: str, beta: float = 0.5) -> float:
     """The one argument by which Liger and TRL choose among the three divergences."""
     return _BETA_OF_KL.get(divergence, beta)
 

@@ -52,7 +52,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         name: "triton", "cpp", "reference", or None for the automatic choice.
     """
     global _selected
-    _check_name(name)
+    check_name(name)
     previous, _selected = _selected, name
     try:
         yield
@@ -85,7 +85,7 @@ def resolve(room: str, *tensors: torch.Tensor, backend: str | None = None) -> st
     device = tensors[0].device.type
     dtypes = tuple({tensor.dtype: None for tensor in tensors})
     asked = backend or _selected or env.backend()
-    _check_name(asked)
+    check_name(asked)
     candidates = (asked,) if asked else PREFERENCE.get(device, ("reference",))
     name, reasons = _choose(room, candidates, device, dtypes)
     if name is None:
@@ -147,7 +147,8 @@ def table() -> dict[str, dict[str, dict[str, bool | str]]]:
     }
 
 
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
+    """Raises ValueError for what is no name of a backend."""
     known = sorted({backend for backends in ROOMS.values() for backend in backends})
     if name is not None and name not in known:
         raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")

@@ -51,7 +51,10 @@ class Objective:
     scale_by_temperature_squared: bool = False
 
     def options(self) -> dict:
-        return dataclasses.asdict(self)
+        options = dataclasses.asdict(self)
+        if self.divergence != "jsd":
+            del options["beta"]
+        return options
 
     def spec(self) -> KDSpec:
         """Written out by hand: JSD's endpoints are the two KLs."""

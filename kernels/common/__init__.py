@@ -1,32 +1,47 @@
 from .autocast import cast_for_autocast, without_autocast
-from .backward import refuse_double_backward, saved_dtype, scaled
+from .backward import refuse_batched_gradients, refuse_double_backward, saved_dtype, scaled
 from .checks import (
+    check_constant,
     check_float,
     check_label_values,
     check_labels,
     check_num_valid,
     check_row_tensor,
     check_same_device,
+    check_tensor,
+    check_tensors,
     debug_check_finite,
 )
 from .kd_spec import DIVERGENCES, KDSpec
 from .reduction import check_reduction, combine_row_weights, denominator, valid_rows
+from .scalars import check_integer, check_number, check_workspace, is_finite, pack
+from .transforms import refuse_transforms
 
 __all__ = [
     "DIVERGENCES",
     "KDSpec",
     "cast_for_autocast",
+    "check_constant",
     "check_float",
+    "check_integer",
     "check_label_values",
     "check_labels",
     "check_num_valid",
+    "check_number",
     "check_reduction",
     "check_row_tensor",
     "check_same_device",
+    "check_tensor",
+    "check_tensors",
+    "check_workspace",
     "combine_row_weights",
     "debug_check_finite",
     "denominator",
+    "is_finite",
+    "pack",
+    "refuse_batched_gradients",
     "refuse_double_backward",
+    "refuse_transforms",
     "saved_dtype",
     "scaled",
     "valid_rows",

@@ -23,6 +23,16 @@ def saved_dtype(tensor: Tensor, hidden: Tensor, row_weights: Tensor) -> torch.dt
     return row_weights.dtype if is_parameter and hidden.dtype == torch.float16 else tensor.dtype
 
 
+def refuse_batched_gradients(op: str, *grads: Tensor | None) -> None:
+    """Raises RuntimeError inside torch.autograd.grad(..., is_grads_batched=True)."""
+    if any(grad is not None and _is_batched(grad) for grad in grads):
+        raise RuntimeError(f"{op}: expected one gradient a backward, got is_grads_batched=True")
+
+
+def _is_batched(grad: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def scaled(grad: Tensor, dloss: Tensor) -> Tensor:
     """grad * dloss, in place where nobody needs the old one: it may be as large as a head.
 
@@ -32,8 +42,9 @@ def scaled(grad: Tensor, dloss: Tensor) -> Tensor:
     if grad.dtype == torch.float16:
         # dloss may hold 1 / N, no fp16 number; with dimensions it is not cast to one
         dloss = dloss.reshape([1] * grad.dim())
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     # with retain_graph the saved gradient is needed again, and whoever receives it may change it
-    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    if is_traced or keeps_graph or _is_batched(dloss):
         return (grad * dloss).to(grad.dtype)
     if dloss.device.type == "cpu" and dloss.item() == 1.0:
         return grad

@@ -4,11 +4,38 @@ import torch
 from torch import Tensor
 
 from .. import env
+from .scalars import check_integer
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for what is no dense tensor; an nn.Linear is not its weight."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """`check_tensor` of all that are given."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(name, tensor)
+
+
+def check_constant(name: str, tensor: Tensor | None) -> None:
+    """Raises ValueError for a tensor that wants a gradient, which none of the ops computes."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires a gradient, which the op "
+            f"does not compute; pass {name}.detach()"
+        )
+
+
 def check_float(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
 
@@ -26,6 +53,8 @@ def check_row_tensor(
     """One value a row: `tensor` has the shape `rows` and lies where `like` lies."""
     if tensor is None:
         return
+    check_tensor(name, tensor)
+    check_constant(name, tensor)
     if tuple(tensor.shape) != tuple(rows):
         raise ValueError(
             f"{name}: expected shape {tuple(rows)}, the leading dimensions of {like_name}, "
@@ -34,13 +63,15 @@ def check_row_tensor(
     check_same_device(name, tensor, like_name, like)
 
 
-def check_labels(labels: Tensor | None, ce_weight: float) -> None:
+def check_labels(labels: Tensor | None, ce_weight: float, ignore_index: int) -> None:
+    check_integer("ignore_index", ignore_index)
     if labels is None:
         if ce_weight != 0.0:
             raise ValueError(
                 f"labels: expected a tensor because ce_weight is {ce_weight}, got None"
             )
         return
+    check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
 

@@ -1,7 +1,10 @@
 """What is computed, apart from where: the scalars that every KD row kernel takes."""
 
 import dataclasses
-import math
+
+from torch import Tensor
+
+from .scalars import check_number, is_finite, pack
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -29,7 +32,7 @@ class KDSpec:
     def checked(
         cls,
         divergence: str,
-        beta: float,
+        beta: float | None,
         temperature: float,
         kd_weight: float,
         ce_weight: float,
@@ -37,22 +40,45 @@ class KDSpec:
     ) -> "KDSpec":
         """Validates what a user passed. `jsd` at beta 0 and 1 becomes forward and reverse KL.
 
+        Args:
+            beta: None is 0.5. Given beside another divergence, which does not read it, it is an
+                error: libraries in which beta alone chooses the divergence would mean a JSD.
+
         Raises:
-            ValueError: naming the argument, what was expected and what came.
+            ValueError, TypeError: naming the argument, what was expected and what came.
         """
         if divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
             )
-        if not 0.0 <= beta <= 1.0:
-            raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-        if not (temperature > 0.0 and math.isfinite(temperature)):
+        if beta is None:
+            beta = 0.5
+        else:
+            check_number("beta", beta)
+            if not 0.0 <= beta <= 1.0:
+                raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+            if divergence != "jsd":
+                raise ValueError(
+                    "beta: expected it with divergence 'jsd' alone, which reads it, "
+                    f"got beta={beta} with divergence {divergence!r}"
+                )
+        check_number("temperature", temperature)
+        if not (temperature > 0.0 and is_finite(temperature)):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
-            if not math.isfinite(value):
+            check_number(name, value)
+            if not is_finite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value}")
         if divergence == "jsd" and beta in (0.0, 1.0):
             divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
         if scale_by_temperature_squared:
             kd_weight *= temperature**2
         return cls(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight))
+
+    def numbers(self) -> Tensor:
+        """What an op takes beside `divergence`; `from_numbers` reads it."""
+        return pack(self.beta, self.temperature, self.kd_weight, self.ce_weight)
+
+    @classmethod
+    def from_numbers(cls, divergence: str, numbers: Tensor) -> "KDSpec":
+        return cls(divergence, *numbers.tolist())

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from .. import env
+from .checks import check_constant
+from .scalars import as_tensor, check_number
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -54,8 +58,24 @@ def denominator(
             raise ValueError(
                 f"normalizer: expected one number, got a tensor of shape {tuple(normalizer.shape)}"
             )
+        check_constant("normalizer", normalizer)
+        if _is_readable(normalizer) and not normalizer >= 0:
+            raise ValueError(
+                f"normalizer: expected a number of at least 0, got {normalizer.item()}"
+            )
         value = normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
         return torch.where(value == 0, 1.0, value)
+    check_number("normalizer", normalizer)
     if not normalizer > 0:
         raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
-    return torch.full((), float(normalizer), device=like.device, dtype=dtype)
+    return as_tensor(normalizer, dtype, like.device)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a look at its value costs no wait, and it has one: it is not being traced."""
+    return (
+        (tensor.device.type == "cpu" or env.debug())
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )

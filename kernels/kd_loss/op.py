@@ -33,10 +33,11 @@ from ..common import (
     debug_check_finite,
     denominator,
     refuse_double_backward,
+    refuse_transforms,
     valid_rows,
 )
 
-_SPEC = "str divergence, float beta, float temperature, float kd_weight, float ce_weight"
+_SPEC = "Tensor numbers, str divergence"  # of a KDSpec
 
 torch.library.define(
     "modxfer::kd_loss_fwd",
@@ -56,7 +57,7 @@ def kd_loss(
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
+    beta: float | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -75,12 +76,15 @@ def kd_loss(
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL.
+        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL. None
+            is 0.5. To be given with "jsd" alone.
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
-        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator.
+        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
+            constant.
         normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
-            of tokens that count. Under gradient accumulation: the tokens of the whole step.
+            of tokens that count. Under gradient accumulation: the tokens of the whole step. A
+            tensor of 0, a step without tokens, divides by 1.
         reduction: "mean", "sum", or "none" (shape [...]).
         scale_by_temperature_squared: multiplies the divergence by temperature squared
             (Hinton et al. 2015). Off by default, as in TRL and Liger.
@@ -90,15 +94,19 @@ def kd_loss(
         fp32 scalar, or [...] for reduction="none" (fp64 for fp64 logits). 0 if no token counts.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. Label values
-            are checked on a CPU, on a GPU only under MODXFER_DEBUG=1.
+        ValueError, TypeError: naming the argument, what was expected and what came. Values of
+            labels and of a normalizer tensor are checked on a CPU, on a GPU only under
+            MODXFER_DEBUG=1.
+        RuntimeError: under torch.func's gradients or forward-mode differentiation.
         BackendError: the backend asked for cannot run these inputs.
     """
+    refuse_transforms("kd_loss", student_logits, teacher_logits)
     spec = KDSpec.checked(
         divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
     )
     check_reduction(reduction, normalizer)
-    _check(student_logits, teacher_logits, labels, token_weights, spec)
+    check_labels(labels, spec.ce_weight, ignore_index)
+    _check(student_logits, teacher_logits, labels, token_weights)
     backend = dispatch.resolve("kd_loss", student_logits, teacher_logits, backend=backend)
 
     lead, vocab_size = student_logits.shape[:-1], student_logits.shape[-1]
@@ -111,11 +119,8 @@ def kd_loss(
         student_logits,
         teacher_logits,
         labels,
+        spec.numbers(),
         spec.divergence,
-        spec.beta,
-        spec.temperature,
-        spec.kd_weight,
-        spec.ce_weight,
         ignore_index,
         backend,
     )
@@ -127,7 +132,7 @@ def kd_loss(
     return rows.sum() if divisor is None else rows.sum() / divisor
 
 
-def _check(student_logits, teacher_logits, labels, token_weights, spec) -> None:
+def _check(student_logits, teacher_logits, labels, token_weights) -> None:
     check_float("student_logits", student_logits)
     check_float("teacher_logits", teacher_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
@@ -141,7 +146,6 @@ def _check(student_logits, teacher_logits, labels, token_weights, spec) -> None:
         )
     check_same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
     rows = student_logits.shape[:-1]
-    check_labels(labels, spec.ce_weight)
     check_row_tensor("labels", labels, rows, "student_logits", student_logits)
     check_row_tensor("token_weights", token_weights, rows, "student_logits", student_logits)
 
@@ -150,21 +154,18 @@ def _fwd(
     student_logits,
     teacher_logits,
     labels,
+    numbers,
     divergence,
-    beta,
-    temperature,
-    kd_weight,
-    ce_weight,
     ignore_index,
     backend,
 ):
     check_label_values(labels, ignore_index, student_logits.shape[-1])
     debug_check_finite(student_logits=student_logits, teacher_logits=teacher_logits)
-    spec = KDSpec(divergence, beta, temperature, kd_weight, ce_weight)
+    spec = KDSpec.from_numbers(divergence, numbers)
     kd, ce, stats = dispatch.load("kd_loss", backend).kd_loss_fwd(
         _row_major(student_logits), _row_major(teacher_logits), labels, spec
     )
-    rows = kd_weight * kd + ce_weight * ce
+    rows = spec.kd_weight * kd + spec.ce_weight * ce
     if labels is not None:  # padding may hold anything, NaN included
         rows = rows.masked_fill(~valid_rows(labels, ignore_index), 0.0)
     return rows, stats
@@ -176,14 +177,11 @@ def _bwd(
     labels,
     drows,
     stats,
+    numbers,
     divergence,
-    beta,
-    temperature,
-    kd_weight,
-    ce_weight,
     backend,
 ):
-    spec = KDSpec(divergence, beta, temperature, kd_weight, ce_weight)
+    spec = KDSpec.from_numbers(divergence, numbers)
     dlogits = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
     dispatch.load("kd_loss", backend).kd_loss_bwd(
         _row_major(student_logits),
@@ -219,20 +217,19 @@ def _(student_logits, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    student_logits, teacher_logits, labels, *spec, ignore_index, ctx.backend = inputs
-    ctx.spec, ctx.ignore_index = spec, ignore_index
-    ctx.save_for_backward(student_logits, teacher_logits, labels, output[1])
+    *tensors, ctx.divergence, ctx.ignore_index, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, drows, *_):
     refuse_double_backward("kd_loss")
-    student_logits, teacher_logits, labels, stats = ctx.saved_tensors
+    student_logits, teacher_logits, labels, numbers, stats = ctx.saved_tensors
     if labels is not None:
         drows = drows.masked_fill(~valid_rows(labels, ctx.ignore_index), 0.0)
     dlogits = torch.ops.modxfer.kd_loss_bwd(
-        student_logits, teacher_logits, labels, drows, stats, *ctx.spec, ctx.backend
+        student_logits, teacher_logits, labels, drows, stats, numbers, ctx.divergence, ctx.backend
     )
-    return dlogits, *[None] * 9
+    return dlogits, *[None] * 6
 
 
 torch.library.register_autograd("modxfer::kd_loss_fwd", _backward, setup_context=_setup_context)

@@ -15,6 +15,7 @@ gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N 
 Limits: equal vocabularies; no gradient to the teacher; no double backward.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,13 @@ from ..common import (
     check_reduction,
     check_row_tensor,
     check_same_device,
+    check_tensors,
+    check_workspace,
     combine_row_weights,
     debug_check_finite,
     denominator,
     refuse_double_backward,
+    refuse_transforms,
     saved_dtype,
     scaled,
     valid_rows,
@@ -44,12 +48,13 @@ from ..common import (
 _INPUTS = (
     "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, "
     "Tensor? student_bias, Tensor? teacher_bias, Tensor? labels, Tensor row_weights, "
-    "str divergence, float beta, float temperature, float kd_weight, float ce_weight, "
+    "Tensor numbers, str divergence, "  # of a KDSpec
     "int ignore_index, SymInt? num_valid, int workspace_mb, str backend"
 )
 _DIFFERENTIABLE = (0, 1, 4)  # student_hidden, student_weight, student_bias
 _ROW_WEIGHTS = 7
-_NUM_INPUTS = 17
+_NUM_TENSORS = 9
+_NUM_INPUTS = 14
 
 torch.library.define(
     "modxfer::linear_kd_loss_fwd",
@@ -83,7 +88,7 @@ def linear_kd_loss(
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
+    beta: float | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -109,13 +114,16 @@ def linear_kd_loss(
         labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL.
+        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL. None
+            is 0.5. To be given with "jsd" alone.
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
         student_bias, teacher_bias: [V], dtypes of their weights.
-        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator.
+        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
+            constant.
         normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
-            of tokens that count. Under gradient accumulation: the tokens of the whole step.
+            of tokens that count. Under gradient accumulation: the tokens of the whole step. A
+            tensor of 0, a step without tokens, divides by 1.
         reduction: "mean", "sum", or "none" (shape [...]), whose backward recomputes the logits
             because each token brings a gradient of its own.
         scale_by_temperature_squared: multiplies the divergence by temperature squared
@@ -132,8 +140,10 @@ def linear_kd_loss(
         fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. Label values
-            and num_valid are checked on a CPU, on a GPU only under MODXFER_DEBUG=1.
+        ValueError, TypeError: naming the argument, what was expected and what came. Values of
+            labels, num_valid and a normalizer tensor are checked on a CPU, on a GPU only under
+            MODXFER_DEBUG=1.
+        RuntimeError: under torch.func's gradients or forward-mode differentiation.
         BackendError: the backend asked for cannot run these inputs.
 
     Under `torch.autocast` the student's hidden states and head are cast as `F.linear` would.
@@ -170,7 +180,7 @@ def linear_kd_loss_terms(
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
+    beta: float | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -186,6 +196,16 @@ def linear_kd_loss_terms(
     backend: str | None = None,
 ) -> KDTerms:
     """`linear_kd_loss` with its two parts beside it; same arguments and errors."""
+    tensors = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+    }
+    check_tensors(**tensors)
+    refuse_transforms("linear_kd_loss", *tensors.values())
     spec = KDSpec.checked(
         divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
     )
@@ -200,11 +220,10 @@ def linear_kd_loss_terms(
     _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight)
     lead = student_hidden.shape[:-1]
-    check_labels(labels, spec.ce_weight)
+    check_labels(labels, spec.ce_weight, ignore_index)
     check_row_tensor("labels", labels, lead, "student_hidden", student_hidden)
     check_row_tensor("token_weights", token_weights, lead, "student_hidden", student_hidden)
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+    check_workspace(workspace_mb)
     if num_valid is not None and labels is None:
         raise ValueError(f"num_valid: expected labels to count, got num_valid={num_valid} alone")
     backend = dispatch.resolve(
@@ -212,8 +231,9 @@ def linear_kd_loss_terms(
     )
 
     # the number of rows is spelt out: a teacher of no width (cross entropy alone) has no elements
-    student_hidden = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
-    teacher_hidden = teacher_hidden.reshape(lead.numel(), teacher_hidden.shape[-1])
+    rows = math.prod(lead)
+    student_hidden = student_hidden.reshape(rows, student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(rows, teacher_hidden.shape[-1])
     labels = None if labels is None else labels.reshape(-1)
     valid = valid_rows(labels, ignore_index)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
@@ -234,11 +254,8 @@ def linear_kd_loss_terms(
         teacher_bias,
         labels,
         weights,
+        spec.numbers(),
         spec.divergence,
-        spec.beta,
-        spec.temperature,
-        spec.kd_weight,
-        spec.ce_weight,
         ignore_index,
         num_valid,
         workspace_mb,
@@ -322,11 +339,8 @@ def _run(
     teacher_bias,
     labels,
     row_weights,
+    numbers,
     divergence,
-    beta,
-    temperature,
-    kd_weight,
-    ce_weight,
     ignore_index,
     num_valid,
     workspace_mb,
@@ -335,7 +349,7 @@ def _run(
     need_dweight,
     need_dbias,
 ):
-    spec = KDSpec(divergence, beta, temperature, kd_weight, ce_weight)
+    spec = KDSpec.from_numbers(divergence, numbers)
     check_label_values(labels, ignore_index, student_weight.shape[0])
     check_num_valid(num_valid, labels, ignore_index)
     debug_check_finite(
@@ -422,8 +436,8 @@ torch.library.register_autograd(
 
 
 def _rows_setup_context(ctx, inputs, output):
-    ctx.options = inputs[_ROW_WEIGHTS + 1 :]
-    ctx.save_for_backward(*inputs[: _ROW_WEIGHTS + 1])
+    ctx.options = inputs[_NUM_TENSORS:]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -433,11 +447,13 @@ def _rows_backward(ctx, drows, *_):
     grads = [None] * _NUM_INPUTS
     if drows is None:
         return tuple(grads)
-    *tensors, row_weights = ctx.saved_tensors
+    *tensors, row_weights, numbers = ctx.saved_tensors
     needs = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
     # a row without weight may bring any upstream gradient, inf * 0 included
     row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
-    outputs = torch.ops.modxfer.linear_kd_loss_fwd(*tensors, row_weights, *ctx.options, *needs)
+    outputs = torch.ops.modxfer.linear_kd_loss_fwd(
+        *tensors, row_weights, numbers, *ctx.options, *needs
+    )
     for position, grad, needed in zip(_DIFFERENTIABLE, outputs[3:], needs, strict=True):
         grads[position] = grad.to(tensors[position].dtype) if needed else None
     return tuple(grads)

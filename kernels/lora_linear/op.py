@@ -29,8 +29,13 @@ from .. import dispatch
 from ..common import (
     cast_for_autocast,
     check_float,
+    check_number,
     check_same_device,
+    check_tensor,
+    is_finite,
+    refuse_batched_gradients,
     refuse_double_backward,
+    refuse_transforms,
     without_autocast,
 )
 from .dropout import draw_seed, num_words
@@ -86,10 +91,12 @@ def lora_linear(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: under a transform of torch.func, or forward-mode differentiation.
         BackendError: the backend asked for cannot run these inputs.
 
     Whatever requires no gradient costs none: x of a first layer, frozen A (LoRA-FA), frozen B.
-    Under `torch.autocast` x, weight and bias are cast as `F.linear` would; adapters are not.
+    Under `torch.autocast` x, weight and bias are cast as `F.linear` would; adapters are not. Under
+    `torch.compile` another scaling or dropout is another graph.
     """
     target = LoraTarget(weight, lora_a, lora_b, scaling, bias, dropout)
     (y,) = _apply(x, (target,), ("",), seed, backend)
@@ -134,8 +141,10 @@ def prepare(
     Args:
         names: prefix of each target in messages.
     """
+    check_tensor("x", x)
     cast = []
-    for target in targets:
+    for name, target in zip(names, targets, strict=True):
+        _check_kinds(name, target)
         x, weight, bias = cast_for_autocast(x, target.weight, target.bias)
         cast.append(target._replace(weight=weight, bias=bias))
     check_float("x", x)
@@ -169,6 +178,8 @@ def _apply(
     seed: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
+    for target in targets:
+        refuse_transforms("lora_linear", x, *target[:3], target.bias, takes_vmap=False)
     x, cast, seed, backend = prepare(x, targets, names, seed, backend)
     lead = x.shape[:-1]
     options = _Options(
@@ -177,7 +188,7 @@ def _apply(
         [float(target.dropout) for target in cast],
     )
     ys = _LoraLinear.apply(
-        x.reshape(lead.numel(), x.shape[-1]),
+        x.reshape(math.prod(lead), x.shape[-1]),
         seed,
         options,
         *(target.weight for target in cast),
@@ -228,6 +239,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         refuse_double_backward("lora_linear")
+        refuse_batched_gradients("lora_linear", *dys)
         backend, scalings, dropouts = ctx.options
         x, s, bits, *tensors = ctx.saved_tensors
         weights, biases, lora_a, lora_b = _columns(tensors, len(scalings))
@@ -278,6 +290,16 @@ def _targets(weights, biases, lora_a, lora_b, scalings, dropouts) -> list[LoraTa
     return [LoraTarget(*target) for target in zip(*columns, strict=True)]
 
 
+def _check_kinds(name: str, target: LoraTarget) -> None:
+    """Tensors are tensors and numbers are numbers; in `_check_target` they have shapes."""
+    for field in ("weight", "lora_a", "lora_b", "bias"):
+        tensor = getattr(target, field)
+        if tensor is not None:
+            check_tensor(name + field, tensor)
+    check_number(f"{name}scaling", target.scaling)
+    check_number(f"{name}dropout", target.dropout)
+
+
 def _check_target(name: str, x: Tensor, target: LoraTarget) -> None:
     weight, lora_a, lora_b = target.weight, target.lora_a, target.lora_b
     if lora_a.dim() != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != x.shape[-1]:
@@ -323,7 +345,7 @@ def _check_target(name: str, x: Tensor, target: LoraTarget) -> None:
             check_same_device(f"{name}{label}", tensor, "x", x)
     if not 0.0 <= target.dropout <= 1.0:
         raise ValueError(f"{name}dropout: expected a number in [0, 1], got {target.dropout}")
-    if not math.isfinite(target.scaling):
+    if not is_finite(target.scaling):
         raise ValueError(f"{name}scaling: expected a finite number, got {target.scaling}")
 
 

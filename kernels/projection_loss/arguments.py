@@ -1,6 +1,7 @@
 """What a user passes to a loss of hidden states, checked and brought to what the ops take."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ..common import (
     check_reduction,
     check_row_tensor,
     check_same_device,
+    check_tensor,
+    check_workspace,
     combine_row_weights,
     denominator,
 )
@@ -67,8 +70,14 @@ def prepare(
         ValueError, TypeError, BackendError: as `projection_loss` documents.
     """
     check_reduction(reduction, normalizer)
+    check_tensor("student_hidden", student_hidden)
+    check_tensor("teacher_hidden", teacher_hidden)
     teacher_hidden = teacher_hidden.detach()
-    factors = _factors(projection)
+    factors = tensors_of(projection)
+    for index, factor in enumerate(factors):
+        check_tensor("projection" if len(factors) == 1 else f"projection[{index}]", factor)
+    if bias is not None:
+        check_tensor("bias", bias)
     if factors:
         student_hidden, factors, bias = _cast(student_hidden, factors, bias)
     _check(student_hidden, teacher_hidden, factors, bias)
@@ -77,16 +86,15 @@ def prepare(
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
     check_row_tensor("token_weights", token_weights, lead, "student_hidden", student_hidden)
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+    check_workspace(workspace_mb)
     if num_valid is not None and mask is None:
         raise ValueError(f"num_valid: expected a mask to count, got num_valid={num_valid} alone")
     backend = dispatch.resolve(
         "projection_loss", student_hidden, teacher_hidden, *factors, backend=backend
     )
 
-    student_hidden = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
-    teacher_hidden = teacher_hidden.reshape(lead.numel(), teacher_hidden.shape[-1])
+    student_hidden = student_hidden.reshape(math.prod(lead), student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(math.prod(lead), teacher_hidden.shape[-1])
     mask = None if mask is None else mask.reshape(-1)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     weights = combine_row_weights(mask, token_weights, student_hidden, dtype)
@@ -94,7 +102,7 @@ def prepare(
     if spec.loss == "relative":
         spec = dataclasses.replace(spec, loss="mse")
         energy = torch.ops.modxfer.projection_loss_energy(
-            teacher_hidden, weights, spec.norm, spec.norm_eps, backend
+            teacher_hidden, weights, spec.numbers(), spec.norm, backend
         )
         energy = energy / denominator("mean", None, mask, student_hidden, dtype)
         energy = torch.where(energy == 0, 1.0, energy)
@@ -112,10 +120,11 @@ def prepare(
     )
 
 
-def _factors(projection) -> tuple[Tensor, ...]:
+def tensors_of(projection: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+    """(), (P,) or (P_b, P_a)."""
     if projection is None:
         return ()
-    if isinstance(projection, Tensor):
+    if not isinstance(projection, (tuple, list)):
         return (projection,)
     if len(projection) != 2:
         raise ValueError(

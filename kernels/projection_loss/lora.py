@@ -28,7 +28,7 @@ one, 1.03 of the time with a full P, 1.05 without P; in chunks of 256, 1.15 and 
 Limits: those of both.
 """
 
-import dataclasses
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -36,24 +36,31 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..common import refuse_double_backward, scaled, without_autocast
+from ..common import (
+    check_tensor,
+    refuse_batched_gradients,
+    refuse_double_backward,
+    refuse_transforms,
+    scaled,
+    without_autocast,
+)
 from ..lora_linear import LoraTarget
 from ..lora_linear.dropout import num_words
 from ..lora_linear.op import prepare as prepare_linear
-from .arguments import prepare
+from .arguments import prepare, tensors_of
 from .op import run
 from .spec import ProjectionSpec
 
 _NUM_LINEAR = 6  # x, weight, bias, lora_a, lora_b, residual
 _NUM_DIFFERENTIABLE = _NUM_LINEAR + 3  # projection, projection_a, projection_bias
-_SCALING, _NUM_INPUTS = 13, 24
+_SCALING, _NUM_INPUTS = 13, 23
 
 torch.library.define(
     "modxfer::lora_projection_loss_fwd",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? residual, "
     "Tensor? projection, Tensor? projection_a, Tensor? projection_bias, Tensor teacher_hidden, "
     "Tensor? mask, Tensor row_weights, Tensor? seed, float scaling, float dropout, "
-    "str loss, float beta, str norm, float norm_eps, SymInt? num_valid, "
+    "Tensor numbers, str loss, str norm, SymInt? num_valid, "
     "int workspace_mb, str backend, bool need_dhidden, bool[] need_dprojection) "
     "-> (Tensor hidden, Tensor loss, Tensor s, Tensor bits, Tensor dhidden, "
     "Tensor dprojection, Tensor dprojection_a, Tensor dprojection_bias)",
@@ -76,7 +83,7 @@ def lora_projection_loss(
     residual: Tensor | None = None,
     projection_bias: Tensor | None = None,
     loss: str = "mse",
-    beta: float = 1.0,
+    beta: float | None = None,
     norm: str = "none",
     norm_eps: float = 1e-6,
     mask: Tensor | None = None,
@@ -113,21 +120,27 @@ def lora_projection_loss(
             "reduction: expected 'mean' or 'sum', got 'none'; per-token losses come from "
             "projection_loss"
         )
+    others = (teacher_hidden, residual, *tensors_of(projection), projection_bias)
+    refuse_transforms("lora_projection_loss", x, *target[:3], target.bias, *others)
     x, (target,), seed, linear_backend = prepare_linear(x, (target,), ("target.",), seed, backend)
     lead, width = x.shape[:-1], target.lora_b.shape[0]
     if residual is not None:
+        check_tensor("residual", residual)
         residual = residual.to(x.dtype) if residual.is_floating_point() else residual
         if tuple(residual.shape) != (*lead, width) or residual.dtype != x.dtype:
             raise ValueError(
                 f"residual: expected {x.dtype} of shape {(*lead, width)}, "
                 f"got {residual.dtype} of shape {tuple(residual.shape)}"
             )
-        residual = residual.reshape(lead.numel(), width)
+        residual = residual.reshape(math.prod(lead), width)
+    check_tensor("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != lead:
         raise ValueError(
             f"teacher_hidden: expected the leading dimensions of x, {tuple(lead)}, "
             f"got {tuple(teacher_hidden.shape[:-1])}"
         )
+    if projection_bias is not None:
+        check_tensor("projection_bias", projection_bias)
     if projection_bias is not None and projection_bias.shape != teacher_hidden.shape[-1:]:
         raise ValueError(
             f"projection_bias: expected shape {tuple(teacher_hidden.shape[-1:])}, "
@@ -150,7 +163,7 @@ def lora_projection_loss(
     # one backend runs both rooms; the automatic choices differ where a dtype is beyond one of them
     backend = linear_backend if linear_backend == arguments.backend else "reference"
     inputs = (
-        x.reshape(lead.numel(), x.shape[-1]),
+        x.reshape(math.prod(lead), x.shape[-1]),
         target.weight,
         target.bias,
         target.lora_a,
@@ -164,7 +177,9 @@ def lora_projection_loss(
         seed,
         float(target.scaling),
         float(target.dropout),
-        *dataclasses.astuple(arguments.spec),
+        arguments.spec.numbers(),
+        arguments.spec.loss,
+        arguments.spec.norm,
         num_valid,
         workspace_mb,
         backend,
@@ -195,10 +210,9 @@ def _fwd(
     seed,
     scaling,
     dropout,
+    numbers,
     loss,
-    beta,
     norm,
-    norm_eps,
     num_valid,
     workspace_mb,
     backend,
@@ -225,10 +239,9 @@ def _fwd(
         teacher_hidden,
         mask,
         row_weights,
+        numbers,
         loss,
-        beta,
         norm,
-        norm_eps,
         num_valid,
         workspace_mb,
         backend,
@@ -299,6 +312,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dhidden, dloss, *_):
     refuse_double_backward("lora_projection_loss")
+    refuse_batched_gradients("lora_projection_loss", dhidden, dloss)
     scaling, dropout, backend = ctx.options
     x, s, bits, weight, lora_a, lora_b, of_loss, *of_projection = ctx.saved_tensors
     needs = ctx.needs_input_grad

@@ -24,8 +24,6 @@ element: reads 2 N D b, writes N D b.
 Limits: no gradient to the teacher; no double backward.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -33,23 +31,25 @@ from .. import dispatch
 from ..common import (
     debug_check_finite,
     refuse_double_backward,
+    refuse_transforms,
     saved_dtype,
     scaled,
     without_autocast,
 )
 from ..env import debug
-from .arguments import prepare
+from .arguments import prepare, tensors_of
 from .spec import ProjectionSpec
 
 _INPUTS = (
     "Tensor student_hidden, Tensor? projection, Tensor? projection_a, Tensor? bias, "
     "Tensor teacher_hidden, Tensor? mask, Tensor row_weights, "
-    "str loss, float beta, str norm, float norm_eps, "
+    "Tensor numbers, str loss, str norm, "  # of a ProjectionSpec
     "SymInt? num_valid, int workspace_mb, str backend"
 )
 _NUM_DIFFERENTIABLE = 4  # student_hidden, projection, projection_a, bias
 _ROW_WEIGHTS = 6
-_NUM_INPUTS = 14
+_NUM_TENSORS = 8
+_NUM_INPUTS = 13
 
 torch.library.define(
     "modxfer::projection_loss_fwd",
@@ -60,7 +60,7 @@ torch.library.define(
 torch.library.define("modxfer::projection_loss_rows", f"({_INPUTS}) -> Tensor rows")
 torch.library.define(
     "modxfer::projection_loss_energy",
-    "(Tensor teacher_hidden, Tensor row_weights, str norm, float norm_eps, str backend) "
+    "(Tensor teacher_hidden, Tensor row_weights, Tensor numbers, str norm, str backend) "
     "-> Tensor energy",
 )
 
@@ -72,7 +72,7 @@ def projection_loss(
     *,
     bias: Tensor | None = None,
     loss: str = "mse",
-    beta: float = 1.0,
+    beta: float | None = None,
     norm: str = "none",
     norm_eps: float = 1e-6,
     mask: Tensor | None = None,
@@ -94,13 +94,15 @@ def projection_loss(
             (requires_grad=False) costs no GEMM.
         bias: [D_t], added to the projection; dtypes as for `projection`.
         loss: "mse", "normalized_mse", "cosine", "smooth_l1" or "relative".
-        beta: threshold of "smooth_l1"; 0 is the absolute value.
+        beta: threshold of "smooth_l1", to be given with it alone; 0 is the absolute value, None 1.
         norm: "none", "rms" or "layer", without an affine part, applied to both sides.
         norm_eps: added to the mean square or the variance.
         mask: [...] bool, True where a token counts. The others are packed away.
-        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator.
+        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
+            constant.
         normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
-            of tokens that count. Under gradient accumulation: the tokens of the whole step.
+            of tokens that count. Under gradient accumulation: the tokens of the whole step. A
+            tensor of 0, a step without tokens, divides by 1.
         reduction: "mean", "sum", or "none" (shape [...]), whose backward recomputes the projection
             because each token brings a gradient of its own.
         num_valid: number of True in `mask`, when the caller knows it on the host (a collator
@@ -118,14 +120,18 @@ def projection_loss(
     divides "relative" by 1.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. num_valid is
-            checked on a CPU, on a GPU only under MODXFER_DEBUG=1.
+        ValueError, TypeError: naming the argument, what was expected and what came. num_valid and
+            the value of a normalizer tensor are checked on a CPU, on a GPU only under
+            MODXFER_DEBUG=1.
+        RuntimeError: under torch.func's gradients or forward-mode differentiation.
         BackendError: the backend asked for cannot run these inputs.
 
     Under `torch.autocast` what is projected, and what projects it, is used in the dtype that
     `F.linear` would cast to; an fp32 projection keeps its fp32 gradient. Without a projection
     nothing is cast.
     """
+    tensors = (student_hidden, teacher_hidden, *tensors_of(projection), bias)
+    refuse_transforms("projection_loss", *tensors)
     spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
     arguments = prepare(
         student_hidden,
@@ -148,7 +154,9 @@ def projection_loss(
         arguments.teacher_hidden,
         arguments.mask,
         arguments.row_weights,
-        *dataclasses.astuple(arguments.spec),
+        arguments.spec.numbers(),
+        arguments.spec.loss,
+        arguments.spec.norm,
         num_valid,
         workspace_mb,
         arguments.backend,
@@ -190,10 +198,9 @@ def run(
     teacher_hidden,
     mask,
     row_weights,
+    numbers,
     loss,
-    beta,
     norm,
-    norm_eps,
     num_valid,
     workspace_mb,
     backend,
@@ -223,7 +230,7 @@ def run(
             bias,
             mask,
             row_weights,
-            ProjectionSpec(loss, beta, norm, norm_eps),
+            ProjectionSpec.from_numbers(loss, norm, numbers),
             num_valid=num_valid,
             workspace_bytes=workspace_mb * 2**20,
             need_dhidden=need_dhidden,
@@ -237,7 +244,7 @@ def run(
     return rows, *(empty(0) if grad is None else grad for grad in grads)
 
 
-def _energy(teacher_hidden, row_weights, norm, norm_eps, backend):
+def _energy(teacher_hidden, row_weights, numbers, norm, backend):
     """sum_n w_n mean_d norm(t_n)^2, the "mse" of a student that is 0."""
     zero = row_weights.new_zeros(1, teacher_hidden.shape[1]).expand(teacher_hidden.shape)
     rows = dispatch.load("projection_loss", backend).projection_loss_fwd(
@@ -247,7 +254,7 @@ def _energy(teacher_hidden, row_weights, norm, norm_eps, backend):
         None,
         None,
         row_weights,
-        ProjectionSpec("mse", 1.0, norm, norm_eps),
+        ProjectionSpec.from_numbers("mse", norm, numbers),
         num_valid=None,
         workspace_bytes=0,
         need_dhidden=False,
@@ -310,13 +317,13 @@ torch.library.register_autograd(
 
 
 def _rows_setup_context(ctx, inputs, output):
-    ctx.options = inputs[_ROW_WEIGHTS + 1 :]
-    ctx.save_for_backward(*inputs[: _ROW_WEIGHTS + 1])
+    ctx.options = inputs[_NUM_TENSORS:]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
 
 
 def _rows_backward(ctx, drows):
     refuse_double_backward("projection_loss")
-    *tensors, row_weights = ctx.saved_tensors
+    *tensors, row_weights, numbers = ctx.saved_tensors
     needs = ctx.needs_input_grad[:_NUM_DIFFERENTIABLE]
     # a row without weight may bring any upstream gradient, inf * 0 included
     row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
@@ -326,7 +333,9 @@ def _rows_backward(ctx, drows):
         top = row_weights.abs().amax() if len(row_weights) else row_weights.new_ones(())
         top = torch.where(top == 0, 1.0, top) / tensors[4].shape[1]
         row_weights = row_weights / top
-    _, *outputs = torch.ops.modxfer.projection_loss_fwd(*tensors, row_weights, *ctx.options, *needs)
+    _, *outputs = torch.ops.modxfer.projection_loss_fwd(
+        *tensors, row_weights, numbers, *ctx.options, *needs
+    )
     grads = [None] * _NUM_INPUTS
     for position, (grad, needed) in enumerate(zip(outputs, needs, strict=True)):
         if needed and top is not None:

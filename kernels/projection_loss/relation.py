@@ -29,13 +29,17 @@ from .. import dispatch
 from ..common import (
     cast_for_autocast,
     check_float,
+    check_integer,
     check_reduction,
     check_row_tensor,
     check_same_device,
+    check_tensors,
+    check_workspace,
     combine_row_weights,
     debug_check_finite,
     denominator,
     refuse_double_backward,
+    refuse_transforms,
     scaled,
     without_autocast,
 )
@@ -85,8 +89,10 @@ def relation_loss(
             and may hold anything, NaN included.
         causal: token i sees the tokens j <= i only, as in a decoder.
         token_weights: [B, T], multiplies each query's loss; does not enter the mean's denominator.
+            A constant.
         normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
-            of real tokens. Under gradient accumulation: the tokens of the whole step.
+            of real tokens. Under gradient accumulation: the tokens of the whole step. A tensor of
+            0, a step without tokens, divides by 1.
         reduction: "mean", "sum", or "none" (shape [B, T]), whose backward recomputes the logits
             because each token brings a gradient of its own. Heads are averaged in all of them.
         workspace_mb: MiB for the logits in flight and for what is copied of the heads they belong
@@ -98,10 +104,19 @@ def relation_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: under torch.func's gradients or forward-mode differentiation.
         BackendError: the backend asked for cannot run these inputs.
 
     Under `torch.autocast` the inputs are cast as `F.linear` would.
     """
+    sides = {
+        "student_a": student_a,
+        "student_b": student_b,
+        "teacher_a": teacher_a,
+        "teacher_b": teacher_b,
+    }
+    check_tensors(**sides)
+    refuse_transforms("relation_loss", *sides.values())
     check_reduction(reduction, normalizer)
     student_b = None if student_b is student_a else student_b
     teacher_b = None if teacher_b is teacher_a else teacher_b
@@ -110,12 +125,11 @@ def relation_loss(
         teacher_a.detach(), None if teacher_b is None else teacher_b.detach()
     )
     _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_weights)
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+    check_workspace(workspace_mb)
     backend = dispatch.resolve("kd_loss", student_a, teacher_a, backend=backend)
 
     rows = student_a.shape[:2]
-    tokens = student_a.detach()[..., 0].reshape(rows.numel())
+    tokens = student_a.detach()[..., 0].reshape(math.prod(rows))
     valid = None if mask is None else mask.reshape(-1)
     dtype = torch.promote_types(student_a.dtype, torch.float32)
     weights = combine_row_weights(valid, token_weights, tokens, dtype)
@@ -252,6 +266,7 @@ def _triple(name: str, tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_weights) -> None:
+    check_integer("num_heads", num_heads)
     if num_heads < 1:
         raise ValueError(f"num_heads: expected a positive number, got {num_heads}")
     for role, a, b in (("student", student_a, student_b), ("teacher", teacher_a, teacher_b)):

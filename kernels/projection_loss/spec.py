@@ -1,7 +1,10 @@
 """What a row of the loss is, apart from where it is computed."""
 
 import dataclasses
-import math
+
+from torch import Tensor
+
+from ..common import check_number, is_finite, pack
 
 LOSSES = ("mse", "normalized_mse", "cosine", "smooth_l1", "relative")
 ROW_LOSSES = LOSSES[:4]  # "relative" is "mse" divided by an energy of the batch
@@ -27,21 +30,43 @@ class ProjectionSpec:
     norm_eps: float = 1e-6
 
     @classmethod
-    def checked(cls, loss: str, beta: float, norm: str, norm_eps: float) -> "ProjectionSpec":
+    def checked(cls, loss: str, beta: float | None, norm: str, norm_eps: float) -> "ProjectionSpec":
         """Validates what a user passed.
 
+        Args:
+            beta: None is 1. Given beside a loss that does not read it, it is an error.
+
         Raises:
-            ValueError: naming the argument, what was expected and what came.
+            ValueError, TypeError: naming the argument, what was expected and what came.
         """
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
-        if not (beta >= 0.0 and math.isfinite(beta)):
-            raise ValueError(f"beta: expected a number of at least 0, got {beta}")
+        if beta is None:
+            beta = 1.0
+        else:
+            check_number("beta", beta)
+            if not (beta >= 0.0 and is_finite(beta)):
+                raise ValueError(f"beta: expected a number of at least 0, got {beta}")
+            if loss != "smooth_l1":
+                raise ValueError(
+                    "beta: expected it with loss 'smooth_l1' alone, which reads it, "
+                    f"got beta={beta} with loss {loss!r}"
+                )
         if norm not in NORMS:
             raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-        if not (norm_eps > 0.0 and math.isfinite(norm_eps)):
+        check_number("norm_eps", norm_eps)
+        if not (norm_eps > 0.0 and is_finite(norm_eps)):
             raise ValueError(f"norm_eps: expected a positive number, got {norm_eps}")
         return cls(loss, float(beta), norm, float(norm_eps))
+
+    def numbers(self) -> Tensor:
+        """What an op takes beside `loss` and `norm`; `from_numbers` reads it."""
+        return pack(self.beta, self.norm_eps)
+
+    @classmethod
+    def from_numbers(cls, loss: str, norm: str, numbers: Tensor) -> "ProjectionSpec":
+        beta, norm_eps = numbers.tolist()
+        return cls(loss, beta, norm, norm_eps)
 
     @property
     def is_direction(self) -> bool:

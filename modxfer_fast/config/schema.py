@@ -183,7 +183,7 @@ class HiddenStatesSection(Section):
 
     layers: Layers
     loss: Literal["mse", "normalized_mse", "cosine", "smooth_l1", "relative"] = "mse"
-    beta: Annotated[float, Field(ge=0)] = 1.0
+    beta: Annotated[float, Field(ge=0)] | None = None
     norm: Literal["none", "rms", "layer"] = "none"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     weight: LayerWeights = 1.0
@@ -204,6 +204,8 @@ class HiddenStatesSection(Section):
     def _consistent(self):
         if (self.projection == "low_rank") != (self.rank is not None):
             raise ValueError("rank: expected together with projection: low_rank, and only there")
+        if self.beta is not None and self.loss != "smooth_l1":
+            raise ValueError(f"beta: expected with loss: smooth_l1 alone, got it with {self.loss}")
         return self
 
 
@@ -233,7 +235,7 @@ class LossSection(Section):
     """
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beta: Annotated[float, Field(ge=0, le=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     kd_weight: Annotated[float, Field(ge=0)] = 1.0
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -243,6 +245,14 @@ class LossSection(Section):
     impl: Literal["fused", "dense"] = "fused"
     hidden_states: HiddenStatesSection | None = None
     relations: RelationsSection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.beta is not None and self.divergence != "jsd":
+            raise ValueError(
+                f"beta: expected with divergence: jsd alone, got it with {self.divergence}"
+            )
+        return self
 
     def of_logits(self) -> dict[str, Any]:
         """The arguments of `linear_kd_loss` alone."""

@@ -35,7 +35,10 @@ class DistillConfig(TrainingArguments):
         default="forward_kl",
         metadata={"help": "forward_kl = KL(teacher || student), reverse_kl, jsd."},
     )
-    beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in the JSD mixture."})
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the teacher in the mixture of jsd alone; 0.5 when not given."},
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Divides both rows of logits inside the divergence."}
     )

@@ -17,7 +17,7 @@ class HiddenStateOptions:
 
     layers: dict[int, int]
     loss: str = "mse"
-    beta: float = 1.0
+    beta: float | None = None
     norm: str = "none"
     norm_eps: float = 1e-6
     weight: float | dict[int, float] = 1.0

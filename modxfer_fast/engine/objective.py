@@ -24,7 +24,7 @@ class Objective:
     """
 
     divergence: str = "forward_kl"
-    beta: float = 0.5
+    beta: float | None = None
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0

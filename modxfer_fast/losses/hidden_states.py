@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.common import check_workspace
+from ..kernels.dispatch import check_name
 from ..kernels.projection_loss import projection_loss
 from ..kernels.projection_loss.reference import projection_loss_reference
 from ..kernels.projection_loss.spec import ProjectionSpec
@@ -110,7 +112,7 @@ class HiddenStateLoss(nn.Module):
         num_student_layers: int | None = None,
         num_teacher_layers: int | None = None,
         loss: str = "mse",
-        beta: float = 1.0,
+        beta: float | None = None,
         norm: str = "none",
         norm_eps: float = 1e-6,
         weight: float | Mapping[int, float] = 1.0,
@@ -137,8 +139,8 @@ class HiddenStateLoss(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         self.spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
-        if not workspace_mb > 0:
-            raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+        check_workspace(workspace_mb)
+        check_name(backend)
         if projection == "none":
             if student_width != teacher_width:
                 raise ValueError(
@@ -276,7 +278,7 @@ class HiddenStateLoss(nn.Module):
     ) -> Tensor:
         options = {
             "loss": loss,
-            "beta": self.spec.beta,
+            "beta": self.spec.beta if loss == "smooth_l1" else None,
             "norm": self.spec.norm,
             "norm_eps": self.spec.norm_eps,
             "mask": mask,
@@ -316,7 +318,7 @@ def _eager_loss(
     *,
     bias: Tensor | None = None,
     loss: str,
-    beta: float,
+    beta: float | None,
     norm: str,
     norm_eps: float,
     mask: Tensor | None,
@@ -324,7 +326,7 @@ def _eager_loss(
 ) -> Tensor:
     """`projection_loss` as one would write it: every state projected, whole, by autograd."""
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    spec = ProjectionSpec(loss, beta, norm, norm_eps)
+    spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
     cast = student_hidden.dtype
     if isinstance(projection, tuple):
         projection = tuple(factor.to(cast) for factor in projection)

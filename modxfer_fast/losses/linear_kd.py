@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import KDSpec
+from ..kernels.common import KDSpec, check_integer, check_reduction, check_workspace
+from ..kernels.dispatch import check_name
 from ..kernels.linear_kd_loss import linear_kd_loss
 
 
@@ -21,7 +22,7 @@ class LinearKDLoss(nn.Module):
         self,
         *,
         divergence: str = "forward_kl",
-        beta: float = 0.5,
+        beta: float | None = None,
         temperature: float = 1.0,
         kd_weight: float = 1.0,
         ce_weight: float = 0.0,
@@ -35,6 +36,10 @@ class LinearKDLoss(nn.Module):
         KDSpec.checked(
             divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
         )
+        check_integer("ignore_index", ignore_index)
+        check_reduction(reduction, None)
+        check_workspace(workspace_mb)
+        check_name(backend)
         self.options = {
             "divergence": divergence,
             "beta": beta,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..kernels.common import check_workspace
+from ..kernels.dispatch import check_name
 from ..kernels.projection_loss.relation import minilm_loss, minilmv2_loss
 from .hidden_states import PAIR_REDUCTIONS, HiddenTerms, weighted_terms
 from .layer_pairs import resolve_layers, resolve_weights
@@ -75,8 +77,8 @@ class AttentionRelationLoss(nn.Module):
                 "relation_weights: expected three numbers of at least 0, not all 0, "
                 f"got {relation_weights}"
             )
-        if not workspace_mb > 0:
-            raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
+        check_workspace(workspace_mb)
+        check_name(backend)
         self.kind = kind
         self.num_heads = num_heads
         self.relation_weights = tuple(map(float, relation_weights))

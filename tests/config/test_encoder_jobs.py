@@ -45,7 +45,10 @@ def test_causal_jobs_keep_their_defaults(load):
         ({"kind": "decoder"}, "kind: Input should be 'causal_lm' or 'encoder'"),
         ({"loss": {"kd_weight": 1.0, **JOB["loss"]}}, "loss.kd_weight: expected 0 or nothing with"),
         ({"loss": {"ce_weight": 0.5, **JOB["loss"]}}, "loss.ce_weight: expected 0 or nothing with"),
-        ({"loss": {"beta": 0.5}}, "loss.hidden_states: expected a section with kind: encoder"),
+        (
+            {"loss": {"temperature": 2.0}},
+            "loss.hidden_states: expected a section with kind: encoder",
+        ),
         (
             {"loss": {"hidden_states": {"layers": {1: 1}, "tokens": "labels"}}},
             "loss.hidden_states.tokens: expected all",

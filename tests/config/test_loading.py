@@ -79,6 +79,11 @@ def test_dump_reads_back_the_same(write):
         (changed(loss={"temperature": -1.0}), ["loss.temperature", "greater than 0", "-1.0"]),
         (changed(loss={"temperature": 0.0}), ["loss.temperature", "greater than 0", "0.0"]),
         (changed(loss={"beta": 1.5}), ["loss.beta", "less than or equal to 1", "1.5"]),
+        (changed(loss={"beta": 0.5}), ["loss", "beta", "divergence: jsd alone", "forward_kl"]),
+        (
+            changed(loss={"hidden_states": {"layers": {1: 1}, "beta": 0.5}}),
+            ["loss.hidden_states", "beta", "smooth_l1 alone", "mse"],
+        ),
         (changed(loss={"divergence": "kl"}), ["loss.divergence", "'forward_kl'", "'kl'"]),
         (changed(loss={"backend": "fast"}), ["loss.backend", "'reference'", "'fast'"]),
         (changed(seeds=[]), ["seeds", "at least 1"]),

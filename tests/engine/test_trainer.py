@@ -273,6 +273,7 @@ def test_student_cannot_teach_itself(tmp_path):
         ({"divergence": "kl"}, "divergence: expected one of"),
         ({"temperature": 0.0}, "temperature: expected a positive number"),
         ({"beta": 1.5}, "beta: expected a number in"),
+        ({"beta": 0.5}, "beta: expected it with divergence 'jsd' alone"),
         ({"loss_impl": "quick"}, "loss_impl: expected one of fused, dense"),
         ({"workspace_mb": 0}, "workspace_mb: expected a positive number"),
         ({"zero_stage": 4}, "zero_stage: expected one of 0, 1, 2, 3, got 4"),

@@ -5,8 +5,16 @@ import re
 import pytest
 import torch
 
-from modxfer_fast import BackendError, kd_loss, linear_kd_loss, linear_kd_loss_terms, use_backend
+from modxfer_fast import (
+    BackendError,
+    LinearKDLoss,
+    kd_loss,
+    linear_kd_loss,
+    linear_kd_loss_terms,
+    use_backend,
+)
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss
 
 N, D_S, D_T, V = 6, 8, 12, 20
 
@@ -44,6 +52,28 @@ SHARED = {
     "beta-high": ({"divergence": "jsd", "beta": 1.5}, ValueError, "beta", "[0, 1]", "1.5"),
     "beta-low": ({"beta": -0.1}, ValueError, "beta", "[0, 1]", "-0.1"),
     "beta-nan": ({"beta": float("nan")}, ValueError, "beta", "[0, 1]", "nan"),
+    "beta-alone": ({"beta": 0.5}, ValueError, "beta", "'jsd'", "beta=0.5 with", "'forward_kl'"),
+    "beta-reverse": (
+        {"beta": 0.3, "divergence": "reverse_kl"},
+        *(ValueError, "beta", "'jsd'", "'reverse_kl'"),
+    ),
+    "temperature-text": ({"temperature": "2"}, TypeError, "temperature", "a number", "'2'"),
+    "kd_weight-text": ({"kd_weight": "1"}, TypeError, "kd_weight", "a number", "'1'"),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index", "an integer", "1.5"),
+    "labels-list": ({"labels": [0] * N}, TypeError, "labels", "a tensor", "list"),
+    "token_weights-list": (
+        {"token_weights": [1.0] * N},
+        *(TypeError, "token_weights", "a tensor", "list"),
+    ),
+    "normalizer-text": ({"normalizer": "3"}, TypeError, "normalizer", "a number", "'3'"),
+    "normalizer-tensor-negative": (
+        {"normalizer": torch.tensor(-3.0)},
+        *(ValueError, "normalizer", "at least 0", "-3.0"),
+    ),
+    "normalizer-tensor-nan": (
+        {"normalizer": torch.tensor(float("nan"))},
+        *(ValueError, "normalizer", "at least 0", "nan"),
+    ),
     "temperature-negative": ({"temperature": -1.0}, ValueError, "temperature", "positive", "-1.0"),
     "temperature-zero": ({"temperature": 0.0}, ValueError, "temperature", "positive", "0.0"),
     "temperature-nan": (
@@ -164,6 +194,38 @@ LINEAR = {
         {"teacher_bias": ones(V, device="meta")},
         *(ValueError, "teacher_bias", "cpu", "meta"),
     ),
+    "student_weight-module": (
+        {"student_weight": torch.nn.Linear(D_S, V)},
+        *(TypeError, "student_weight", "a tensor", "Linear"),
+    ),
+    "teacher_weight-module": (
+        {"teacher_weight": torch.nn.Linear(D_T, V)},
+        *(TypeError, "teacher_weight", "a tensor", "Linear"),
+    ),
+    "student_bias-list": (
+        {"student_bias": [0.0] * V},
+        *(TypeError, "student_bias", "a tensor", "list"),
+    ),
+    "student_hidden-nested": (
+        {"student_hidden": torch.nested.nested_tensor([ones(2, D_S), ones(3, D_S)])},
+        *(TypeError, "student_hidden", "dense", "nested"),
+    ),
+    "teacher_hidden-jagged": (
+        {
+            "teacher_hidden": torch.nested.nested_tensor(
+                [ones(2, D_T), ones(3, D_T)], layout=torch.jagged
+            )
+        },
+        *(TypeError, "teacher_hidden", "dense", "nested"),
+    ),
+    "student_hidden-sparse": (
+        {"student_hidden": ones(N, D_S).to_sparse()},
+        *(TypeError, "student_hidden", "dense", "sparse"),
+    ),
+    "workspace_mb-text": (
+        {"workspace_mb": "512"},
+        *(TypeError, "workspace_mb", "an integer", "'512'"),
+    ),
     "workspace_mb-zero": ({"workspace_mb": 0}, ValueError, "workspace_mb", "positive", "0"),
     "workspace_mb-negative": ({"workspace_mb": -5}, ValueError, "workspace_mb", "positive", "-5"),
     "num_valid-alone": ({"num_valid": 3}, ValueError, "num_valid", "labels", "3"),
@@ -177,6 +239,14 @@ LINEAR = {
     ),
 }
 LOGITS = {
+    "student_logits-list": (
+        {"student_logits": [[0.0] * V] * N},
+        *(TypeError, "student_logits", "a tensor", "list"),
+    ),
+    "student_logits-nested": (
+        {"student_logits": torch.nested.nested_tensor([ones(2, V), ones(3, V)])},
+        *(TypeError, "student_logits", "dense", "nested"),
+    ),
     "student_logits-dtype": (
         {"student_logits": ones(N, V, dtype=torch.int32)},
         *(TypeError, "student_logits", "floating point", "torch.int32"),
@@ -210,11 +280,11 @@ def assert_says(message: str, *words: str) -> None:
 
 
 def raises_clearly(call, case):
-    arguments, error_type, argument, expected, got = case
+    arguments, error_type, argument, expected, *got = case
     with pytest.raises(error_type) as caught:
         call(**arguments)
     assert type(caught.value) is error_type
-    assert_says(str(caught.value), f"{argument}: expected", expected, "got", got)
+    assert_says(str(caught.value), f"{argument}: expected", expected, "got", *got)
 
 
 @pytest.mark.parametrize("case", (SHARED | LINEAR).values(), ids=(SHARED | LINEAR).keys())
@@ -236,6 +306,43 @@ def test_the_good_calls_are_good():
     assert linear().item() == pytest.approx(0.0, abs=1e-6)
     assert logits().item() == pytest.approx(0.0, abs=1e-6)
     assert linear(labels=labels_with(-100), num_valid=5, normalizer=3).isfinite()
+
+
+def test_a_normalizer_tensor_of_0_divides_by_1():
+    apart = {"student_weight": torch.eye(V, D_S)}
+    assert linear(**apart, normalizer=torch.tensor(0)) == linear(**apart, reduction="sum") != 0
+
+
+MODULES = {
+    "LinearKDLoss": LinearKDLoss,
+    "HiddenStateLoss": lambda **options: HiddenStateLoss({1: 1}, 8, 8, **options),
+    "AttentionRelationLoss": lambda **options: AttentionRelationLoss({1: 1}, **options),
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "words"),
+    [
+        *((m, {"workspace_mb": 0}, ValueError, ("workspace_mb", "positive", "0")) for m in MODULES),
+        *((m, {"workspace_mb": "8"}, TypeError, ("workspace_mb", "integer")) for m in MODULES),
+        *((m, {"backend": "nope"}, ValueError, ("backend", "reference", "nope")) for m in MODULES),
+        ("LinearKDLoss", {"reduction": "avg"}, ValueError, ("reduction", "mean", "avg")),
+        ("LinearKDLoss", {"ignore_index": 1.5}, TypeError, ("ignore_index", "integer", "1.5")),
+        ("LinearKDLoss", {"beta": 0.5}, ValueError, ("beta", "jsd", "forward_kl")),
+        ("HiddenStateLoss", {"beta": 0.5}, ValueError, ("beta", "smooth_l1", "mse")),
+    ],
+)
+def test_modules_refuse_options_when_they_are_made(module, options, error, words):
+    with pytest.raises(error) as caught:
+        MODULES[module](**options)
+    assert_says(str(caught.value), *words)
+
+
+def test_beta_that_is_read():
+    assert LinearKDLoss(divergence="jsd", beta=0.3).options["beta"] == 0.3
+    HiddenStateLoss({1: 1}, 8, 8, loss="smooth_l1", beta=0.3)
+    given = {"student_weight": torch.eye(V, D_S), "divergence": "jsd"}
+    assert linear(**given) == linear(**given, beta=0.5) != linear(**given, beta=0.4)
 
 
 def test_options_are_keyword_only():

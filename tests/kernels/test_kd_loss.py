@@ -570,7 +570,8 @@ def test_opcheck(layout, labels):
     if layout == "transposed":
         student = student.detach().T.contiguous().T.requires_grad_()
     labels = masked_labels(6, 20) if labels else None
-    spec = ("jsd", 0.3, 2.0, 1.0, 0.5 if labels is not None else 0.0)
+    spec = KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels is not None else 0.0)
+    spec = (spec.numbers(), spec.divergence)
     args = (student, teacher, labels, *spec, -100, "cpp")
     torch.library.opcheck(torch.ops.modxfer.kd_loss_fwd.default, args)
     _, stats = torch.ops.modxfer.kd_loss_fwd(*args)

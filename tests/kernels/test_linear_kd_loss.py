@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_mib
 from modxfer_fast import LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
-from modxfer_fast.kernels.common import DIVERGENCES, scratch
+from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, scratch
 from tests.inputs import (
     BACKENDS,
     DTYPES,
@@ -683,7 +683,7 @@ def test_opcheck(op, labels, layout):
         *(student_hidden, student_weight, inputs.teacher_hidden, inputs.teacher_weight),
         *(inputs.student_bias, inputs.teacher_bias, inputs.labels),
         row_weights(6, inputs.labels, None).float(),
-        *("jsd", 0.3, 2.0, 1.0, 0.5 if labels else 0.0),
+        *(KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels else 0.0).numbers(), "jsd"),
         *(-100, 5 if labels else None, 64, "cpp"),
     )
     if op == "linear_kd_loss_fwd":

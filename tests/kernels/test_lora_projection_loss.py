@@ -739,7 +739,8 @@ def test_opcheck(needs, dtype, projection, backend):
     ]
     arguments = (
         *(*differentiable, inputs.teacher, inputs.mask, inputs.mask / 4.0, torch.tensor(SEED)),
-        *(target.scaling, target.dropout, "cosine", 1.0, "layer", 1e-6, None, 64, backend),
+        *(target.scaling, target.dropout, ProjectionSpec("cosine").numbers(), "cosine", "layer"),
+        *(None, 64, backend),
         *(needs, [needs and tensor is not None for tensor in differentiable[6:]]),
     )
     torch.library.opcheck(torch.ops.modxfer.lora_projection_loss_fwd.default, arguments)

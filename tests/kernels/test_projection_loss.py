@@ -38,7 +38,9 @@ NAN, INF = float("nan"), float("inf")
 
 def call(inputs: ProjectionInputs, spec: ProjectionSpec, function=projection_loss, **options):
     tensors = inputs.tensors()
-    options |= {"loss": spec.loss, "beta": spec.beta, "norm": spec.norm, "norm_eps": spec.norm_eps}
+    options |= {"loss": spec.loss, "norm": spec.norm, "norm_eps": spec.norm_eps}
+    if spec.loss == "smooth_l1":
+        options["beta"] = spec.beta
     return function(
         tensors.pop("student_hidden"),
         tensors.pop("teacher_hidden"),
@@ -853,7 +855,7 @@ def test_opcheck(op, dtype, kind):
     args = (
         *(inputs.student_hidden, factors[0], factors[1] if len(factors) == 2 else None),
         *(inputs.bias, inputs.teacher_hidden, inputs.mask, weights_of(inputs).float()),
-        *("cosine", 1.0, "layer", 1e-6, 5, 64, "cpp"),
+        *(ProjectionSpec("cosine").numbers(), "cosine", "layer", 5, 64, "cpp"),
     )
     if op == "projection_loss_fwd":
         needs = [tensor is not None for tensor in args[:4]]
@@ -862,7 +864,7 @@ def test_opcheck(op, dtype, kind):
 
 
 def test_opcheck_of_the_energy():
-    args = (torch.randn(6, 20), torch.rand(6), "rms", 1e-6, "cpp")
+    args = (torch.randn(6, 20), torch.rand(6), ProjectionSpec().numbers(), "rms", "cpp")
     torch.library.opcheck(torch.ops.modxfer.projection_loss_energy.default, args)
 
 

@@ -8,9 +8,8 @@ depends on what the parent does, only whether work is shared.
 
 Nothing is kept beyond that: an output leaves the window when it is taken, x with the last of them,
 and the window closes with the parent's forward, also when that raises. A recomputation by gradient
-checkpointing is a forward of its own. A window serves the thread that opened it alone: threads that
-run one model at once may take the place of each other's window, which costs sharing and nothing
-else.
+checkpointing is a forward of its own. A window serves the thread that opened it alone: threads
+that run one model at once may put theirs in its place, which costs sharing and nothing else.
 """
 
 import threading
