@@ -98,7 +98,7 @@ step() {
 tests() {
     step tests "$python" -m pytest -q --tb=short -p no:cacheprovider -p tests.outcomes \
         --outcomes "$work/tests.jsonl" -n "$jobs" --dist worksteal -m "$1" \
-        tests/kernels/test_*_gpu.py
+        tests/*/test_*_gpu.py
     step rooms "$python" -m tests.outcomes "$work/tests.jsonl"
 }
 
