@@ -195,6 +195,11 @@ def test_an_override_through_a_scalar_is_refused(write):
             },
             "refine.training.max_steps: expected fewer than the first of .* 9, got 9",
         ),
+        ({"transfer": {"measured_at": {"gate": "ffn_inner"}}}, "measured_at.gate"),
+        (
+            {"transfer": {"preset": "reference", "measured_at": {}}},
+            "measured_at: expected None or nothing with preset: reference",
+        ),
         ({"transfer": {"method": "lsaa"}}, "transfer.method: .*got 'lsaa'"),
         ({"teacher": {"path": "t"}}, "teacher: expected exactly one of peft and adapter"),
         ({"teacher": {"path": "t", "peft": {}, "adapter": "a"}}, "teacher: expected exactly one"),

@@ -602,3 +602,27 @@ def test_rounding_counts_in_no_rank(method):
         options=MapOptions(measured_at={}),
     )
     assert all(entry.fit["rank"] <= 16 for entry in maps.values())
+
+
+def test_outputs_behind_a_norm_of_their_own_are_not_pooled_with_the_stream():
+    """One global map serves both spaces, unless a norm puts one of them in units of its own."""
+    order = torch.randperm(12, generator=GENERATOR.manual_seed(3))
+    x = normal(200, 12)
+    stream, output = moments_of(x, x), moments_of(x, x[:, order])
+    features = Features(x, x)
+    features.spaces = ("ffn_out", "layer_out")
+    features.moments = lambda space, s, t, **_: stream if space == "layer_out" else output
+    shared = {}
+    for norms in ((), ("attention_out", "ffn_out")):
+        parts = replace(blocks(12, 2), norms_behind=norms)
+        maps = fit_maps(
+            features,
+            make_layer_map("skip", 1, 1),
+            "lsa",
+            teacher=parts,
+            student=parts,
+            spaces=features.spaces,
+            options=MapOptions(scope="global"),
+        )
+        shared[norms] = torch.equal(maps["ffn_out", 0, 0].read, maps["layer_out", 0, 0].read)
+    assert shared == {(): True, ("attention_out", "ffn_out"): False}
