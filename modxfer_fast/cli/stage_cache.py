@@ -15,7 +15,7 @@ from modxfer_fast.files import new_folder, seal
 from modxfer_fast.report import JobConsole
 
 # raised when a stage comes to leave other results for the same facts
-STAGE_FORMAT = 4
+STAGE_FORMAT = 5
 VERSIONS = [
     STAGE_FORMAT, __version__, torch.__version__, transformers.__version__, peft.__version__
 ]  # fmt: skip
