@@ -1,16 +1,21 @@
 """A pytest plugin that writes each outcome as it comes: a run that is cut loses none of them.
 
-python -m pytest -p tests.outcomes --outcomes FILE ...     a line of JSON for each test
-python -m tests.outcomes FILE                              a line of text for each room
+    python -m pytest -p tests.outcomes --outcomes FILE ...     a line of JSON for each test
+    python -m tests.outcomes FILE                              a line of text for each room
+
+A process of pytest-xdist whose GPU is lost, after an access that a kernel should not have made,
+ends: another takes the tests that it had before it, and they do not fail for their neighbour.
 """
 
 import json
+import os
 import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,7 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--outcomes")
-    if path is not None and not hasattr(config, "workerinput"):  # the process that hands out tests
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Guard())
+    elif path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         config.pluginmanager.register(_Writer(path))
 
@@ -42,6 +49,23 @@ class _Writer:
         if outcome != "passed":
             record["message"] = message
         self._file.write(json.dumps(record) + "\n")
+
+
+class _Guard:
+    def pytest_runtest_logfinish(self) -> None:
+        if gpu_is_lost():
+            os._exit(3)
+
+
+def gpu_is_lost() -> bool:
+    """Whether the GPU that this process uses no longer answers it."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def summary(records: list[dict]) -> list[str]:

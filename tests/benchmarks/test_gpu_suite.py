@@ -102,6 +102,19 @@ def test_usage(arguments):
 # --- outcomes
 
 
+def run_tests(folder: Path, outcomes_file: Path, *options: str) -> subprocess.CompletedProcess:
+    root = SUITE.parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    return subprocess.run(
+        [*command, "-p", "tests.outcomes", "--outcomes", outcomes_file, f"--rootdir={folder}", "."],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def test_outcomes_are_written_as_they_come(tmp_path):
     (tmp_path / "test_kd_loss_gpu.py").write_text(
         "import os, pytest\n"
@@ -111,22 +124,40 @@ def test_outcomes_are_written_as_they_come(tmp_path):
         "def test_end(): os._exit(9)\n"  # as a crash of the driver would
     )
     file = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.outcomes", "--outcomes", file]
-    root = SUITE.parents[1]
-    run = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = run_tests(tmp_path, file)
     assert run.returncode == 9, run.stdout + run.stderr
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [record["outcome"] for record in records] == ["passed", "failed", "skipped"]
     room, failure = outcomes.summary(records)
     assert room.split()[:7] == ["kd_loss", "1", "passed", "1", "failed", "1", "skipped"]
     assert failure.startswith("FAILED test_wrong: AssertionError: not equal")
+
+
+def test_a_lost_gpu_fails_no_other_test(tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        "import os, pathlib\n"
+        "from tests import outcomes\n"
+        "lost = pathlib.Path(__file__).with_name(f'lost-{os.getpid()}')\n"
+        "outcomes.gpu_is_lost = lost.exists\n"
+    )
+    (tmp_path / "test_kd_loss_gpu.py").write_text(
+        "import pytest\n"
+        "from conftest import lost\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_a(number):\n"
+        "    assert not lost.exists()\n"
+        "    if number == 1:\n"
+        "        lost.touch()\n"
+        "        raise RuntimeError('an illegal memory access')\n"
+    )
+    file = tmp_path / "outcomes.jsonl"
+    run = run_tests(tmp_path, file, "-n", "1", "--dist", "worksteal")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    failed = {r["test"].partition("::")[2] for r in records if r["outcome"] == "failed"}
+    passed = {r["test"].partition("::")[2] for r in records if r["outcome"] == "passed"}
+    assert failed == {"test_a[1]"}, run.stdout + run.stderr
+    assert passed == {f"test_a[{number}]" for number in (0, 2, 3, 4, 5)}, run.stdout + run.stderr
+    assert any("illegal memory access" in record.get("message", "") for record in records)
 
 
 @pytest.mark.parametrize(
