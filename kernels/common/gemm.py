@@ -91,8 +91,11 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ti
 
 def dhidden(dlogits: Tensor, weight: Tensor, out: Tensor, tile: int) -> None:
     """out [M, D] = dlogits [M, V] @ weight [V, D]."""
-    if weight.dtype == dlogits.dtype:
+    if weight.dtype == dlogits.dtype == out.dtype:
         torch.mm(dlogits, weight, out=out)
+        return
+    if weight.is_cuda:
+        torch.mm(dlogits, weight, out_dtype=out.dtype, out=out)
         return
     total = torch.zeros(out.shape, dtype=dlogits.dtype, device=out.device)
     for rows, wide in _widened_tiles(weight, dlogits.dtype, tile):

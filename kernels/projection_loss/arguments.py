@@ -31,7 +31,6 @@ class Arguments:
         mask: [N] bool or None.
         row_weights: [N], the factor of each row in the sum of losses.
         spec: of a row; "relative" has become "mse" and part of the weights.
-        late_divisor: what the sum is still divided by, or None.
     """
 
     student_hidden: Tensor
@@ -41,12 +40,7 @@ class Arguments:
     mask: Tensor | None
     row_weights: Tensor
     spec: ProjectionSpec
-    late_divisor: Tensor | None
     backend: str
-
-    def finish(self, result: Tensor) -> Tensor:
-        """The loss, of what an op returned."""
-        return result if self.late_divisor is None else result / self.late_divisor
 
 
 def prepare(
@@ -107,17 +101,9 @@ def prepare(
         energy = energy / denominator("mean", None, mask, student_hidden, dtype)
         energy = torch.where(energy == 0, 1.0, energy)
         divisor = energy if divisor is None else divisor * energy
-    # fp16 would lose gradients of size 1 / (N D_t): there both join the upstream gradient
-    late = None
-    if student_hidden.dtype == torch.float16:
-        width = teacher_hidden.shape[-1]
-        weights = weights * width
-        late = weights.new_full((), width) if divisor is None else divisor * float(width)
-    elif divisor is not None:
+    if divisor is not None:
         weights = weights / divisor
-    return Arguments(
-        student_hidden, teacher_hidden, factors, bias, mask, weights, spec, late, backend
-    )
+    return Arguments(student_hidden, teacher_hidden, factors, bias, mask, weights, spec, backend)
 
 
 def tensors_of(projection: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:

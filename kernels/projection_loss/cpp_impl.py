@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common import compiled
 from ..common.packing import kept_rows
 from .spec import NORMS, ROW_LOSSES, ProjectionSpec
-from .stream import row_major, stream
+from .stream import row_major, saved_dtype, stream
 
 MAX_RANK = 128  # measured up to here; the pass adds in vectors, a GEMM in tiles
 _CHUNK_ROWS, _MAX_CHUNKS = 128, 32  # rows whose gradients are summed apart, csrc/cpu/row_blocks.h
@@ -70,11 +70,12 @@ def projection_loss_fwd(
     make = torch.empty if kept is None else torch.zeros
     # rows packed away are not visited
     loss = make(len(student_hidden), dtype=torch.float32)
-    dhidden = make(student_hidden.shape, dtype=dtype) if need_dhidden else None
+    dhidden = None
+    if need_dhidden:
+        dhidden = make(student_hidden.shape, dtype=saved_dtype(student_hidden, student_hidden))
 
-    def grad(parameter: Tensor) -> Tensor:  # see ProjectionBlock's keep_work_dtype
-        keeps = dtype == torch.float16
-        return torch.empty(parameter.shape, dtype=torch.float32 if keeps else parameter.dtype)
+    def grad(parameter: Tensor) -> Tensor:
+        return torch.empty(parameter.shape, dtype=saved_dtype(parameter, student_hidden))
 
     dfactors = [
         grad(factor) if need else None
@@ -94,8 +95,8 @@ def projection_loss_fwd(
         *dfactors,
         dbias,
     )
-    if need_dbias and dtype != torch.float16:
-        dbias = dbias.to(bias.dtype)
+    if need_dbias:
+        dbias = dbias.to(saved_dtype(bias, student_hidden))
     return loss, dhidden, dfactors, dbias
 
 

@@ -50,6 +50,7 @@ from ..lora_linear.op import prepare as prepare_linear
 from .arguments import prepare, tensors_of
 from .op import run
 from .spec import ProjectionSpec
+from .stream import saved_dtype
 
 _NUM_LINEAR = 6  # x, weight, bias, lora_a, lora_b, residual
 _NUM_DIFFERENTIABLE = _NUM_LINEAR + 3  # projection, projection_a, projection_bias
@@ -191,7 +192,7 @@ def lora_projection_loss(
     hidden, value, *_ = torch.ops.modxfer.lora_projection_loss_fwd(
         *inputs, any(needs[:_NUM_LINEAR]), needs[_NUM_LINEAR:]
     )
-    return LoraProjectionLoss(hidden.reshape(*lead, width), arguments.finish(value))
+    return LoraProjectionLoss(hidden.reshape(*lead, width), value)
 
 
 def _fwd(
@@ -272,9 +273,8 @@ def _(x, weight, bias, lora_a, lora_b, residual, *rest):
     need_dhidden, need_dprojection = rest[-2:]
     rows, width = x.shape[0], lora_b.shape[0]
     hidden = x.new_empty(rows, width)
-    keep = x.dtype == torch.float16
     grads = [
-        row_weights.new_empty(tensor.shape, dtype=row_weights.dtype if keep else tensor.dtype)
+        row_weights.new_empty(tensor.shape, dtype=saved_dtype(tensor, hidden))
         if need
         else row_weights.new_empty(0)
         for tensor, need in zip(projection, need_dprojection, strict=True)
@@ -285,7 +285,9 @@ def _(x, weight, bias, lora_a, lora_b, residual, *rest):
         row_weights.new_empty(()),
         lora_a.new_empty(rows, lora_a.shape[0]),
         x.new_empty(bits, dtype=torch.int32),
-        torch.empty_like(hidden) if need_dhidden else row_weights.new_empty(0),
+        x.new_empty(hidden.shape, dtype=saved_dtype(hidden, hidden))
+        if need_dhidden
+        else row_weights.new_empty(0),
         *grads,
     )
 
@@ -296,6 +298,7 @@ def _setup_context(ctx, inputs, output):
     needs = ctx.needs_input_grad
     scaling, dropout, *_, backend, _, _ = inputs[_SCALING:]
     ctx.options = (scaling, dropout, backend)
+    ctx.dtype = x.dtype
     ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in projection]
     ctx.save_for_backward(
         x if needs[1] or needs[3] else None,
@@ -325,7 +328,7 @@ def _backward(ctx, dhidden, dloss, *_):
         if any(needs[:_NUM_LINEAR]):
             total = scaled(of_loss, dloss)
             # what `scaled` returns is nobody else's
-            dhidden = (total if dhidden is None else total.add_(dhidden)).to(of_loss.dtype)
+            dhidden = (total if dhidden is None else total.add_(dhidden)).to(ctx.dtype)
     if dhidden is None:
         return tuple(grads)
     if needs[0] or needs[3] or needs[4]:

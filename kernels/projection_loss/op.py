@@ -32,13 +32,13 @@ from ..common import (
     debug_check_finite,
     refuse_double_backward,
     refuse_transforms,
-    saved_dtype,
     scaled,
     without_autocast,
 )
 from ..env import debug
 from .arguments import prepare, tensors_of
 from .spec import ProjectionSpec
+from .stream import saved_dtype
 
 _INPUTS = (
     "Tensor student_hidden, Tensor? projection, Tensor? projection_a, Tensor? bias, "
@@ -109,7 +109,8 @@ def projection_loss(
             does). A GPU cannot pack rows without it and then runs all of them.
         workspace_mb: MiB for the projected states in flight; the peak above inputs and gradients.
             An fp32 sum of a half-precision dP, 4 D_t D_s bytes, or a copy of an fp32 projection
-            comes on top where it exceeds half of it, as do 4 N D_s in a CPU's backward of fp16.
+            comes on top where it exceeds half of it. The gradient of fp16 states is kept in fp32
+            until the backward, 4 N D_s bytes.
         backend: "triton", "cpp" or "reference"; None takes the best available.
 
     Returns:
@@ -170,7 +171,7 @@ def projection_loss(
             for tensor in inputs[:_NUM_DIFFERENTIABLE]
         ]
         result, *_ = torch.ops.modxfer.projection_loss_fwd(*inputs, *needs)
-    return arguments.finish(result)
+    return result
 
 
 def _check_num_valid(num_valid: int | None, mask: Tensor | None) -> None:
@@ -285,7 +286,7 @@ def _(*args):
     hidden, *parameters = args[:_NUM_DIFFERENTIABLE]
     grads = []
     for tensor, need in zip((hidden, *parameters), needs, strict=True):
-        dtype = saved_dtype(tensor, hidden, row_weights) if need else row_weights.dtype
+        dtype = saved_dtype(tensor, hidden) if need else row_weights.dtype
         shape = tensor.shape if need else (0,)
         grads.append(row_weights.new_empty(shape, dtype=dtype))
     return row_weights.new_empty(()), *grads
@@ -327,19 +328,11 @@ def _rows_backward(ctx, drows):
     needs = ctx.needs_input_grad[:_NUM_DIFFERENTIABLE]
     # a row without weight may bring any upstream gradient, inf * 0 included
     row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
-    top = None
-    if tensors[0].dtype == torch.float16:
-        # the largest row is brought to the weight that the mean's rows have
-        top = row_weights.abs().amax() if len(row_weights) else row_weights.new_ones(())
-        top = torch.where(top == 0, 1.0, top) / tensors[4].shape[1]
-        row_weights = row_weights / top
     _, *outputs = torch.ops.modxfer.projection_loss_fwd(
         *tensors, row_weights, numbers, *ctx.options, *needs
     )
     grads = [None] * _NUM_INPUTS
     for position, (grad, needed) in enumerate(zip(outputs, needs, strict=True)):
-        if needed and top is not None:
-            grad = grad.float() * top
         grads[position] = grad.to(tensors[position].dtype) if needed else None
     return tuple(grads)
 

@@ -9,8 +9,13 @@
 Three GEMMs a chunk; two when P is frozen, one without any gradient. A projection of low rank,
 P = P_b P_a, goes through u = h P_a^T and du = dz P_b, [N, R], and P is never formed. Rows that do
 not count are packed away before the first GEMM. Without P there is no loop: one row kernel.
+
+fp16 has too few exponents for a gradient before it meets what scales it: a mean of N tokens is
+below its smallest number, a sum above its largest. Gradients of fp16 states leave in fp32; where
+dz has to be fp16 for a GEMM, on a GPU, the largest weight of a row becomes one at which dz fits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +30,21 @@ RowKernel = Callable[[Tensor, Tensor, Tensor, ProjectionSpec, Tensor | None], Te
 
 MIN_ROWS = 16
 _WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-precision factors
+
+
+def saved_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
+    """Of the gradient of `tensor` before it meets the upstream one: fp32 beside fp16 states."""
+    return torch.float32 if hidden.dtype == torch.float16 else tensor.dtype
+
+
+def _fp16_scale(row_weights: Tensor, spec: ProjectionSpec, width: int) -> Tensor:
+    """The factor of the weights with which dz of usual states is fp16's middle.
+
+    Of "mse" and "smooth_l1" without a norm no states at all pass 65504: |dz| <= |a - b| / 4.
+    """
+    unit = math.sqrt(width) if spec.is_direction else width / 8
+    top = row_weights.abs().amax() if len(row_weights) else row_weights.new_ones(())
+    return unit / torch.where(top == 0, 1.0, top)
 
 
 class ProjectionBlock:
@@ -193,7 +213,8 @@ class Plan:
         size, d_s, d_t = work_dtype.itemsize, hidden.shape[1], teacher.shape[1]
         row_bytes = size * d_t
         if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
-            row_bytes += 2 * d_s * hidden.itemsize + d_t * teacher.itemsize
+            saved = saved_dtype(hidden, hidden).itemsize
+            row_bytes += d_s * (hidden.itemsize + saved) + d_t * teacher.itemsize
         elif teacher.stride(1) != 1:
             row_bytes += d_t * teacher.itemsize
         if len(projection) == 2:
@@ -252,17 +273,17 @@ def stream(
         u: [N, R], student_hidden P_a^T in its dtype, where what made student_hidden made it too.
 
     Returns:
-        loss [N], unweighted, 0 where the weight is; dhidden [N, D_s] in its input's dtype, one
-        gradient a factor, and dbias, in fp32 for fp16 states, otherwise in the dtypes of their
-        inputs. Each None where not asked for.
+        loss [N], unweighted, 0 where the weight is; dhidden [N, D_s], one gradient a factor, and
+        dbias, in the dtypes of `saved_dtype`. Each None where not asked for.
     """
     n = student_hidden.shape[0]
     work_dtype = row_weights.dtype
     device = student_hidden.device
+    dhidden_dtype = saved_dtype(student_hidden, student_hidden)
     if not projection:
         dhidden = None
         if need_dhidden:
-            dhidden = torch.empty(student_hidden.shape, device=device, dtype=student_hidden.dtype)
+            dhidden = torch.empty(student_hidden.shape, device=device, dtype=dhidden_dtype)
         loss = rows(
             row_major(student_hidden), row_major(teacher_hidden), row_weights, spec, dhidden
         )
@@ -292,15 +313,18 @@ def stream(
         need_dbias=need_dbias,
         is_single=plan.is_single,
         tile=plan.tile,
-        # gradients of fp16 are unscaled here, see op.py, and may pass its largest number
         keep_work_dtype=student_hidden.dtype == torch.float16,
     )
+    scale = None
+    if student_hidden.is_cuda and student_hidden.dtype == torch.float16:
+        scale = _fp16_scale(row_weights, spec, teacher_hidden.shape[1])
+        row_weights = row_weights * scale
     loss = torch.zeros(n, device=device, dtype=work_dtype)
     dhidden = None
     if need_dhidden:
         # contiguous whatever the layout of the input; rows packed away stay 0
         make = torch.empty if kept is None else torch.zeros
-        dhidden = make(student_hidden.shape, device=device, dtype=student_hidden.dtype)
+        dhidden = make(student_hidden.shape, device=device, dtype=dhidden_dtype)
     rows_in_flight, d_t = min(plan.chunk, count), teacher_hidden.shape[1]
     with scratch(rows_in_flight * d_t, work_dtype, device) as buffer:
         z = buffer.view(rows_in_flight, d_t)
@@ -314,7 +338,11 @@ def stream(
                 projected = None if u is None else projected.masked_fill(~mask[span, None], 0.0)
             dh = None
             if need_dhidden:
-                dh = dhidden[span] if index is None else torch.empty_like(hidden)
+                dh = (
+                    dhidden[span]
+                    if index is None
+                    else torch.empty_like(hidden, dtype=dhidden_dtype)
+                )
             weights = take(row_weights, span, index)
             z_rows = z[: hidden.shape[0]]
             put(loss, span, index, block(hidden, teacher, weights, z_rows, dh, projected))
@@ -323,7 +351,12 @@ def stream(
 
         for start in range(0, count, plan.chunk):
             run(slice(start, min(start + plan.chunk, count)))
-    return loss, dhidden, *block.gradients()
+    dfactors, dbias = block.gradients()
+    if scale is not None:
+        for grad in (dhidden, *dfactors, dbias):
+            if grad is not None:
+                grad /= scale
+    return loss, dhidden, dfactors, dbias
 
 
 def row_major(rows: Tensor) -> Tensor:
