@@ -46,25 +46,27 @@ class ChatEncoder:
         """
         messages, tools = conversation.messages, conversation.tools
         whole = self._render(messages, tools)
-        for message in messages:
-            for call in message.get("tool_calls", ()):
-                if call["function"]["name"] not in whole:
-                    raise RecordError("the chat template leaves out tool calls")
-        encoded = self._tokenizer(
-            whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         if not _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
-            return ids, _overlapping(offsets, self._turns(whole, conversation))
-        marked = self._tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = [bool(value) for value in marked["assistant_masks"]]
-        if conversation.first_target:  # the template marks the prompt's turns too
-            begin = min(
-                (start for start, _ in self._turns(whole, conversation)), default=len(whole)
+            encoded = self._tokenizer(
+                whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            mask = [value and stop > begin for value, (_, stop) in zip(mask, offsets, strict=True)]
+            spans = self._turns(whole, conversation)
+            return encoded["input_ids"], _overlapping(encoded["offset_mapping"], spans)
+        marked = self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        ids, offsets = marked["input_ids"], marked["offset_mapping"]
+        mask = [bool(value) for value in marked["assistant_masks"]]
+        if conversation.first_target or any("tool_calls" in message for message in messages):
+            spans = self._turns(whole, conversation)
+            if conversation.first_target:  # the template marks the turns of a prompt too
+                start = spans[0][0] if spans else len(whole)
+                behind = [stop > start for _, stop in offsets]
+                mask = [a and b for a, b in zip(mask, behind, strict=True)]
         return ids, mask
 
     def _render(self, messages, tools=None, *, prompt: bool = False) -> str:
@@ -89,7 +91,11 @@ class ChatEncoder:
         return header, closing
 
     def _turns(self, whole: str, conversation: Conversation) -> list[tuple[int, int]]:
-        """Begin and end of each assistant's turn to learn, in order."""
+        """Begin and end of each assistant's turn to learn, in order.
+
+        Raises:
+            RecordError: the template leaves out a tool call of one.
+        """
         spans = []
         last = 0
         for i, message in enumerate(conversation.messages):
@@ -106,6 +112,9 @@ class ChatEncoder:
             if header >= 0:
                 begin = header + len(self._header)
             end += _common_prefix(whole[end:], self._closing)
+            for call in message.get("tool_calls", ()):
+                if call["function"]["name"] not in whole[begin:end]:
+                    raise RecordError("the chat template leaves out tool calls")
             spans.append((begin, end))
             last = end
         return spans

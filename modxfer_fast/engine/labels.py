@@ -119,12 +119,14 @@ def _check_keys(batch: dict[str, Any]) -> None:
 
 
 def _agreement(input_ids: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Shares of the labels that are the token at their own position, and the one after it."""
+    """Shares of the labels that are the token at their own position, and the one after it.
+
+    Those of the last position are left out: a collator may have cut the token after it off.
+    """
+    ids, following, labels = input_ids[:, :-1], input_ids[:, 1:], labels[:, :-1]
     valid = labels != IGNORE_INDEX
     count = max(int(valid.sum()), 1)
-    here = ((labels == input_ids) & valid).sum()
-    after = ((labels[:, :-1] == input_ids[:, 1:]) & valid[:, :-1]).sum()
-    return int(here) / count, int(after) / count
+    return tuple(int(((labels == tokens) & valid).sum()) / count for tokens in (ids, following))
 
 
 def _check_aligned(input_ids: Tensor, labels: Tensor, who: str) -> None:

@@ -298,4 +298,18 @@ def max_tokens(config: PreTrainedConfig) -> int | None:
     # positions count from behind the padding token
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         return limit - config.pad_token_id - 1
-    return limit - 2 if config.model_type == "mpnet" else limit  # whose padding is 1 in any case
+    if config.model_type == "mpnet":  # whose padding is 1 in any case
+        return limit - 2
+    return max(limit, *(_stretched(rope, limit) for rope in _rotary(config)))
+
+
+def _rotary(config: PreTrainedConfig) -> list[dict]:
+    """The parameters of rotary positions, one set or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
+
+
+def _stretched(rope: dict, limit: int) -> int:
+    """Positions after a scaling such as YaRN's, which `max_position_embeddings` may leave out."""
+    original = rope.get("original_max_position_embeddings") or limit
+    return int(original * (rope.get("factor") or 1))

@@ -151,9 +151,12 @@ def test_tool_calls_are_learnt_and_their_answers_are_not():
     ]
 
 
-def test_a_template_without_tool_calls_is_told():
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML])
+def test_a_template_without_tool_calls_is_told(template):
+    # naming a tool in front of the conversation does not make up for the call
+    tokenizer = byte_level_tokenizer("{{ tools | tojson }}" + template)
     with pytest.raises(RecordError, match="the chat template leaves out tool calls"):
-        ChatEncoder(TOKENIZERS["chatml"]).encode(conversation(CALLING))
+        ChatEncoder(tokenizer).encode(conversation(CALLING, tools=TOOLS))
 
 
 def test_sharegpt_is_the_same_conversation():

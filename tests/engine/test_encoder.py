@@ -8,8 +8,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Teacher
+from modxfer_fast.engine import (
+    DistillConfig,
+    DistillModule,
+    DistillTrainer,
+    NonFiniteError,
+    Teacher,
+)
 from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions
+from modxfer_fast.models import ModelError
 from modxfer_fast.testing.models import tiny_llama
 from tests.encoder_models import tiny_encoder
 from tests.encoder_reference import (
@@ -212,6 +219,19 @@ def test_teachers_that_do_not_fit(tmp_path):
     causal_teacher = Teacher(tiny_llama())
     with pytest.raises(ValueError, match="expected one of kind 'encoder', got 'causal_lm'"):
         DistillModule(student_model(), causal_teacher, None, HiddenStateOptions({2: 2}))
+
+
+def test_a_teacher_that_is_not_finite_is_named(tmp_path):
+    broken = teacher_model()
+    next(broken.parameters()).data[5] = float("inf")
+    with pytest.raises(ModelError, match="teacher: expected weights that are finite, got NaN or"):
+        trainer(tmp_path, teacher=broken).train()
+    overflowing = teacher_model()
+    overflowing.register_forward_hook(
+        lambda module, args, output: (output[0] * float("inf"), *output[1:])
+    )
+    with pytest.raises(NonFiniteError, match="teacher: expected hidden states that are finite"):
+        trainer(tmp_path, teacher=overflowing).evaluate()
 
 
 def test_packed_rows_are_refused():

@@ -79,6 +79,8 @@ def test_a_repeated_token_is_no_wrong_claim(tokenizer):
     assert AlignedLabels(CausalCollator(0))(rows)["num_valid"] == 8
     collate = AlignedLabels(DataCollatorForLanguageModeling(tokenizer, mlm=False))
     assert collate(features([7] * 9))["num_valid"] == 8
+    # a window of a stream, whose last label is the token behind it
+    assert AlignedLabels(collator(True, input_ids=[[7] * 9], labels=[[7] * 9]))([])
 
 
 def collator(aligned=None, **batch):

@@ -321,5 +321,9 @@ def test_what_does_not_fit_is_told(tmp_path, tokenizers):
         run(tokens(), tokens(), {"max_stepz": 1})
     with pytest.raises(ValueError, match="expected a model of its own"):
         run(same := tokens(), same)
+    broken = tokens()
+    broken.classifier.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="teacher: expected weights that are finite, got NaN"):
+        run(tokens(), broken)
     with pytest.raises(ValueError, match="expected a task model"):
         run(model(AutoModel, tokenizers[0]), tokens())

@@ -71,6 +71,16 @@ def test_rows_longer_than_the_positions_are_refused(config):
         check_config_fits(config, tokenizer, 1024, "teacher")
 
 
+def test_scaled_rotary_positions_reach_further():
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(
+        vocab_size=300, max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope}
+    )
+    check_config_fits(config, train_tokenizer([TEXT], 300), 256, "teacher")
+    with pytest.raises(ModelError, match="at most 256"):
+        check_config_fits(config, train_tokenizer([TEXT], 300), 257, "teacher")
+
+
 def test_a_model_without_a_limit_of_positions():
     config = BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)
     check_config_fits(config, train_tokenizer([TEXT], 300), 4096, "student")
