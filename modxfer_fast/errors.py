@@ -5,5 +5,9 @@ class UserError(ValueError):
     """Something the user can fix; the command line prints the message without a traceback."""
 
 
+class ToldByMain(UserError):
+    """What another process of the job has told already."""
+
+
 class Terminated(KeyboardInterrupt):
     """The system asked for the end (SIGTERM), and what was done is saved."""

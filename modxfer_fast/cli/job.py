@@ -21,7 +21,7 @@ from modxfer_fast.cli.prepare import (
     prepare_model,
     prepare_tokenizer,
 )
-from modxfer_fast.cli.ranks import barrier, end_with_launcher, is_main
+from modxfer_fast.cli.ranks import barrier, end_with_launcher, is_main, on_main
 from modxfer_fast.cli.summary import print_summary, summarise
 from modxfer_fast.cli.surroundings import environment, quieten_libraries
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
@@ -72,10 +72,10 @@ def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
     if report is not None:
         JobConsole(is_main=is_main()).say(f"finished already: {folder.output}")
         return report
-    if is_main():
-        folder.open(resume=resume)
+    job = _Job(config, folder.path)
+    on_main(lambda: folder.open(resume=resume))
     try:
-        report = _Job(config, folder.path).run()
+        report = job.run()
     except BaseException as error:
         hint = folder.leave() if is_main() else None
         if hint is not None:
@@ -104,12 +104,11 @@ class _Job:
         self.start = time.perf_counter()
         # those of an encoder are its own losses
         self.measured = config.loss if config.kind == "encoder" else _MEASURED
+        # opens the process group, which must exist before processes wait for one another
+        self.device = self._evaluation_args(self.measured).device
 
     def run(self) -> dict[str, Any]:
         config, console = self.config, self.console
-        # opens the process group, which must exist before processes wait for one another
-        self.device = self._evaluation_args(self.measured).device
-        barrier()
         with console.phase("Data"):
             self.material = self._prepare_material()
         with console.phase("Teacher"):

@@ -88,7 +88,7 @@ def add_arguments(command: ModuleType, parser: argparse.ArgumentParser) -> None:
 
 
 def _run(run, args: argparse.Namespace) -> int:
-    from modxfer_fast.errors import Terminated, UserError
+    from modxfer_fast.errors import Terminated, ToldByMain, UserError
 
     try:
         return run(args)
@@ -98,6 +98,8 @@ def _run(run, args: argparse.Namespace) -> int:
             message = "terminated" if terminated else "interrupted"
             print(f"modxfer: {_with_notes(message, error)}", file=sys.stderr)
         return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+    except ToldByMain:
+        return EXIT_USER_ERROR
     except Exception as error:
         if args.debug:
             raise

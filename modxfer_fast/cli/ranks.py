@@ -4,11 +4,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from modxfer_fast.config import ConfigError
+from modxfer_fast.errors import ToldByMain
 
 T = TypeVar("T")
 
@@ -35,6 +37,25 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(act: Callable[[], None]) -> None:
+    """Let the main process do something while the others wait.
+
+    Raises:
+        ToldByMain: on the others, when it failed on the main process, which raises what it met.
+    """
+    error = None
+    if is_main():
+        try:
+            act()
+        except Exception as caught:
+            error = caught
+    failed = from_main(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise ToldByMain
 
 
 def end_with_launcher() -> None:

@@ -13,6 +13,7 @@ from modxfer_fast import __version__
 from modxfer_fast.cli import doctor
 from modxfer_fast.cli.cache import cache_root
 from modxfer_fast.cli.main import COMMANDS, main
+from modxfer_fast.errors import ToldByMain
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -191,6 +192,15 @@ def test_errors_name_the_process_of_a_job(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["distill", "absent.yaml"]) == 2
     assert capsys.readouterr().err == "modxfer [rank 1]: absent.yaml: no such file\n"
+
+
+def test_what_the_main_process_has_told_is_not_told_again(capsys, monkeypatch):
+    def run(args):
+        raise ToldByMain
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_other_errors_say_where(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Two ranks: SIGTERM at different moments stops both at one step, with a checkpoint."""
+"""Two ranks: SIGTERM stops both at one step, with a checkpoint; a mistake is told by one."""
 
 import os
 import signal
@@ -6,9 +6,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from modxfer_fast.cli.ranks import on_main
 from modxfer_fast.cli.termination import checkpoint_on_sigterm
+from modxfer_fast.config import ConfigError
 from modxfer_fast.engine import DistillConfig, DistillTrainer, last_complete_checkpoint
-from modxfer_fast.errors import Terminated
+from modxfer_fast.errors import Terminated, UserError
 from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 
@@ -21,7 +23,7 @@ class OneRankHears(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped_and_resumed(folder: str) -> list:
+def stopped_and_resumed(folder: str) -> tuple[list, str]:
     outcome = []
     for stage, resume in ((None, False), (None, True), (2, False)):
         args = DistillConfig(
@@ -50,10 +52,23 @@ def stopped_and_resumed(folder: str) -> list:
         except Terminated:
             last = Path(last_complete_checkpoint(args.output_dir)).name
             outcome.append((trainer.state.global_step, last))
-    return outcome
+    return outcome, told_by()
+
+
+def told_by() -> str:
+    def fail():
+        raise ConfigError("output_dir: in use")
+
+    try:
+        on_main(fail)
+    except UserError as error:
+        return type(error).__name__
+    return "nobody"
 
 
 def test_all_ranks_stop_at_one_step(tmp_path):
     stopped = (3, "checkpoint-3")
-    for outcome in run_distributed(stopped_and_resumed, str(tmp_path)):
+    ranks = run_distributed(stopped_and_resumed, str(tmp_path))
+    for outcome, _ in ranks:
         assert outcome == [stopped, "finished", stopped]
+    assert [told for _, told in ranks] == ["ConfigError", "ToldByMain"]
