@@ -91,7 +91,8 @@ def kd_loss(
         backend: "triton", "cpp" or "reference"; None takes the best available.
 
     Returns:
-        fp32 scalar, or [...] for reduction="none" (fp64 for fp64 logits). 0 if no token counts.
+        fp32 scalar, or [...] for reduction="none" (fp64 for fp64 logits). 0 if no token counts. A
+        logit of -inf excludes its class; a counting row with NaN, +inf or no class left is NaN.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. Values of

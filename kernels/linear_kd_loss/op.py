@@ -137,7 +137,8 @@ def linear_kd_loss(
         backend: "triton", "cpp" or "reference"; None takes the best available.
 
     Returns:
-        fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts.
+        fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts. A
+        counting token whose logits hold NaN or +inf, on either side, is NaN.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. Values of

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import peak_mib
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, gemm, packing, scratch
 from modxfer_fast.kernels.linear_kd_loss.stream import stream
+from tests.claimed_gpu import OnGPU, Products
 from tests.inputs import (
     BACKENDS,
     NAMES,
@@ -100,37 +100,7 @@ def test_rows_that_are_not_packed_are_within_the_workspace():
     assert peak <= 1.01 * 4
 
 
-# --- on tensors that claim to be on a GPU
-
-
-class OnGPU(torch.Tensor):
-    """A tensor without values that claims to be on a GPU, as does what is made of it."""
-
-    is_cuda = True
-
-    @staticmethod
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta").as_subclass(OnGPU)
-
-
-class Products(TorchDispatchMode):
-    """Records the matrix products that run inside, and what cuBLAS may round meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[tuple[str, bool, bool]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            matmul = torch.backends.cuda.matmul
-            self.seen.append(
-                (
-                    func.name(),
-                    matmul.allow_fp16_reduced_precision_reduction,
-                    matmul.allow_bf16_reduced_precision_reduction,
-                )
-            )
-        return func(*args, **(kwargs or {}))
+# --- on a GPU that is only claimed
 
 
 def fwd_bwd(student, teacher, labels, weights, spec, dlogits):
@@ -144,7 +114,6 @@ def fwd_bwd(student, teacher, labels, weights, spec, dlogits):
 @pytest.mark.parametrize("workspace_mb", [512, 1], ids=["single", "chunked"])
 @pytest.mark.parametrize("dtype", HALF, ids=NAMES.get)
 def test_products_on_a_gpu_are_summed_in_fp32_and_wait_for_nothing(dtype, workspace_mb, num_valid):
-    """Whoever asked for a value, and so made a GPU wait, would fail: there is none."""
     before = gemm._reduced_precision()
     assert before[0][0]
     assert before[1][0]
@@ -168,8 +137,8 @@ def test_products_on_a_gpu_are_summed_in_fp32_and_wait_for_nothing(dtype, worksp
     assert dhidden.dtype == dtype
     late = torch.float32 if dtype == torch.float16 else dtype
     assert (dweight.shape, dweight.dtype, dbias.dtype) == ((v, d_s), late, late)
-    assert len(products.seen) == 4 if workspace_mb == 512 else len(products.seen) > 4
-    assert not any(fp16 or bf16 for _, fp16, bf16 in products.seen)
+    assert products.count == 4 if workspace_mb == 512 else products.count > 4
+    assert products.rounded_midway == 0
     assert gemm._reduced_precision() == before
 
 
