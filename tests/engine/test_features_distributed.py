@@ -60,7 +60,7 @@ CELLS = [
     Cell(3, "zero3-pairs-reentrant", checkpointing="reentrant"),
     Cell(3, "zero3-relations-nonreentrant", None, relations=True, checkpointing="nonreentrant"),
 ]
-RESUMED = [CELLS[0], CELLS[5], CELLS[6], CELLS[8]]
+RESUMED = [CELLS[5], CELLS[6]]  # test_resume_distributed has the other kinds of run
 
 
 def add_lora(model):
