@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+SHOWN = 30  # of the tests that failed: the rooms are to be seen beside them
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, metavar="FILE", help="write outcomes as they come")
@@ -69,20 +71,22 @@ def gpu_is_lost() -> bool:
 
 
 def summary(records: list[dict]) -> list[str]:
-    """A line for each room, then one for each test that failed."""
+    """Tests that failed, a line each up to `SHOWN` of them, then a line for each room."""
+    failed = [record for record in records if record["outcome"] == "failed"]
+    lines = []
+    for record in failed[:SHOWN]:
+        name = record["test"].partition("::")[2] or record["test"]
+        lines.append(f"FAILED {name}: {_reason(record['message'])}")
+    if len(failed) > SHOWN:
+        lines.append(f"and {len(failed) - SHOWN} more that failed")
     rooms = defaultdict(list)
     for record in records:
         file = Path(record["test"].split("::")[0]).stem
         rooms[re.sub(r"^test_|_gpu$", "", file)].append(record)
-    lines = []
     for room, tests in sorted(rooms.items()):
         counts = Counter(record["outcome"] for record in tests)
         counted = "  ".join(f"{counts[name]:4} {name}" for name in ("passed", "failed", "skipped"))
         lines.append(f"{room:<24}{counted}  {sum(t['seconds'] for t in tests):7.1f} s")
-    for record in records:
-        if record["outcome"] == "failed":
-            name = record["test"].partition("::")[2] or record["test"]
-            lines.append(f"FAILED {name}: {_reason(record['message'])}")
     return lines
 
 

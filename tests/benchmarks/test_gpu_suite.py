@@ -128,7 +128,7 @@ def test_outcomes_are_written_as_they_come(tmp_path):
     assert run.returncode == 9, run.stdout + run.stderr
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [record["outcome"] for record in records] == ["passed", "failed", "skipped"]
-    room, failure = outcomes.summary(records)
+    failure, room = outcomes.summary(records)
     assert room.split()[:7] == ["kd_loss", "1", "passed", "1", "failed", "1", "skipped"]
     assert failure.startswith("FAILED test_wrong: AssertionError: not equal")
 
@@ -158,6 +158,14 @@ def test_a_lost_gpu_fails_no_other_test(tmp_path):
     assert failed == {"test_a[1]"}, run.stdout + run.stderr
     assert passed == {f"test_a[{number}]" for number in (0, 2, 3, 4, 5)}, run.stdout + run.stderr
     assert any("illegal memory access" in record.get("message", "") for record in records)
+
+
+def test_many_failures_do_not_hide_the_rooms():
+    record = {"test": "tests/kernels/test_kd_loss_gpu.py::test_a", "seconds": 0.1, "message": "no"}
+    lines = outcomes.summary([record | {"outcome": "failed"}] * 100)
+    assert len(lines) == outcomes.SHOWN + 2
+    assert lines[-2] == "and 70 more that failed"
+    assert lines[-1].startswith("kd_loss")
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ def loss_and_grads(inputs, spec: ProjectionSpec, **options) -> dict[str, torch.T
     rows = inputs.tensors()
     tensors = [rows.pop(name) for name in ("student_hidden", "teacher_hidden", "projection")]
     backend = backend_on(tensors[0].device.type, "projection_loss")
-    described = {"loss": spec.loss, "beta": spec.beta, "norm": spec.norm}
+    described = {"loss": spec.loss, "norm": spec.norm}
+    if spec.loss == "smooth_l1":
+        described["beta"] = spec.beta
     value = projection_loss(*tensors, **rows, **described, backend=backend, **options)
     leaves = {name: tensor for name, tensor in inputs.trainable().items() if tensor.requires_grad}
     grads = torch.autograd.grad(value, list(leaves.values()))
