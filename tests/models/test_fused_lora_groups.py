@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import logging
 import threading
 import weakref
@@ -10,7 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from modxfer_fast.models import patch_peft_model
 from modxfer_fast.models.fused_lora.window import Window
@@ -19,6 +29,8 @@ from tests.fused_lora_models import (
     assert_same_results,
     calls_of_the_op,
     fused_backend,
+    ids,
+    lora_config,
     lora_model,
     outputs_and_gradients,
     sizes,
@@ -333,6 +345,108 @@ def test_a_cross_attention_is_apart():
         got = model(input_ids=batch, encoder_hidden_states=states).logits
     assert sizes(calls) == [1, 1, 1, 3]
     torch.testing.assert_close(got, plain(input_ids=batch, encoder_hidden_states=states).logits)
+
+
+def _distilbert():
+    return DistilBertForMaskedLM(
+        DistilBertConfig(
+            vocab_size=61, dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0,
+            attention_dropout=0.0,
+        )
+    ), ["q_lin", "k_lin", "v_lin", "out_lin", "lin1"]  # fmt: skip
+
+
+def _t5():
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    ), ["q", "k", "v", "o"]  # fmt: skip
+
+
+def _bart():
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=61, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_layers=2,
+            decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+            attention_dropout=0.0,
+        )
+    ), ["q_proj", "k_proj", "v_proj", "out_proj"]  # fmt: skip
+
+
+# model and targets; groups of three; calls of the op for one alone, in one forward; apart
+FAMILIES = {
+    "distilbert": (_distilbert, 2, 4, None),
+    "t5": (_t5, 4, 12, "EncDecAttention"),
+    "bart": (_bart, 4, 12, "encoder_attn"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_attentions_of_other_families_are_together(family):
+    make, groups, alone, cross = FAMILIES[family]
+    torch.manual_seed(0)
+    base, targets = make()
+    plain = get_peft_model(base, LoraConfig(target_modules=targets, init_lora_weights=False))
+    model = copy.deepcopy(plain)
+    report = patch_peft_model(model)
+    assert [len(group) for group in report.groups] == [3] * groups
+    assert len(report.apart) == (2 if cross else 0)
+    for names, reason in report.apart:
+        assert all(cross in name for name in names)
+        assert "may give them different inputs" in reason
+    text = str(report)
+    assert "alone, no other layer is known to read its input:" in text
+    assert ("not together" in text) == bool(cross)
+    batch = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": batch, **({"labels": batch} if cross else {})}
+    with calls_of_the_op() as calls:
+        logits = model(**inputs).logits
+    assert sizes(calls) == [1] * alone + [3] * groups
+    torch.testing.assert_close(logits, plain(**inputs).logits)
+    logits.square().sum().backward()
+    plain(**inputs).logits.square().sum().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(
+                parameter.grad, expected[name].grad, rtol=2e-4, atol=2e-4, msg=name
+            )
+
+
+def test_a_report_says_that_groups_were_not_asked_for():
+    model, _, _ = attention()
+    report = patch_peft_model(model, group=False)
+    assert "not together: base_model.model.(q_proj + k_proj + v_proj): group=False" in str(report)
+    assert len(report.singles) == 3
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_peft_unloads_without_leaving_hooks_behind(how):
+    model = lora_model()
+    patch_peft_model(model)
+    unloaded = getattr(model, how)()
+    for module in unloaded.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_hooks_always_called
+    buffer = io.BytesIO()
+    torch.save(unloaded, buffer)
+    assert b"modxfer_fast" not in buffer.getvalue()
+    again = get_peft_model(unloaded, lora_config())
+    assert len(patch_peft_model(again).groups) == 4
+
+
+def test_hooks_of_a_copy_go_with_its_first_forward():
+    model = lora_model()
+    patch_peft_model(model)
+    unloaded = copy.deepcopy(model).merge_and_unload()
+    unloaded(input_ids=ids())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in unloaded.modules())
+    with calls_of_the_op() as calls:
+        outputs_and_gradients(model)
+    assert sizes(calls) == sorted(2 * [1, 1, 2, 3])  # the original keeps its own
 
 
 def test_members_of_different_widths_are_apart():

@@ -2,24 +2,29 @@
 
 import inspect
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from .layer import FusedForward
+from .layer import FusedForward, when_unloaded
 from .window import Window
 
 logger = logging.getLogger(__package__)
 
-# Names that Llama, Qwen, Mistral, Gemma (first and third) and BERT, RoBERTa, XLM-R (second) give to
-# linears that read the parent's one input.
+# Names of linears that read the parent's one input.
 _SHARING = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, BART, Whisper
+    ("query", "key", "value"),  # BERT, RoBERTa, XLM-R
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("q", "k", "v"),  # T5
+    ("gate_proj", "up_proj"),  # Llama, Qwen, Mistral, Gemma
 )
+# Names under which a block holds the attention that it gives no second input.
+_SELF_ATTENTIONS = ("self_attn", "SelfAttention")
 # A parent with such an argument may give its keys another input than its queries.
 _SECOND_INPUTS = {
     "context",
@@ -47,8 +52,10 @@ class GroupHooks:
         # none of transformers' models does so is known, of others it is not
         if torch.compiler.is_compiling() and not _is_of_transformers(type(parent)):
             return
-        members = tuple(self._members(parent))
+        members = tuple(self.members(parent))
         if len(members) < 2:
+            if not torch.compiler.is_compiling():
+                _drop_group(parent, self.names)
             return
         window = Window(members)
         for member in members:
@@ -56,7 +63,7 @@ class GroupHooks:
 
     def close(self, parent: nn.Module, args: tuple, result) -> None:
         wasted = False
-        for member in self._members(parent):
+        for member in self.members(parent):
             window = member._fused_lora_window
             if window is not None and window.is_own():
                 member._fused_lora_window = None
@@ -72,7 +79,7 @@ class GroupHooks:
                 ", ".join(self.names),
             )
 
-    def _members(self, parent: nn.Module) -> Iterator[FusedForward]:
+    def members(self, parent: nn.Module) -> Iterator[FusedForward]:
         for name in self.names:
             member = getattr(parent, name, None)
             if isinstance(member, FusedForward):
@@ -83,20 +90,21 @@ def _is_of_transformers(cls: type) -> bool:
     return cls.__module__.startswith("transformers.models.")
 
 
-def find_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-    """Parents, and the names of their fused layers that by their names read one input."""
-    for parent in model.modules():
+def find_groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Paths of parents, the parents, and the names of their fused layers that by their names read
+    one input."""
+    for path, parent in model.named_modules():
         for sharing in _SHARING:
             names = tuple(name for name in sharing if _is_fused(getattr(parent, name, None)))
             if len(names) > 1:
-                yield parent, names
+                yield path, parent, names
 
 
-def apart_reason(parent: nn.Module, names: tuple[str, ...]) -> str:
+def apart_reason(path: str, parent: nn.Module, names: tuple[str, ...]) -> str:
     """Why layers that find_groups found are to be computed one by one; empty if they need not."""
     arguments = inspect.signature(type(parent).forward).parameters
     second = sorted(_SECOND_INPUTS.intersection(arguments))
-    if second:
+    if second and path.rpartition(".")[2] not in _SELF_ATTENTIONS:
         return f"{type(parent).__name__} may give them different inputs ({second[0]})"
     members = [getattr(parent, name) for name in names]
     if len({member.in_features for member in members}) > 1:
@@ -115,6 +123,16 @@ def groups_of(parent: nn.Module) -> list[tuple[str, ...]]:
     return [hook.__self__.names for hook in parent._forward_pre_hooks.values() if _is_ours(hook)]
 
 
+def _leave(ref: weakref.ref, names: tuple[str, ...]) -> None:
+    parent = ref()
+    if parent is not None:
+        _drop_group(parent, names)
+
+
+def _drop_group(parent: nn.Module, names: tuple[str, ...]) -> None:
+    set_groups(parent, [group for group in groups_of(parent) if group != names])
+
+
 def set_groups(parent: nn.Module, groups: list[tuple[str, ...]]) -> None:
     """Hooks of these groups on the parent, and of no others."""
     for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
@@ -125,6 +143,8 @@ def set_groups(parent: nn.Module, groups: list[tuple[str, ...]]) -> None:
         hooks = GroupHooks(names)
         parent.register_forward_pre_hook(hooks.open)
         parent.register_forward_hook(hooks.close, always_call=True)
+        for member in hooks.members(parent):
+            when_unloaded[member] = partial(_leave, weakref.ref(parent), names)
 
 
 def _is_ours(hook) -> bool:

@@ -7,10 +7,12 @@ adapters, deepcopy and pickle stay as they were.
 
 import functools
 import importlib
+import weakref
+from collections.abc import Callable
 
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
 
@@ -29,6 +31,14 @@ _BASE_ITSELF = {
     "IncLoraLinear": "inc",
     "TorchaoLoraLinear": "torchao",
 }
+
+
+# What to call when PEFT takes a layer out of its model. Beside the layer and not in it: a copy or a
+# pickle would carry along what the call refers to. So copies are not in here; the hooks of their
+# groups go with the first forward that finds no members.
+when_unloaded: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class FusedForward:
@@ -60,6 +70,15 @@ class FusedForward:
         if window is not None and window.admits(self, target, x):
             return window.compute(self, target, x)
         return run_alone(self, target, x)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, as PEFT's `merge_and_unload` and `unload` put it back."""
+        when_unloaded.pop(self, lambda: None)()
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
 
 
 class FusedLoraLinear(FusedForward, lora.Linear):

@@ -18,6 +18,7 @@ from .report import FusedLoraReport
 
 logger = logging.getLogger(__package__)
 
+_NOT_ASKED = "group=False"
 _PART_REASON = "it is part of a MultiheadAttention, which does not call it"
 
 
@@ -105,8 +106,8 @@ def _regroup(ref: weakref.ref, groups: list[tuple[str, ...]]) -> None:
 
 def _wanted_groups(model: nn.Module) -> dict[nn.Module, list[tuple[str, ...]]]:
     wanted = {}
-    for parent, names in find_groups(model):
-        if not apart_reason(parent, names):
+    for path, parent, names in find_groups(model):
+        if not apart_reason(path, parent, names):
             wanted.setdefault(parent, []).append(names)
     return wanted
 
@@ -126,17 +127,17 @@ def _report(
             plain.append(name)
         else:
             branches.append(name)
-    path = {module: name for name, module in model.named_modules()}
+    paths = {module: name for name, module in model.named_modules()}
     groups, apart = [], []
-    for parent, names in find_groups(model):
-        members = [path[getattr(parent, name)] for name in names]
+    for path, parent, names in find_groups(model):
+        members = [paths[getattr(parent, name)] for name in names]
         members = tuple(name for name in members if name in plain)
         if len(members) < 2:
             continue
         if names in groups_of(parent):
             groups.append(members)
-        elif reason := apart_reason(parent, names):
-            apart.append((members, reason))
+        else:
+            apart.append((members, apart_reason(path, parent, names) or _NOT_ASKED))
     grouped = {name for group in groups for name in group}
     return FusedLoraReport(
         groups=tuple(groups),

@@ -14,7 +14,8 @@ class FusedLoraReport:
 
     Attributes:
         groups: names of layers computed together, a tuple a group.
-        singles: names of layers computed by one op each.
+        singles: names of layers computed by one op each: those of `apart`, and those beside which
+            no layer is known that reads the same input.
         branches: names of layers whose base computes itself, and whose LoRA part is the op.
         apart: (names, reason) of layers that share an input and are nevertheless computed singly.
         declined: (name, reason) of layers that PEFT's own forward runs at present.
@@ -56,7 +57,9 @@ class FusedLoraReport:
         state = ", was patched already" if self.already_patched else ""
         lines = [f"fused LoRA: {self.num_fused} of {self.num_layers} layers{state}"]
         lines += _counted("together", (_joined(group) for group in self.groups))
-        lines += _counted("alone", self.singles)
+        known = {name for names, _ in self.apart for name in names}
+        singles = [name for name in self.singles if name not in known]
+        lines += _counted("alone, no other layer is known to read its input", singles)
         lines += _counted("LoRA part alone", self.branches)
         lines += _counted("not together", (f"{_joined(g)}: {reason}" for g, reason in self.apart))
         lines += _counted("left to PEFT", (f"{name}: {reason}" for name, reason in self.declined))
