@@ -99,6 +99,7 @@ tests() {
     step tests "$python" -m pytest -q --tb=short -p no:cacheprovider -p tests.outcomes \
         --outcomes "$work/tests.jsonl" -n "$jobs" --dist worksteal -m "$1" \
         tests/*/test_*_gpu.py
+    ((deadline += 10))
     step rooms "$python" -m tests.outcomes "$work/tests.jsonl"
 }
 

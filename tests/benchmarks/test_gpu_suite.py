@@ -76,6 +76,7 @@ def test_a_stage_out_of_time_keeps_its_results(suite, tmp_path):
     assert "test_a" in files["tests.jsonl"]
     assert "interrupted" in files["tests.log"]
     assert "tests: exit 124" in files["steps.txt"]
+    assert "rooms: exit 0" in files["steps.txt"]
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
