@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What is asked of a GPU, in three stages. Each leaves one archive, OUT/STAGE.tgz, renewed after
-# every step and when the stage is cut: results that came so far are never lost.
+# What is asked of a GPU, in three stages. Each leaves one archive, OUT/STAGE.tgz, renewed every few
+# seconds and when the stage is cut: however it ends, results that came so far are not lost.
 #
 #   benchmarks/gpu_suite.sh first     150 s: kernels of every room on their first shapes, against
 #                                     fp64, without waits, equal bits; a line for each room
@@ -49,10 +49,26 @@ out=${OUT:-benchmarks/results/$(echo "$gpu" | tr 'A-Z ' 'a-z-')}
 mkdir -p "$out"
 work=$(mktemp -d)
 running=
+renewing=
 status=0
 
 archive() {
-    tar czf "$out/.$stage.tgz" -C "$work" . && mv "$out/.$stage.tgz" "$out/$stage.tgz"
+    local new=$out/.$stage.$BASHPID.tgz
+    tar czf "$new" -C "$work" . # 1: a file grew meanwhile, and the part read is in the archive
+    (($? <= 1)) && mv "$new" "$out/$stage.tgz"
+}
+
+# renew: an archive every few seconds, in the background until `settle`
+renew() {
+    while sleep 5; do archive; done > /dev/null 2>&1 &
+    renewing=$!
+}
+
+settle() {
+    [[ -n $renewing ]] && kill "$renewing" 2> /dev/null && wait "$renewing" 2> /dev/null
+    renewing=
+    rm -f "$out/.$stage."*.tgz
+    archive
 }
 
 cut_short() {
@@ -66,7 +82,7 @@ cut_short() {
         done
         kill -KILL "$running" 2>/dev/null
     fi
-    archive
+    settle
     exit 130
 }
 trap cut_short INT TERM
@@ -85,11 +101,12 @@ step() {
     # an interrupt, so that Python tells how far it came; in a group of its own, with all it started
     timeout --signal=INT --kill-after=10 "$left" "$@" > >(tee -a "$work/$name.log") 2>&1 &
     running=$!
+    renew
     wait "$running"
     code=$?
     running=
     echo "== $name: exit $code after $((SECONDS - started)) s" | tee -a "$work/steps.txt"
-    archive
+    settle
     ((code == 0)) || status=1
     return "$code"
 }
@@ -132,6 +149,5 @@ case "$stage-$device" in
     full-cpu) tests "gpu or not gpu" ;;
     tables-*) tables ;;
 esac
-archive
 echo "results in $out/$stage.tgz"
 exit $status

@@ -26,7 +26,7 @@ done
 [[ -n ${file:-} ]] || exit 0
 trap 'echo interrupted; exit 2' INT
 echo '{"test": "tests/kernels/test_kd_loss_gpu.py::test_a", "outcome": "passed"}' > "$file"
-touch "$STARTED"
+echo $PPID > "$STARTED"
 while true; do sleep 0.1; done
 """
 
@@ -91,6 +91,17 @@ def test_a_stage_that_is_stopped_keeps_its_results(signal_name, suite, tmp_path)
     files = members(tmp_path / "out" / "full.tgz")
     assert "test_a" in files["tests.jsonl"]
     assert "cut short" in files["steps.txt"]
+
+
+def test_a_stage_that_is_killed_keeps_its_results(suite, tmp_path):
+    run, archive = suite("full", limit=500), tmp_path / "out" / "full.tgz"
+    while not (archive.exists() and "tests.jsonl" in members(archive)):
+        assert run.poll() is None
+        time.sleep(0.1)
+    step = int((tmp_path / "started").read_text())  # `timeout`, which leads a group of its own
+    for group in (run.pid, step):
+        os.killpg(group, signal.SIGKILL)
+    assert "test_a" in members(archive)["tests.jsonl"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["all"], ["first", "--quick"]], ids=" ".join)
