@@ -23,7 +23,7 @@ COMMANDS = {
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 # A disk that refuses: full, over quota, read-only, not ours.
-_TORCH_REFUSALS = ("unexpected pos", "PytorchStreamWriter failed writing")
+_TORCH_REFUSALS = ("unexpected pos", "iostream error", "PytorchStreamWriter failed writing")
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 

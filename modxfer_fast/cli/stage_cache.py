@@ -91,4 +91,8 @@ class Stages:
             self.console.say(f"{name}: from the cache")
             return self.cache.folder(name, facts)
         with self.console.phase(name.capitalize()):
-            return self.cache.make(name, facts, build)
+            try:
+                return self.cache.make(name, facts, build)
+            except KeyboardInterrupt as error:
+                error.add_note("finished stages are in the cache; the same command goes on")
+                raise

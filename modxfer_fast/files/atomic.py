@@ -142,12 +142,18 @@ def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; an older `target` goes only once the new one is in place."""
+    """Rename `source` to `target`; an older `target` goes only once the new one is in place.
+
+    It comes back when the new one cannot take its place.
+    """
     os.chmod(source, 0o755)
     if not target.exists():
         os.rename(source, target)
         return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
-    os.rename(target, old / "content")
-    os.rename(source, target)
-    shutil.rmtree(old)
+    with scratch_folder(target) as old:
+        os.rename(target, old / "content")
+        try:
+            os.rename(source, target)
+        except BaseException:
+            os.rename(old / "content", target)
+            raise

@@ -366,6 +366,7 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, m
 
     monkeypatch.setattr(task_stages, "train_task", stopped)
     assert main(["transfer", str(path)]) == 130
+    assert "in the cache; the same command goes on" in capsys.readouterr().err
     before = read_results(out)
     assert 0 < len(before) < 9
     monkeypatch.setattr(task_stages, "train_task", original)

@@ -1,6 +1,7 @@
 """Files and folders are complete or absent."""
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -68,6 +69,29 @@ def test_folder_replaces_an_older_one(tmp_path):
     replace_folder(new, old)
     assert [p.name for p in old.iterdir()] == ["fresh"]
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_older_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    rename = os.rename
+
+    def refuse(source, target):
+        if source == new:
+            raise PermissionError(13, "refused")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        replace_folder(new, old)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "new",
+        "new/new",
+        "old",
+        "old/old",
+    ]
 
 
 def start(code, *args):
