@@ -24,6 +24,7 @@ from modxfer_fast.cli.prepare import (
 from modxfer_fast.cli.ranks import barrier, end_with_launcher, is_main, on_main
 from modxfer_fast.cli.summary import print_summary, summarise
 from modxfer_fast.cli.surroundings import environment, quieten_libraries
+from modxfer_fast.cli.threads import settle_threads
 from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
 from modxfer_fast.cli.work_folder import CHECKPOINTS, REPORT_FILE, WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig, LossSection, as_dict
@@ -109,6 +110,7 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         config, console = self.config, self.console
+        settle_threads(console.say)
         with console.phase("Data"):
             self.material = self._prepare_material()
         with console.phase("Teacher"):

@@ -34,6 +34,7 @@ from modxfer_fast.cli.task_stages import (
     split_steps,
     train_stage,
 )
+from modxfer_fast.cli.threads import settle_threads
 from modxfer_fast.cli.work_folder import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.config import dump_config
 from modxfer_fast.config.task_distillation import TaskDistillConfig
@@ -70,6 +71,7 @@ def run_task_distillation(config: TaskDistillConfig, *, resume: bool = False) ->
     job = TaskDistillJob(config, console)
     job.check()
     start = time.perf_counter()
+    settle_threads(console.say)
     names = [CE_ONLY, DISTILLED] if config.compare.ce_only else [DISTILLED]
     folders = {(name, seed): job.student(name, seed) for seed in config.seeds for name in names}
     scores = {

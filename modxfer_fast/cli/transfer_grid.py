@@ -7,6 +7,7 @@ from pathlib import Path
 from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.stage_cache import StageCache
 from modxfer_fast.cli.surroundings import quieten_libraries
+from modxfer_fast.cli.threads import settle_threads
 from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.cli.transfer_report import cell_result
 from modxfer_fast.config import ConfigError
@@ -54,6 +55,7 @@ def run_grid(grid: Grid) -> list[CellResult]:
     kinds = dict.fromkeys(PRIMARY_METRIC[cell.job.task.kind] for cell in grid.cells)
     metric = " or ".join(METRIC_NAMES[kind] for kind in kinds)
     results: list[CellResult] = []
+    settle_threads(console.say)
     drawn = -math.inf
     with console.progress(len(grid.cells)) as progress:
         for number, cell in enumerate(grid.cells, 1):

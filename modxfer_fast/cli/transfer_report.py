@@ -10,6 +10,7 @@ from modxfer_fast.cli.ranks import single_process
 from modxfer_fast.cli.surroundings import quieten_libraries
 from modxfer_fast.cli.task_models import ADAPTER
 from modxfer_fast.cli.task_stages import report_head
+from modxfer_fast.cli.threads import settle_threads
 from modxfer_fast.cli.transfer_job import CONTENT, StudentRun, TransferJob
 from modxfer_fast.cli.work_folder import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.config import dump_config
@@ -44,6 +45,7 @@ def run_transfer(config: TransferConfig, *, until: str | None = None) -> dict[st
     job = TransferJob(config, console)
     job.check()
     start = time.perf_counter()
+    settle_threads(console.say)
     if until is not None:
         result = getattr(job, until)
         folder = result.folder if isinstance(result, StudentRun) else result
