@@ -1,8 +1,11 @@
-"""Where Triton kernels run; without importing Triton."""
+"""Where Triton kernels run; without importing Triton, unless it interprets them."""
 
 import torch
 
 from .. import env
+
+if env.triton_interpreted():
+    from . import triton_interpreter as _  # noqa: F401, for its effect
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

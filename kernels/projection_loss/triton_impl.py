@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
+from .. import env
 from ..common import triton_device
 from .config import row_config
 from .spec import MIN_LENGTH, ProjectionSpec
@@ -209,8 +211,17 @@ def projection_loss_rows(
             num_warps=config.num_warps,
             # z * s - t * s of equal rows is 0 only if neither product stays unrounded in an FMA
             enable_fp_fusion=False,
+            **_registers(dz is not None),
         )
     return loss
+
+
+def _registers(has_grad: bool) -> dict[str, int]:
+    """The loss alone may have as many registers as two programs of 512 threads leave each other:
+    without a limit ptxas, as Triton 3.6 has it, spills to keep to 32."""
+    if has_grad or env.triton_interpreted():
+        return {}
+    return {"maxnreg": 64} if driver.active.get_current_target().backend == "cuda" else {}
 
 
 projection_loss_fwd = functools.partial(stream, projection_loss_rows)

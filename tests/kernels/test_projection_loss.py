@@ -1,6 +1,8 @@
 """projection_loss against the dense fp64 truth: values, gradients, work done, memory."""
 
 import itertools
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -1006,3 +1008,22 @@ def test_debug_names_the_tensor_with_nan(monkeypatch, name, reduction):
     monkeypatch.setenv("MODXFER_DEBUG", "1")
     with pytest.raises(ValueError, match=f"{name}: expected no NaN, got 1"):
         good(reduction=reduction, **{name: bad})
+
+
+@pytest.mark.parametrize("has_grad", [False, True], ids=["loss", "loss-and-dz"])
+@pytest.mark.parametrize("gpu", ["cuda", "hip"])
+def test_the_loss_alone_may_use_the_registers_that_two_programs_leave(monkeypatch, gpu, has_grad):
+    """The ptxas of Triton 3.6 spills in eight of these kernels to have 32; that of 3.9 does not."""
+    triton_impl = pytest.importorskip("modxfer_fast.kernels.projection_loss.triton_impl")
+    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=gpu))
+    monkeypatch.setattr(triton_impl, "driver", SimpleNamespace(active=target))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    launched = {}
+    kernel = MagicMock()
+    kernel.__getitem__.return_value = lambda *args, **options: launched.update(options)
+    monkeypatch.setattr(triton_impl, "_projection_loss_kernel", kernel)
+    z, t, weights = close_rows(2, 64)
+    dz = torch.empty_like(z) if has_grad else None
+    triton_impl.projection_loss_rows(z, t, weights, ProjectionSpec(), dz)
+    limit = 64 if gpu == "cuda" and not has_grad else None
+    assert launched.get("maxnreg") == limit

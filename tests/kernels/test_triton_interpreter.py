@@ -1,12 +1,17 @@
 """The Triton row kernels, run by Triton's interpreter on a CPU, against the fp64 reference."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.runtime import interpreter
+
 from modxfer_fast.kernels import env
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, triton_interpreter
 from modxfer_fast.kernels.kd_loss import triton_impl
 from modxfer_fast.testing.kd_rows import Rows, check_row_kernels, close_rows
 
@@ -224,3 +229,17 @@ def test_supports_names_the_reason(monkeypatch):
     ok, reason = triton_impl.available()
     assert not ok
     assert "GPU" in reason
+
+
+def test_scalars_of_an_older_triton_bound_loops(monkeypatch):
+    """It takes `int` of an array of one element, which NumPy 2.4 refuses."""
+
+    class Scalar:
+        handle = SimpleNamespace(data=np.array([3]))
+
+    def of_older_triton(tensor, scope):
+        scope.set_attr(tensor, "__index__", lambda self: pytest.fail("int of an array"))
+
+    monkeypatch.setattr(triton_interpreter, "_patch_lang_tensor", of_older_triton)
+    interpreter._patch_lang_tensor(Scalar, SimpleNamespace(set_attr=setattr))
+    assert list(range(Scalar())) == [0, 1, 2]
