@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from statistics import fmean
 
 import pytest
 import torch
@@ -383,6 +384,50 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_table(write, material, m
     message = refused(capsys, path, "--set", "grid.only=[{pair: [same]}]")
     assert "has results of 3 other cells, e.g. ridge narrow 0" in message
     assert {name: (out / name).read_bytes() for name in again} == again
+
+
+def test_a_grid_scores_on_the_way_at_the_rate_that_validation_chose(write, material):
+    training = {**TRAINING, "eval_steps": 20}
+    del training["max_steps"]
+    refine = {"training": {"max_steps": 2, "use_cpu": True}}
+    axes = {
+        "models": {"same": {}, "narrow": {}},
+        "method": {
+            "scratch": {"transfer": None},
+            "refined": {"transfer.method": "fresh", "transfer.refine": refine},
+        },
+        "rate": {"path": "student.training.learning_rate", "values": [1.0e-2, 3.0e-3]},
+        "seed": {"path": "seed", "values": [0]},
+    }
+    path, out = write(
+        grid={"axes": axes, "repeats": ["models", "seed"], "choose": "rate"},
+        student={"path": f"{material}/{{models}}", "total_steps": [4, 30]},
+    )
+    job = yaml.safe_load(path.read_text())
+    job["student"]["training"] = training
+    path.write_text(yaml.safe_dump(job))
+    run(path)
+    cells = read_results(out)
+    assert len(cells) == 8
+    assert all([point.step for point in cell.checkpoints] == [4, 30] for cell in cells)
+    starts = {cell.labels["method"]: cell.curve[0][0] for cell in cells}
+    assert starts == {"scratch": 0, "refined": 2}
+    table = (out / "steps.md").read_text().splitlines()
+    assert "| method | 4 steps | 30 steps |" in table
+    for method in starts:
+        row = next(line for line in table if line.startswith(f"| {method} |"))
+        for place in (0, 1):
+            by_rate = {}
+            for cell in cells:
+                if cell.labels["method"] == method:
+                    by_rate.setdefault(cell.labels["rate"], []).append(cell.checkpoints[place])
+            rate, points = max(
+                by_rate.items(), key=lambda item: fmean(point.validation for point in item[1])
+            )
+            mean = fmean(point.test for point in points)
+            entry = row.split(" | ")[1 + place]
+            assert entry.startswith(f"{mean:.3f} ± ")
+            assert entry.removesuffix(" |").endswith(f" (2, {rate})")
 
 
 def test_a_teacher_that_diverges_is_trained_once(write, material, monkeypatch, capsys):
