@@ -34,8 +34,9 @@ def _divergence(log_p: Tensor, log_q: Tensor, objective: Objective) -> Tensor:
         return p * (log_p - log_q)
     if objective.divergence == "reverse_kl":
         return q * (log_q - log_p)
-    m = objective.beta * p + (1 - objective.beta) * q
-    return objective.beta * p * (log_p - m.log()) + (1 - objective.beta) * q * (log_q - m.log())
+    beta = 0.5 if objective.beta is None else objective.beta
+    m = beta * p + (1 - beta) * q
+    return beta * p * (log_p - m.log()) + (1 - beta) * q * (log_q - m.log())
 
 
 def dense_loss(kd, ce, objective: Objective):
