@@ -30,24 +30,28 @@ def checkpoint_on_sigterm(trainer: DistillTrainer) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         trainer.remove_callback(callback)
+    if callback.asked:  # after the last step: it means what it means outside of training
+        signal.raise_signal(signal.SIGTERM)
 
 
 class _Stop(TrainerCallback):
     def __init__(self, trainer: DistillTrainer) -> None:
         self._trainer = trainer
-        self._asked = self._stopping = False
+        self.asked = self._stopping = False
 
     def ask(self, signum, frame) -> None:
-        self._asked = True
+        self.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):
         # signals arrive at different steps of different processes, which must save together
-        self._stopping = self._asked
+        self._stopping = self.asked
         if args.world_size > 1:
-            asked = torch.tensor(float(self._asked), device=args.device)
+            asked = torch.tensor(float(self.asked), device=args.device)
             self._stopping = self._trainer.accelerator.reduce(asked, "sum").item() > 0
         control.should_save |= self._stopping
         control.should_log |= self._stopping  # the losses since the last report
+
+    on_evaluate = on_step_end  # which is as long as many steps, and before Trainer saves
 
     def on_save(self, args, state, control, **kwargs):
         if self._stopping:

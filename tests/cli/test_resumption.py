@@ -84,6 +84,17 @@ def test_sigterm_writes_a_checkpoint_and_resume_goes_on(write, whole, monkeypatc
     assert told(capsys.readouterr().out) == told(f"finished already: {out}")
 
 
+def test_sigterm_while_it_evaluates(write, whole, monkeypatch, capsys):
+    path, out = write(training={"save_strategy": "no"})
+    with monkeypatch.context() as patch:
+        stop = at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(ConsoleCallback, "on_prediction_step", stop, raising=False)
+        assert main(["distill", str(path)]) == 143
+    assert "(checkpoints/seed-0/student/checkpoint-10 is whole)" in capsys.readouterr().err
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert_as_whole(out, whole)
+
+
 def test_interrupt_says_how_to_go_on(write, monkeypatch, capsys):
     path, out = write()
 
