@@ -1,4 +1,4 @@
-from .autocast import cast_for_autocast, without_autocast
+from .autocast import cast_for_autocast, has_autocast, without_autocast
 from .backward import refuse_batched_gradients, refuse_double_backward, saved_dtype, scaled
 from .checks import (
     check_constant,
@@ -37,6 +37,7 @@ __all__ = [
     "combine_row_weights",
     "debug_check_finite",
     "denominator",
+    "has_autocast",
     "is_finite",
     "pack",
     "refuse_batched_gradients",

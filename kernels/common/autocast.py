@@ -6,13 +6,22 @@ import torch
 from torch import Tensor
 
 
+def has_autocast(device: str) -> bool:
+    """Whether torch can autocast on this kind of device."""
+    return torch.amp.is_autocast_available(device)
+
+
+# What torch.compiler.assume_constant_result sets; the dynamo of torch 2.11 cannot trace the call.
+has_autocast._dynamo_marked_constant = True
+
+
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype of the surrounding autocast, as `F.linear` would cast them.
 
     Unchanged without autocast; fp64 and None are left alone.
     """
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -23,6 +32,6 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """No autocast on `device` inside the block."""
-    if torch.amp.is_autocast_available(device):
+    if has_autocast(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

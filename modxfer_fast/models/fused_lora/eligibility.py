@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import has_autocast
 from modxfer_fast.kernels.lora_linear import LoraTarget
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -161,11 +162,7 @@ def lora_target(branch: Branch, x: Tensor) -> tuple[LoraTarget | None, str]:
     if x.dim() == 0:
         return None, "the input has no dimension"
     device, dtype = x.device.type, x.dtype
-    autocast = (
-        dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    )
+    autocast = dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device)
     if autocast:
         dtype = torch.get_autocast_dtype(device)
     reason = kernel_reason(branch, device, x.dtype, dtype)
