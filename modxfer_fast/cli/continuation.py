@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from modxfer_fast.config import dump_config
+from modxfer_fast.config import ConfigError, dump_config
 
 _LENGTHS = ("training.max_steps", "training.num_train_epochs")
 _ABSENT = "nothing"
@@ -19,7 +19,10 @@ def changes(before: Path, config: BaseModel) -> dict[str, tuple[Any, Any]]:
     """
     if not before.is_file():
         return {before.name: (_ABSENT, "a job")}
-    old = _flat(yaml.safe_load(before.read_text(encoding="utf-8")))
+    try:
+        old = _flat(yaml.safe_load(before.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{before} is damaged ({error}); remove or restore it") from error
     new = _flat(yaml.safe_load(dump_config(config)))
     pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in {**old, **new}}
     return {

@@ -1,6 +1,5 @@
 """The phases of `modxfer distill`: data, teacher, then per seed the runs, then the report."""
 
-import json
 import math
 import shutil
 import time
@@ -36,7 +35,7 @@ from modxfer_fast.engine import (
     Teacher,
     load_projections,
 )
-from modxfer_fast.files import new_folder, write_json
+from modxfer_fast.files import new_folder, read_json, write_json
 from modxfer_fast.models import (
     apply_peft,
     check_finite,
@@ -421,7 +420,7 @@ def _last_of_features(history: list[dict[str, Any]]) -> dict[str, float]:
 
 def _read_result(path: Path) -> dict[str, Any]:
     """A finished run; JSON has no infinity, and a figure that was infinite became null."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json(path)
     keys = ("eval_perplexity", "eval_kd")
     infinite = {key: math.inf for key in keys if result.get(key, 0.0) is None}
     return {**result, **infinite}

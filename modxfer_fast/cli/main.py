@@ -24,7 +24,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 # A disk that refuses: full, over quota, read-only, not ours.
 _TORCH_REFUSALS = ("unexpected pos", "iostream error", "PytorchStreamWriter failed writing")
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +109,8 @@ def _run(run, args: argparse.Namespace) -> int:
             message = f"{error.name} is not installed; pip install 'modxfer-fast[engine]'"
             code = EXIT_USER_ERROR
         elif _is_refusal(error):
-            message, code = f"cannot write: {error}; nothing half-written stays", EXIT_USER_ERROR
+            message = f"cannot write, the disk is full or refuses ({error}); no half file stays"
+            code = EXIT_USER_ERROR
         else:
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = (
@@ -130,11 +131,12 @@ def _with_notes(message: str, error: BaseException) -> str:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether the disk refused a file."""
+    if isinstance(error, OSError):
+        return error.errno in _REFUSALS
     if isinstance(error, RuntimeError):  # of torch.save, which does not say why
         return any(text in str(error) for text in _TORCH_REFUSALS)
-    if type(error).__name__ == "SafetensorError":  # of Rust, which keeps the number in its text
-        return any(f"(os error {number})" in str(error) for number in _REFUSALS)
-    return isinstance(error, OSError) and error.errno in _REFUSALS
+    # safetensors and tokenizers are Rust, which keeps the number in its text
+    return any(f"(os error {number})" in str(error) for number in _REFUSALS)
 
 
 def _version() -> str:

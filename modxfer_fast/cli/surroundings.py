@@ -20,6 +20,8 @@ def quieten_libraries() -> None:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT looks for an adapter's base where the output will be, while it is still being made
+    warnings.filterwarnings("ignore", "Could not find a config file in")
 
 
 def environment() -> dict[str, Any]:

@@ -29,7 +29,6 @@ from modxfer_fast.cli.task_stages import (
     RESULT,
     TaskTeacher,
     check_teacher,
-    read_json,
     report_head,
     split_steps,
     train_stage,
@@ -41,7 +40,7 @@ from modxfer_fast.config.task_distillation import TaskDistillConfig
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_distillation import distil_task
 from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task
-from modxfer_fast.files import new_folder, write_json, write_text
+from modxfer_fast.files import new_folder, read_json, write_json, write_text
 from modxfer_fast.models import patch_peft_model
 from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import METRIC_NAMES, ConsoleCallback, JobConsole

@@ -1,6 +1,5 @@
 """Stages of jobs on a labelled task: the teacher, and training of either model."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from modxfer_fast.config import ConfigError, TaskSection, as_dict
 from modxfer_fast.config.transfer import TeacherSection
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
-from modxfer_fast.files import write_json
+from modxfer_fast.files import read_json, write_json
 from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import ConsoleCallback
 
@@ -174,7 +173,3 @@ def report_head(config: BaseModel, data: TaskData, teacher: float) -> dict[str, 
 def split_steps(training: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     """A training section without `eval_steps`, and those, which the training itself asks for."""
     return {k: v for k, v in training.items() if k != "eval_steps"}, training.get("eval_steps")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -31,7 +31,6 @@ from modxfer_fast.cli.task_stages import (
     RESULT,
     TaskTeacher,
     check_teacher,
-    read_json,
     split_steps,
     train_stage,
 )
@@ -42,7 +41,7 @@ from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.task_distillation import distil_task
 from modxfer_fast.engine.task_result import TaskResult
 from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task
-from modxfer_fast.files import write_json
+from modxfer_fast.files import read_json, write_json
 from modxfer_fast.models import Architecture, patch_peft_model
 from modxfer_fast.report import ConsoleCallback, JobConsole
 from modxfer_fast.transfer import (

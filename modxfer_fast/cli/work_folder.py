@@ -1,6 +1,5 @@
 """Where a job works: `<output_dir>.partial`, renamed to `<output_dir>` when everything is there."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from modxfer_fast.files import (
     MARKER,
     FileLock,
     LockedError,
+    read_json,
     replace_folder,
     sealed_facts,
     sync_tree,
@@ -57,7 +57,7 @@ class WorkFolder:
             return None
         if self._config.overwrite and self._has_progress():
             return None  # it was being done once more
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
 
     def open(self, *, resume: bool) -> None:
         """Create the folder, or take up the one of an interrupted run.
@@ -76,7 +76,10 @@ class WorkFolder:
             self._check_same_output()
         check_output(self.output, self._replaces)
         self._check_ours()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path} cannot be made ({error})") from error
         try:
             self._lock.acquire()
         except LockedError as error:

@@ -237,7 +237,7 @@ def _notes(pieces: Dataset, num_documents: int) -> list[str]:
     for row, problem in zip(pieces["row"], pieces["problem"], strict=True):
         if problem:
             problems[problem] += 1
-            first.setdefault(problem, row)
+            first[problem] = min(row, first.get(problem, row))
     notes = []
     for problem, count in problems.most_common(_MAX_REASONS):
         notes.append(

@@ -145,8 +145,8 @@ def _linear_head(base: PreTrainedModel, role: str) -> nn.Linear:
         head = head.modules_to_save[head.active_adapters[0]]
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ValueError(
-            f"{role}: the output head is wrapped in {type(head).__name__}, whose update is not in "
-            "its weight; take the head out of target_modules, or train it whole with "
+            f"{role}: expected an output head without an adapter, whose update is not in its "
+            "weight; take the head out of target_modules, or train it whole with "
             "modules_to_save=['lm_head']"
         )
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:

@@ -93,12 +93,18 @@ def last_complete_checkpoint(
     Args:
         tell: is given a line for each damaged one.
     """
+    damaged: dict[Path, list[str]] = {}
+    whole = None
     for folder in marked_checkpoints(output_dir):
         bad = damaged_files(folder)
         if not bad:
-            return str(folder)
-        tell(f"{folder} is damaged ({', '.join(bad)}) and passed over")
-    return None
+            whole = folder
+            break
+        damaged[folder] = bad
+    instead = "the first step" if whole is None else whole.name
+    for folder, bad in damaged.items():
+        tell(f"{folder} is damaged ({', '.join(bad)}): training goes on from {instead}")
+    return None if whole is None else str(whole)
 
 
 @contextlib.contextmanager

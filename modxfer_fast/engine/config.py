@@ -156,6 +156,8 @@ class DistillConfig(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate: expected >= 0, got {self.learning_rate}")
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices: expected True; without it a rank with few tokens "

@@ -168,6 +168,7 @@ class DistillTrainer(Trainer):
             self._resumed = info
         self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)
         self._check_teacher()
+        check_finite(self.student, "student")
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 

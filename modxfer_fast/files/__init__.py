@@ -2,6 +2,7 @@
 
 from modxfer_fast.files.atomic import (
     new_folder,
+    read_json,
     replace_folder,
     scratch_folder,
     sha256_of,
@@ -18,6 +19,7 @@ __all__ = [
     "LockedError",
     "damaged_files",
     "new_folder",
+    "read_json",
     "replace_folder",
     "scratch_folder",
     "seal",

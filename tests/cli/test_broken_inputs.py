@@ -105,7 +105,7 @@ def test_the_message_about_a_wrapped_head_names_the_student(write_pair, tmp_path
     peft = '{"r": 2, "target_modules": ["q_proj", "lm_head"]}'
     assert main(["distill", str(path), "--set", f"student.peft={peft}"]) == 2
     error = capsys.readouterr().err
-    assert "modxfer: student: the output head is wrapped in" in error
+    assert "modxfer: student: expected an output head without an adapter" in error
 
 
 def test_rows_left_out_are_counted_in_the_console(write_pair, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from modxfer_fast.cli.work_folder import WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.errors import UserError
 from modxfer_fast.files import damaged_files, seal
 
 
@@ -23,6 +24,22 @@ def finished(tmp_path):
     folder.open(resume=False)
     (folder.path / "report.json").write_text("old")
     folder.finish()
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/absent/out"])
+def test_a_place_that_cannot_be_made(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    folder = folder_of(tmp_path, output_dir=str(tmp_path / place))
+    with pytest.raises(ConfigError, match=r"output_dir: .*out\.partial cannot be made \("):
+        folder.open(resume=False)
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.yaml", "a: ["), ("report.json", "{")])
+def test_a_damaged_file_of_a_result_is_named(tmp_path, name, text):
+    finished(tmp_path)
+    (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"(?s)out/{name} is damaged \(.*remove or restore it"):
+        folder_of(tmp_path).finished_report()
 
 
 def test_output_appears_at_the_end(tmp_path):

@@ -15,6 +15,7 @@ from modxfer_fast.data import (
     rows_from_documents,
     train_tokenizer,
 )
+from modxfer_fast.data.encoding import ROW
 from modxfer_fast.data.sources import detect_format
 
 
@@ -166,6 +167,17 @@ def rows_of(path, **options):
     documents = load_documents(section)
     assert documents.digest()
     return build_rows(documents, section, train_tokenizer(documents.texts(), 300))
+
+
+def test_the_first_row_that_is_told_is_the_lowest(tmp_path):
+    texts = [{"text": f"document {i}" if i % 2 else None} for i in range(40)]
+    path = write_rows(tmp_path / "d.jsonl", texts)
+    section = DataSection(source=str(path), max_length=48, max_documents=40, eval_fraction=0.1)
+    documents = load_documents(section)  # shuffled
+    rows = build_rows(documents, section, train_tokenizer(documents.texts(), 300))
+    for note, part in zip(rows.notes, (documents.train, documents.held_out), strict=True):
+        lowest = min(row for row, text in zip(part[ROW], part["text"], strict=True) if text is None)
+        assert f"(first: row {lowest})" in note
 
 
 def test_rows_that_cannot_be_learnt_from_are_left_out_and_counted(tmp_path):

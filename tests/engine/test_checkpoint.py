@@ -51,9 +51,13 @@ def test_a_damaged_checkpoint_is_named_and_an_older_whole_one_taken(tmp_path):
         check_files(newest)
     told = []
     assert last_complete_checkpoint(tmp_path, told.append) == str(tmp_path / "checkpoint-4")
-    assert "checkpoint-8 is damaged (global_step/rank0.pt, model.safetensors)" in told[0]
+    assert told.pop().endswith(
+        "checkpoint-8 is damaged (global_step/rank0.pt, model.safetensors): training goes on from "
+        "checkpoint-4"
+    )
     (tmp_path / "checkpoint-4" / "complete.json").write_text('{"global_st')
     assert last_complete_checkpoint(tmp_path, told.append) is None
+    assert told.pop().endswith("training goes on from the first step")
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):

@@ -571,6 +571,15 @@ def test_a_teacher_with_a_broken_weight_is_named_before_training(tmp_path, value
     assert run.state.global_step == 0
 
 
+def test_a_student_with_a_broken_weight_is_named_before_training(tmp_path):
+    student = tiny_llama()
+    student.model.norm.weight.data[1] = math.nan
+    run = trainer(student, config(tmp_path), teacher_model())
+    with pytest.raises(ModelError, match=r"student: expected weights .*model\.norm\.weight;"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 def break_answers(model, calls: set[int]):
     """Makes the hidden states of one token NaN in the given calls, with finite weights."""
 
