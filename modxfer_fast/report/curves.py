@@ -73,7 +73,8 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
                 linestyle="--",
                 label=_LABELS["teacher"],
             )
-        if logarithmic:
+        drawn = (value for line in axis.lines for value in line.get_ydata())
+        if logarithmic and any(value > 0 for value in drawn):
             axis.set_yscale("log")
             _plain_ticks(axis)
         axis.set_title(title, loc="left")
