@@ -49,7 +49,13 @@ def suite(tmp_path):
         }
         command = [SUITE, stage, "--dry-run"]
         run = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # where the tests run in the background it is ignored, and a shell cannot trap it then
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(run)
         return run
