@@ -14,11 +14,12 @@ from .checks import (
 )
 from .kd_spec import DIVERGENCES, KDSpec
 from .reduction import check_reduction, combine_row_weights, denominator, valid_rows
-from .scalars import check_integer, check_number, check_workspace, is_finite, pack
+from .scalars import READS_NUMBERS, check_integer, check_number, check_workspace, is_finite, pack
 from .transforms import refuse_transforms
 
 __all__ = [
     "DIVERGENCES",
+    "READS_NUMBERS",
     "KDSpec",
     "cast_for_autocast",
     "check_constant",

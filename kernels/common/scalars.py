@@ -11,6 +11,10 @@ import numbers
 import torch
 from torch import Tensor
 
+# Of ops that read such numbers: what is captured in a CUDA graph keeps those of the capture, so
+# `torch.compile(mode="reduce-overhead")` must leave them between its graphs.
+READS_NUMBERS = (torch.Tag.cudagraph_unsafe,)
+
 
 def check_number(name: str, value: float) -> None:
     """Raises TypeError for what is no plain number; a tensor's gradient would be lost."""

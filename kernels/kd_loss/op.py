@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..common import (
+    READS_NUMBERS,
     KDSpec,
     check_float,
     check_label_values,
@@ -43,11 +44,13 @@ torch.library.define(
     "modxfer::kd_loss_fwd",
     f"(Tensor student_logits, Tensor teacher_logits, Tensor? labels, {_SPEC}, int ignore_index, "
     "str backend) -> (Tensor rows, Tensor stats)",
+    tags=READS_NUMBERS,
 )
 torch.library.define(
     "modxfer::kd_loss_bwd",
     "(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor drows, Tensor stats, "
     f"{_SPEC}, str backend) -> Tensor dlogits",
+    tags=READS_NUMBERS,
 )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..common import (
+    READS_NUMBERS,
     KDSpec,
     cast_for_autocast,
     check_float,
@@ -60,9 +61,12 @@ torch.library.define(
     "modxfer::linear_kd_loss_fwd",
     f"({_INPUTS}, bool need_dhidden, bool need_dweight, bool need_dbias) "
     "-> (Tensor loss, Tensor kd, Tensor ce, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    tags=READS_NUMBERS,
 )
 torch.library.define(
-    "modxfer::linear_kd_loss_rows", f"({_INPUTS}) -> (Tensor rows, Tensor kd, Tensor ce)"
+    "modxfer::linear_kd_loss_rows",
+    f"({_INPUTS}) -> (Tensor rows, Tensor kd, Tensor ce)",
+    tags=READS_NUMBERS,
 )
 
 

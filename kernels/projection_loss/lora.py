@@ -37,6 +37,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..common import (
+    READS_NUMBERS,
     check_tensor,
     refuse_batched_gradients,
     refuse_double_backward,
@@ -65,6 +66,7 @@ torch.library.define(
     "int workspace_mb, str backend, bool need_dhidden, bool[] need_dprojection) "
     "-> (Tensor hidden, Tensor loss, Tensor s, Tensor bits, Tensor dhidden, "
     "Tensor dprojection, Tensor dprojection_a, Tensor dprojection_bias)",
+    tags=READS_NUMBERS,
 )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..common import (
+    READS_NUMBERS,
     debug_check_finite,
     refuse_double_backward,
     refuse_transforms,
@@ -56,12 +57,16 @@ torch.library.define(
     f"({_INPUTS}, bool need_dhidden, bool need_dprojection, bool need_dprojection_a, "
     "bool need_dbias) -> (Tensor loss, Tensor dhidden, Tensor dprojection, Tensor dprojection_a, "
     "Tensor dbias)",
+    tags=READS_NUMBERS,
 )
-torch.library.define("modxfer::projection_loss_rows", f"({_INPUTS}) -> Tensor rows")
+torch.library.define(
+    "modxfer::projection_loss_rows", f"({_INPUTS}) -> Tensor rows", tags=READS_NUMBERS
+)
 torch.library.define(
     "modxfer::projection_loss_energy",
     "(Tensor teacher_hidden, Tensor row_weights, Tensor numbers, str norm, str backend) "
     "-> Tensor energy",
+    tags=READS_NUMBERS,
 )
 
 

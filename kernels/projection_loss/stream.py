@@ -40,7 +40,8 @@ def saved_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
 def _fp16_scale(row_weights: Tensor, spec: ProjectionSpec, width: int) -> Tensor:
     """The factor of the weights with which dz of usual states is fp16's middle.
 
-    Of "mse" and "smooth_l1" without a norm no states at all pass 65504: |dz| <= |a - b| / 4.
+    Of "mse" and "smooth_l1" without a norm |dz| <= |a - b| / 4: none of projections in fp16's range
+    passes 65504. Behind a norm dz grows with 1 / rms, up to 1 / sqrt(norm_eps).
     """
     unit = math.sqrt(width) if spec.is_direction else width / 8
     top = row_weights.abs().amax() if len(row_weights) else row_weights.new_ones(())

@@ -72,7 +72,7 @@ def run_job(config: JobConfig, *, resume: bool = False) -> dict[str, Any]:
     if report is not None:
         JobConsole(is_main=is_main()).say(f"finished already: {folder.output}")
         return report
-    job = _Job(config, folder.path)
+    job = _Job(config, folder)
     on_main(lambda: folder.open(resume=resume))
     try:
         report = job.run()
@@ -97,9 +97,10 @@ def check_open_sections(config: JobConfig) -> None:
 
 
 class _Job:
-    def __init__(self, config: JobConfig, work: Path) -> None:
+    def __init__(self, config: JobConfig, folder: WorkFolder) -> None:
         self.config = config
-        self.work = work
+        self.folder = folder
+        self.work = folder.path
         self.console = JobConsole(is_main=is_main())
         self.start = time.perf_counter()
         # those of an encoder are its own losses
@@ -112,6 +113,7 @@ class _Job:
         settle_threads(console.say)
         with console.phase("Data"):
             self.material = self._prepare_material()
+        on_main(lambda: self.folder.check_data(self.material.digest))
         with console.phase("Teacher"):
             teacher, teacher_facts = self._prepare_teacher()
         runs = [self._run_seed(seed, teacher) for seed in config.seeds]
@@ -261,7 +263,7 @@ class _Job:
         section = self.config.student
         if section.peft is None or not section.is_built:
             return None
-        return WorkFolder(self.config).output / f"seed-{seed}" / "student_base"
+        return self.folder.output / f"seed-{seed}" / "student_base"
 
     def _keep_base(self, path: str, seed: int) -> None:
         """Copy the base beside its adapters: the cache may be emptied, the output may travel."""

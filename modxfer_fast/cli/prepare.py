@@ -203,7 +203,8 @@ def _pretrain(
     seed: int,
 ) -> None:
     """Next-token training of `model`, then `folder`."""
-    checkpoints = material.work / "checkpoints" / f"{role}-pretrain"
+    # named by all that it depends on: what changed since an interruption goes on from nothing
+    checkpoints = material.work / "checkpoints" / f"{role}-pretrain-{folder.name}"
     args = training_args(section, f"{role}.pretrain", checkpoints, CROSS_ENTROPY, seed=seed)
     trainer = material.trainer(model, args)
     seconds = material.train(trainer)

@@ -13,6 +13,7 @@ from modxfer_fast.config import ConfigError
 from modxfer_fast.errors import ToldByMain
 
 T = TypeVar("T")
+_GRACE_S = 300.0  # for the step at hand and its checkpoint
 
 
 def is_main() -> bool:
@@ -59,9 +60,10 @@ def on_main(act: Callable[[], None]) -> None:
 
 
 def end_with_launcher() -> None:
-    """Send this process SIGTERM when its launcher is gone.
+    """Send this process SIGTERM when its launcher is gone, and SIGKILL if it stays for minutes.
 
-    torchrun starts processes in sessions of their own: when it is killed, they run on and write.
+    torchrun starts processes in sessions of their own: when it is killed, they run on and write, or
+    wait for a process that is gone.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # no launcher, whose end would mean something
         return
@@ -71,6 +73,8 @@ def end_with_launcher() -> None:
         while os.getppid() == launcher:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 

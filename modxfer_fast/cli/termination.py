@@ -40,6 +40,7 @@ class _Stop(TrainerCallback):
         self.asked = self._stopping = False
 
     def ask(self, signum, frame) -> None:
+        # a cluster and its launcher may each send one: the second changes nothing
         self.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):

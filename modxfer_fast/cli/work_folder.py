@@ -21,6 +21,7 @@ from modxfer_fast.files import (
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"
+DATA_FILE = "data.txt"
 _LOCK_FILE = "job.lock"
 
 
@@ -76,17 +77,7 @@ class WorkFolder:
             self._check_same_output()
         check_output(self.output, self._replaces)
         self._check_ours()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be made ({error})") from error
-        try:
-            self._lock.acquire()
-        except LockedError as error:
-            raise ConfigError(
-                f"output_dir: {self.path} is in use by {error}; wait for its end or name another "
-                "folder"
-            ) from None
+        self._acquire()
         try:
             if self._has_progress():
                 self._take_up(resume=resume)
@@ -97,6 +88,37 @@ class WorkFolder:
         except BaseException:
             self.leave()
             raise
+
+    def _acquire(self) -> None:
+        while not self._lock.holds():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"output_dir: {self.path} cannot be made ({error})") from error
+            try:
+                self._lock.acquire()
+            except LockedError as error:
+                raise ConfigError(
+                    f"output_dir: {self.path} is in use by {error}; wait for its end or name "
+                    "another folder"
+                ) from None
+            except FileNotFoundError:  # a job that failed early removed its folder just now
+                continue
+
+    def check_data(self, digest: str) -> None:
+        """Raise a ConfigError where a run goes on with other rows than it began with.
+
+        Args:
+            digest: of the rows of now, which a run that begins keeps.
+        """
+        kept = self.path / CHECKPOINTS / DATA_FILE
+        if kept.is_file() and kept.read_text(encoding="utf-8") != digest:
+            raise ConfigError(
+                f"--resume: the data are no longer those that the run in {self.path} began with; "
+                "restore them, or remove the folder to start again"
+            )
+        kept.parent.mkdir(exist_ok=True)
+        write_text(kept, digest)
 
     def _finished_and_shorter(self) -> bool:
         """Whether the output is that of the same job with fewer steps."""
@@ -178,10 +200,11 @@ class WorkFolder:
             newest = max(_markers(self.path), key=lambda path: path.stat().st_mtime, default=None)
             whole = f" ({newest.parent.relative_to(self.path)} is whole)" if newest else ""
             hint = f"what is done stays in {self.path}{whole}; --resume goes on from there"
-        self._lock.release()
         files = [path for path in self.path.rglob("*") if path.is_file()]
-        if not {path.name for path in files} - {CONFIG_FILE}:
-            shutil.rmtree(self.path)
+        if not {path.name for path in files} - {CONFIG_FILE, DATA_FILE, _LOCK_FILE}:
+            # while the lock is held: whoever waits for it must not lose a folder of its own
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
         return hint
 
     def finish(self) -> Path:

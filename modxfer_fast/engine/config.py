@@ -99,6 +99,9 @@ class DistillConfig(TrainingArguments):
             self.data_seed = self.seed
         self._prepare_deepspeed()
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # the first rank cannot cut batches that hold counts; each rank reads its own instead
+            self.accelerator_config.dispatch_batches = False
         if self.n_gpu > 1:
             logger.warning(
                 f"{self.n_gpu} GPUs are visible to one process, one of them is used; "
@@ -168,6 +171,11 @@ class DistillConfig(TrainingArguments):
                 "label_smoothing_factor",
                 self.label_smoothing_factor,
                 "the fused loss has no smoothing",
+            ),
+            (
+                "save_only_model",
+                self.save_only_model,
+                "a resumed run would begin with a new optimizer and schedule, without a word",
             ),
             ("use_liger_kernel", self.use_liger_kernel, "it replaces the student's forward"),
             ("fsdp", self.fsdp, "the output head would be a DTensor; use zero_stage=3"),

@@ -78,7 +78,9 @@ class DistillTrainer(Trainer):
             raise TypeError("data_collator: expected a collator of input_ids and labels, got None")
         if args.kind != "encoder":
             data_collator = AlignedLabels(data_collator)
-        num_tokens = None if processing_class is None else len(processing_class)
+        # a processor of several modalities has a tokenizer and no length
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        num_tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
         teacher = Teacher.of(teacher, args.kind, num_tokens)
         module = DistillModule(
             model,

@@ -4,7 +4,7 @@ A map W [d_t, d_s] keeps of an update M [d_t, n] the part in the directions that
 
     kept = ||W W^+ M||^2 / ||M||^2
 
-with M = B A of a LoRA, and the up-projection of an adapter. The rest reaches nothing in the
+with M = s B A of a LoRA with scaling s, and the up-projection of an adapter. The rest reaches nothing in the
 student, and no score of the map's fit on features shows it.
 """
 
@@ -30,7 +30,7 @@ def power_kept(kind: str, source: Source) -> tuple[float, float] | None:
     if kind == "ia3":
         return None
     if kind == "lora":
-        up, down = tensors[B].double(), tensors[A].double()
+        up, down = tensors[B].double(), source.scaling * tensors[A].double()
         inner = down @ down.T
     else:
         up = (tensors["up.weight"] if kind == "bottleneck" else dense_up(tensors)).double()

@@ -181,10 +181,13 @@ def test_an_adapter_needs_no_cache(write, monkeypatch, tmp_path):
     assert not torch.equal(before, in_place)
 
 
-def test_a_process_ends_after_its_launcher():
+@pytest.mark.parametrize("stays", [False, True], ids=["asked", "killed"])
+def test_a_process_ends_after_its_launcher(stays):
+    """Also one that waits for another process and never comes to answer the signal."""
     rank = (
-        "import time; from modxfer_fast.cli.ranks import end_with_launcher;"
-        "end_with_launcher(); print('ready', flush=True); time.sleep(100)"
+        "import signal, time; from modxfer_fast.cli import ranks; ranks._GRACE_S = 0.1;"
+        f"{stays} and signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "ranks.end_with_launcher(); print('ready', flush=True); time.sleep(100)"
     )
     launcher = (
         "import subprocess, sys;"

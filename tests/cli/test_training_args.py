@@ -49,6 +49,7 @@ def test_evaluation_keeps_precision_and_drops_sharding(tmp_path):
             {"report_to": "tensorbord"},
             r"training.report_to: unknown logger 'tensorbord'; did you mean 'tensorboard'\?",
         ),
+        ({"save_only_model": True}, "training: save_only_model: expected it off"),
         ({"learning_rate": -1.0}, "training: learning_rate: expected >= 0, got -1.0"),
         ({"report_to": "dvclive"}, "training.report_to: dvclive is not installed"),
         ({"zero_stage": 5}, "training: zero_stage: expected one of 0, 1, 2, 3, got 5"),

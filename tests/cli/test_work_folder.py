@@ -42,6 +42,51 @@ def test_a_damaged_file_of_a_result_is_named(tmp_path, name, text):
         folder_of(tmp_path).finished_report()
 
 
+def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    folder.check_data("as they were")
+    checkpoint(folder.path, 4)
+    folder.leave()
+    folder = folder_of(tmp_path)
+    folder.open(resume=True)
+    folder.check_data("as they were")
+    with pytest.raises(ConfigError, match="the data are no longer those that the run in .*began"):
+        folder.check_data("repaired")
+
+
+def test_a_folder_is_removed_before_its_lock_is_let_go(tmp_path, monkeypatch):
+    """Else the next job, which waited for the lock, would lose the folder that it has just made."""
+    folder, held = folder_of(tmp_path), []
+    folder.open(resume=False)
+    rmtree = shutil.rmtree
+
+    def watched(path, **options):
+        held.append(folder._lock.holds())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    folder.leave()
+    assert held == [True]
+    assert not folder.path.exists()
+
+
+def test_a_folder_that_goes_while_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path)
+    acquire, calls = folder._lock.acquire, []
+
+    def late():
+        calls.append(1)
+        if len(calls) == 1:
+            shutil.rmtree(folder.path)
+        acquire()
+
+    monkeypatch.setattr(folder._lock, "acquire", late)
+    folder.open(resume=False)
+    assert len(calls) == 2
+    assert folder._lock.holds()
+
+
 def test_output_appears_at_the_end(tmp_path):
     folder = folder_of(tmp_path)
     folder.open(resume=False)

@@ -571,6 +571,25 @@ def test_a_teacher_with_a_broken_weight_is_named_before_training(tmp_path, value
     assert run.state.global_step == 0
 
 
+def test_a_processor_of_several_modalities_has_a_tokenizer(tmp_path):
+    class Processor:
+        tokenizer = range(64)
+
+        def save_pretrained(self, folder):
+            pass
+
+    run = trainer(tiny_llama(), config(tmp_path), teacher_model(), processing_class=Processor())
+    run.train()
+    assert run.state.global_step > 0
+
+
+def test_each_rank_reads_batches_of_its_own(tmp_path):
+    """The first rank of several cannot cut batches, which hold counts beside tensors."""
+    assert config(tmp_path).accelerator_config.dispatch_batches is False
+    chosen = config(tmp_path, accelerator_config={"dispatch_batches": True})
+    assert chosen.accelerator_config.dispatch_batches is True
+
+
 def test_a_student_with_a_broken_weight_is_named_before_training(tmp_path):
     student = tiny_llama()
     student.model.norm.weight.data[1] = math.nan

@@ -167,3 +167,14 @@ def test_a_number_of_a_lora_that_is_a_tensor(name):
     options = {"scaling": 0.5, name: torch.tensor(0.5)}
     with pytest.raises(TypeError, match=f"^{name}: expected a number, got a tensor"):
         lora_linear(_randn(N, D), None, A, B, **options)
+
+
+def test_no_op_that_reads_numbers_is_captured_in_a_cuda_graph():
+    """Under mode="reduce-overhead" a captured one would keep the temperature of its capture."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("modxfer::")}
+    ops = [getattr(torch.ops.modxfer, name.split("::")[1]).default for name in names]
+    reading = {
+        op for op in ops if "numbers" in {argument.name for argument in op._schema.arguments}
+    }
+    assert len(reading) >= 7
+    assert {op for op in ops if torch.Tag.cudagraph_unsafe in op.tags} == reading

@@ -4,6 +4,8 @@ The FFN is three times as wide as the stream and the queries twice, so that no f
 that writes them span their space.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -22,7 +24,9 @@ from modxfer_fast.transfer import (
     make_layer_map,
     transport,
 )
-from modxfer_fast.transfer.kept import share_kept, warnings
+from modxfer_fast.transfer.kept import power_kept, share_kept, warnings
+from modxfer_fast.transfer.rewrite.lora import A, B
+from modxfer_fast.transfer.rewrite.source import Source
 from tests.transfer_clones import (
     bases,
     clone,
@@ -168,3 +172,12 @@ def test_what_a_narrower_student_keeps_is_the_share_inside_its_directions():
     for row in moved.facts["kept"]:
         up = module.slots[row["teacher"], row["place"]]["bottleneck_up.weight"].double()
         assert row["kept"] == pytest.approx((up[:8].norm() ** 2 / up.norm() ** 2).item())
+
+
+def test_the_power_of_an_update_has_its_scaling():
+    """Or a place that a module scales up would count too little in the share of all places."""
+    up, down = torch.randn(6, 2), torch.randn(2, 5)
+    source = Source({A: down, B: up}, None, SimpleNamespace(write=torch.eye(6)), 1.0, scaling=3.0)
+    power, kept = power_kept("lora", source)
+    assert power == pytest.approx((3.0 * up @ down).square().sum().item(), rel=1e-5)
+    assert kept == pytest.approx(power)

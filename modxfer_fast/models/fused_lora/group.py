@@ -65,7 +65,8 @@ class GroupHooks:
         wasted = False
         for member in self.members(parent):
             window = member._fused_lora_window
-            if window is not None and window.is_own():
+            # one of a traced forward belongs to no thread, and its close may run untraced
+            if window is not None and (window.thread is None or window.is_own()):
                 member._fused_lora_window = None
                 window.clear()
                 wasted |= window.wasted
