@@ -4,8 +4,8 @@ A map W [d_t, d_s] keeps of an update M [d_t, n] the part in the directions that
 
     kept = ||W W^+ M||^2 / ||M||^2
 
-with M = s B A of a LoRA with scaling s, and the up-projection of an adapter. The rest reaches nothing in the
-student, and no score of the map's fit on features shows it.
+with M = s B A of a LoRA with scaling s, and the up-projection of an adapter. The rest reaches
+nothing in the student, and no score of the map's fit on features shows it.
 """
 
 from collections.abc import Iterable

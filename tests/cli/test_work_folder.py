@@ -51,7 +51,7 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path):
     folder = folder_of(tmp_path)
     folder.open(resume=True)
     folder.check_data("as they were")
-    with pytest.raises(ConfigError, match="the data are no longer those that the run in .*began"):
+    with pytest.raises(ConfigError, match=r"the data are no longer those that the run in .*began"):
         folder.check_data("repaired")
 
 

@@ -177,7 +177,9 @@ def test_what_a_narrower_student_keeps_is_the_share_inside_its_directions():
 def test_the_power_of_an_update_has_its_scaling():
     """Or a place that a module scales up would count too little in the share of all places."""
     up, down = torch.randn(6, 2), torch.randn(2, 5)
-    source = Source({A: down, B: up}, None, SimpleNamespace(write=torch.eye(6)), 1.0, scaling=3.0)
+    source = Source(
+        {A: down, B: up}, None, SimpleNamespace(write=torch.eye(6).double()), 1.0, scaling=3.0
+    )
     power, kept = power_kept("lora", source)
     assert power == pytest.approx((3.0 * up @ down).square().sum().item(), rel=1e-5)
     assert kept == pytest.approx(power)
