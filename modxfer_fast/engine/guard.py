@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -21,10 +22,13 @@ class NonFiniteError(UserError):
 class StepGuard(TrainerCallback):
     """Leaves out optimiser steps whose gradient is not finite, and stops after too many in a row.
 
-    DeepSpeed skips such steps itself, without a word; everywhere else the optimiser would write NaN
-    into every parameter. The decision costs one synchronisation a step, as DeepSpeed's own does,
-    and is the same on all ranks because it is taken on reduced gradients. A skipped step takes no
-    part in the mean loss either.
+    DeepSpeed and the loss scaler of fp16 skip such steps themselves, without a word; everywhere
+    else the optimiser would write NaN into every parameter. The decision costs one synchronisation
+    a step, as DeepSpeed's own does, and is the same on all ranks because it is taken on reduced
+    gradients. A skipped step takes no part in the mean loss either.
+
+    A step that the scaler skips though every loss was finite, while its scale is still at least 1,
+    is the scaler finding its scale: it is skipped and counted, but not as one in a row.
 
     Args:
         max_skipped: consecutive skipped steps that are tolerated.
@@ -44,6 +48,7 @@ class StepGuard(TrainerCallback):
         self.skipped = 0
         self.consecutive = 0
         self.engine = None  # the DeepSpeed engine, once there is one
+        self._scaled: AcceleratedOptimizer | None = None  # whose scaler may skip its steps
         self._module = module
         self._reduce = reduce
         self._dropped = False
@@ -74,9 +79,10 @@ class StepGuard(TrainerCallback):
             # once in Trainer's sum, a NaN would never leave it
             self._count_loss(torch.where(loss.isfinite(), loss, 0.0))
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Guards a torch optimiser whose gradients are whole and equal on all ranks."""
-        optimizer.register_step_pre_hook(self._drop_nonfinite_gradients)
+    def watch(self, optimizer: AcceleratedOptimizer) -> None:
+        """Guards an optimiser whose gradients are whole and equal on all ranks."""
+        self._scaled = None if optimizer.scaler is None else optimizer
+        _torch_optimizer(optimizer).register_step_pre_hook(self._drop_nonfinite_gradients)
 
     def _drop_nonfinite_gradients(self, optimizer, args, kwargs) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,13 +95,20 @@ class StepGuard(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         by_deepspeed = self.engine is not None and not self.engine.was_step_applied()
-        is_taken = not (self._dropped or by_deepspeed)
+        by_scaler = self._scaled is not None and self._scaled.step_was_skipped
+        is_taken = not (self._dropped or by_deepspeed or by_scaler)
+        is_calibration = by_scaler and self._is_scale_too_large()
         self._end_step(taken=is_taken)
         if is_taken:
             self.consecutive = 0
             return
         self._dropped = False
         self.skipped += 1
+        if is_calibration:
+            logger.warning(
+                f"step {state.global_step + 1}: update skipped, the loss scale was too large"
+            )
+            return
         self.consecutive += 1
         cause = self._cause(args.device)
         message = f"step {state.global_step + 1}: update skipped, {cause}"
@@ -105,6 +118,11 @@ class StepGuard(TrainerCallback):
                 f"{message}; {self.consecutive} updates in a row were not finite, "
                 f"max_skipped_steps={self.max_skipped}{self._broken_parameters()}"
             )
+
+    def _is_scale_too_large(self) -> bool:
+        """Whether a step skipped by the scaler is owed to its scale; the same on all ranks."""
+        broken = (~self._loss.isfinite()).float()  # a loss of one rank breaks the gradient of all
+        return not self._reduce(broken) and self._scaled.scaler.get_scale() >= 1.0
 
     def _cause(self, device: torch.device) -> str:
         sums = self._module.meter.totals(self._reduce, device)
@@ -135,3 +153,10 @@ class StepGuard(TrainerCallback):
                 f"teacher.{name}" for name in nonfinite_parameters(self._module.teacher.model)
             ]
         return f"; parameters that are not finite: {listed(names)}" if names else ""
+
+
+def _torch_optimizer(optimizer) -> torch.optim.Optimizer:
+    """The torch optimiser whose `step` runs, inside Accelerate's and DeepSpeed's wrappers."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -252,7 +252,7 @@ class DistillTrainer(Trainer):
             _follow_schedule(self.lr_scheduler)
         self.guard.engine = self.deepspeed
         if not self.zero_stage:
-            self.guard.watch(_torch_optimizer(self.optimizer))
+            self.guard.watch(self.optimizer)
         return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
@@ -544,10 +544,3 @@ def _num_tokens(batch: dict) -> Tensor | int:
         return batch["num_tokens"]
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else mask.sum()
-
-
-def _torch_optimizer(optimizer) -> torch.optim.Optimizer:
-    """The torch optimiser whose `step` runs, inside Accelerate's and DeepSpeed's wrappers."""
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer

@@ -555,6 +555,49 @@ def test_skipped_steps_take_no_part_in_the_reported_loss(tmp_path):
     ]
 
 
+def scaled(run, **options) -> DistillTrainer:
+    """The trainer, with the scaler of fp16 on its gradients."""
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
+    return run
+
+
+def test_a_scaler_that_finds_its_scale_skips_no_steps_in_a_row(tmp_path):
+    args = config(tmp_path, learning_rate=0.0, max_skipped_steps=0)
+    plain = trainer(tiny_llama(), args, teacher_model())
+    plain.train()
+    run = scaled(trainer(tiny_llama(), args, teacher_model()), init_scale=2.0**127)
+    run.accelerator.scaler.set_backoff_factor(2.0**-80)
+    output = run.train()
+    assert (run.guard.skipped, run.guard.consecutive) == (1, 0)
+    losses = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in run.state.log_history if "loss" in entry] == [
+        pytest.approx(loss, nan_ok=True) for loss in (math.nan, *losses[1:])
+    ]
+    assert output.training_loss == pytest.approx(sum(losses[1:]) / (STEPS - 1))
+
+
+def test_steps_that_a_scaler_skips_for_their_loss_end_the_run(tmp_path):
+    args = config(tmp_path, max_steps=6, gradient_accumulation_steps=1, max_skipped_steps=1)
+    run = scaled(trainer(poison(tiny_llama(), set(range(1, 99))), args, teacher_model()))
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: update skipped.*kd in 1.*2 updates in a row"
+    ):
+        run.train()
+
+
+def test_a_scaler_that_finds_no_scale_ends_the_run(tmp_path):
+    args = config(tmp_path, max_steps=6, gradient_accumulation_steps=1, max_skipped_steps=1)
+    student = tiny_llama()
+    student.get_decoder().norm.weight.register_hook(lambda grad: grad * math.nan)
+    run = scaled(trainer(student, args, teacher_model()), init_scale=4.0)
+    # the first two leave a scale of 2 and of 1
+    with pytest.raises(
+        NonFiniteError, match=r"step 4: .*gradient was not finite though every loss"
+    ):
+        run.train()
+    assert run.guard.skipped == 4
+
+
 # ---- a broken teacher ----
 
 
