@@ -41,6 +41,9 @@ class AlignedLabels:
     def __call__(self, features: list) -> dict[str, Any]:
         """The batch of the inner collator, as `DistillModule.forward` takes it.
 
+        Where there are not as many rows as `features`, as when documents lie end to end in one row,
+        the int "num_samples" tells how many these are; it is for the trainer alone.
+
         Raises:
             ValueError: labels that are not what the collator says, or a batch that the engine
                 cannot read, with the key.
@@ -52,7 +55,7 @@ class AlignedLabels:
             )
         if self._is_aligned:
             _check_aligned(batch["input_ids"], batch["labels"], "the collator says")
-            return batch
+            return _with_num_samples(batch, len(features))
         _check_keys(batch)
         input_ids, mask = batch["input_ids"], batch.get("attention_mask")
         positions = batch.get("position_ids")
@@ -69,12 +72,40 @@ class AlignedLabels:
             )
         aligned = {key: batch[key] for key in _INPUTS if batch.get(key) is not None}
         present = input_ids.numel() if mask is None else mask.sum()
-        return {
-            **aligned,
+        aligned |= {
             "labels": labels,
             "num_valid": int((labels != IGNORE_INDEX).sum()),
             "num_tokens": int(present),
         }
+        return _with_num_samples(aligned, len(features))
+
+
+def sample_start(position_ids: Tensor | None, sample: int, num_samples: int) -> int:
+    """Where a sample begins in a row [1, T] of `num_samples`, each of them one document.
+
+    Raises:
+        ValueError: positions that do not tell it.
+    """
+    starts = None
+    if position_ids is not None and position_ids.shape[0] == 1:
+        restarts = position_ids[0, 1:] <= position_ids[0, :-1]
+        starts = [0, *(restarts.nonzero().flatten() + 1).tolist()]
+    if starts is None or len(starts) != num_samples:
+        got = "none" if position_ids is None else f"some of shape {tuple(position_ids.shape)}"
+        restarting = "" if starts is None else f" that begin {len(starts)} times"
+        raise ValueError(
+            "data_collator: expected a row for each sample, or one row of all whose position_ids "
+            f"begin anew at each of the {num_samples}, got {got}{restarting}: which samples ranks "
+            "repeat cannot be told, so evaluate in one process, or a set that the batches of all "
+            "ranks divide"
+        )
+    return starts[sample]
+
+
+def _with_num_samples(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    if batch["input_ids"].shape[0] == num_samples:
+        return batch
+    return {**batch, "num_samples": num_samples}
 
 
 def shifted(labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

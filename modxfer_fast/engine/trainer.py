@@ -21,7 +21,7 @@ from modxfer_fast.models.checks import check_finite
 from . import checkpoint, deepspeed
 from .config import DistillConfig
 from .guard import NonFiniteError, StepGuard
-from .labels import AlignedLabels
+from .labels import AlignedLabels, sample_start
 from .metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
 from .module import DistillModule
 from .projections import load_projections, save_projections
@@ -267,6 +267,7 @@ class DistillTrainer(Trainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != "num_samples"}
         if self._num_tokens_in_batch is not None:
             inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -328,16 +329,17 @@ class DistillTrainer(Trainer):
         and <prefix>_hidden_cosine, over pairs, of projected states and the teacher's. Encoders have
         these alone.
 
-        Each row counts once, also those that the sampler repeats to give all ranks equal batches.
+        Each sample counts once, also one that the sampler repeats to give all ranks equal batches.
 
         Raises:
             ModelError: a weight of the teacher is not finite.
             NonFiniteError: what it answers with is not.
+            ValueError: ranks repeat samples, and which of a batch these are cannot be told.
         """
         self._check_teacher()
         if self.args.world_size > 1 and not has_length(dataloader.dataset):
             raise ValueError(
-                "eval_dataset: expected one with a length, which tells the rows that ranks repeat"
+                "eval_dataset: expected one with a length, which tells what samples ranks repeat"
             )
         paused = self.clock.pause()
         training_meter = self.model.meter
@@ -347,7 +349,7 @@ class DistillTrainer(Trainer):
         try:
             with self._evaluated_model() as model:
                 for inputs in dataloader:
-                    inputs = self._prepare_inputs(self._without_repeated_rows(inputs))
+                    inputs = self._prepare_inputs(self._without_repeated_samples(inputs))
                     with torch.no_grad(), self.accelerator.autocast():
                         model(**inputs)
                     self.control = self.callback_handler.on_prediction_step(
@@ -404,23 +406,32 @@ class DistillTrainer(Trainer):
         with deepspeed.gathered_on_call(self.model), self.model.gathered_head():
             yield self.model
 
-    def _without_repeated_rows(self, inputs: dict) -> dict:
+    def _without_repeated_samples(self, inputs: dict) -> dict:
+        inputs = dict(inputs)
+        num_rows = inputs["input_ids"].shape[0]
+        num_samples = inputs.pop("num_samples", num_rows)
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        # of the last batches of all ranks, laid end to end, the first `remainder` rows are new
-        new_rows = max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0)
-        repeated = dict(inputs)
+        # of the last batches of all ranks, laid end to end, the first `remainder` samples are new
+        num_new = max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0)
+        if num_new >= num_samples:
+            return inputs
+        if num_samples == num_rows or num_new == 0:
+            repeated = slice(num_new, None)
+        else:
+            start = sample_start(inputs.get("position_ids"), num_new, num_samples)
+            repeated = (slice(None), slice(start, None))
         if "labels" in inputs:
             labels = inputs["labels"].clone()
-            labels[new_rows:] = IGNORE_INDEX
-            repeated |= {"labels": labels, "num_valid": None}
+            labels[repeated] = IGNORE_INDEX
+            inputs |= {"labels": labels, "num_valid": None}
         if self.model.features is not None:
             mask = inputs.get("attention_mask")
             mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask.clone()
-            mask[new_rows:] = 0
-            repeated |= {"token_mask": mask.bool(), "num_tokens": None}
-        return repeated
+            mask[repeated] = 0
+            inputs |= {"token_mask": mask.bool(), "num_tokens": None}
+        return inputs
 
     # ---- saving and loading ----
 

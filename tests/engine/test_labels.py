@@ -1,5 +1,7 @@
 """Labels of any collator reach the loss aligned: shifted once, and never across documents."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from transformers import (
 from modxfer_fast.data import CausalCollator, train_tokenizer
 from modxfer_fast.engine import DistillConfig, DistillTrainer
 from modxfer_fast.engine.labels import AlignedLabels, shifted
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
+from modxfer_fast.testing.models import TokenDataset, align_collate, pack_collate, tiny_llama
 
 _ = -100
 
@@ -185,3 +187,66 @@ def test_the_student_learns_the_next_token_and_not_its_input(tmp_path, tokenizer
     following = F.cross_entropy(logits[:-1], ids[0, 1:])
     copied = F.cross_entropy(logits, ids[0])
     assert following < copied - 1
+
+
+# ---- samples that ranks repeat in an evaluation ----
+
+
+def as_last_batches(run, monkeypatch, rank, remainder):
+    """As though the trainer were one of two ranks, at the last batch of an evaluation."""
+    monkeypatch.setattr(DistillConfig, "world_size", 2)
+    monkeypatch.setattr(DistillConfig, "process_index", rank)
+    state = SimpleNamespace(end_of_dataloader=True, remainder=remainder)
+    monkeypatch.setattr(run.accelerator, "gradient_state", state)
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [align_collate, pack_collate, DataCollatorWithFlattening()],
+    ids=["rows", "packed", "flattened"],
+)
+@pytest.mark.parametrize("remainder", [2, 4, 5, 6, 7])
+def test_each_sample_counts_once_over_ranks(tmp_path, monkeypatch, collate, remainder):
+    run = trainer(
+        tmp_path,
+        collate,
+        per_device_eval_batch_size=4,
+        hidden_states={"layers": {-1: -1}},
+        max_steps=1,
+    )
+    rows = [run.eval_dataset[i] for i in range(remainder)]
+    laid = [*rows, *rows * 4][:8]  # as the sampler goes on from the beginning
+    predicted, tokens = [], []
+    for rank in (0, 1):
+        as_last_batches(run, monkeypatch, rank, remainder)
+        batch = run._without_repeated_samples(run.data_collator(laid[4 * rank :][:4]))
+        assert "num_samples" not in batch
+        predicted += batch["labels"][batch["labels"] != _].tolist()
+        mask = batch.get("token_mask")
+        if mask is None:
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        tokens += batch["input_ids"][mask].tolist()
+    documents = [row["input_ids"].tolist() for row in rows]
+    assert predicted == [token for row in documents for token in row[1:]]
+    assert tokens == [token for row in documents for token in row]
+
+
+def test_repeated_samples_that_cannot_be_told_are_named(tmp_path, monkeypatch):
+    def packed_twice(rows):  # each sample holds two documents
+        batch = pack_collate(rows)
+        return {**batch, "position_ids": batch["position_ids"] % 3}
+
+    packed_twice.labels_are_aligned = True
+    run = trainer(tmp_path, packed_twice, per_device_eval_batch_size=4, max_steps=1)
+    batch = run.data_collator([run.eval_dataset[i] for i in range(4)])
+    as_last_batches(run, monkeypatch, 1, 6)
+    with pytest.raises(
+        ValueError, match=r"data_collator: expected a row for each sample.* of the 4"
+    ):
+        run._without_repeated_samples(batch)
+    as_last_batches(run, monkeypatch, 1, 4)  # all of this rank's are repeated
+    assert (run._without_repeated_samples(batch)["labels"] == _).all()
+    del batch["position_ids"]
+    as_last_batches(run, monkeypatch, 1, 6)
+    with pytest.raises(ValueError, match="got none: which samples ranks repeat"):
+        run._without_repeated_samples(batch)
