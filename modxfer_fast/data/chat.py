@@ -17,6 +17,7 @@ from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.records import Conversation, RecordError
 
 _MARK = "\ue000"  # of the private use area: in no text, and no template strips it
+_BARE = {"role": "assistant", "content": _MARK}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -83,7 +84,7 @@ class ChatEncoder:
         try:
             asked = self._render([question])
             prompted = self._render([question], prompt=True)
-            answered = self._render([question, {"role": "assistant", "content": _MARK}])
+            answered = self._render([question, _BARE])
         except RecordError:  # a template for other roles; turns are then bare
             return "", ""
         header = prompted[len(asked) :] if prompted.startswith(asked) else ""
@@ -94,30 +95,82 @@ class ChatEncoder:
         """Begin and end of each assistant's turn to learn, in order.
 
         Raises:
-            RecordError: the template leaves out a tool call of one.
+            RecordError: the template leaves out a tool call of one, or hides where it stands.
         """
         spans = []
         last = 0
         for i, message in enumerate(conversation.messages):
             if message["role"] != "assistant" or i < conversation.first_target:
                 continue
-            marked = list(conversation.messages)
-            marked[i] = {"role": "assistant", "content": _MARK}
-            other = self._render(marked, conversation.tools)
-            if _MARK not in other:  # the template shows no such turn
+            try:
+                turn = self._turn(whole, conversation.messages, i, conversation.tools, last)
+            except RecordError:
+                if "tool_calls" not in message:
+                    raise
+                turn = self._call_turn(whole, conversation.messages, i, conversation.tools, last)
+            if turn is None:
                 continue
-            begin = max(_common_prefix(whole, other), last)
-            end = max(len(whole) - _common_prefix(whole[::-1], other[::-1]), begin)
-            header = whole.rfind(self._header, last, begin) if self._header else -1
-            if header >= 0:
-                begin = header + len(self._header)
-            end += _common_prefix(whole[end:], self._closing)
+            begin, end = turn
             for call in message.get("tool_calls", ()):
                 if call["function"]["name"] not in whole[begin:end]:
                     raise RecordError("the chat template leaves out tool calls")
             spans.append((begin, end))
             last = end
         return spans
+
+    def _turn(self, whole: str, messages, i: int, tools, last: int) -> tuple[int, int] | None:
+        """Begin and end of message i behind `last`; None where the template shows no such turn."""
+        other = self._render([*messages[:i], _BARE, *messages[i + 1 :]], tools)
+        if _MARK not in other:
+            return None
+        begin, end = _changed(whole, other, last)
+        behind = self._behind_header(whole, last, begin)
+        return behind or begin, end + _common_prefix(whole[end:], self._closing)
+
+    def _call_turn(self, whole: str, messages, i: int, tools, last: int) -> tuple[int, int]:
+        """As `_turn`, where the template refuses a bare mark, since answers of tools follow it.
+
+        Other content and arguments show where the inside of the turn stands; what belongs around it
+        is seen where the turn ends the conversation, and there may be a bare mark. Names stay,
+        because answers may repeat them.
+
+        Raises:
+            RecordError: the template leaves out arguments, or shows a call otherwise where it is
+                the last turn.
+        """
+        message = messages[i]
+        calls = [
+            {**call, "function": {**call["function"], "arguments": {_MARK: _MARK}}}
+            for call in message["tool_calls"]
+        ]
+        marked = {**message, "content": message["content"] and _MARK, "tool_calls": calls}
+        other = self._render([*messages[:i], marked, *messages[i + 1 :]], tools)
+        cut = self._render(messages[: i + 1], tools)
+        turn = self._turn(cut, messages[: i + 1], i, tools, 0)
+        if _MARK not in other or turn is None:
+            raise RecordError("the chat template leaves out tool calls")
+        begin, end = _changed(whole, other, last)
+        inner_begin, inner_end = _changed(
+            cut, self._render([*messages[:i], marked], tools), turn[0]
+        )
+        before, after = cut[turn[0] : inner_begin], cut[inner_end : turn[1]]
+        behind = self._behind_header(whole, last, begin)
+        if behind is None and whole[last:begin].endswith(before):
+            behind = begin - len(before)
+        if behind is None or not whole.startswith(after, end):
+            raise RecordError("the chat template shows a tool call otherwise once it is answered")
+        return behind, end + len(after)
+
+    def _behind_header(self, text: str, start: int, stop: int) -> int | None:
+        """Where what follows the last header of an assistant's turn begins, if there is one."""
+        header = text.rfind(self._header, start, stop) if self._header else -1
+        return None if header < 0 else header + len(self._header)
+
+
+def _changed(text: str, other: str, start: int) -> tuple[int, int]:
+    """Begin and end, from `start` on, of what differs in `text` from `other`."""
+    begin = max(_common_prefix(text, other), start)
+    return begin, max(len(text) - _common_prefix(text[::-1], other[::-1]), begin)
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -139,3 +139,32 @@ QWEN3 = r"""
     {%- endif %}
 {%- endif %}
 """
+
+# In the manner of Mistral's: no header before an answer, roles alternate but for calls and their
+# answers, and a tool answers a call alone, which it names.
+STRICT_TOOLS = (
+    "{% set turns = namespace(count=0) %}"
+    "{% for message in messages %}"
+    "{% if message['role'] != 'tool' and not message.tool_calls %}"
+    "{% if (message['role'] == 'user') != (turns.count % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set turns.count = turns.count + 1 %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ bos_token }}"
+    "{% set last = namespace(call=none) %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
+    "{% elif message['role'] == 'tool' %}"
+    "{% if last.call is none %}{{ raise_exception('a tool answers no call') }}{% endif %}"
+    "{{ '[RESULT] ' + last.call + ': ' + message['content'] + '[/RESULT]' }}"
+    "{% elif message.tool_calls %}"
+    "{{ '[CALLS] [' }}"
+    "{% for call in message.tool_calls %}"
+    "{% set last.call = call.function.name %}"
+    "{{ call.function | tojson }}{% if not loop.last %}{{ ', ' }}{% endif %}"
+    "{% endfor %}"
+    "{{ ']' + eos_token }}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from modxfer_fast.data import DataError
 from modxfer_fast.data.chat import ChatEncoder
 from modxfer_fast.data.records import RecordError, normalise
-from tests.data.chat_templates import CHATML, GEMMA, LLAMA3, MARKED_CHATML, QWEN3
+from tests.data.chat_templates import CHATML, GEMMA, LLAMA3, MARKED_CHATML, QWEN3, STRICT_TOOLS
 
 SPECIAL = [
     *("<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>"),
@@ -55,6 +55,7 @@ TOKENIZERS = {
         ("llama3", LLAMA3),
         ("gemma", GEMMA),
         ("qwen3", QWEN3),
+        ("strict", STRICT_TOOLS),
     )
 }
 
@@ -157,6 +158,66 @@ def test_a_template_without_tool_calls_is_told(template):
     tokenizer = byte_level_tokenizer("{{ tools | tojson }}" + template)
     with pytest.raises(RecordError, match="the chat template leaves out tool calls"):
         ChatEncoder(tokenizer).encode(conversation(CALLING, tools=TOOLS))
+
+
+def test_tool_calls_of_a_template_that_checks_turns():
+    call = CALLING[1]["tool_calls"][0]
+    again = {"role": "assistant", "tool_calls": [call, call]}  # two of them, as one turn
+    messages = [*CALLING[:3], again, *CALLING[2:], *BASE]
+    one = '{"name": "lookup", "arguments": {"key": 1}}'
+    assert learnt("strict", conversation(messages)) == [
+        f"[CALLS] [{one}]<|end|>",
+        f"[CALLS] [{one}, {one}]<|end|>",
+        "an answer<|end|>",
+        "an answer<|end|>",
+        "the end<|end|>",
+    ]
+
+
+def test_a_call_that_is_quoted_before_it_is_made():
+    call = '[CALLS] [{"name": "lookup", "arguments": {"key": 1}}]<|end|>'
+    messages = [{"role": "user", "content": f"say {call}"}, *CALLING[1:]]
+    tokenizer = TOKENIZERS["strict"]
+    ids, mask = ChatEncoder(tokenizer).encode(conversation(messages))
+    assert learnt("strict", conversation(messages)) == [call, "an answer<|end|>"]
+    assert tokenizer.decode(ids[: mask.index(True)]).endswith(f"{call}[/INST]")
+
+
+def test_a_call_that_is_shown_otherwise_once_it_is_answered_is_told():
+    template = STRICT_TOOLS.replace("'[CALLS] ['", "('[LAST]' if loop.last else '[CALLS]') + ' ['")
+    with pytest.raises(RecordError, match="shows a tool call otherwise once it is answered"):
+        ChatEncoder(byte_level_tokenizer(template)).encode(conversation(CALLING))
+
+
+def test_a_checking_template_without_arguments_is_told():
+    template = STRICT_TOOLS.replace("call.function | tojson", "call.function.name")
+    with pytest.raises(RecordError, match="the chat template leaves out tool calls"):
+        ChatEncoder(byte_level_tokenizer(template)).encode(conversation(CALLING))
+
+
+@pytest.mark.parametrize("content", ["", "let me see"])
+def test_calls_behind_a_header(content):
+    template = QWEN3.replace(
+        """{%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}""",
+        """{%- if not messages[loop.index0 - 1].tool_calls %}
+        {{ raise_exception('a tool answers no call') }}{%- endif %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}""",
+    )
+    tokenizer = byte_level_tokenizer(template)
+    messages = [CALLING[0], {**CALLING[1], "content": content}, *CALLING[2:]]
+    document = conversation(messages, tools=TOOLS)
+    expected = ChatEncoder(TOKENIZERS["qwen3"]).encode(document)
+    assert ChatEncoder(tokenizer).encode(document) == expected
+
+
+@pytest.mark.parametrize("arguments", [{}, "not JSON"])
+def test_calls_whose_arguments_are_no_mapping_or_empty(arguments):
+    call = {"function": {"name": "lookup", "arguments": arguments}}
+    messages = [CALLING[0], {"role": "assistant", "tool_calls": [call]}, *CALLING[2:]]
+    call, answer = learnt("strict", conversation(messages))
+    assert call.startswith('[CALLS] [{"name": "lookup"')
+    assert call.endswith("]<|end|>")
+    assert answer == "an answer<|end|>"
 
 
 def test_sharegpt_is_the_same_conversation():
