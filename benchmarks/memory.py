@@ -39,8 +39,14 @@ def _cuda_peak(step):
 def _cpu_peak(step):
     events, results = trace(step, [ProfilerActivity.CPU], profile_memory=True)
     current = peak = 0
+    made: dict[int, int] = {}  # by address; what existed before the step is none of its own
     for event in events:
         if event.get("name") == "[memory]":
-            current += event["args"]["Bytes"]
+            address, size = event["args"]["Addr"], event["args"]["Bytes"]
+            if size > 0:
+                made[address] = size
+                current += size
+            else:
+                current -= made.pop(address, 0)
             peak = max(peak, current)
     return peak, results

@@ -58,6 +58,14 @@ def test_peak_is_no_smaller_for_freeing_what_existed_before():
     assert memory.peak_mib(step, "cpu") == pytest.approx(2, rel=0.01)
 
 
+def test_peak_does_not_count_addresses_of_earlier_traces(monkeypatch):
+    """torch's profiler remembers what was freed while nobody traced, and reports it freed later."""
+    sizes = [(0xA, -16 * MIB), (0xB, 2 * MIB), (0xA, 3 * MIB), (0xB, -2 * MIB), (0xA, -3 * MIB)]
+    events = [{"name": "[memory]", "args": {"Addr": a, "Bytes": b}} for a, b in sizes]
+    monkeypatch.setattr(memory, "trace", lambda step, *args, **options: (events, step()))
+    assert memory.peak_mib(dict, "cpu") == 5
+
+
 def test_peak_counts_the_logits_that_are_kept_between_calls():
     n, v, d = 256, 2048, 16
     weight = torch.randn(v, d)

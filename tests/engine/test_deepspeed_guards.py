@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from modxfer_fast.engine import DistillConfig, deepspeed
 
@@ -78,12 +79,16 @@ def test_missing_deepspeed_names_the_extra(monkeypatch):
         deepspeed.check_environment()
 
 
+def without_a_device(args):
+    args.accelerator_config = AcceleratorConfig()
+
+
 @pytest.mark.usefixtures("launched")
 def test_the_cpu_switch_of_accelerate_drops_no_deepspeed(monkeypatch, tmp_path):
     """`accelerate launch --cpu` means CPUs, not a training without ZeRO."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda args: None)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", without_a_device)
     started = []
     monkeypatch.setattr(deepspeed, "start", lambda use_cpu: started.append(use_cpu))
     monkeypatch.setattr(DistillConfig, "n_gpu", 0)
