@@ -14,6 +14,7 @@ evaluation mode, without dropout, and timed in training mode.
 import copy
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -87,6 +88,11 @@ def lineup(case: Case) -> Lineup:
     inject, why_not = peers.peft_inject()
     if inject is None:
         raise ValueError(f"lora_block: expected PEFT to be installed, it is {why_not}")
+    if importlib.util.find_spec("pydantic") is None:
+        raise ValueError(
+            "lora_block: expected what patch_peft_model needs, pip install 'modxfer-fast[engine]'; "
+            "pydantic is not installed"
+        )
     block = _block(case)
     backends = [
         backend
