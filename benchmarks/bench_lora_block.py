@@ -87,9 +87,9 @@ class Block:
 def lineup(case: Case) -> Lineup:
     inject, why_not = peers.peft_inject()
     if inject is None:
-        raise ValueError(f"lora_block: expected PEFT to be installed, it is {why_not}")
+        raise peers.MissingPackage(f"lora_block: expected PEFT to be installed, it is {why_not}")
     if importlib.util.find_spec("pydantic") is None:
-        raise ValueError(
+        raise peers.MissingPackage(
             "lora_block: expected what patch_peft_model needs, pip install 'modxfer-fast[engine]'; "
             "pydantic is not installed"
         )

@@ -20,6 +20,7 @@ import torch
 from modxfer_fast.cli.bench import print_tables
 
 from . import environment, harness, results
+from .peers import MissingPackage
 from .roofline import Roof, measure_roof
 from .rooms import Case
 from .timing import QUICK, Effort
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             rows = measure(table, dtype, args.device, effort, roof, described, path)
             passed &= all(row.check.startswith("pass") for row in rows if row.is_ours)
+        except MissingPackage as error:
+            print(f"{table.name}: absent; {error}", flush=True)
         except Exception:  # the tables behind it still have to be made
             traceback.print_exc()
             passed = False

@@ -9,6 +9,11 @@ from typing import Any
 
 from .environment import version
 
+
+class MissingPackage(ValueError):
+    """A whole table needs a package that is not installed."""
+
+
 # Both libraries weigh the teacher by beta, as we do, and take the two KLs as the ends of the JSD.
 _BETA_OF_KL = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
