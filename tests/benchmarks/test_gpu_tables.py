@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import gates, gpu_tables, harness, results, rooms
+from benchmarks import gates, gpu_tables, harness, peers, results, rooms
 from benchmarks.gates import Gate
 from benchmarks.results import Row
 from benchmarks.roofline import Roof, Work
@@ -51,6 +51,18 @@ def test_tables_are_made_and_a_restart_makes_none_twice(tmp_path, monkeypatch, c
     assert "out of memory" in capsys.readouterr().err
     assert gpu_tables.main([str(tmp_path), "--device", "cpu"]) == 0
     assert len(made) == len(gpu_tables.smoke()) - 1
+
+
+def test_a_table_whose_packages_are_absent_is_named_and_fails_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    def measure(table, *args):
+        raise peers.MissingPackage("expected PEFT to be installed")
+
+    monkeypatch.setattr(gpu_tables, "measure", measure)
+    assert gpu_tables.main([str(tmp_path), "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{t.name}: absent; expected PEFT" in told for t in gpu_tables.smoke())
 
 
 def test_a_table_is_written_row_by_row(tmp_path, monkeypatch):
