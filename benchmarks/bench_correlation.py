@@ -16,15 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.candidates import our_backends
+from benchmarks.harness import Candidate, Floor, Lineup
+from benchmarks.inputs import Normal
+from benchmarks.peers import label, r_regression
+from benchmarks.roofline import Work
+from benchmarks.rooms import Case, Room
+from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.correlation import StreamingMoments
-
-from .candidates import our_backends
-from .harness import Candidate, Floor, Lineup
-from .inputs import Normal
-from .peers import label, r_regression
-from .roofline import Work
-from .rooms import Case, Room
-from .shapes import Sizes
 
 CROSS, GRAMS = "cross", "cross+grams"
 _SAMPLE = 32

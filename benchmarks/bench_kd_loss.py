@@ -7,16 +7,15 @@ both and writes dlogits (3 b).
 import torch
 from torch import Tensor
 
+from benchmarks.candidates import dense_divergence, divergence_columns, our_backends, training_step
+from benchmarks.dense import dense_kd_loss
+from benchmarks.harness import Candidate, Floor, Lineup
+from benchmarks.inputs import logits_inputs, logits_truth
+from benchmarks.roofline import Work
+from benchmarks.rooms import Case, Room
+from benchmarks.shapes import DEFAULT, SHAPES
 from modxfer_fast import kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
-
-from .candidates import dense_divergence, divergence_columns, our_backends, training_step
-from .dense import dense_kd_loss
-from .harness import Candidate, Floor, Lineup
-from .inputs import logits_inputs, logits_truth
-from .roofline import Work
-from .rooms import Case, Room
-from .shapes import DEFAULT, SHAPES
 
 ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
 COPY = "copy of 5 N V"

@@ -10,17 +10,16 @@ import functools
 
 import torch
 
+from benchmarks.candidates import dense_divergence, divergence_columns, our_backends, training_step
+from benchmarks.dense import dense_linear_kd_loss
+from benchmarks.harness import COARSE_BUDGET, Candidate, Floor, Lineup
+from benchmarks.inputs import LinearInputs, linear_inputs, linear_truth
+from benchmarks.peers import beta_of, label, liger_chunked_jsd, trl_chunked_divergence
+from benchmarks.roofline import Work
+from benchmarks.rooms import Case, Room
+from benchmarks.shapes import DEFAULT, SHAPES, Shape
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
-
-from .candidates import dense_divergence, divergence_columns, our_backends, training_step
-from .dense import dense_linear_kd_loss
-from .harness import COARSE_BUDGET, Candidate, Floor, Lineup
-from .inputs import LinearInputs, linear_inputs, linear_truth
-from .peers import beta_of, label, liger_chunked_jsd, trl_chunked_divergence
-from .roofline import Work
-from .rooms import Case, Room
-from .shapes import DEFAULT, SHAPES, Shape
 
 ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
 TRAINABLE, FROZEN = "gemms x4", "gemms x3, frozen head"

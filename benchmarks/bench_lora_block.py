@@ -21,15 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peers
+from benchmarks.candidates import forward_backward, our_backends
+from benchmarks.harness import Candidate, Floor, Lineup
+from benchmarks.inputs import Normal
+from benchmarks.roofline import Work
+from benchmarks.rooms import Case, Room
+from benchmarks.shapes import Sizes
 from modxfer_fast.kernels import dispatch
-
-from . import peers
-from .candidates import forward_backward, our_backends
-from .harness import Candidate, Floor, Lineup
-from .inputs import Normal
-from .roofline import Work
-from .rooms import Case, Room
-from .shapes import Sizes
 
 FLOOR, COMPILED_FLOOR = "frozen block", "frozen block, torch.compile"
 SCALING = 2.0

@@ -21,17 +21,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import peers, unsloth_style
+from benchmarks.candidates import forward_backward, our_backends
+from benchmarks.harness import Candidate, Floor, Lineup
+from benchmarks.inputs import Normal
+from benchmarks.roofline import Work
+from benchmarks.rooms import Case, Room
+from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear_group
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
 from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
-
-from . import peers, unsloth_style
-from .candidates import forward_backward, our_backends
-from .harness import Candidate, Floor, Lineup
-from .inputs import Normal
-from .roofline import Work
-from .rooms import Case, Room
-from .shapes import Sizes
 
 FLOOR = "frozen linears"
 # rounding of y, s, ds and of both parts of dx, one after another, where adapters are in half

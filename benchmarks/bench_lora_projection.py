@@ -26,19 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.candidates import forward_backward, our_backends
+from benchmarks.harness import Candidate, Floor, Lineup
+from benchmarks.inputs import Normal
+from benchmarks.roofline import Work
+from benchmarks.rooms import Case, Room
+from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
 from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
 from modxfer_fast.kernels.projection_loss import lora_projection_loss, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-
-from .candidates import forward_backward, our_backends
-from .harness import Candidate, Floor, Lineup
-from .inputs import Normal
-from .roofline import Work
-from .rooms import Case, Room
-from .shapes import Sizes
 
 FLOOR = "gemms"
 # h, s and the sum of both gradients of h are rounded, one after another; a wrong scale of a part is

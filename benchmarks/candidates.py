@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.rooms import Case
 from modxfer_fast.kernels import dispatch, env
 from modxfer_fast.kernels.common import KDSpec
-
-from .rooms import Case
 
 
 def our_backends(room: str, device: str, dtype: torch.dtype) -> list[str]:

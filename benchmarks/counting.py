@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from .tracing import trace
+from benchmarks.tracing import trace
 
 LAUNCHES_OF = {"cpu": "op calls", "cuda": "kernels"}
 _OPS = ("aten::", "modxfer::")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import results
-from .results import Row
+from benchmarks import results
+from benchmarks.results import Row
 
 
 @dataclass(frozen=True)

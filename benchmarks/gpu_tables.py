@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import environment, harness, results
+from benchmarks.peers import MissingPackage
+from benchmarks.roofline import Roof, measure_roof
+from benchmarks.rooms import Case
+from benchmarks.timing import QUICK, Effort
 from modxfer_fast.cli.bench import print_tables
-
-from . import environment, harness, results
-from .peers import MissingPackage
-from .roofline import Roof, measure_roof
-from .rooms import Case
-from .timing import QUICK, Effort
 
 _LEFT_OUT = ("torch.compile", "reference")
 EFFORT = Effort(warmup_s=0.2, min_rounds=9, budget_s=8.0)
@@ -109,7 +108,7 @@ def measure(
 ) -> list[results.Row]:
     """The rows of a table, each in its file before the next is begun."""
     end = time.monotonic() + table.limit_s
-    module = importlib.import_module(f".bench_{table.room}", __package__)
+    module = importlib.import_module(f"benchmarks.bench_{table.room}")
     shape = dataclasses.replace(module.ROOM.shape(table.shape), **table.sizes)
     case = Case(shape, dtype, device, table.variant, module.ROOM.options)
     lineup = wanted(module.lineup(case), device)

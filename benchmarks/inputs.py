@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import Shape
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
 from modxfer_fast.kernels.linear_kd_loss.reference import linear_kd_loss_reference
-
-from .shapes import Shape
 
 LOGIT_STD = 3.0
 DELTA = 0.3  # standard deviation of student logits minus teacher logits, per source of difference

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from benchmarks.tracing import trace
 from modxfer_fast import release_workspace
-
-from .tracing import trace
 
 
 def peak_mib(step: Callable[[], Mapping[str, Tensor]], device: str) -> float:

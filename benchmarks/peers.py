@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from .environment import version
+from benchmarks.environment import version
 
 
 class MissingPackage(ValueError):

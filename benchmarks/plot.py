@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from . import environment, results
+from benchmarks import environment, results
 
 _OURS, _PEER, _FLOOR = "#1f6f8b", "#b8bec4", "#e3ded3"
 

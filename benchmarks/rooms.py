@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .shapes import Sizes
+from benchmarks.shapes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from types import ModuleType
 
 import torch
 
-from . import env
+from modxfer_fast.kernels import env
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "kd_loss": ("triton", "cpp", "reference"),

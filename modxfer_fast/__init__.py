@@ -7,17 +7,17 @@ Importing this package needs torch only. The engine (`DistillTrainer`, `DistillC
 
 import importlib
 
-from ._version import __version__
-from .kernels.dispatch import BackendError, use_backend
-from .kernels.kd_loss import kd_loss
-from .kernels.linear_kd_loss import (
+from modxfer_fast._version import __version__
+from modxfer_fast.kernels.dispatch import BackendError, use_backend
+from modxfer_fast.kernels.kd_loss import kd_loss
+from modxfer_fast.kernels.linear_kd_loss import (
     KDTerms,
     linear_kd_loss,
     linear_kd_loss_terms,
     release_workspace,
 )
-from .kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group
-from .kernels.projection_loss import (
+from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group
+from modxfer_fast.kernels.projection_loss import (
     LoraProjectionLoss,
     lora_projection_loss,
     minilm_loss,
@@ -25,7 +25,7 @@ from .kernels.projection_loss import (
     projection_loss,
     relation_loss,
 )
-from .losses import LinearKDLoss
+from modxfer_fast.losses import LinearKDLoss
 
 # Loaded on first use: name -> the package that has it.
 _LAZY = {

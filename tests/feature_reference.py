@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.testing.reference import dense_loss, dense_terms
 
 

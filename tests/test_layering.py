@@ -19,7 +19,7 @@ PACKAGE = "modxfer_fast"
 # branch of their own, and stand where they are first needed: by the models, and by the engine.
 ORDER = (
     *("errors", "files", "config", "data", "kernels"),
-    *("models", "transfer", "losses", "engine", "report"),
+    *("models", "transfer", "losses", "engine", "report", "jobs"),
 )
 ONTO = ("cli", "testing", "__main__")  # may import all of them, and are imported by none
 FILE_OF_BACKEND = {"reference": "reference.py"}

@@ -1,6 +1,11 @@
-from .autocast import cast_for_autocast, has_autocast, without_autocast
-from .backward import refuse_batched_gradients, refuse_double_backward, saved_dtype, scaled
-from .checks import (
+from modxfer_fast.kernels.common.autocast import cast_for_autocast, has_autocast, without_autocast
+from modxfer_fast.kernels.common.backward import (
+    refuse_batched_gradients,
+    refuse_double_backward,
+    saved_dtype,
+    scaled,
+)
+from modxfer_fast.kernels.common.checks import (
     check_constant,
     check_float,
     check_label_values,
@@ -12,10 +17,22 @@ from .checks import (
     check_tensors,
     debug_check_finite,
 )
-from .kd_spec import DIVERGENCES, KDSpec
-from .reduction import check_reduction, combine_row_weights, denominator, valid_rows
-from .scalars import READS_NUMBERS, check_integer, check_number, check_workspace, is_finite, pack
-from .transforms import refuse_transforms
+from modxfer_fast.kernels.common.kd_spec import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common.reduction import (
+    check_reduction,
+    combine_row_weights,
+    denominator,
+    valid_rows,
+)
+from modxfer_fast.kernels.common.scalars import (
+    READS_NUMBERS,
+    check_integer,
+    check_number,
+    check_workspace,
+    is_finite,
+    pack,
+)
+from modxfer_fast.kernels.common.transforms import refuse_transforms
 
 __all__ = [
     "DIVERGENCES",

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import env
-from .scalars import check_integer
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common.scalars import check_integer
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -5,8 +5,8 @@ import importlib.util
 
 import torch
 
-from .. import env
-from . import instruction_sets
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common import instruction_sets
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
-from .scalars import check_number, is_finite, pack
+from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 

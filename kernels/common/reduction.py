@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import env
-from .checks import check_constant
-from .scalars import as_tensor, check_number
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common.checks import check_constant
+from modxfer_fast.kernels.common.scalars import as_tensor, check_number
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from .. import env
+from modxfer_fast.kernels import env
 
 if env.triton_interpreted():
-    from . import triton_interpreter as _  # noqa: F401, for its effect
+    from modxfer_fast.kernels.common import triton_interpreter as _  # noqa: F401, for its effect
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

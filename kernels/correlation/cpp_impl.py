@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..common import compiled
-from ..common.scratch import scratch
+from modxfer_fast.kernels.common import compiled
+from modxfer_fast.kernels.common.scratch import scratch
 
 available = compiled.available
 supports = compiled.supports

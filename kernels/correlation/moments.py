@@ -19,8 +19,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..common import check_float, check_row_tensor, without_autocast
-from .op import MAX_ROWS, accumulate_centred, accumulate_gram, accumulate_product
+from modxfer_fast.kernels.common import check_float, check_row_tensor, without_autocast
+from modxfer_fast.kernels.correlation.op import (
+    MAX_ROWS,
+    accumulate_centred,
+    accumulate_gram,
+    accumulate_product,
+)
 
 CHUNK_ROWS = MAX_ROWS
 

@@ -18,8 +18,8 @@ Limits: no gradient. What `gram` holds below its diagonal has no meaning.
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import check_float, check_row_tensor, check_same_device
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import check_float, check_row_tensor, check_same_device
 
 # fp32 sums of so many products are right to 1e-6 of sqrt(var_x var_y), whatever the stream's length
 MAX_ROWS = 2048

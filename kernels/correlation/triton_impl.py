@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import triton_device
-from .config import CentreConfig, product_config
+from modxfer_fast.kernels.common import triton_device
+from modxfer_fast.kernels.correlation.config import CentreConfig, product_config
 
 available = triton_device.available
 supports = triton_device.supports

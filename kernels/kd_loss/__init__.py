@@ -1,3 +1,3 @@
-from .op import kd_loss
+from modxfer_fast.kernels.kd_loss.op import kd_loss
 
 __all__ = ["kd_loss"]

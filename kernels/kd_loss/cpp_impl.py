@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common import DIVERGENCES, KDSpec, compiled
+from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, compiled
 
 available = compiled.available
 supports = compiled.supports

@@ -20,8 +20,8 @@ Limits: both vocabularies must be the same; no gradient to the teacher; no doubl
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     READS_NUMBERS,
     KDSpec,
     check_float,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import KDSpec
+from modxfer_fast.kernels.common import KDSpec
 
 
 def available() -> tuple[bool, str]:

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import KDSpec, triton_device
-from .config import row_config
+from modxfer_fast.kernels.common import KDSpec, triton_device
+from modxfer_fast.kernels.kd_loss.config import row_config
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))

@@ -1,4 +1,4 @@
-from ..common.scratch import release_workspace
-from .op import KDTerms, linear_kd_loss, linear_kd_loss_terms
+from modxfer_fast.kernels.common.scratch import release_workspace
+from modxfer_fast.kernels.linear_kd_loss.op import KDTerms, linear_kd_loss, linear_kd_loss_terms
 
 __all__ = ["KDTerms", "linear_kd_loss", "linear_kd_loss_terms", "release_workspace"]

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     READS_NUMBERS,
     KDSpec,
     cast_for_autocast,

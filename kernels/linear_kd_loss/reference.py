@@ -8,9 +8,9 @@ import functools
 
 from torch import Tensor
 
-from ..common import KDSpec
-from ..kd_loss import reference as rows
-from .stream import stream
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.kd_loss import reference as rows
+from modxfer_fast.kernels.linear_kd_loss.stream import stream
 
 available = rows.available
 supports = rows.supports

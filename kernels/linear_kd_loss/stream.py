@@ -16,10 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..common import KDSpec, gemm, packing, saved_dtype, valid_rows
-from ..common.packing import kept_rows, put, take
-from ..common.scratch import logits_buffers
-from .workspace import Plan
+from modxfer_fast.kernels.common import KDSpec, gemm, packing, saved_dtype, valid_rows
+from modxfer_fast.kernels.common.packing import kept_rows, put, take
+from modxfer_fast.kernels.common.scratch import logits_buffers
+from modxfer_fast.kernels.linear_kd_loss.workspace import Plan
 
 
 def stream(

@@ -2,8 +2,8 @@
 
 import functools
 
-from ..kd_loss import triton_impl as rows
-from .stream import stream
+from modxfer_fast.kernels.kd_loss import triton_impl as rows
+from modxfer_fast.kernels.linear_kd_loss.stream import stream
 
 available = rows.available
 supports = rows.supports

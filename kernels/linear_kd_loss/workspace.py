@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..common import gemm
-from ..common.scratch import pitch
+from modxfer_fast.kernels.common import gemm
+from modxfer_fast.kernels.common.scratch import pitch
 
 MIN_ROWS = 16
 _WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-precision heads

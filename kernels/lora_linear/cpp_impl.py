@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import compiled
-from .dropout import keep_scale, num_words, threshold
-from .target import LoraTarget, uses_dropout
+from modxfer_fast.kernels.common import compiled
+from modxfer_fast.kernels.lora_linear.dropout import keep_scale, num_words, threshold
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
 
 available = compiled.available
 supports = compiled.supports

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     cast_for_autocast,
     check_float,
     check_number,
@@ -38,8 +38,8 @@ from ..common import (
     refuse_transforms,
     without_autocast,
 )
-from .dropout import draw_seed, num_words
-from .target import LoraTarget, uses_dropout
+from modxfer_fast.kernels.lora_linear.dropout import draw_seed, num_words
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
 
 _TARGETS = (
     "Tensor?[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, "

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import dropout_bits, keep_scale, unpack
-from .target import LoraTarget, uses_dropout
+from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, keep_scale, unpack
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
 
 
 def available() -> tuple[bool, str]:

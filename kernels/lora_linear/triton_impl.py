@@ -29,9 +29,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from .. import env
-from ..common import triton_device
-from .config import (
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common import triton_device
+from modxfer_fast.kernels.lora_linear.config import (
     Architecture,
     ProductConfig,
     SkinnyConfig,
@@ -41,8 +41,8 @@ from .config import (
     product_config,
     shrink_config,
 )
-from .dropout import ROUNDS, keep_scale, num_words, threshold
-from .target import LoraTarget, uses_dropout
+from modxfer_fast.kernels.lora_linear.dropout import ROUNDS, keep_scale, num_words, threshold
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 REDUCE_BLOCK = 1024

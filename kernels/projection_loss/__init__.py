@@ -1,7 +1,7 @@
-from .lora import LoraProjectionLoss, lora_projection_loss
-from .op import projection_loss
-from .relation import minilm_loss, minilmv2_loss, relation_loss
-from .spec import LOSSES, NORMS
+from modxfer_fast.kernels.projection_loss.lora import LoraProjectionLoss, lora_projection_loss
+from modxfer_fast.kernels.projection_loss.op import projection_loss
+from modxfer_fast.kernels.projection_loss.relation import minilm_loss, minilmv2_loss, relation_loss
+from modxfer_fast.kernels.projection_loss.spec import LOSSES, NORMS
 
 __all__ = [
     "LOSSES",

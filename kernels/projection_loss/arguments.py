@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     cast_for_autocast,
     check_float,
     check_reduction,
@@ -18,7 +18,7 @@ from ..common import (
     combine_row_weights,
     denominator,
 )
-from .spec import ProjectionSpec
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     READS_NUMBERS,
     check_tensor,
     refuse_batched_gradients,
@@ -45,13 +45,13 @@ from ..common import (
     scaled,
     without_autocast,
 )
-from ..lora_linear import LoraTarget
-from ..lora_linear.dropout import num_words
-from ..lora_linear.op import prepare as prepare_linear
-from .arguments import prepare, tensors_of
-from .op import run
-from .spec import ProjectionSpec
-from .stream import saved_dtype
+from modxfer_fast.kernels.lora_linear import LoraTarget
+from modxfer_fast.kernels.lora_linear.dropout import num_words
+from modxfer_fast.kernels.lora_linear.op import prepare as prepare_linear
+from modxfer_fast.kernels.projection_loss.arguments import prepare, tensors_of
+from modxfer_fast.kernels.projection_loss.op import run
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
+from modxfer_fast.kernels.projection_loss.stream import saved_dtype
 
 _NUM_LINEAR = 6  # x, weight, bias, lora_a, lora_b, residual
 _NUM_DIFFERENTIABLE = _NUM_LINEAR + 3  # projection, projection_a, projection_bias

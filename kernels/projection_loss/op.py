@@ -27,8 +27,8 @@ Limits: no gradient to the teacher; no double backward.
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     READS_NUMBERS,
     debug_check_finite,
     refuse_double_backward,
@@ -36,10 +36,10 @@ from ..common import (
     scaled,
     without_autocast,
 )
-from ..env import debug
-from .arguments import prepare, tensors_of
-from .spec import ProjectionSpec
-from .stream import saved_dtype
+from modxfer_fast.kernels.env import debug
+from modxfer_fast.kernels.projection_loss.arguments import prepare, tensors_of
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
+from modxfer_fast.kernels.projection_loss.stream import saved_dtype
 
 _INPUTS = (
     "Tensor student_hidden, Tensor? projection, Tensor? projection_a, Tensor? bias, "

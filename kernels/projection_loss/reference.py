@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import MIN_LENGTH, ProjectionSpec
-from .stream import stream
+from modxfer_fast.kernels.projection_loss.spec import MIN_LENGTH, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.stream import stream
 
 
 def available() -> tuple[bool, str]:

@@ -25,8 +25,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..common import (
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import (
     cast_for_autocast,
     check_float,
     check_integer,
@@ -43,8 +43,8 @@ from ..common import (
     scaled,
     without_autocast,
 )
-from ..kd_loss.reference import kd_loss_reference
-from .relation_stream import Arguments, mean_over_heads, stream
+from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
+from modxfer_fast.kernels.projection_loss.relation_stream import Arguments, mean_over_heads, stream
 
 _INPUTS = (
     "Tensor student_a, Tensor? student_b, Tensor teacher_a, Tensor? teacher_b, Tensor? mask, "

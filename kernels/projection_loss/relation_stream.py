@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..common import KDSpec
-from ..common.scratch import scratch
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common.scratch import scratch
 
 MIN_ROWS = 16  # GEMMs of fewer rows degenerate, and the budget is exceeded instead
 # A CPU gains when both blocks of logits stay in its cache between the GEMMs and the row kernel.

@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
-from ..common import check_number, is_finite, pack
+from modxfer_fast.kernels.common import check_number, is_finite, pack
 
 LOSSES = ("mse", "normalized_mse", "cosine", "smooth_l1", "relative")
 ROW_LOSSES = LOSSES[:4]  # "relative" is "mse" divided by an energy of the batch

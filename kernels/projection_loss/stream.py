@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..common import gemm, packing
-from ..common.packing import kept_rows, put, take
-from ..common.scratch import scratch
-from .spec import ProjectionSpec
+from modxfer_fast.kernels.common import gemm, packing
+from modxfer_fast.kernels.common.packing import kept_rows, put, take
+from modxfer_fast.kernels.common.scratch import scratch
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 
 RowKernel = Callable[[Tensor, Tensor, Tensor, ProjectionSpec, Tensor | None], Tensor]
 

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from .. import env
-from ..common import triton_device
-from .config import row_config
-from .spec import MIN_LENGTH, ProjectionSpec
-from .stream import stream
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common import triton_device
+from modxfer_fast.kernels.projection_loss.config import row_config
+from modxfer_fast.kernels.projection_loss.spec import MIN_LENGTH, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.stream import stream
 
 available = triton_device.available
 supports = triton_device.supports

@@ -23,16 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # before the heavy imports: a typo is told at once
-    from modxfer_fast.config.task_distillation import TaskDistillConfig, load_distill
+    from modxfer_fast.config.task_distill import TaskDistillConfig, load_distill
 
     config = load_distill(args.config, args.set)
     if isinstance(config, TaskDistillConfig):
-        from modxfer_fast.cli.task_distill import run_task_distillation
+        from modxfer_fast.jobs.task.distill import run_task_distillation
 
         run_task_distillation(config, resume=args.resume)
         return 0
 
-    from modxfer_fast.cli.job import run_job
+    from modxfer_fast.jobs.distill.job import run_job
 
     run_job(config, resume=args.resume)
     return 0

@@ -38,8 +38,8 @@ def collect() -> dict[str, Any]:
     import torch
 
     from modxfer_fast import __version__
-    from modxfer_fast.cli.cache import cache_root
     from modxfer_fast.errors import UserError
+    from modxfer_fast.jobs.cache import cache_root
     from modxfer_fast.kernels import dispatch
     from modxfer_fast.kernels.common import compiled, instruction_sets
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from modxfer_fast.config import JobConfig
     from modxfer_fast.config.reference import sections
-    from modxfer_fast.config.task_distillation import TaskDistillConfig
+    from modxfer_fast.config.task_distill import TaskDistillConfig
     from modxfer_fast.config.transfer import TransferConfig
 
     jobs = {"distill": JobConfig, "task": TaskDistillConfig, "transfer": TransferConfig}

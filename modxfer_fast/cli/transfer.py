@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> int:
         if args.stage is not None:
             raise ConfigError("--stage: expected with a single job, got a grid")
 
-        from modxfer_fast.cli.transfer_grid import run_grid
+        from modxfer_fast.jobs.transfer.grid import run_grid
 
         run_grid(job)
         return 0
 
-    from modxfer_fast.cli.transfer_report import run_transfer
+    from modxfer_fast.jobs.transfer.run import run_transfer
 
     run_transfer(job, until=args.stage)
     return 0

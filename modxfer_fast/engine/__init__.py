@@ -1,19 +1,19 @@
 """Distillation on Hugging Face Trainer and DeepSpeed: needs `pip install modxfer-fast[engine]`."""
 
-from .checkpoint import last_complete_checkpoint
-from .config import DistillConfig
-from .guard import NonFiniteError
-from .module import DistillModule
-from .objective import Objective
-from .projections import load_projections
-from .task_distillation import (
+from modxfer_fast.engine.checkpoint import last_complete_checkpoint
+from modxfer_fast.engine.config import DistillConfig
+from modxfer_fast.engine.features.projections import load_projections
+from modxfer_fast.engine.guard import NonFiniteError
+from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.tasks.distillation import (
     TaskDistillTrainer,
     TaskHiddenOptions,
     TaskTextCollator,
     distil_task,
 )
-from .teacher import Teacher, TeacherPlan
-from .trainer import DistillTrainer
+from modxfer_fast.engine.teachers.replica import Teacher, TeacherPlan
+from modxfer_fast.engine.trainer import DistillTrainer
 
 __all__ = [
     "DistillConfig",

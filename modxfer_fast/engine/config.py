@@ -7,10 +7,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from . import deepspeed
-from .feature_options import HiddenStateOptions, RelationOptions, parse_options
-from .objective import Objective
-from .teacher import checked_kind
+from modxfer_fast.engine import deepspeed
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
+from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.teachers.replica import checked_kind
 
 logger = logging.get_logger(__name__)
 

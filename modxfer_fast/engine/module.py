@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast import KDTerms
-
-from .causal_lm import base_model
-from .deepspeed import gathered
-from .feature_options import HiddenStateOptions, RelationOptions
-from .features import FeatureLosses, TokenSet
-from .layer_taps import LayerTaps
-from .metrics import IGNORE_INDEX, LossMeter
-from .objective import Objective
-from .teacher import PARTS, Teacher
+from modxfer_fast.engine.deepspeed import gathered
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
+from modxfer_fast.engine.features.taps import LayerTaps
+from modxfer_fast.engine.features.terms import FeatureLosses, TokenSet
+from modxfer_fast.engine.metrics import IGNORE_INDEX, LossMeter
+from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.students.causal_lm import base_model
+from modxfer_fast.engine.teachers.replica import PARTS, Teacher
 
 
 class DistillModule(nn.Module):

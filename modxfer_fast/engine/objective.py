@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast import KDTerms, linear_kd_loss_terms
+from modxfer_fast.engine.metrics import IGNORE_INDEX
 from modxfer_fast.kernels.common import KDSpec
-
-from .metrics import IGNORE_INDEX
 
 LOSS_IMPLS = ("fused", "dense")
 

@@ -16,16 +16,15 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 
+from modxfer_fast.engine import checkpoint, deepspeed
+from modxfer_fast.engine.config import DistillConfig
+from modxfer_fast.engine.features.projections import load_projections, save_projections
+from modxfer_fast.engine.guard import NonFiniteError, StepGuard
+from modxfer_fast.engine.labels import AlignedLabels, sample_start
+from modxfer_fast.engine.metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
+from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.models.checks import check_finite
-
-from . import checkpoint, deepspeed
-from .config import DistillConfig
-from .guard import NonFiniteError, StepGuard
-from .labels import AlignedLabels, sample_start
-from .metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
-from .module import DistillModule
-from .projections import load_projections, save_projections
-from .teacher import Teacher
 
 
 class DistillTrainer(Trainer):

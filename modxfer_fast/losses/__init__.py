@@ -1,5 +1,5 @@
-from .hidden_states import HiddenStateLoss, HiddenTerms
-from .linear_kd import LinearKDLoss
-from .relations import AttentionRelationLoss
+from modxfer_fast.losses.hidden_states import HiddenStateLoss, HiddenTerms
+from modxfer_fast.losses.linear_kd import LinearKDLoss
+from modxfer_fast.losses.relations import AttentionRelationLoss
 
 __all__ = ["AttentionRelationLoss", "HiddenStateLoss", "HiddenTerms", "LinearKDLoss"]

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import check_workspace
-from ..kernels.dispatch import check_name
-from ..kernels.projection_loss import projection_loss
-from ..kernels.projection_loss.reference import projection_loss_reference
-from ..kernels.projection_loss.spec import ProjectionSpec
-from .layer_pairs import pair_name, resolve_layers, resolve_weights
+from modxfer_fast.kernels.common import check_workspace
+from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.projection_loss import projection_loss
+from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
+from modxfer_fast.losses.layer_pairs import pair_name, resolve_layers, resolve_weights
 
 PROJECTIONS = ("none", "full", "low_rank")
 INITS = ("orthogonal", "identity", "xavier")

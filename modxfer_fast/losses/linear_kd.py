@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import KDSpec, check_integer, check_reduction, check_workspace
-from ..kernels.dispatch import check_name
-from ..kernels.linear_kd_loss import linear_kd_loss
+from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction, check_workspace
+from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss
 
 
 class LinearKDLoss(nn.Module):

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import check_workspace
-from ..kernels.dispatch import check_name
-from ..kernels.projection_loss.relation import minilm_loss, minilmv2_loss
-from .hidden_states import PAIR_REDUCTIONS, HiddenTerms, weighted_terms
-from .layer_pairs import resolve_layers, resolve_weights
+from modxfer_fast.kernels.common import check_workspace
+from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.projection_loss.relation import minilm_loss, minilmv2_loss
+from modxfer_fast.losses.hidden_states import PAIR_REDUCTIONS, HiddenTerms, weighted_terms
+from modxfer_fast.losses.layer_pairs import resolve_layers, resolve_weights
 
 KINDS = ("minilmv2", "minilm")
 _MIN_HEAD_WIDTH = 16

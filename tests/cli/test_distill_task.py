@@ -7,8 +7,8 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from modxfer_fast.cli import task_stages
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+from modxfer_fast.jobs.task import stages as task_stages
 from tests.cli.conftest import job_file, ner_task
 from tests.task_inputs import (
     NER_LABELS,

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modxfer_fast.cli.job import check_open_sections
-from modxfer_fast.cli.task_distill import TaskDistillJob
-from modxfer_fast.cli.transfer_job import TransferJob
 from modxfer_fast.config import load_config
 from modxfer_fast.config.grid import Grid, load_transfer
 from modxfer_fast.config.task import TaskSection
-from modxfer_fast.config.task_distillation import TaskDistillConfig, load_distill
+from modxfer_fast.config.task_distill import TaskDistillConfig, load_distill
 from modxfer_fast.data.tasks import load_task
+from modxfer_fast.jobs.distill.job import check_open_sections
+from modxfer_fast.jobs.task.distill import TaskDistillJob
+from modxfer_fast.jobs.transfer.job import TransferJob
 from modxfer_fast.report import JobConsole
 from tests.task_inputs import sentences, write_conllu
 

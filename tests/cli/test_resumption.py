@@ -205,9 +205,9 @@ def test_a_process_ends_after_its_launcher(stays):
 
 
 def test_a_finished_job_on_a_task_stays(tmp_path, capsys, monkeypatch):
-    from modxfer_fast.cli import task_distill
     from modxfer_fast.config import dump_config
-    from modxfer_fast.config.task_distillation import load_distill
+    from modxfer_fast.config.task_distill import load_distill
+    from modxfer_fast.jobs.task import distill as task_distill
 
     task = {"kind": "ner", "files": {"train": "train.conllu"}, "labels": ["O", "B-LOC", "I-LOC"]}
     base = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from modxfer_fast.cli.ranks import on_main
-from modxfer_fast.cli.termination import checkpoint_on_sigterm
 from modxfer_fast.config import ConfigError
 from modxfer_fast.engine import DistillConfig, DistillTrainer, last_complete_checkpoint
 from modxfer_fast.errors import Terminated, UserError
+from modxfer_fast.jobs.ranks import on_main
+from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from modxfer_fast.cli import threads
-from modxfer_fast.cli.threads import fastest, probe_seconds, settle_threads
+from modxfer_fast.jobs import threads
+from modxfer_fast.jobs.threads import fastest, probe_seconds, settle_threads
 
 
 @pytest.fixture

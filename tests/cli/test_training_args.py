@@ -4,8 +4,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
 from modxfer_fast.config import ConfigError, LossSection
+from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, training_args
 
 
 def test_training_and_loss_arrive(tmp_path):

@@ -11,10 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
-from modxfer_fast.cli import task_models, task_stages, transfer_job, transfer_report
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 from modxfer_fast.config.grid import load_transfer
 from modxfer_fast.engine import NonFiniteError
+from modxfer_fast.jobs.task import models as task_models
+from modxfer_fast.jobs.task import stages as task_stages
+from modxfer_fast.jobs.transfer import job as transfer_job
+from modxfer_fast.jobs.transfer import run as transfer_report
 from modxfer_fast.report import JobConsole
 from modxfer_fast.report.transfer_table import read_results
 from tests.cli.conftest import job_file, merged, ner_task

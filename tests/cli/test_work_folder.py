@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from modxfer_fast.cli.work_folder import WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import damaged_files, seal
+from modxfer_fast.jobs.output import WorkFolder
 
 
 def folder_of(tmp_path, **changes):

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modxfer_fast.engine.causal_lm import SplitCausalLM
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.testing.models import tiny_llama
 
 SMALL = {

@@ -15,7 +15,7 @@ from modxfer_fast.engine import (
     NonFiniteError,
     Teacher,
 )
-from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import ModelError
 from modxfer_fast.testing.models import tiny_llama
 from tests.encoder_models import tiny_encoder

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
-from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
 from modxfer_fast.testing.models import TokenDataset, align_collate, pack_collate, tiny_llama
 from tests.feature_reference import evaluate_dense_features, train_dense_features

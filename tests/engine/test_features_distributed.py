@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from tests.feature_reference import evaluate_dense_features, train_dense_features

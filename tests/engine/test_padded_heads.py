@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teacher
-from modxfer_fast.engine.causal_lm import SplitCausalLM
 from modxfer_fast.engine.deepspeed import zero_config
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.testing import run_distributed
 from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from modxfer_fast.testing.reference import evaluate_dense, train_dense

@@ -12,8 +12,8 @@ from modxfer_fast.config.task import TaskSection
 from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.data.tasks import encode_task, load_task, task_collator
 from modxfer_fast.engine import NonFiniteError
-from modxfer_fast.engine.task_result import TaskResult
-from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
+from modxfer_fast.engine.tasks.result import TaskResult
+from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task, train_task
 from modxfer_fast.models import ModelError
 from modxfer_fast.models.task import apply_task_peft, load_task_model
 from tests.task_inputs import (

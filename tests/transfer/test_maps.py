@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.feature_selection import r_regression
 from torch import nn
 
-from modxfer_fast.engine.projections import save_projections
+from modxfer_fast.engine.features.projections import save_projections
 from modxfer_fast.kernels.correlation import StreamingMoments
 from modxfer_fast.losses.hidden_states import HiddenStateLoss
 from modxfer_fast.models import Architecture, BottleneckConfig, CompacterConfig

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from modxfer_fast.config.transfer_names import MAP_METHODS
-from modxfer_fast.engine.projections import save_projections
+from modxfer_fast.engine.features.projections import save_projections
 from modxfer_fast.losses import HiddenStateLoss
 from modxfer_fast.models import BottleneckConfig
 from modxfer_fast.transfer import (

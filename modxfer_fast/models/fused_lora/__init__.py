@@ -6,10 +6,10 @@ op. Either way names, checkpoints and the whole interface stay PEFT's, and whate
 cover runs in PEFT's own forward.
 """
 
-from .layer import FusedLoraLinear
-from .patch import patch_peft_model, unpatch_peft_model
-from .register import register_fused_lora
-from .report import FusedLoraReport
+from modxfer_fast.models.fused_lora.layer import FusedLoraLinear
+from modxfer_fast.models.fused_lora.patch import patch_peft_model, unpatch_peft_model
+from modxfer_fast.models.fused_lora.register import register_fused_lora
+from modxfer_fast.models.fused_lora.report import FusedLoraReport
 
 __all__ = [
     "FusedLoraLinear",

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .layer import FusedForward, when_unloaded
-from .window import Window
+from modxfer_fast.models.fused_lora.layer import FusedForward, when_unloaded
+from modxfer_fast.models.fused_lora.window import Window
 
 logger = logging.getLogger(__package__)
 

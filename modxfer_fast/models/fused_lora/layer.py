@@ -15,9 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
-
-from .eligibility import lora_target, read_branch
-from .window import Window
+from modxfer_fast.models.fused_lora.eligibility import lora_target, read_branch
+from modxfer_fast.models.fused_lora.window import Window
 
 # PEFT's classes that compute base(x) + lora_B(lora_A(dropout(x))) * scaling and are not lora.Linear
 _BASE_ITSELF = {

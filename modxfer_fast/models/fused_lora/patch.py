@@ -10,11 +10,10 @@ from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
 from modxfer_fast.models.errors import ModelError
-
-from .eligibility import kernel_reason, read_branch
-from .group import apart_reason, find_groups, groups_of, set_groups
-from .layer import FusedForward, fused_class, plain_class
-from .report import FusedLoraReport
+from modxfer_fast.models.fused_lora.eligibility import kernel_reason, read_branch
+from modxfer_fast.models.fused_lora.group import apart_reason, find_groups, groups_of, set_groups
+from modxfer_fast.models.fused_lora.layer import FusedForward, fused_class, plain_class
+from modxfer_fast.models.fused_lora.report import FusedLoraReport
 
 logger = logging.getLogger(__package__)
 

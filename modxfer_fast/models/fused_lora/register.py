@@ -5,7 +5,7 @@ from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layer import fused_class
+from modxfer_fast.models.fused_lora.layer import fused_class
 
 
 def register_fused_lora(config: LoraConfig) -> LoraConfig:

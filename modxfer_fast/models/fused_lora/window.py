@@ -19,8 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear_group
-
-from .eligibility import lora_target, read_branch
+from modxfer_fast.models.fused_lora.eligibility import lora_target, read_branch
 
 
 class Window:

@@ -31,7 +31,7 @@ from modxfer_fast.data.tasks import (
     task_scores,
 )
 from modxfer_fast.engine.guard import NonFiniteError
-from modxfer_fast.engine.task_result import TaskResult
+from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.models.task import check_length, set_pad_token
 
 _OWNED = {

@@ -11,10 +11,6 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast import __version__
-from modxfer_fast.cli.cache import cache_root, fingerprint, is_cached
-from modxfer_fast.cli.material import Material
-from modxfer_fast.cli.ranks import barrier, from_main, is_main
-from modxfer_fast.cli.training_args import training_args
 from modxfer_fast.config import JobConfig, LossSection, ModelSection, StudentSection
 from modxfer_fast.data import (
     DataError,
@@ -25,6 +21,10 @@ from modxfer_fast.data import (
     train_tokenizer,
 )
 from modxfer_fast.files import new_folder, seal, write_json
+from modxfer_fast.jobs.cache import cache_root, fingerprint, is_cached
+from modxfer_fast.jobs.distill.arguments import training_args
+from modxfer_fast.jobs.distill.material import Material
+from modxfer_fast.jobs.ranks import barrier, from_main, is_main
 from modxfer_fast.models import (
     build_model,
     check_config_fits,

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from modxfer_fast import __version__
-from modxfer_fast.cli.cache import cache_root, fingerprint, is_cached
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.files import new_folder, seal
+from modxfer_fast.jobs.cache import cache_root, fingerprint, is_cached
 from modxfer_fast.report import JobConsole
 
 # raised when a stage comes to leave other results for the same facts

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .features import FeatureLosses
+from modxfer_fast.engine.features.terms import FeatureLosses
 
 TENSORS = "projections.safetensors"
 LAYERS = "projections.json"

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from modxfer_fast.cli.ranks import from_main, is_main
-from modxfer_fast.cli.termination import checkpoint_on_sigterm
 from modxfer_fast.data import CausalCollator, EncoderCollator, Rows
 from modxfer_fast.engine import (
     DistillConfig,
@@ -14,6 +12,8 @@ from modxfer_fast.engine import (
     Teacher,
     last_complete_checkpoint,
 )
+from modxfer_fast.jobs.ranks import from_main, is_main
+from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.report import ConsoleCallback, JobConsole
 
 

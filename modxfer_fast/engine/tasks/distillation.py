@@ -29,11 +29,11 @@ from transformers import (
     set_seed,
 )
 
-from modxfer_fast.engine.encoder import EncoderBackbone
+from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.guard import NonFiniteError
-from modxfer_fast.engine.layer_taps import LayerTaps
 from modxfer_fast.engine.metrics import IGNORE_INDEX
-from modxfer_fast.engine.task_trainer import check_task_training, task_arguments
+from modxfer_fast.engine.students.encoder import EncoderBackbone
+from modxfer_fast.engine.tasks.trainer import check_task_training, task_arguments
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.losses import HiddenStateLoss
 from modxfer_fast.models.checks import check_finite

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .causal_lm import SplitCausalLM
-from .deepspeed import true_shape
-from .encoder import EncoderBackbone
+from modxfer_fast.engine.deepspeed import true_shape
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.engine.students.encoder import EncoderBackbone
 
 # Names of the query, key and value projections: of decoders, of BERT and its kin, of DistilBERT.
 _QKV_NAMES = (

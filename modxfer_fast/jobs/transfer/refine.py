@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from modxfer_fast.engine.task_distillation import TaskHiddenOptions
+from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions
 from modxfer_fast.transfer import LayerMap, Maps
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from modxfer_fast.cli.loss_timing import median_ms, peak_mib
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
-from modxfer_fast.engine.feature_options import HiddenStateOptions, RelationOptions, parse_options
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
+from modxfer_fast.jobs.distill.loss_timing import median_ms, peak_mib
 
 
 def time_parts(

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import SplitCausalLM
-from .deepspeed import materialise
-from .encoder import EncoderBackbone
-from .layer_taps import LayerStates, LayerTaps
+from modxfer_fast.engine.deepspeed import materialise
+from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.engine.students.encoder import EncoderBackbone
 
 # What is taken of a model of each kind.
 PARTS = {"causal_lm": SplitCausalLM, "encoder": EncoderBackbone}

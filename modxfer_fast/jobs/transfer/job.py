@@ -16,8 +16,15 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from modxfer_fast.cli.stage_cache import StageCache, Stages
-from modxfer_fast.cli.task_models import (
+from modxfer_fast.config import ConfigError
+from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
+from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
+from modxfer_fast.engine.tasks.distillation import distil_task
+from modxfer_fast.engine.tasks.result import TaskResult
+from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
+from modxfer_fast.files import read_json, write_json
+from modxfer_fast.jobs.store import StageCache, Stages
+from modxfer_fast.jobs.task.models import (
     ADAPTER,
     JobModel,
     device_of,
@@ -27,21 +34,14 @@ from modxfer_fast.cli.task_models import (
     task_collator,
     with_fraction,
 )
-from modxfer_fast.cli.task_stages import (
+from modxfer_fast.jobs.task.stages import (
     RESULT,
     TaskTeacher,
     check_teacher,
     split_steps,
     train_stage,
 )
-from modxfer_fast.cli.transfer_refine import hidden_options, text_rows
-from modxfer_fast.config import ConfigError
-from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
-from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
-from modxfer_fast.engine.task_distillation import distil_task
-from modxfer_fast.engine.task_result import TaskResult
-from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task
-from modxfer_fast.files import read_json, write_json
+from modxfer_fast.jobs.transfer.refine import hidden_options, text_rows
 from modxfer_fast.models import Architecture, patch_peft_model
 from modxfer_fast.report import ConsoleCallback, JobConsole
 from modxfer_fast.transfer import (

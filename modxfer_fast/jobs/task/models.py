@@ -14,7 +14,7 @@ from modxfer_fast.config.task import TaskKind, TaskSection
 from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
-from modxfer_fast.engine.task_distillation import TaskTextCollator
+from modxfer_fast.engine.tasks.distillation import TaskTextCollator
 from modxfer_fast.files import write_json
 from modxfer_fast.models import Architecture, ModelError
 from modxfer_fast.models.task import load_task_model, set_pad_token, task_skeleton

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from modxfer_fast.cli.continuation import changes, describe, is_longer
 from modxfer_fast.config import ConfigError, JobConfig, dump_config
 from modxfer_fast.files import (
     MARKER,
@@ -17,6 +16,7 @@ from modxfer_fast.files import (
     sync_tree,
     write_text,
 )
+from modxfer_fast.jobs.distill.continuation import changes, describe, is_longer
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"

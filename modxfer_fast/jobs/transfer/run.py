@@ -6,17 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modxfer_fast.cli.ranks import single_process
-from modxfer_fast.cli.surroundings import quieten_libraries
-from modxfer_fast.cli.task_models import ADAPTER
-from modxfer_fast.cli.task_stages import report_head
-from modxfer_fast.cli.threads import settle_threads
-from modxfer_fast.cli.transfer_job import CONTENT, StudentRun, TransferJob
-from modxfer_fast.cli.work_folder import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.config import dump_config
 from modxfer_fast.config.grid import SCRATCH
 from modxfer_fast.config.transfer import TransferConfig
 from modxfer_fast.files import new_folder, write_json, write_text
+from modxfer_fast.jobs.environment import quieten_libraries
+from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, check_output
+from modxfer_fast.jobs.ranks import single_process
+from modxfer_fast.jobs.task.models import ADAPTER
+from modxfer_fast.jobs.task.stages import report_head
+from modxfer_fast.jobs.threads import settle_threads
+from modxfer_fast.jobs.transfer.job import CONTENT, StudentRun, TransferJob
 from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning
 from modxfer_fast.report.transfer_table import CellResult, Checkpoint, group_results

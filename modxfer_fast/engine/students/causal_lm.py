@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .deepspeed import gathered, true_shape
+from modxfer_fast.engine.deepspeed import gathered, true_shape
 
 # Configuration entries that multiply or divide the logits (Cohere, Granite, Falcon-H1, ...).
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

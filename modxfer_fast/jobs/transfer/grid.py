@@ -4,17 +4,17 @@ import math
 import time
 from pathlib import Path
 
-from modxfer_fast.cli.ranks import single_process
-from modxfer_fast.cli.stage_cache import StageCache
-from modxfer_fast.cli.surroundings import quieten_libraries
-from modxfer_fast.cli.threads import settle_threads
-from modxfer_fast.cli.transfer_job import TransferJob
-from modxfer_fast.cli.transfer_report import cell_result
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.grid import SCRATCH, Cell, Grid
 from modxfer_fast.data.tasks import PRIMARY_METRIC
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.files import write_text
+from modxfer_fast.jobs.environment import quieten_libraries
+from modxfer_fast.jobs.ranks import single_process
+from modxfer_fast.jobs.store import StageCache
+from modxfer_fast.jobs.threads import settle_threads
+from modxfer_fast.jobs.transfer.job import TransferJob
+from modxfer_fast.jobs.transfer.run import cell_result
 from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
 from modxfer_fast.report.transfer_table import (

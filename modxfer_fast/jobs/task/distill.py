@@ -14,18 +14,25 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from modxfer_fast.cli.continuation import changes
-from modxfer_fast.cli.ranks import single_process
-from modxfer_fast.cli.stage_cache import Stages
-from modxfer_fast.cli.surroundings import quieten_libraries
-from modxfer_fast.cli.task_models import (
+from modxfer_fast.config import dump_config
+from modxfer_fast.config.task_distill import TaskDistillConfig
+from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
+from modxfer_fast.engine.tasks.distillation import distil_task
+from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
+from modxfer_fast.files import new_folder, read_json, write_json, write_text
+from modxfer_fast.jobs.distill.continuation import changes
+from modxfer_fast.jobs.environment import quieten_libraries
+from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, check_output
+from modxfer_fast.jobs.ranks import single_process
+from modxfer_fast.jobs.store import Stages
+from modxfer_fast.jobs.task.models import (
     JobModel,
     device_of,
     examples,
     examples_digest,
     task_collator,
 )
-from modxfer_fast.cli.task_stages import (
+from modxfer_fast.jobs.task.stages import (
     RESULT,
     TaskTeacher,
     check_teacher,
@@ -33,14 +40,7 @@ from modxfer_fast.cli.task_stages import (
     split_steps,
     train_stage,
 )
-from modxfer_fast.cli.threads import settle_threads
-from modxfer_fast.cli.work_folder import CONFIG_FILE, REPORT_FILE, check_output
-from modxfer_fast.config import dump_config
-from modxfer_fast.config.task_distillation import TaskDistillConfig
-from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
-from modxfer_fast.engine.task_distillation import distil_task
-from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task
-from modxfer_fast.files import new_folder, read_json, write_json, write_text
+from modxfer_fast.jobs.threads import settle_threads
 from modxfer_fast.models import patch_peft_model
 from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import METRIC_NAMES, ConsoleCallback, JobConsole

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
+from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, HiddenTerms
 from modxfer_fast.losses.layer_pairs import pair_name
-
-from .feature_options import HiddenStateOptions, RelationOptions
-from .layer_taps import LayerStates, LayerTaps
 
 
 class TokenSet(NamedTuple):

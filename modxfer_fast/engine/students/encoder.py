@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .causal_lm import base_model
-from .deepspeed import true_shape
+from modxfer_fast.engine.deepspeed import true_shape
+from modxfer_fast.engine.students.causal_lm import base_model
 
 
 @dataclass(frozen=True)

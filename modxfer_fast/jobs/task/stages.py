@@ -9,20 +9,20 @@ from pydantic import BaseModel
 from transformers import AutoConfig, PreTrainedModel
 
 from modxfer_fast import __version__
-from modxfer_fast.cli.stage_cache import Stages
-from modxfer_fast.cli.surroundings import environment
-from modxfer_fast.cli.task_models import (
+from modxfer_fast.config import ConfigError, TaskSection, as_dict
+from modxfer_fast.config.transfer import TeacherSection
+from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
+from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task, train_task
+from modxfer_fast.files import read_json, write_json
+from modxfer_fast.jobs.environment import environment
+from modxfer_fast.jobs.store import Stages
+from modxfer_fast.jobs.task.models import (
     JobModel,
     examples,
     examples_digest,
     folder_digest,
     with_fraction,
 )
-from modxfer_fast.config import ConfigError, TaskSection, as_dict
-from modxfer_fast.config.transfer import TeacherSection
-from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
-from modxfer_fast.engine.task_trainer import check_task_training, evaluate_task, train_task
-from modxfer_fast.files import read_json, write_json
 from modxfer_fast.models.task import apply_task_peft, check_task_peft
 from modxfer_fast.report import ConsoleCallback
 

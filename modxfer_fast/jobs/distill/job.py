@@ -10,22 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from modxfer_fast import __version__
-from modxfer_fast.cli.cache import fingerprint
-from modxfer_fast.cli.loss_timing import time_losses
-from modxfer_fast.cli.material import Material
-from modxfer_fast.cli.part_timing import time_parts
-from modxfer_fast.cli.prepare import (
-    CROSS_ENTROPY,
-    planned_configs,
-    prepare_model,
-    prepare_tokenizer,
-)
-from modxfer_fast.cli.ranks import barrier, end_with_launcher, is_main, on_main
-from modxfer_fast.cli.summary import print_summary, summarise
-from modxfer_fast.cli.surroundings import environment, quieten_libraries
-from modxfer_fast.cli.threads import settle_threads
-from modxfer_fast.cli.training_args import check_training, evaluation_args, training_args
-from modxfer_fast.cli.work_folder import CHECKPOINTS, REPORT_FILE, WorkFolder
 from modxfer_fast.config import ConfigError, JobConfig, LossSection, as_dict
 from modxfer_fast.data import build_rows, load_documents, tokenizer_digest
 from modxfer_fast.engine import (
@@ -36,6 +20,22 @@ from modxfer_fast.engine import (
     load_projections,
 )
 from modxfer_fast.files import new_folder, read_json, write_json
+from modxfer_fast.jobs.cache import fingerprint
+from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, training_args
+from modxfer_fast.jobs.distill.loss_timing import time_losses
+from modxfer_fast.jobs.distill.material import Material
+from modxfer_fast.jobs.distill.models import (
+    CROSS_ENTROPY,
+    planned_configs,
+    prepare_model,
+    prepare_tokenizer,
+)
+from modxfer_fast.jobs.distill.part_timing import time_parts
+from modxfer_fast.jobs.distill.summary import print_summary, summarise
+from modxfer_fast.jobs.environment import environment, quieten_libraries
+from modxfer_fast.jobs.output import CHECKPOINTS, REPORT_FILE, WorkFolder
+from modxfer_fast.jobs.ranks import barrier, end_with_launcher, is_main, on_main
+from modxfer_fast.jobs.threads import settle_threads
 from modxfer_fast.models import (
     apply_peft,
     check_finite,

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from modxfer_fast import linear_kd_loss, release_workspace
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
-from modxfer_fast.engine.causal_lm import SplitCausalLM
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels import dispatch
 
 # Otherwise the profiler announces itself on the console of the job.

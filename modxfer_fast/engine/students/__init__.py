@@ -1,0 +1,1 @@
+"""What is trained: a language model, an encoder, a classifier."""

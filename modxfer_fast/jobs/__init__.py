@@ -1,0 +1,1 @@
+"""What the commands run: jobs of stages, and the folders that they leave."""

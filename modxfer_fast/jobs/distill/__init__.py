@@ -1,0 +1,1 @@
+"""`modxfer distill` of language models and encoders."""

@@ -1,0 +1,1 @@
+"""Classifiers of tokens and sentences: their data, teachers and students as stages."""

@@ -1,0 +1,1 @@
+"""`modxfer transfer`: a PEFT module trained on a teacher, moved to a student."""
