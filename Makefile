@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f)
 # processes of the tests, each with one thread
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow coverage aot-budget lint format bench-peers clean
+.PHONY: help setup demo test test-slow coverage aot-budget lint format docs bench-peers clean
 
 help:
 	@echo "make demo         distil examples/quickstart.yaml on this machine (no network, no GPU needed)"
@@ -21,6 +21,7 @@ help:
 	@echo "make aot-budget   compile the Triton kernels that changed; rewrites tests/aot_budget.json"
 	@echo "make lint         ruff and clang-format, as CI runs them"
 	@echo "make format       rewrite files the way lint wants them"
+	@echo "make docs         build the documentation site into site/, links checked"
 	@echo "make bench-peers  install the libraries that the benchmarks compare against"
 
 setup: $(STAMP)
@@ -60,9 +61,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
+docs: $(STAMP)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # their dependencies are ours already; installed plainly they would replace them
 bench-peers: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5 trl==1.16.0
 
 clean:
-	rm -rf build dist *.egg-info modxfer_fast/*.so $(VENV)
+	rm -rf build dist site *.egg-info modxfer_fast/*.so $(VENV)
