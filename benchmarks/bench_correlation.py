@@ -1,7 +1,7 @@
 """Correlation of every student feature with every teacher feature, from a stream of tokens.
 
 "cross" is the correlation alone, "cross+grams" the covariances within both sides too. A row named
-"update" adds N tokens to a stream that is running; the others begin with nothing and end with the
+"update" adds N tokens to sums that exist; the others begin with nothing and end with the
 correlation. The floor multiplies centred fp32 rows that it is given. scikit-learn takes one student
 feature a call, and minutes for all of them: it gets one in _SAMPLE.
 
@@ -10,7 +10,8 @@ floor's products make both halves. Bytes of the formula, b per feature: both sid
 the fp64 sums read and written. The floor reads fp32 and writes fp32.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,12 @@ from benchmarks.peers import label, r_regression
 from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
-from modxfer_fast.kernels.correlation import StreamingMoments
+from modxfer_fast.kernels.correlation import (
+    correlation_centre,
+    correlation_gram,
+    correlation_product,
+)
+from modxfer_fast.kernels.correlation.op import MAX_ROWS
 
 CROSS, GRAMS = "cross", "cross+grams"
 _SAMPLE = 32
@@ -59,15 +65,15 @@ def lineup(case: Case) -> Lineup:
     outputs = _outputs(case.variant)
     candidates = []
     for backend in our_backends("correlation", case.device, case.dtype):
-        stream = _stream(case, backend)
+        running = Sums(case, backend)
 
         def whole(backend=backend) -> dict[str, Tensor]:
-            new = _stream(case, backend)
-            new.update([student], [teacher])
-            return _results(new)
+            new = Sums(case, backend)
+            new.update(student, teacher)
+            return new.moments()
 
-        def update(stream=stream) -> dict[str, Tensor]:
-            stream.update([student], [teacher])
+        def update(running=running) -> dict[str, Tensor]:
+            running.update(student, teacher)
             return {}
 
         name = f"ours {backend}"
@@ -88,6 +94,51 @@ def lineup(case: Case) -> Lineup:
         "products": case.variant,
     }
     return Lineup(problem, candidates, {floor: _floor(case, student, teacher)}, truth)
+
+
+class Sums:
+    """What the room's kernels add up of rows that come, about the mean of the first MAX_ROWS."""
+
+    def __init__(self, case: Case, backend: str):
+        widths, device = (case.shape.D_s, case.shape.D_t), case.device
+        double = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+        self.count, self._backend = 0, backend
+        self._shifts: list[Tensor] = []
+        self.sums = [double(2, width) for width in widths]
+        self.product = double(*widths)
+        self.grams = [double(width, width) for width in widths if case.variant == GRAMS]
+        self._centred = [torch.empty(MAX_ROWS, width, device=device) for width in widths]
+
+    def update(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> None:
+        """Adds the rows that count; see `correlation_centre`."""
+        for chunk in range(0, student.shape[0], MAX_ROWS):
+            rows = slice(chunk, chunk + MAX_ROWS)
+            self._add([student[rows], teacher[rows]], None if mask is None else mask[rows])
+        self.count += student.shape[0] if mask is None else mask.sum()
+
+    def _add(self, sites: list[Tensor], mask: Tensor | None) -> None:
+        if not self._shifts:
+            kept = [x if mask is None else x[mask] for x in sites]
+            self._shifts = [x.double().mean(0).float().double() for x in kept]
+        centred = [out[: len(sites[0])] for out in self._centred]
+        for x, shift, out, sums in zip(sites, self._shifts, centred, self.sums, strict=True):
+            correlation_centre(x, shift, out, sums, mask=mask, backend=self._backend)
+        correlation_product(*centred, self.product, backend=self._backend)
+        for x, gram in zip(centred, self.grams, strict=False):
+            correlation_gram(x, gram, backend=self._backend)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The correlation, and the covariances within both sides where there are grams."""
+        means, squares = zip(*(sums / self.count for sums in self.sums), strict=True)
+        std_x, std_y = (
+            (square - mean.square()).sqrt() for mean, square in zip(means, squares, strict=True)
+        )
+        cov = self.product / self.count - torch.outer(*means)
+        results = {"correlation": cov / torch.outer(std_x, std_y)}
+        for name, gram, mean in zip(("cov_xx", "cov_yy"), self.grams, means, strict=False):
+            symmetric = gram.triu() + gram.triu(1).t()
+            results[name] = symmetric / self.count - torch.outer(mean, mean)
+        return results
 
 
 def dense_moments(student: Tensor, teacher: Tensor, variant: str) -> dict[str, Tensor]:
@@ -162,27 +213,6 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tens
 
 def _outputs(variant: str) -> tuple[str, ...]:
     return ("correlation",) if variant == CROSS else ("correlation", "cov_xx", "cov_yy")
-
-
-def _stream(case: Case, backend: str) -> StreamingMoments:
-    grams = case.variant == GRAMS
-    return StreamingMoments(
-        [case.shape.D_s],
-        [case.shape.D_t],
-        [(0, 0)],
-        gram_x=grams,
-        gram_y=grams,
-        device=case.device,
-        backend=backend,
-    )
-
-
-def _results(stream: StreamingMoments) -> Mapping[str, Tensor]:
-    moments = stream.moments(0, 0)
-    results = {"correlation": moments.correlation()}
-    if moments.cov_xx is not None:
-        results |= {"cov_xx": moments.cov_xx, "cov_yy": moments.cov_yy}
-    return results
 
 
 def _floor(case: Case, student: Tensor, teacher: Tensor) -> Floor:

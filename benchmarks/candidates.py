@@ -16,7 +16,7 @@ def our_backends(room: str, device: str, dtype: torch.dtype) -> list[str]:
     Triton's interpreter is for tests; its times would say nothing.
     """
     names = []
-    for name in dispatch.ROOMS[room]:
+    for name in dispatch.ROOMS[room].backends:
         if name == "triton" and env.triton_interpreted():
             continue
         if (

@@ -10,6 +10,8 @@ reference) with
     available() -> (ok, reason)                      toolchain and import, independent of inputs
     supports(device_type, dtypes) -> (ok, reason)    these inputs
 
+and the functions that `ROOMS` lists as the room's interface.
+
 Public functions resolve once and hand the name to the op as a string, so that forward and backward
 agree and compiled graphs carry the choice.
 """
@@ -20,17 +22,26 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from modxfer_fast.kernels import env
 
-ROOMS: dict[str, tuple[str, ...]] = {
-    "kd_loss": ("triton", "cpp", "reference"),
-    "linear_kd_loss": ("triton", "cpp", "reference"),
-    "projection_loss": ("triton", "cpp", "reference"),
-    "lora_linear": ("triton", "cpp", "reference"),
-    "correlation": ("triton", "cpp", "reference"),
+
+class Room(NamedTuple):
+    """Attributes: interface: functions that every backend's module has; backends: by speed."""
+
+    interface: tuple[str, ...]
+    backends: tuple[str, ...] = ("triton", "cpp", "reference")
+
+
+ROOMS = {
+    "kd_loss": Room(("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")),
+    "linear_kd_loss": Room(("linear_kd_loss_fwd",)),
+    "projection_loss": Room(("projection_loss_fwd", "projection_loss_rows")),
+    "lora_linear": Room(("lora_linear_fwd", "lora_linear_bwd")),
+    "correlation": Room(("correlation_centre", "correlation_product", "correlation_gram")),
 }
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
@@ -110,8 +121,8 @@ def accelerated(room: str, device: str, dtypes: tuple[torch.dtype, ...]) -> tupl
 def _choose(room, candidates, device, dtypes) -> tuple[str | None, str]:
     reasons = []
     for name in candidates:
-        if name not in ROOMS[room]:
-            reasons.append(f"{name}: this room has {', '.join(ROOMS[room])}")
+        if name not in ROOMS[room].backends:
+            reasons.append(f"{name}: this room has {', '.join(ROOMS[room].backends)}")
             continue
         ok, reason = availability(room, name)
         if not ok and candidates[-1] == "reference":
@@ -143,12 +154,12 @@ def table() -> dict[str, dict[str, dict[str, bool | str]]]:
             backend: dict(zip(("available", "reason"), availability(room, backend), strict=True))
             for backend in backends
         }
-        for room, backends in ROOMS.items()
+        for room, (_, backends) in ROOMS.items()
     }
 
 
 def check_name(name: str | None) -> None:
     """Raises ValueError for what is no name of a backend."""
-    known = sorted({backend for backends in ROOMS.values() for backend in backends})
+    known = sorted({backend for room in ROOMS.values() for backend in room.backends})
     if name is not None and name not in known:
         raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")

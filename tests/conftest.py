@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     # chosen before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest_plugins = ["tests.cpu_seconds"]
+pytest_plugins = ["tests.cpu_seconds", "tests.fixtures"]
 ON_RANKS = "distributed"
 DEAR = (ON_RANKS, "/cli/", "/engine/", "/kernels/")
 

@@ -1,6 +1,6 @@
 """What the GPU tests share: devices, moving inputs, waits, graphs.
 
-A test that takes the fixture `device` (tests/kernels/conftest.py) runs on a GPU with Triton's
+A test that takes the fixture `device` (tests/fixtures.py) runs on a GPU with Triton's
 kernels, at sizes that fill it, and everywhere on a CPU, at small ones: its body has run before the
 first GPU sees it.
 """

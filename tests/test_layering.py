@@ -124,7 +124,7 @@ def test_report_sees_no_tensors():
 
 
 def test_backends_of_a_room_do_not_import_one_another():
-    backends = {f"{backend}_impl" for names in dispatch.ROOMS.values() for backend in names}
+    backends = {f"{name}_impl" for room in dispatch.ROOMS.values() for name in room.backends}
     for name, path in modules():
         parts = name.split(".")
         if layer(name) != "kernels" or parts[-1] not in backends:
@@ -146,7 +146,7 @@ def test_room_is_complete(room):
     tests = ROOT / "tests" / "kernels"
     wanted = [folder / "op.py", tests / f"test_{room}.py", tests / f"test_{room}_gpu.py"]
     wanted.append(ROOT / "benchmarks" / f"bench_{room}.py")
-    for backend in dispatch.ROOMS[room]:
+    for backend in dispatch.ROOMS[room].backends:
         wanted.append(folder / FILE_OF_BACKEND.get(backend, f"{backend}_impl.py"))
     for backend, source in (("cpp", f"cpu/{room}.cpp"), ("cuda", f"cuda/{room}.cu")):
         path = folder / f"{backend}_impl.py"
@@ -158,14 +158,15 @@ def test_room_is_complete(room):
 
 @pytest.mark.parametrize("room", dispatch.ROOMS)
 def test_room_offers_every_backend_its_interface(room):
-    for backend in dispatch.ROOMS[room]:
+    for backend in dispatch.ROOMS[room].backends:
         ok, reason = dispatch.availability(room, backend)
         if not ok:
             assert reason
             continue
         impl = dispatch.load(room, backend)
         assert callable(impl.supports)
-        assert callable(getattr(impl, f"{room}_fwd"))
+        for function in dispatch.ROOMS[room].interface:
+            assert callable(getattr(impl, function))
 
 
 def test_every_folder_of_kernels_is_a_room():

@@ -1,14 +1,7 @@
-from modxfer_fast.kernels.correlation.moments import Moments, StreamingMoments
 from modxfer_fast.kernels.correlation.op import (
-    accumulate_centred,
-    accumulate_gram,
-    accumulate_product,
+    correlation_centre,
+    correlation_gram,
+    correlation_product,
 )
 
-__all__ = [
-    "Moments",
-    "StreamingMoments",
-    "accumulate_centred",
-    "accumulate_gram",
-    "accumulate_product",
-]
+__all__ = ["correlation_centre", "correlation_gram", "correlation_product"]

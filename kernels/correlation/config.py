@@ -20,7 +20,7 @@ class CentreConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProductConfig:
+class CrossProductConfig:
     """Launch of the matrix product: a program makes a [block_x, block_y] tile of x^T y.
 
     Attributes:
@@ -36,10 +36,10 @@ class ProductConfig:
 
 # A tile in fp32 takes its multiplications from the ordinary units, so registers bound it: 64 by 64
 # leaves 32 accumulators a thread. Narrow sites would leave most of it empty.
-_WIDE = ProductConfig(64, 64, 16, num_warps=4, num_stages=3)
-_NARROW = ProductConfig(32, 32, 16, num_warps=4, num_stages=3)
+_WIDE = CrossProductConfig(64, 64, 16, num_warps=4, num_stages=3)
+_NARROW = CrossProductConfig(32, 32, 16, num_warps=4, num_stages=3)
 
 
-def product_config(width_x: int, width_y: int) -> ProductConfig:
+def cross_product_config(width_x: int, width_y: int) -> CrossProductConfig:
     """Launch for a product of [N, width_x] with [N, width_y]."""
     return _NARROW if max(width_x, width_y) <= 128 else _WIDE

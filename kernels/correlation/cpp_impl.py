@@ -1,7 +1,7 @@
 """Rows in threaded C++ (csrc/cpu/correlation.cpp) around the matrix product of torch.
 
 correlation_centre   one pass over the rows
-correlation_fwd      fp32 product into a tile, then one pass that adds the tile to fp64
+correlation_product  fp32 product into a tile, then one pass that adds the tile to fp64
 correlation_gram     the same by blocks of columns, each from the first row to its diagonal
 """
 
@@ -27,7 +27,7 @@ def correlation_centre(
     compiled.ops().correlation_centre(x, mask, shift, centred, sums)
 
 
-def correlation_fwd(x: Tensor, y: Tensor, product: Tensor) -> None:
+def correlation_product(x: Tensor, y: Tensor, product: Tensor) -> None:
     if x.shape[0] == 0:
         return
     with scratch(product.numel(), torch.float32, x.device) as buffer, _full_precision():
@@ -40,7 +40,7 @@ def correlation_gram(x: Tensor, gram: Tensor) -> None:
     width = x.shape[1]
     for first in range(0, width, _BLOCK):
         last = min(first + _BLOCK, width)
-        correlation_fwd(x[:, :last], x[:, first:last], gram[:last, first:last])
+        correlation_product(x[:, :last], x[:, first:last], gram[:last, first:last])
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ torch.library.define(
 torch.library.define("modxfer::correlation_gram", "(Tensor x, Tensor(a!) gram, str backend) -> ()")
 
 
-def accumulate_centred(
+def correlation_centre(
     x: Tensor,
     shift: Tensor,
     centred: Tensor,
@@ -73,13 +73,13 @@ def accumulate_centred(
     torch.ops.modxfer.correlation_centre(x, mask, shift, centred, sums, backend)
 
 
-def accumulate_product(
+def correlation_product(
     x: Tensor, y: Tensor, product: Tensor, *, backend: str | None = None
 ) -> None:
     """product [D_x, D_y] fp64 += x [N, D_x]^T y [N, D_y]; both fp32, or both fp64.
 
     Raises:
-        ValueError, TypeError, BackendError: as `accumulate_centred`.
+        ValueError, TypeError, BackendError: as `correlation_centre`.
     """
     _check_work("x", x, None, x)
     _check_work("y", y, None, x)
@@ -92,11 +92,11 @@ def accumulate_product(
     torch.ops.modxfer.correlation_product(x, y, product, backend)
 
 
-def accumulate_gram(x: Tensor, gram: Tensor, *, backend: str | None = None) -> None:
+def correlation_gram(x: Tensor, gram: Tensor, *, backend: str | None = None) -> None:
     """Upper triangle of gram [D, D] fp64 += that of x^T x; x [N, D] fp32 or fp64.
 
     Raises:
-        ValueError, TypeError, BackendError: as `accumulate_centred`.
+        ValueError, TypeError, BackendError: as `correlation_centre`.
     """
     _check_work("x", x, None, x)
     _check_accumulator("gram", gram, (x.shape[1], x.shape[1]), x)
@@ -138,7 +138,7 @@ def _centre(x, mask, shift, centred, sums, backend):
 def _product(x, y, product, backend):
     impl = dispatch.load("correlation", backend)
     for rows in _chunks(x.shape[0]):
-        impl.correlation_fwd(_row_major(x[rows]), _row_major(y[rows]), product)
+        impl.correlation_product(_row_major(x[rows]), _row_major(y[rows]), product)
 
 
 def _gram(x, gram, backend):

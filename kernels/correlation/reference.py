@@ -24,11 +24,11 @@ def correlation_centre(
     sums[1] += difference.square().sum(0)
 
 
-def correlation_fwd(x: Tensor, y: Tensor, product: Tensor) -> None:
+def correlation_product(x: Tensor, y: Tensor, product: Tensor) -> None:
     """product += x^T y."""
     product += x.double().t() @ y.double()
 
 
 def correlation_gram(x: Tensor, gram: Tensor) -> None:
     """gram += x^T x."""
-    correlation_fwd(x, x, gram)
+    correlation_product(x, x, gram)

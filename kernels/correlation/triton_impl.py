@@ -5,7 +5,7 @@ N rows (tokens)   D_x, D_y widths
     correlation_centre   a program subtracts the shift from its rows and columns, writes them, and
                          leaves the sums and squares of its rows as one partial result; partial
                          results are added in their order
-    correlation_fwd      a program makes one tile of x^T y: fp32 over the rows of a chunk, at most
+    correlation_product  a program makes one tile of x^T y: fp32 over the rows of a chunk, at most
                          MAX_ROWS, then one addition to the tile in fp64
     correlation_gram     the same, and tiles below the diagonal are left out
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import triton_device
-from modxfer_fast.kernels.correlation.config import CentreConfig, product_config
+from modxfer_fast.kernels.correlation.config import CentreConfig, cross_product_config
 
 available = triton_device.available
 supports = triton_device.supports
@@ -135,7 +135,7 @@ def correlation_centre(
     sums += partial.sum(0)
 
 
-def correlation_fwd(x: Tensor, y: Tensor, product: Tensor) -> None:
+def correlation_product(x: Tensor, y: Tensor, product: Tensor) -> None:
     """product [D_x, D_y] fp64 += x^T y; x, y fp32 with last stride 1."""
     _multiply(x, y, product, is_upper=False)
 
@@ -150,7 +150,7 @@ def _multiply(x: Tensor, y: Tensor, product: Tensor, is_upper: bool) -> None:
     width_y = y.shape[1]
     if rows == 0:
         return
-    config = product_config(width_x, width_y)
+    config = cross_product_config(width_x, width_y)
     grid = (triton.cdiv(width_y, config.block_y), triton.cdiv(width_x, config.block_x))
     with torch.cuda.device_of(x):
         _product_kernel[grid](

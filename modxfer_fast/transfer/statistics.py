@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast._version import __version__
-from modxfer_fast.kernels.correlation import Moments, StreamingMoments
 from modxfer_fast.models import Architecture
 from modxfer_fast.models.architecture import SPACES, without_peft
 from modxfer_fast.transfer.artefact import read_artefact, write_artefact
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.features import FeatureTaps, Site, observed
 from modxfer_fast.transfer.fingerprint import model_fingerprint, module_fingerprint
+from modxfer_fast.transfer.moments import Moments, StreamingMoments
 from modxfer_fast.transfer.pairing import PairCounts, PairedBatch, Pooling
 
 KIND = "statistics"

@@ -13,10 +13,10 @@ A large error with a good `r2_write` blames the read map; sizes that differ blam
 
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps import Maps
 from modxfer_fast.transfer.maps.moment_views import on_cpu, uncentred
 from modxfer_fast.transfer.modules import PeftModuleState, Slot
+from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import Statistics
 
 _A, _B = "lora_A.weight", "lora_B.weight"

@@ -42,7 +42,7 @@ class Case:
         elif self.function == "gram":
             triton_impl.correlation_gram(x, double(self.width_x, self.width_x))
         else:
-            triton_impl.correlation_fwd(x, y, double(self.width_x, self.width_y))
+            triton_impl.correlation_product(x, y, double(self.width_x, self.width_y))
 
 
 def all_cases() -> list[Case]:

@@ -515,7 +515,8 @@ def test_backward_runs_on_the_backend_of_the_forward(monkeypatch):
 
 def test_table_names_every_room_and_backend_with_a_reason():
     table = dispatch.table()
-    assert {room: tuple(backends) for room, backends in table.items()} == dispatch.ROOMS
+    backends = {name: room.backends for name, room in dispatch.ROOMS.items()}
+    assert {room: tuple(found) for room, found in table.items()} == backends
     for backends in table.values():
         for state in backends.values():
             assert set(state) == {"available", "reason"}

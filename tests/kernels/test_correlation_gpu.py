@@ -1,10 +1,11 @@
-"""Streaming moments on a GPU: accuracy, waits, memory, and offsets past 2^31."""
+"""Sums and products of features on a GPU: accuracy, equal bits, waits, offsets past 2^31."""
 
 import pytest
 import torch
 
-from benchmarks.memory import peak_mib
-from modxfer_fast.kernels.correlation import StreamingMoments
+from benchmarks.bench_correlation import GRAMS, Shape, Sums
+from benchmarks.rooms import Case
+from tests.correlation_inputs import rows
 from tests.gpu import NEEDS_GPU, backend_on, free_or_skip, kernels_on, no_waiting
 from tests.inputs import DTYPES
 
@@ -12,18 +13,9 @@ from tests.inputs import DTYPES
 PART = {"cpu": 16, "cuda": 1}
 
 
-def rows(n: int, width: int, dtype: torch.dtype, seed: int, device: str) -> torch.Tensor:
-    """[n, width] with a mean of 5 and three columns that every seed shares."""
-    generators = [torch.Generator(device).manual_seed(value) for value in (seed, 9)]
-    own = torch.randn(n, width, device=device, generator=generators[0])
-    shared = torch.randn(n, 3, device=device, generator=generators[1])
-    return (own + shared[:, torch.arange(width, device=device) % 3] + 5.0).to(dtype)
-
-
-def stream_of(d_x: int, d_y: int, device: str) -> StreamingMoments:
-    return StreamingMoments(
-        [d_x], [d_y], [(0, 0)], device=device, backend=backend_on(device, "correlation")
-    )
+def sums_of(n: int, d_x: int, d_y: int, dtype: torch.dtype, device: str) -> Sums:
+    case = Case(Shape(n, d_x, d_y), dtype, device, GRAMS)
+    return Sums(case, backend_on(device, "correlation"))
 
 
 @pytest.mark.first
@@ -35,22 +27,21 @@ def test_correlation(allow_tf32, dtype, widths, device):
     x, y = (rows(n, width, dtype, seed, device) for seed, width in enumerate((d_x, d_y)))
     mask = torch.arange(n, device=device) % 4 != 1
     x[~mask] = float("nan")
-    stream = stream_of(d_x, d_y, device)
+    sums = sums_of(n, d_x, d_y, dtype, device)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     try:
-        for first, last in ((0, n // 100), (n // 100, 7 * n // 10), (7 * n // 10, n)):
-            stream.update([x[first:last]], [y[first:last]], mask[first:last])
+        for first, last in ((0, 7 * n // 10), (7 * n // 10, 7 * n // 10 + 7), (7 * n // 10 + 7, n)):
+            sums.update(x[first:last], y[first:last], mask[first:last])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    moments = stream.moments(0, 0)
+    result = sums.moments()
     joint = torch.cat([x[mask], y[mask]], 1).double().t()
-    truth = torch.corrcoef(joint)
-    assert moments.count == int(mask.sum())
-    assert (moments.correlation() - truth[:d_x, d_x:]).abs().max() < 2e-6
-    cov = torch.cov(joint, correction=0)
-    for result, wanted in ((moments.cov_xx, cov[:d_x, :d_x]), (moments.cov_yy, cov[d_x:, d_x:])):
-        assert (result - wanted).abs().max() < 2e-6 * cov.diagonal().max()
+    truth, cov = torch.corrcoef(joint), torch.cov(joint, correction=0)
+    assert sums.count == mask.sum()
+    assert (result["correlation"] - truth[:d_x, d_x:]).abs().max() < 2e-6
+    for name, wanted in (("cov_xx", cov[:d_x, :d_x]), ("cov_yy", cov[d_x:, d_x:])):
+        assert (result[name] - wanted).abs().max() < 2e-6 * cov.diagonal().max()
 
 
 @pytest.mark.first
@@ -58,13 +49,13 @@ def test_correlation(allow_tf32, dtype, widths, device):
 def test_two_runs_are_equal(dtype, device):
     n, d_x, d_y = (size // PART[device] for size in (6000, 768, 1024))
     x, y = rows(n, d_x, dtype, 0, device), rows(n, d_y, dtype, 1, device)
-    states = []
+    runs = []
     for _ in range(3):
-        stream = stream_of(d_x, d_y, device)
-        stream.update([x], [y])
-        states.append(stream.state_dict())
-    for state in states[1:]:
-        assert all(torch.equal(state[name], states[0][name]) for name in state)
+        runs.append(sums_of(n, d_x, d_y, dtype, device))
+        runs[-1].update(x, y)
+    first, *others = ([*run.sums, run.product, *map(torch.triu, run.grams)] for run in runs)
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 @pytest.mark.first
@@ -73,26 +64,11 @@ def test_nothing_waits_for_the_gpu_after_the_first_chunk(dtype, device):
     n, d_x, d_y = (size // PART[device] for size in (5000, 256, 384))
     x, y = rows(n, d_x, dtype, 0, device), rows(n, d_y, dtype, 1, device)
     mask = torch.arange(n, device=device) % 4 != 1
-    stream = stream_of(d_x, d_y, device)
-    stream.update([x], [y], mask)
+    sums = sums_of(n, d_x, d_y, dtype, device)
+    sums.update(x, y, mask)
     with no_waiting(device):
-        stream.update([x], [y], mask)
-        stream.update([x], [y])
-
-
-@pytest.mark.first
-def test_memory_is_flat(device):
-    n, width = 50000 // PART[device], 512 // PART[device]
-    x, y = (rows(n, width, torch.bfloat16, seed, device) for seed in (0, 1))
-    stream = stream_of(width, width, device)
-    stream.update([x[:10]], [y[:10]])
-
-    def peak(count: int) -> float:
-        return peak_mib(lambda: stream.update([x[:count]], [y[:count]]) or {}, device)
-
-    few = {"cpu": 2048, "cuda": 5000}[device]  # a chunk and more
-    peak(few)  # the mean of the first chunk is taken in fp64
-    assert peak(n) <= peak(few)
+        sums.update(x, y, mask)
+        sums.update(x, y)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
@@ -104,8 +80,8 @@ def test_offsets_past_2_to_the_31(device):
     x = buffer.as_strided((2, 256), (stride, 1))
     x.copy_(rows(2, 256, torch.float32, 0, device))
     product, alone = torch.zeros(2, 256, 256, dtype=torch.float64, device="cuda")
-    triton_impl.correlation_fwd(x, x, product)
-    triton_impl.correlation_fwd(x.contiguous(), x.contiguous(), alone)
+    triton_impl.correlation_product(x, x, product)
+    triton_impl.correlation_product(x.contiguous(), x.contiguous(), alone)
     assert torch.equal(product, alone)
     centred, sums = torch.empty(2, 256, device="cuda"), product.new_zeros(2, 256)
     triton_impl.correlation_centre(x, None, product.new_ones(256), centred, sums)

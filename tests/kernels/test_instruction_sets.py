@@ -10,10 +10,10 @@ import torch
 from modxfer_fast import kd_loss, linear_kd_loss, lora_projection_loss
 from modxfer_fast.cli.main import main
 from modxfer_fast.kernels.common import DIVERGENCES, compiled, instruction_sets
-from modxfer_fast.kernels.correlation import StreamingMoments
 from modxfer_fast.kernels.lora_linear import LoraTarget
 from modxfer_fast.kernels.projection_loss import projection_loss
 from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.transfer.moments import StreamingMoments
 from tests.inputs import (
     Objective,
     check_linear,

@@ -12,7 +12,6 @@ from sklearn.feature_selection import r_regression
 from torch import nn
 
 from modxfer_fast.engine.features.projections import save_projections
-from modxfer_fast.kernels.correlation import StreamingMoments
 from modxfer_fast.losses.hidden_states import HiddenStateLoss
 from modxfer_fast.models import Architecture, BottleneckConfig, CompacterConfig
 from modxfer_fast.transfer import (
@@ -30,6 +29,7 @@ from modxfer_fast.transfer.maps.heads import head_scores
 from modxfer_fast.transfer.maps.lsa import selection
 from modxfer_fast.transfer.maps.procrustes import polar
 from modxfer_fast.transfer.maps.ridge import regress
+from modxfer_fast.transfer.moments import StreamingMoments
 from tests.transfer_clones import bases, clone, original, rotation, statistics, trained
 from tests.transfer_inputs import tiny_model
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES, WRITES
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.models.architecture import ROLES, SPACES, Architecture
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.layer_maps import LayerMap
@@ -52,6 +51,7 @@ from modxfer_fast.transfer.maps.ridge import GRID, fit_ridge
 from modxfer_fast.transfer.maps.scores import finite, scores
 from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
 from modxfer_fast.transfer.modules import PeftModuleState
+from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import Statistics
 
 # What a LoRA writes into the gate or the up projection lies anywhere in the space of the hidden

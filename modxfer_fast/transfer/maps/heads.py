@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.lsa import assign
 from modxfer_fast.transfer.maps.moment_views import block
+from modxfer_fast.transfer.moments import Moments
 
 Fit = Callable[[Moments, Moments | None], tuple[Tensor, Tensor, dict[str, float]]]
 Pairs = tuple[tuple[int, int], ...]  # (student's head, teacher's head)

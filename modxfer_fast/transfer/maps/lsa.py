@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.scaling import scaled
+from modxfer_fast.transfer.moments import Moments
 
 
 def assign(score: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.numerics import root_mean_square
+from modxfer_fast.transfer.moments import Moments
 
 
 def swapped(moments: Moments) -> Moments:

@@ -8,8 +8,8 @@ Directions that the data does not span have no partner and are left out of Q, no
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.scaling import scaled
+from modxfer_fast.transfer.moments import Moments
 
 _RANK = 1e-8  # singular values below this part of the largest are rounding
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.moment_views import about, swapped, uncentred
 from modxfer_fast.transfer.maps.numerics import deviations, inverse_or_zero
 from modxfer_fast.transfer.maps.procrustes import fit_procrustes
+from modxfer_fast.transfer.moments import Moments
 
 GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _WITHOUT_HELD_OUT = 1e-3

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.numerics import deviations, ratios
+from modxfer_fast.transfer.moments import Moments
 
 
 def scaled(z: Tensor, moments: Moments, scale: str) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ leaves at its mean counts as 0. r2 can be negative: selections and rotations are
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps.moment_views import swapped
 from modxfer_fast.transfer.maps.numerics import deviations, inverse_or_zero
+from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import linear_cka
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from modxfer_fast.kernels.correlation import Moments
 from modxfer_fast.transfer.maps import SpaceMap
+from modxfer_fast.transfer.moments import Moments
 
 
 class Source(NamedTuple):

@@ -7,8 +7,8 @@
 
 A site is a place whose features are rows: x sites are the student's, y sites the teacher's, and the
 rows of all sites belong to the same tokens. Rows are gathered into chunks of CHUNK_ROWS, and a full
-chunk goes through `op.py`, so neither the length of the stream nor how it is cut into batches shows
-in the time per token, the memory, or (on a CPU) a single bit of the result.
+chunk goes through the kernels of room `correlation`, so neither the length of the stream nor how it
+is cut into batches shows in the time per token, the memory, or (on a CPU) a bit of the result.
 
 Memory: 4 CHUNK_ROWS D bytes a site; 8 D_x D_y bytes a pair, 8 D^2 a site with a Gram matrix.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 from modxfer_fast.kernels.common import check_float, check_row_tensor, without_autocast
 from modxfer_fast.kernels.correlation.op import (
     MAX_ROWS,
-    accumulate_centred,
-    accumulate_gram,
-    accumulate_product,
+    correlation_centre,
+    correlation_gram,
+    correlation_product,
 )
 
 CHUNK_ROWS = MAX_ROWS
@@ -339,14 +339,14 @@ class StreamingMoments:
                     site.shift = _mean(block, mask, self._work_dtype)
                 centred[index] = self._buffer(site)[:rows]
                 options = {"mask": mask, "backend": self._backend}
-                accumulate_centred(block, site.shift, centred[index], site.sums, **options)
+                correlation_centre(block, site.shift, centred[index], site.sums, **options)
                 if site.gram is not None:
-                    accumulate_gram(centred[index], site.gram, backend=self._backend)
+                    correlation_gram(centred[index], site.gram, backend=self._backend)
             return centred[index]
 
         for (a, b), product in self._products.items():
             x, y = centre(a), centre(len(self._xs) + b)
-            accumulate_product(x, y, product, backend=self._backend)
+            correlation_product(x, y, product, backend=self._backend)
         for index in range(len(blocks)):
             centre(index)
 
