@@ -6,13 +6,11 @@
 
 bench_<room>.py   shapes, who takes part, floors  rooms.py        what a room declares
 harness.py        check, count, time, make rows   candidates.py   our backends, one training step
-timing.py         interleaved rounds              memory.py       peak of one step
-roofline.py       roof of the machine, measured   counting.py     saved tensors, launches
 inputs.py         close student, fp64 truth       shapes.py       named sizes of the KD rooms
 peers.py          Liger, TRL and PEFT, optional   dense.py        plain PyTorch, as users write it
-unsloth_style.py  LoRA by addmm, as libraries do  tracing.py      the profiler's events
+unsloth_style.py  LoRA by addmm, as libraries do  gates.py        the numbers a GPU has to reach
 results.py        columns, JSON and CSV           plot.py         figures, from those files only
-gpu_tables.py     all tables of a GPU in one run  gates.py        the numbers a GPU has to reach
+gpu_tables.py     all tables of a GPU in one run
 
-Not part of the wheel: run from a checkout.
+Clock, memory and roof are `modxfer_fast.measure`. Not part of the wheel: run from a checkout.
 """

@@ -21,7 +21,6 @@ from benchmarks.candidates import our_backends
 from benchmarks.harness import Candidate, Floor, Lineup
 from benchmarks.inputs import Normal
 from benchmarks.peers import label, r_regression
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.correlation import (
@@ -30,6 +29,7 @@ from modxfer_fast.kernels.correlation import (
     correlation_product,
 )
 from modxfer_fast.kernels.correlation.op import MAX_ROWS
+from modxfer_fast.measure.roofline import Work
 
 CROSS, GRAMS = "cross", "cross+grams"
 _SAMPLE = 32

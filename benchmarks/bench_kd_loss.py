@@ -11,11 +11,11 @@ from benchmarks.candidates import dense_divergence, divergence_columns, our_back
 from benchmarks.dense import dense_kd_loss
 from benchmarks.harness import Candidate, Floor, Lineup
 from benchmarks.inputs import logits_inputs, logits_truth
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import DEFAULT, SHAPES
 from modxfer_fast import kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.measure.roofline import Work
 
 ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
 COPY = "copy of 5 N V"

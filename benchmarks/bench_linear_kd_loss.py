@@ -15,11 +15,11 @@ from benchmarks.dense import dense_linear_kd_loss
 from benchmarks.harness import COARSE_BUDGET, Candidate, Floor, Lineup
 from benchmarks.inputs import LinearInputs, linear_inputs, linear_truth
 from benchmarks.peers import beta_of, label, liger_chunked_jsd, trl_chunked_divergence
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import DEFAULT, SHAPES, Shape
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.measure.roofline import Work
 
 ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
 TRAINABLE, FROZEN = "gemms x4", "gemms x3, frozen head"

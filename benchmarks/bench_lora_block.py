@@ -25,10 +25,10 @@ from benchmarks import peers
 from benchmarks.candidates import forward_backward, our_backends
 from benchmarks.harness import Candidate, Floor, Lineup
 from benchmarks.inputs import Normal
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.measure.roofline import Work
 
 FLOOR, COMPILED_FLOOR = "frozen block", "frozen block, torch.compile"
 SCALING = 2.0

@@ -25,12 +25,12 @@ from benchmarks import peers, unsloth_style
 from benchmarks.candidates import forward_backward, our_backends
 from benchmarks.harness import Candidate, Floor, Lineup
 from benchmarks.inputs import Normal
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear_group
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
 from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
+from modxfer_fast.measure.roofline import Work
 
 FLOOR = "frozen linears"
 # rounding of y, s, ds and of both parts of dx, one after another, where adapters are in half

@@ -29,7 +29,6 @@ from torch import Tensor
 from benchmarks.candidates import forward_backward, our_backends
 from benchmarks.harness import Candidate, Floor, Lineup
 from benchmarks.inputs import Normal
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
@@ -38,6 +37,7 @@ from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
 from modxfer_fast.kernels.projection_loss import lora_projection_loss, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
+from modxfer_fast.measure.roofline import Work
 
 FLOOR = "gemms"
 # h, s and the sum of both gradients of h are rounded, one after another; a wrong scale of a part is

@@ -17,12 +17,12 @@ from torch import Tensor
 from benchmarks.candidates import our_backends, training_step
 from benchmarks.harness import COARSE_BUDGET, Candidate, Floor, Lineup
 from benchmarks.inputs import Normal
-from benchmarks.roofline import Work
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.projection_loss import LOSSES, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
+from modxfer_fast.measure.roofline import Work
 
 TRAINABLE, FROZEN = "gemms x3", "gemms x2, frozen P"
 DELTA = 0.3  # student's projected state minus teacher's, over the teacher's, both in std

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, harness, results
+from benchmarks import harness, results
 from benchmarks.peers import MissingPackage
-from benchmarks.roofline import Roof, measure_roof
 from benchmarks.rooms import Case
-from benchmarks.timing import QUICK, Effort
 from modxfer_fast.cli.bench import print_tables
+from modxfer_fast.measure import environment
+from modxfer_fast.measure.roofline import Roof, measure_roof
+from modxfer_fast.measure.timing import QUICK, Effort
 
 _LEFT_OUT = ("torch.compile", "reference")
 EFFORT = Effort(warmup_s=0.2, min_rounds=9, budget_s=8.0)

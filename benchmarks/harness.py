@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.counting import LAUNCHES_OF, launches, saved_mib
-from benchmarks.memory import peak_mib
 from benchmarks.results import Row
-from benchmarks.roofline import Roof, Work
 from benchmarks.rooms import Case
-from benchmarks.timing import Effort, Step, Timing, graphed, interleave
+from modxfer_fast.measure.counting import LAUNCHES_OF, launches, saved_mib
+from modxfer_fast.measure.memory import peak_mib
+from modxfer_fast.measure.roofline import Roof, Work
+from modxfer_fast.measure.timing import Effort, Step, Timing, graphed, interleave
 
 # Largest relative error (Frobenius norm) of results and gradients that still is the same function.
 BUDGET = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 3e-3}

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.environment import version
+from modxfer_fast.measure.environment import version
 
 
 class MissingPackage(ValueError):

@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import environment, results
+from benchmarks import results
+from modxfer_fast.measure import environment
 
 _OURS, _PEER, _FLOOR = "#1f6f8b", "#b8bec4", "#e3ded3"
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.timing import graphed
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.measure.timing import graphed
 
 NEEDS_GPU = (
     pytest.mark.gpu,

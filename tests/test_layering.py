@@ -18,7 +18,7 @@ PACKAGE = "modxfer_fast"
 # Data flows one way; a package imports from those left of it. `kernels` and `losses` are on a
 # branch of their own, and stand where they are first needed: by the models, and by the engine.
 ORDER = (
-    *("errors", "files", "config", "data", "kernels"),
+    *("errors", "files", "config", "data", "kernels", "measure"),
     *("models", "transfer", "losses", "engine", "report", "jobs"),
 )
 ONTO = ("cli", "testing", "__main__")  # may import all of them, and are imported by none
@@ -101,10 +101,10 @@ def test_kernels_import_nothing_of_ours_but_their_own_package():
     assert not foreign
 
 
-def test_kernels_need_torch_and_triton_only():
+def test_kernels_and_measure_need_torch_and_triton_only():
     allowed = {"torch", "triton", PACKAGE, *sys.stdlib_module_names}
     for name, path in modules():
-        if layer(name) in ("kernels", "losses"):
+        if layer(name) in ("kernels", "losses", "measure"):
             needed = {imported.split(".")[0] for imported in imports(name, path)}
             assert needed <= allowed, f"{name} imports {needed - allowed}"
 
@@ -248,8 +248,10 @@ def test_the_engine_is_loaded_when_asked_for(imported):
 
 
 BARE = """
-sys.modules['triton'] = sys.modules['transformers'] = None
+for name in ('triton', 'transformers', 'pydantic', 'datasets', 'deepspeed', 'rich'):
+    sys.modules[name] = None
 import torch, modxfer_fast
+from modxfer_fast.measure import counting, environment, memory, roofline, timing, tracing
 from modxfer_fast.kernels import dispatch
 h, w = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
 modxfer_fast.linear_kd_loss(h, w, h, w).backward()

@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from modxfer_fast.kernels import env
+    from modxfer_fast.measure import environment, roofline
 
+    environment.hold_libraries(env.cpu_isa())
     benchmarks = load_benchmarks()
-    benchmarks("environment").hold_libraries(env.cpu_isa())
-    environment, results = benchmarks("environment"), benchmarks("results")
+    results = benchmarks("results")
     harness, rooms = benchmarks("harness"), benchmarks("rooms")
     module = _module(args.room, benchmarks)
     room = module.ROOM
@@ -67,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     shape, options = _shape(args, device, room), _options(args, room)
     variants = _variants(args, room)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    effort = _effort(args, benchmarks("timing"))
+    effort = _effort(args)
 
     with _progress() as say:
         say("roof of this machine: a copy and a matrix product")
-        roof = benchmarks("roofline").measure_roof(device, dtype)
+        roof = roofline.measure_roof(device, dtype)
     described = environment.describe(device) | roof.described()
     print(environment.header(described))
     rows = {}
@@ -169,7 +170,9 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, int | fl
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _effort(args: argparse.Namespace, timing: ModuleType):
+def _effort(args: argparse.Namespace):
+    from modxfer_fast.measure import timing
+
     effort = timing.QUICK if args.quick else timing.Effort()
     if args.seconds is None:
         return effort

@@ -10,11 +10,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_linear_kd_loss, harness, peers, results, roofline, rooms
+from benchmarks import bench_linear_kd_loss, harness, peers, results, rooms
 from modxfer_fast.cli import bench
 from modxfer_fast.cli.bench import load_benchmarks
 from modxfer_fast.cli.main import main
 from modxfer_fast.kernels.common import instruction_sets
+from modxfer_fast.measure import roofline
 
 SMALL = ["--device", "cpu", "--shape", "smoke", "--N", "16", "--V", "200", "--quick"]
 
@@ -48,7 +49,7 @@ def test_floors_and_peers_are_held_to_the_set_of_our_kernels(tmp_path):
     path = tmp_path / "r.csv"
     code = (
         "import functools, sys; from modxfer_fast.cli import bench; from modxfer_fast.cli.main "
-        "import main; roofline = bench.load_benchmarks()('roofline'); roofline.measure_roof = "
+        "import main; from modxfer_fast.measure import roofline; roofline.measure_roof = "
         "functools.partial(roofline.measure_roof, copy_bytes=1 << 20, matmul_width=64);"
         "sys.exit(main(sys.argv[1:]))"
     )

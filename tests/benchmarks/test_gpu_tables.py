@@ -8,9 +8,9 @@ import torch
 from benchmarks import gates, gpu_tables, harness, peers, results, rooms
 from benchmarks.gates import Gate
 from benchmarks.results import Row
-from benchmarks.roofline import Roof, Work
-from benchmarks.timing import Effort
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.measure.roofline import Roof, Work
+from modxfer_fast.measure.timing import Effort
 
 ROOF = Roof(bytes_per_s=1e9, flops_per_s=1e9)
 

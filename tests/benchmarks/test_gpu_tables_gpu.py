@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_tables
-from benchmarks.roofline import Roof
-from benchmarks.timing import CudaClock, Effort, graphed, interleave
+from modxfer_fast.measure.roofline import Roof
+from modxfer_fast.measure.timing import CudaClock, Effort, graphed, interleave
 from tests.gpu import DEVICES, NEEDS_GPU, backend_on
 
 pytestmark = pytest.mark.first

@@ -16,10 +16,10 @@ from benchmarks.harness import (
     measure,
     relative_error,
 )
-from benchmarks.roofline import Roof, Work
 from benchmarks.rooms import Case
 from benchmarks.shapes import Shape
-from benchmarks.timing import Effort
+from modxfer_fast.measure.roofline import Roof, Work
+from modxfer_fast.measure.timing import Effort
 
 CASE = Case(Shape(N=6, D_s=4, D_t=5, V=7), torch.float32, "cpu", "forward_kl", {"beta": 0.5})
 ROOF = Roof(bytes_per_s=1e6, flops_per_s=1e9)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.memory import peak_mib
 from modxfer_fast import kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.measure.memory import peak_mib
 from modxfer_fast.testing.kd_rows import check_row_kernels, close_rows
 from tests.gpu import (
     NEEDS_GPU,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.memory import peak_mib
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group
+from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import NAMES
 from tests.lora_inputs import (
     BACKENDS,

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.memory import peak_mib
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
+from modxfer_fast.measure.memory import peak_mib
 from tests.gpu import (
     NEEDS_GPU,
     backend_on,

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.memory import peak_mib
 from modxfer_fast import (
     BackendError,
     LoraTarget,
@@ -22,6 +21,7 @@ from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, keep_scale, u
 from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import NORMS, ROW_LOSSES, ProjectionSpec
+from modxfer_fast.measure.memory import peak_mib
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import BACKENDS, DTYPES, NATIVE
 

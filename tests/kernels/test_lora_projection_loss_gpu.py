@@ -7,9 +7,9 @@ from torch import Tensor
 from benchmarks.bench_lora_projection import BUDGET, Shape
 from benchmarks.bench_lora_projection import lineup as candidates
 from benchmarks.harness import relative_error
-from benchmarks.memory import peak_mib
 from benchmarks.rooms import Case
 from modxfer_fast import LoraTarget, lora_linear, lora_projection_loss, projection_loss
+from modxfer_fast.measure.memory import peak_mib
 from tests.gpu import backend_on, no_waiting
 
 pytestmark = pytest.mark.first

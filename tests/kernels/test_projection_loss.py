@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import peak_mib
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import scratch
 from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, cpp_impl, projection_loss
@@ -19,6 +18,7 @@ from modxfer_fast.kernels.projection_loss.reference import (
     projection_loss_rows,
 )
 from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import BACKENDS, DTYPES, NATIVE
 from tests.projection_inputs import (
     KINDS,

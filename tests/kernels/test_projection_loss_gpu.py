@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.memory import peak_mib
 from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.measure.memory import peak_mib
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.gpu import (
     NEEDS_GPU,

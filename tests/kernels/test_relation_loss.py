@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import peak_mib
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import scratch
 from modxfer_fast.kernels.projection_loss import relation_stream
@@ -20,6 +19,7 @@ from modxfer_fast.kernels.projection_loss.relation import (
     relation_loss,
     relation_loss_reference,
 )
+from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import BACKENDS, DTYPES, NATIVE
 from tests.relation_inputs import (
     call,

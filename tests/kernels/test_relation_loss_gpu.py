@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.memory import peak_mib
+from modxfer_fast.measure.memory import peak_mib
 from tests.gpu import backend_on, no_waiting, recorded, to_device
 from tests.inputs import DTYPES
 from tests.relation_inputs import check_results, loss_and_grads, make_inputs

@@ -339,7 +339,7 @@ def test_features_are_left_as_they_are():
 
 
 def test_memory_is_flat_in_the_rows():
-    from benchmarks.memory import peak_mib
+    from modxfer_fast.measure.memory import peak_mib
 
     def peak(rows: int) -> float:
         x, y = pair(rows, widths=(64, 96))

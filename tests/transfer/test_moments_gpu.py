@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.memory import peak_mib
+from modxfer_fast.measure.memory import peak_mib
 from tests.correlation_inputs import rows
 from tests.gpu import backend_on, no_waiting
 from tests.inputs import DTYPES

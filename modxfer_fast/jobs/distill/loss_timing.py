@@ -1,26 +1,21 @@
 """What the fused loss costs on a job's models: beside the dense loss, and with the head frozen."""
 
 import functools
-import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from modxfer_fast import linear_kd_loss, release_workspace
+from modxfer_fast import linear_kd_loss
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.measure.counting import gemms
+from modxfer_fast.measure.memory import peak_mib
+from modxfer_fast.measure.timing import Effort, interleave
 
-# Otherwise the profiler announces itself on the console of the job.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-_GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 _ONE_CHUNK = 16  # tokens, which the loss never splits
 
 
@@ -65,7 +60,7 @@ def time_losses(
         result[impl] = {
             "step_ms": step_ms,
             "tokens_per_s": tokens / step_ms * 1e3,
-            "peak_mib": peak_mib(steps[impl], device),
+            "peak_mib": peak_mib(steps[impl], device.type),
         }
     result["head"] = time_head(student, teacher, batch, options, repeats, device)
     return result
@@ -117,8 +112,8 @@ def time_head(
         for name, trainable in (("frozen", False), ("trainable", True))
     }
     for name, loss_ms in median_ms(steps, repeats, device).items():
-        gemms = _count_gemms(functools.partial(steps[name], _ONE_CHUNK))
-        result[name] = {"loss_ms": loss_ms, "gemms": gemms}
+        counted = gemms(functools.partial(steps[name], _ONE_CHUNK))
+        result[name] = {"loss_ms": loss_ms, "gemms": counted}
     result["frozen_speedup"] = result["trainable"]["loss_ms"] / result["frozen"]["loss_ms"]
     return result
 
@@ -126,43 +121,10 @@ def time_head(
 def median_ms(
     steps: dict[str, Callable[[], None]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median time of each step; they take turns, so that a busy moment hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            if repeat:  # the first round warms up
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median time of each step over `repeats` rounds, in which they take turns.
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_mib(step: Callable[[], None], device: torch.device) -> float:
-    """Peak of torch's allocations during `step`, above the level at its start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    release_workspace()  # else the logits buffer of the last step would hide from this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    held = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
-
-
-def _count_gemms(step: Callable[[], None]) -> int:
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        step()
-    return sum(entry.count for entry in recorded.key_averages() if entry.key in _GEMMS)
+    On a GPU that of Python's launches where it takes longer than the GPU does.
+    """
+    effort = Effort(warmup_s=0.0, min_rounds=repeats, max_rounds=repeats)
+    timings = interleave(steps, device.type, effort)
+    return {name: max(t.median_ms, t.host_ms or 0.0) for name, t in timings.items()}

@@ -10,7 +10,8 @@ from torch import nn
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
-from modxfer_fast.jobs.distill.loss_timing import median_ms, peak_mib
+from modxfer_fast.jobs.distill.loss_timing import median_ms
+from modxfer_fast.measure.memory import peak_mib
 
 
 def time_parts(
@@ -69,7 +70,7 @@ def time_parts(
     return {
         "tokens": batch["input_ids"].numel(),
         "steps": {
-            name: {"step_ms": times[name], "peak_mib": peak_mib(steps[name], device)}
+            name: {"step_ms": times[name], "peak_mib": peak_mib(steps[name], device.type)}
             for name in steps
         },
     }

@@ -25,6 +25,7 @@ _LIMITS = {
         "ONEDNN_MAX_CPU_ISA": "SSE41",
     },
 }
+_CHECKOUT = Path(__file__).parents[2]  # where the package is not installed from a wheel
 _PACKAGES = ("triton", "liger-kernel", "trl", "peft", "transformers")
 
 
@@ -119,8 +120,8 @@ def _commit() -> str:
         return given
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
+            ["git", "--git-dir", str(_CHECKOUT / ".git"), "describe", "--always", "--dirty"],
+            cwd=_CHECKOUT,
             capture_output=True,
             text=True,
             check=True,

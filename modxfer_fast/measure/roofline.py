@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import QUICK, Step, clock_of, warm_up
+from modxfer_fast.measure.timing import QUICK, Step, clock_of, warm_up
 
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 _MATMUL_WIDTH = {"cpu": 1024, "cuda": 8192}

@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from benchmarks.tracing import trace
 from modxfer_fast import release_workspace
+from modxfer_fast.measure.tracing import trace
 
 
-def peak_mib(step: Callable[[], Mapping[str, Tensor]], device: str) -> float:
-    """MiB that `step` needs beyond what exists before it and what it returns."""
+def peak_mib(step: Callable[[], Mapping[str, Tensor] | None], device: str) -> float:
+    """MiB that `step` needs beyond what exists before it and what it returns.
+
+    Args:
+        device: "cpu" or "cuda", as everywhere in this package.
+    """
     gc.collect()
     release_workspace()  # what we keep for the next call would be missing from its peak
     peak, results = (_cuda_peak if device == "cuda" else _cpu_peak)(step)
-    returned = sum(result.numel() * result.element_size() for result in results.values())
+    returned = sum(result.numel() * result.element_size() for result in (results or {}).values())
     return max(peak - returned, 0) / 2**20
 
 

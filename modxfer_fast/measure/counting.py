@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from benchmarks.tracing import trace
+from modxfer_fast.measure.tracing import trace
 
 LAUNCHES_OF = {"cpu": "op calls", "cuda": "kernels"}
 _OPS = ("aten::", "modxfer::")
+_GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -59,6 +60,12 @@ def launches(step: Callable[[], Any], device: str) -> int | None:
             count += 1
             busy_until[event["tid"]] = event["ts"] + event["dur"]
     return count
+
+
+def gemms(step: Callable[[], Any]) -> int:
+    """Calls of torch's matrix products, on any device."""
+    events, _ = trace(step, [ProfilerActivity.CPU])
+    return sum(event.get("cat") == "cpu_op" and event["name"] in _GEMMS for event in events)
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
