@@ -9,5 +9,9 @@ class ToldByMain(UserError):
     """What another process of the job has told already."""
 
 
+class NonFiniteError(UserError):
+    """What the teacher answers, or too many updates in a row, are not finite."""
+
+
 class Terminated(KeyboardInterrupt):
     """The system asked for the end (SIGTERM), and what was done is saved."""

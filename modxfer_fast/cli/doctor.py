@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
 
     from modxfer_fast import __version__
     from modxfer_fast.errors import UserError
-    from modxfer_fast.jobs.cache import cache_root
+    from modxfer_fast.jobs.store import cache_root
     from modxfer_fast.kernels import dispatch
     from modxfer_fast.kernels.common import compiled, instruction_sets
 

@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from modxfer_fast.errors import UserError
+from modxfer_fast.errors import NonFiniteError
 from modxfer_fast.models.checks import listed, nonfinite_parameters
 
 logger = logging.get_logger(__name__)
-
-
-class NonFiniteError(UserError):
-    """What the teacher answers, or too many updates in a row, are not finite."""
 
 
 class StepGuard(TrainerCallback):

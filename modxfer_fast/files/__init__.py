@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, that tell damage, and that one process owns."""
 
 from modxfer_fast.files.atomic import (
+    move_into_place,
     new_folder,
     read_json,
     replace_folder,
@@ -18,6 +19,7 @@ __all__ = [
     "FileLock",
     "LockedError",
     "damaged_files",
+    "move_into_place",
     "new_folder",
     "read_json",
     "replace_folder",

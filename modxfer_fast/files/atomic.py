@@ -143,16 +143,26 @@ def new_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     with scratch_folder(path) as scratch:
         yield scratch
         sync_tree(scratch)
-        if not keep_existing:
-            replace_folder(scratch, path)
-        elif not path.exists():
-            os.chmod(scratch, 0o755)
-            try:
-                os.rename(scratch, path)
-            except OSError:
-                if not path.is_dir():  # else another process came first in this very moment
-                    raise
-        _sync(path.parent)
+        move_into_place(scratch, path, keep_existing=keep_existing)
+
+
+def move_into_place(source: Path, path: Path, *, keep_existing: bool = False) -> None:
+    """Rename a folder that is on the disk to `path`.
+
+    Args:
+        keep_existing: another process may have been first; its `path` then stays, and so does
+            `source`.
+    """
+    if not keep_existing:
+        replace_folder(source, path)
+    elif not path.exists():
+        os.chmod(source, 0o755)
+        try:
+            os.rename(source, path)
+        except OSError:
+            if not path.is_dir():  # else another process came first in this very moment
+                raise
+    _sync(path.parent)
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -9,8 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from modxfer_fast.config import ConfigError
-from modxfer_fast.errors import ToldByMain
+from modxfer_fast.errors import ToldByMain, UserError
 
 T = TypeVar("T")
 _GRACE_S = 300.0  # for the step at hand and its checkpoint
@@ -80,10 +79,10 @@ def end_with_launcher() -> None:
 
 
 def single_process(command: str) -> None:
-    """Raise a ConfigError under a launcher with several processes."""
+    """Raise a UserError under a launcher with several processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        raise ConfigError(
+        raise UserError(
             f"{command}: expected one process, got {world}; run different cells of a grid in "
             "different processes instead"
         )

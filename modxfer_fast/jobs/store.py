@@ -1,98 +1,179 @@
-"""Results of stages, each in a folder named by a fingerprint of all that it depends on."""
+"""Where the results of stages are: each in a folder that is complete or absent."""
 
-from collections.abc import Callable
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import peft
-import torch
-import transformers
+from modxfer_fast.errors import NonFiniteError, ToldByMain, UserError
+from modxfer_fast.files import (
+    FileLock,
+    LockedError,
+    damaged_files,
+    move_into_place,
+    scratch_folder,
+    seal,
+)
+from modxfer_fast.jobs.ranks import barrier, from_main, is_main, on_main
+from modxfer_fast.jobs.stage import Stage, StageContext
 
-from modxfer_fast import __version__
-from modxfer_fast.engine import NonFiniteError
-from modxfer_fast.files import new_folder, seal
-from modxfer_fast.jobs.cache import cache_root, fingerprint, is_cached
-from modxfer_fast.report import JobConsole
-
-# raised when a stage comes to leave other results for the same facts
-STAGE_FORMAT = 5
-VERSIONS = [
-    STAGE_FORMAT, __version__, torch.__version__, transformers.__version__, peft.__version__
-]  # fmt: skip
+if TYPE_CHECKING:
+    from modxfer_fast.report import JobConsole
 
 
-class StageCache:
-    """Folders `<cache>/transfer/<stage>/<fingerprint>`, complete or absent.
+def cache_root() -> Path:
+    """$MODXFER_CACHE, or ~/.cache/modxfer_fast."""
+    root = os.environ.get("MODXFER_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "modxfer_fast"
+
+
+class NotMade(UserError):
+    """A result that is not there, of a store that makes none."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(f"{stage.name}: expected a result in the cache, got none")
+        self.stage = stage
+
+
+class Store:
+    """Folders `<root>/<stage>/<fingerprint>`, which any number of jobs and processes may share.
 
     A folder is compared with the checksums in its marker when it is first asked for, and made again
-    when it is damaged; the marker also has the facts. A training that diverged is remembered, and
-    not done again for the next cell of a grid.
+    where it is damaged; the marker also has the facts of its stage. Under a launcher every process
+    asks for the same stages in the same order: the main one looks and writes, and where it fails
+    the others raise `ToldByMain`. A training that diverged is remembered, and not done again for
+    the next cell of a grid.
+
+    Args:
+        root: None for the cache of the user.
+        builds: whether what is not there is made; otherwise `get` raises `NotMade`.
     """
 
-    def __init__(self) -> None:
-        self.root = cache_root() / "transfer"
-        self._intact: set[Path] = set()
+    def __init__(self, root: Path | None = None, *, builds: bool = True) -> None:
+        self.root = cache_root() if root is None else root
+        self.builds = builds
+        self._whole: set[Path] = set()
         self._diverged: dict[Path, NonFiniteError] = {}
 
-    def folder(self, stage: str, facts: dict[str, Any]) -> Path:
-        """Where the result of a stage with these facts is, or will be."""
-        return self.root / stage / fingerprint(facts)
+    def folder(self, stage: Stage) -> Path:
+        """Where the result of a stage is, or will be."""
+        return self.root / stage.name / stage.fingerprint
 
-    def has(self, stage: str, facts: dict[str, Any], tell: Callable[[str], None]) -> bool:
+    def has(self, stage: Stage, tell: Callable[[str], None]) -> bool:
         """Whether the result is there and whole.
 
         Args:
-            tell: is given a line about a damaged one.
+            tell: is given a line about a damaged one, which is removed.
         """
-        folder = self.folder(stage, facts)
-        if folder not in self._intact and is_cached(folder, tell):
-            self._intact.add(folder)
-        return folder in self._intact
+        folder = self.folder(stage)
+        if folder not in self._whole and from_main(is_main() and _is_whole(folder, tell)):
+            self._whole.add(folder)
+        return folder in self._whole
 
-    def make(self, stage: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
-        """The folder of a stage, filled by `build` unless somebody else was first.
+    def get(self, stage: Stage, console: "JobConsole") -> Path:
+        """The folder of a stage, made where it is not there, and its inputs before it.
 
         Args:
-            facts: everything the result depends on; kept in the marker for people.
-            build: fills the folder it is given; when it raises, nothing stays.
+            console: told which stages run and which are there already, each once.
+        Raises:
+            NotMade: it is not there, and this store makes none.
+            UserError: another process is at work on a resumable stage. Or whatever `build` raises;
+                nothing but the checkpoints of a resumable stage then stays.
         """
-        folder = self.folder(stage, facts)
-        if folder in self._diverged:
-            raise self._diverged[folder]
-        try:
-            with new_folder(folder, keep_existing=True) as scratch:
-                build(scratch)
-                seal(scratch, {"facts": facts})
-        except NonFiniteError as error:
-            self._diverged[folder] = error
-            raise
-        self._intact.add(folder)
-        return folder
-
-
-class Stages:
-    """The stages of one job: run, or taken from the cache, and said which.
-
-    Args:
-        cache: where they are; jobs of one grid share it.
-    """
-
-    def __init__(self, console: JobConsole, cache: StageCache | None = None) -> None:
-        self.console = console
-        self.cache = cache or StageCache()
-
-    def get(self, name: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
-        """The folder of a stage; the versions of the libraries are added to the facts.
-
-        Args: as of `StageCache.make`.
-        """
-        facts = {**facts, "versions": VERSIONS}
-        if self.cache.has(name, facts, self.console.say):
-            self.console.say(f"{name}: from the cache")
-            return self.cache.folder(name, facts)
-        with self.console.phase(name.capitalize()):
+        folder = self.folder(stage)
+        if folder in self._whole:
+            return folder
+        if from_main(folder in self._diverged):
+            raise self._diverged.get(folder) or ToldByMain
+        if self.has(stage, console.say):
+            console.say(f"{stage.name}: from the cache")
+            return folder
+        if not self.builds:
+            raise NotMade(stage)
+        inputs = {name: self.get(each, console) for name, each in stage.inputs.items()}
+        with console.phase(stage.name.capitalize()):
             try:
-                return self.cache.make(name, facts, build)
+                self._make(stage, folder, inputs, console)
+            except NonFiniteError as error:
+                self._diverged[folder] = error
+                raise
             except KeyboardInterrupt as error:
                 error.add_note("finished stages are in the cache; the same command goes on")
                 raise
+        self._whole.add(folder)
+        return folder
+
+    def _make(self, stage: Stage, folder: Path, inputs: dict[str, Path], console) -> None:
+        with ExitStack() as opened:  # on the main process; the others write where it says
+            scratch = Path()
+
+            def begin() -> None:
+                nonlocal scratch
+                open_scratch = _kept_scratch if stage.resumable else scratch_folder
+                scratch = opened.enter_context(open_scratch(folder))
+                (scratch / "result").mkdir()
+
+            def build() -> None:
+                paths = scratch / "result", scratch / "checkpoints"
+                stage.build(StageContext(*paths, inputs, stage.options, console))
+
+            def finish() -> None:
+                seal(scratch / "result", {"facts": stage.facts})
+                move_into_place(scratch / "result", folder, keep_existing=True)
+                opened.close()
+
+            on_main(begin)
+            scratch = from_main(scratch)
+            if stage.on_all_ranks:
+                build()
+                barrier()
+            else:
+                on_main(build)
+            on_main(finish)
+
+
+def _is_whole(folder: Path, tell: Callable[[str], None]) -> bool:
+    """Whether a sealed folder is there as it was made. Reads it all; removes a damaged one."""
+    if not folder.is_dir():
+        return False
+    bad = damaged_files(folder)
+    if not bad:
+        return True
+    tell(f"{folder} is damaged ({', '.join(bad)}); it is made again")
+    with scratch_folder(folder) as scratch, contextlib.suppress(FileNotFoundError):
+        os.rename(folder, scratch / "damaged")
+    return False
+
+
+@contextmanager
+def _kept_scratch(folder: Path) -> Iterator[Path]:
+    """A scratch folder next to `folder`, the same every time, whose checkpoints outlive a failure.
+
+    Raises:
+        UserError: another process has it.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire()
+    except LockedError as error:
+        raise UserError(f"{folder} is being made by {error}; wait for its end") from None
+    try:
+        shutil.rmtree(scratch / "result", ignore_errors=True)  # half of one
+        scratch.mkdir(exist_ok=True)
+        yield scratch
+    except NonFiniteError:
+        shutil.rmtree(scratch, ignore_errors=True)  # nothing worth going on from
+        raise
+    except BaseException:
+        if not any((scratch / "checkpoints").glob("*")):
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(scratch)
+    finally:
+        lock.release()

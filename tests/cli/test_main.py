@@ -13,7 +13,7 @@ from modxfer_fast import __version__
 from modxfer_fast.cli import doctor
 from modxfer_fast.cli.main import COMMANDS, main
 from modxfer_fast.errors import ToldByMain
-from modxfer_fast.jobs.cache import cache_root
+from modxfer_fast.jobs.store import cache_root
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -20,11 +20,11 @@ from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.tasks.distillation import distil_task
 from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import new_folder, read_json, write_json, write_text
+from modxfer_fast.jobs.cache import Stages
 from modxfer_fast.jobs.distill.continuation import changes
 from modxfer_fast.jobs.environment import quieten_libraries
 from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.jobs.ranks import single_process
-from modxfer_fast.jobs.store import Stages
 from modxfer_fast.jobs.task.models import (
     JobModel,
     device_of,

@@ -14,8 +14,8 @@ from modxfer_fast.config.transfer import TeacherSection
 from modxfer_fast.data.tasks import PRIMARY_METRIC, TaskData
 from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task, train_task
 from modxfer_fast.files import read_json, write_json
+from modxfer_fast.jobs.cache import Stages
 from modxfer_fast.jobs.environment import environment
-from modxfer_fast.jobs.store import Stages
 from modxfer_fast.jobs.task.models import (
     JobModel,
     examples,

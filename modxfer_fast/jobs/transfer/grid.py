@@ -9,9 +9,9 @@ from modxfer_fast.config.grid import SCRATCH, Cell, Grid
 from modxfer_fast.data.tasks import PRIMARY_METRIC
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.files import write_text
+from modxfer_fast.jobs.cache import StageCache
 from modxfer_fast.jobs.environment import quieten_libraries
 from modxfer_fast.jobs.ranks import single_process
-from modxfer_fast.jobs.store import StageCache
 from modxfer_fast.jobs.threads import settle_threads
 from modxfer_fast.jobs.transfer.job import TransferJob
 from modxfer_fast.jobs.transfer.run import cell_result

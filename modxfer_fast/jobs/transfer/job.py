@@ -23,7 +23,7 @@ from modxfer_fast.engine.tasks.distillation import distil_task
 from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import read_json, write_json
-from modxfer_fast.jobs.store import StageCache, Stages
+from modxfer_fast.jobs.cache import StageCache, Stages
 from modxfer_fast.jobs.task.models import (
     ADAPTER,
     JobModel,

@@ -1,0 +1,117 @@
+"""A stage's fingerprint: all that its build function sees, and nothing besides."""
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modxfer_fast.config import TokenizerSection
+from modxfer_fast.jobs.stage import OutsideFolder, Stage, facts_of, fingerprint
+
+
+@dataclass(frozen=True)
+class Options:
+    text: str = "a"
+    more: Any = None
+
+
+def nothing(context):
+    pass
+
+
+def something(context):
+    pass
+
+
+BASE = Stage("base", nothing, Options())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(BASE, options=Options("b")),
+        replace(BASE, options=Options(more={"nested": [1]})),
+        replace(BASE, inputs={"of": Stage("other", nothing, Options())}),
+        replace(BASE, build=something),
+        replace(BASE, versions=("torch",)),
+    ],
+    ids=["option", "nested", "input", "build", "versions"],
+)
+def test_everything_that_a_build_sees_changes_the_fingerprint(changed):
+    assert changed.fingerprint != BASE.fingerprint
+
+
+def test_inputs_count_by_all_that_they_depend_on_and_by_their_name():
+    def on(name, **inputs):
+        return Stage("top", nothing, Options(), {name: Stage("base", nothing, Options(**inputs))})
+
+    fingerprints = {on("a").fingerprint, on("b").fingerprint, on("a", text="b").fingerprint}
+    assert len(fingerprints) == 3
+    assert on("a").fingerprint == on("a").fingerprint
+
+
+def test_the_fingerprint_is_the_same_in_every_process():
+    """Sets and mappings have no order of their own."""
+    one, two = (
+        Options(more={"x": 1, "y": {"q", "k", "v"}}),
+        Options(more={"y": {"v", "k", "q"}, "x": 1}),
+    )
+    assert fingerprint(facts_of(one)) == fingerprint(facts_of(two))
+    assert facts_of(one) == {"text": "a", "more": {"x": 1, "y": ["k", "q", "v"]}}
+    assert fingerprint({"a": 1}) == "f9d86028c6e0d64e2251"
+
+
+def test_sections_are_their_fields():
+    assert facts_of(TokenizerSection(vocab_size=320)) == {"vocab_size": 320, "path": None}
+
+
+def test_a_path_says_not_what_is_there(tmp_path):
+    with pytest.raises(TypeError, match="expected an option that can be told from others"):
+        _ = Stage("base", nothing, Options(more=Path("model"))).fingerprint
+
+
+def test_a_folder_is_told_by_what_is_in_it(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    here, there = (Options(more=OutsideFolder(tmp_path / n)) for n in ("here", "there"))
+    before = facts_of(here)
+    assert before == facts_of(there)
+    (tmp_path / "here" / "config.json").write_text('{"more": 1}')
+    assert facts_of(here) != before
+    (tmp_path / "there" / "notes.log").write_text("of no weight")
+    assert facts_of(there) == before
+    # a file that is only touched is read again, and is the same
+    os.utime(tmp_path / "there" / "config.json", (1, 1))
+    assert facts_of(there) == before
+
+
+def _closure():
+    seen = 3
+    return lambda context: seen
+
+
+class Builder:
+    def build(self, context):
+        pass
+
+
+@pytest.mark.parametrize(
+    "build", [_closure(), Builder().build, partial(nothing)], ids=["closure", "method", "partial"]
+)
+def test_a_build_that_could_see_something_else_is_refused(build):
+    with pytest.raises(TypeError, match="sees its context alone"):
+        Stage("base", build, Options())
+
+
+def test_options_that_may_change_are_refused():
+    @dataclass
+    class Loose:
+        text: str = "a"
+
+    for options in (Loose(), {"text": "a"}):
+        with pytest.raises(TypeError, match="expected frozen options, got"):
+            Stage("base", nothing, options)
