@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from modxfer_fast.config.transfer_names import SPACES
 from modxfer_fast.models.errors import ModelError
+from modxfer_fast.models.families import FAMILIES, POOLER, REFUSED
 
 
 class Role(NamedTuple):
@@ -38,99 +39,6 @@ ROLES: Mapping[str, Role] = MappingProxyType(
 
 _RESIDUAL = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
 _INNER = ("ffn_gate", "ffn_up", "ffn_inner")
-
-
-class _Family(NamedTuple):
-    layers: str  # of the blocks, inside the base model
-    modules: Mapping[str, str]  # role -> path inside a block
-    post_norm: bool
-    norms_behind: tuple[str, ...] = ()  # spaces
-
-
-_BERT = _Family(
-    "encoder.layer",
-    {
-        "query": "attention.self.query",
-        "key": "attention.self.key",
-        "value": "attention.self.value",
-        "attention_output": "attention.output.dense",
-        "ffn_up": "intermediate.dense",
-        "ffn_down": "output.dense",
-    },
-    post_norm=True,
-)
-_DISTILBERT = _Family(
-    "transformer.layer",
-    {
-        "query": "attention.q_lin",
-        "key": "attention.k_lin",
-        "value": "attention.v_lin",
-        "attention_output": "attention.out_lin",
-        "ffn_up": "ffn.lin1",
-        "ffn_down": "ffn.lin2",
-    },
-    post_norm=True,
-)
-_LLAMA = _Family(
-    "layers",
-    {
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "attention_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    },
-    post_norm=False,
-)
-_MPNET = _Family(
-    "encoder.layer",
-    {
-        "query": "attention.attn.q",
-        "key": "attention.attn.k",
-        "value": "attention.attn.v",
-        "attention_output": "attention.attn.o",
-        "ffn_up": "intermediate.dense",
-        "ffn_down": "output.dense",
-    },
-    post_norm=True,
-)
-_HEAD_NORMS, _OUTPUT_NORMS = ("query", "key"), ("attention_out", "ffn_out")
-_FAMILIES: Mapping[str, _Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "mpnet": _MPNET,
-    "distilbert": _DISTILBERT,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "smollm3": _LLAMA,
-    "granite": _LLAMA,
-    "eurobert": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA._replace(norms_behind=_HEAD_NORMS),
-    # its experts are no linears, each of which would read and write the same spaces for every token
-    "qwen3_moe": _LLAMA._replace(
-        modules={role: path for role, path in _LLAMA.modules.items() if "ffn" not in role},
-        norms_behind=_HEAD_NORMS,
-    ),
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA._replace(norms_behind=_OUTPUT_NORMS),
-    "gemma3_text": _LLAMA._replace(norms_behind=_HEAD_NORMS + _OUTPUT_NORMS),
-    "olmo2": _LLAMA._replace(norms_behind=_HEAD_NORMS + _OUTPUT_NORMS),
-}
-_FUSED = "one linear writes several spaces, and a module's part in each is not told apart"
-_REFUSED: Mapping[str, str] = {
-    "gpt2": f"{_FUSED}; its weights are transposed",
-    "phi3": _FUSED,
-    "modernbert": _FUSED,
-    "deberta": _FUSED,
-    "deberta-v2": "its queries and keys read relative positions as well as features",
-    "albert": "its blocks share one set of weights, so that none has a module of its own",
-}
 
 
 @dataclass(frozen=True)
@@ -170,25 +78,25 @@ class Architecture:
         """
         model = without_peft(model)
         config = model.config.get_text_config()
-        family = _FAMILIES.get(config.model_type)
+        family = FAMILIES.get(config.model_type)
         if family is None:
-            why = _REFUSED.get(config.model_type)
+            why = REFUSED.get(config.model_type)
             raise ModelError(
-                f"model: expected one of the families {', '.join(_FAMILIES)}, "
+                f"model: expected one of the families {', '.join(FAMILIES)}, "
                 f"got {config.model_type}" + (f": {why}" if why else "")
             )
         base = model.base_model
         prefix = next(name for name, module in model.named_modules() if module is base)
-        if not _has(base, family.layers):
+        if not _has(base, family.blocks):
             raise ModelError(
-                f"model: expected the blocks of a {config.model_type} model at {family.layers}, "
+                f"model: expected the blocks of a {config.model_type} model at {family.blocks}, "
                 f"got {type(model).__name__}, which has them elsewhere"
             )
         num_heads = config.num_attention_heads
         return cls(
             family=config.model_type,
-            layers=f"{prefix}.{family.layers}" if prefix else family.layers,
-            modules=MappingProxyType(dict(family.modules)),
+            layers=f"{prefix}.{family.blocks}" if prefix else family.blocks,
+            modules=MappingProxyType(dict(family.linears)),
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             intermediate_size=getattr(config, "intermediate_size", None) or config.hidden_dim,
@@ -240,8 +148,8 @@ class Architecture:
 
         A pooler belongs to the head: it is as random as the head where a checkpoint has none.
         """
-        body = self.layers.removesuffix(_FAMILIES[self.family].layers)  # "bert.", or "" of a BERT
-        return name.startswith(body) and not name.startswith(f"{body}pooler.")
+        body = self.layers.removesuffix(FAMILIES[self.family].blocks)  # "bert.", or "" of a BERT
+        return name.startswith(body) and not name.startswith(f"{body}{POOLER}.")
 
     def layer_module(self, model: nn.Module, layer: int) -> nn.Module:
         """Block `layer` of `model`."""
@@ -277,6 +185,17 @@ class Architecture:
             )
 
 
+def linear_names(*roles: str) -> tuple[tuple[str, ...], ...]:
+    """What parents call their linears of these roles: one tuple for each naming among families."""
+    return tuple(
+        dict.fromkeys(
+            tuple(family.linears[role].rpartition(".")[2] for role in roles)
+            for family in FAMILIES.values()
+            if family.linears.keys() >= set(roles)
+        )
+    )
+
+
 def without_peft(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -295,11 +214,10 @@ def max_tokens(config: PreTrainedConfig) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return None
-    # positions count from behind the padding token
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        return limit - config.pad_token_id - 1
-    if config.model_type == "mpnet":  # whose padding is 1 in any case
-        return limit - 2
+    family = FAMILIES.get(config.model_type)
+    first = family.first_position if family else 0
+    if first != 0:
+        return limit - (config.pad_token_id + 1 if first is None else first)
     return max(limit, *(_stretched(rope, limit) for rope in _rotary(config)))
 
 

@@ -24,6 +24,7 @@ from modxfer_fast.config.task import TaskKind
 from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
+from modxfer_fast.models.families import POOLER
 
 PEFT_KINDS = ("lora", "ia3", "bottleneck", "compacter")
 _PEFT_OWNED = {"task_type": "the task", "peft_type": "type", "inference_mode": "the job"}
@@ -65,7 +66,7 @@ def load_task_model(
     absent = [
         name
         for name in report["missing_keys"]
-        if name.startswith(body) and not name.startswith(f"{body}pooler.")
+        if name.startswith(body) and not name.startswith(f"{body}{POOLER}.")
     ]
     if absent:
         raise ModelError(
@@ -218,9 +219,9 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
-    pooler = getattr(model.base_model, "pooler", None)
+    pooler = getattr(model.base_model, POOLER, None)
     if pooler is not None and any(True for _ in pooler.parameters()):
-        heads.append("pooler")
+        heads.append(POOLER)
     return tuple(heads)
 
 

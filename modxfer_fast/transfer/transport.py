@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.config.transfer_names import HEADS
 from modxfer_fast.models.architecture import Architecture
+from modxfer_fast.models.families import OUTPUT_EMBEDDINGS
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.kept import kept_facts, power_kept
 from modxfer_fast.transfer.layer_maps import LayerMap
@@ -31,17 +32,6 @@ from modxfer_fast.transfer.rewrite.source import Source
 from modxfer_fast.transfer.statistics import Statistics
 from modxfer_fast.transfer.updates import lora_updates
 
-# what models call the linear that makes logits of the vocabulary, or the modules around it
-_OUTPUT_EMBEDDINGS = (
-    "lm_head",
-    "embed_out",
-    "cls",
-    "predictions",
-    "vocab_transform",
-    "vocab_layer_norm",
-    "vocab_projector",
-    "generator_lm_head",
-)
 _PREFIXED = ("bottleneck", "compacter")  # kinds whose tensors are named after them
 
 
@@ -144,7 +134,7 @@ def transport(
 
 
 def _check_head(module: PeftModuleState) -> None:
-    of_language = [name for name in module.head if name.split(".")[0] in _OUTPUT_EMBEDDINGS]
+    of_language = [name for name in module.head if name.split(".")[0] in OUTPUT_EMBEDDINGS]
     if of_language:
         raise TransferError(
             f"modules_to_save: expected a head for a task, got {', '.join(of_language)}, the "

@@ -463,7 +463,7 @@ def test_a_teacher_is_required(tmp_path):
 
 def test_fused_query_key_and_value_are_named():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97))
-    with pytest.raises(ValueError, match="relations: expected one q_proj, k_proj, v_proj or"):
+    with pytest.raises(ValueError, match="relations: expected one query, key, value or q, k, v or"):
         DistillModule(
             model, Teacher(teacher_model()), Objective(), relations=RelationOptions({1: 1})
         )

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from modxfer_fast.engine.deepspeed import true_shape
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.engine.students.encoder import EncoderBackbone
+from modxfer_fast.models.architecture import linear_names
 
-# Names of the query, key and value projections: of decoders, of BERT and its kin, of DistilBERT.
-_QKV_NAMES = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-)
+_QKV_NAMES = linear_names("query", "key", "value")
 
 QKV = tuple[Tensor, Tensor, Tensor]
 

@@ -8,7 +8,8 @@ that loads such an adapter imports `modxfer_fast.models` first, which registers 
 from modxfer_fast.models.bottleneck.config import BottleneckConfig
 from modxfer_fast.models.bottleneck.layer import BottleneckLayer
 from modxfer_fast.models.bottleneck.model import BottleneckModel
-from modxfer_fast.models.bottleneck.sites import PLACEMENTS, Site, bottleneck_sites, find_site
+from modxfer_fast.models.bottleneck.sites import PLACEMENTS, bottleneck_sites, find_site
+from modxfer_fast.models.families import BottleneckSite
 from modxfer_fast.models.peft_types import register_peft_type
 
 register_peft_type("bottleneck", BottleneckConfig, BottleneckModel)
@@ -18,7 +19,7 @@ __all__ = [
     "BottleneckConfig",
     "BottleneckLayer",
     "BottleneckModel",
-    "Site",
+    "BottleneckSite",
     "bottleneck_sites",
     "find_site",
 ]

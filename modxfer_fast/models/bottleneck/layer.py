@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from modxfer_fast.models.bottleneck.config import BottleneckConfig
-from modxfer_fast.models.bottleneck.sites import NORM, PARALLEL, RESIDUAL, Site
 from modxfer_fast.models.errors import ModelError
+from modxfer_fast.models.families import NORM, PARALLEL, RESIDUAL, BottleneckSite
 
 CANNOT_MERGE = (
     "this adapter cannot be merged: it is a network with a non-linearity of its own, not a change "
@@ -45,7 +45,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("adapter_activation", "adapter_dropout", "scaling")
 
-    def __init__(self, base_layer: nn.Module, *, site: Site, hidden_size: int, block: nn.Module):
+    def __init__(
+        self, base_layer: nn.Module, *, site: BottleneckSite, hidden_size: int, block: nn.Module
+    ):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
@@ -71,7 +73,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the wrapped module computes, with the active adapters; see `Site.wiring`."""
+        """What the wrapped module computes, with the active adapters wired as the site says."""
         if self.disable_adapters or not self._running():
             return self.base_layer(x, *args, **kwargs)
         if self.site.wiring == NORM:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.bottleneck.config import BottleneckConfig
 from modxfer_fast.models.bottleneck.layer import CANNOT_MERGE, BottleneckLayer
-from modxfer_fast.models.bottleneck.sites import Site, bottleneck_sites, find_site
+from modxfer_fast.models.bottleneck.sites import bottleneck_sites, find_site
 from modxfer_fast.models.errors import ModelError
+from modxfer_fast.models.families import BottleneckSite
 
 
 class BottleneckModel(BaseTuner):
@@ -113,7 +114,7 @@ def _layers(config: BottleneckConfig) -> set[int] | None:
     return {layers} if isinstance(layers, int) else set(layers)
 
 
-def _is_target(config: BottleneckConfig, key: str, site: Site) -> bool:
+def _is_target(config: BottleneckConfig, key: str, site: BottleneckSite) -> bool:
     targets = config.target_modules
     if targets is None:
         return True

@@ -9,72 +9,15 @@ h is the output of a sublayer after the model's own dropout, res the residual it
 """
 
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.errors import ModelError
+from modxfer_fast.models.families import FAMILIES, BottleneckSite
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
-SEQUENTIAL, PARALLEL, RESIDUAL, NORM = "sequential", "parallel", "residual", "norm"
 
 
-class Site(NamedTuple):
-    """A module to wrap, and what the adapter there has to do with it.
-
-    Attributes:
-        path: of the module inside a block.
-        wiring: for an adapter a around a module m,
-            sequential: m(x) + a(m(x)); parallel: m(x) + a(x);
-            residual: m(x, res + a(res)), where m adds its second argument to its output;
-            norm: m(x + a(m(x))), where x is the sum of sublayer output and residual.
-        reads, writes: the spaces of `modxfer_fast.models.architecture`.
-    """
-
-    path: str
-    wiring: str
-    reads: str
-    writes: str
-
-
-_BERT = {
-    "pfeiffer": (Site("output.LayerNorm", NORM, "layer_out", "ffn_out"),),
-    "houlsby": (
-        Site("attention.output.dropout", SEQUENTIAL, "attention_out", "attention_out"),
-        Site("output.dropout", SEQUENTIAL, "ffn_out", "ffn_out"),
-    ),
-    "parallel": (Site("output", RESIDUAL, "ffn_in", "ffn_out"),),
-}
-_DISTILBERT = {
-    "pfeiffer": (Site("output_layer_norm", NORM, "layer_out", "ffn_out"),),
-    "houlsby": (
-        Site("attention.out_lin", SEQUENTIAL, "attention_out", "attention_out"),
-        Site("ffn.dropout", SEQUENTIAL, "ffn_out", "ffn_out"),
-    ),
-    "parallel": (Site("ffn", PARALLEL, "ffn_in", "ffn_out"),),
-}
-_LLAMA = {
-    "pfeiffer": (Site("mlp.down_proj", SEQUENTIAL, "ffn_out", "ffn_out"),),
-    "houlsby": (
-        Site("self_attn.o_proj", SEQUENTIAL, "attention_out", "attention_out"),
-        Site("mlp.down_proj", SEQUENTIAL, "ffn_out", "ffn_out"),
-    ),
-    "parallel": (Site("mlp", PARALLEL, "ffn_in", "ffn_out"),),
-}
-_FAMILIES: Mapping[str, Mapping[str, tuple[Site, ...]]] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "distilbert": _DISTILBERT,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-}
-
-
-def bottleneck_sites(architecture: Architecture, placement: str) -> tuple[Site, ...]:
+def bottleneck_sites(architecture: Architecture, placement: str) -> tuple[BottleneckSite, ...]:
     """The sites of one block, in the order in which they run.
 
     Raises:
@@ -82,15 +25,18 @@ def bottleneck_sites(architecture: Architecture, placement: str) -> tuple[Site, 
     """
     if placement not in PLACEMENTS:
         raise ModelError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}")
-    if architecture.family not in _FAMILIES:
+    sites = FAMILIES[architecture.family].bottlenecks
+    if not sites:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.bottlenecks)
         raise ModelError(
-            f"model: adapters are known for the families {', '.join(_FAMILIES)}, "
-            f"got {architecture.family}"
+            f"model: adapters are known for the families {known}, got {architecture.family}"
         )
-    return _FAMILIES[architecture.family][placement]
+    return sites[placement]
 
 
-def find_site(architecture: Architecture, placement: str, name: str) -> tuple[int, Site] | None:
+def find_site(
+    architecture: Architecture, placement: str, name: str
+) -> tuple[int, BottleneckSite] | None:
     """Block and site that a dotted name belongs to.
 
     Args:

@@ -10,19 +10,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from modxfer_fast.models.architecture import linear_names
 from modxfer_fast.models.fused_lora.layer import FusedForward, when_unloaded
 from modxfer_fast.models.fused_lora.window import Window
 
 logger = logging.getLogger(__package__)
 
-# Names of linears that read the parent's one input.
-_SHARING = (
-    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, BART, Whisper
-    ("query", "key", "value"),  # BERT, RoBERTa, XLM-R
-    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
-    ("q", "k", "v"),  # T5
-    ("gate_proj", "up_proj"),  # Llama, Qwen, Mistral, Gemma
-)
+# Names of linears that read the parent's one input; BART names them as Llama, T5 as MPNet.
+_SHARING = linear_names("query", "key", "value") + linear_names("ffn_gate", "ffn_up")
 # Names under which a block holds the attention that it gives no second input.
 _SELF_ATTENTIONS = ("self_attn", "SelfAttention")
 # A parent with such an argument may give its keys another input than its queries.
