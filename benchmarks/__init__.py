@@ -10,7 +10,7 @@ inputs.py         close student, fp64 truth       shapes.py       named sizes of
 peers.py          Liger, TRL and PEFT, optional   dense.py        plain PyTorch, as users write it
 unsloth_style.py  LoRA by addmm, as libraries do  gates.py        the numbers a GPU has to reach
 results.py        columns, JSON and CSV           plot.py         figures, from those files only
-gpu_tables.py     all tables of a GPU in one run
+gpu_tables.py     all tables of a GPU in one run  console.py      progress and tables
 
 Clock, memory and roof are `modxfer_fast.measure`. Not part of the wheel: run from a checkout.
 """

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, results
+from benchmarks.console import print_tables
 from benchmarks.peers import MissingPackage
 from benchmarks.rooms import Case
-from modxfer_fast.cli.bench import print_tables
 from modxfer_fast.measure import environment
 from modxfer_fast.measure.roofline import Roof, measure_roof
 from modxfer_fast.measure.timing import QUICK, Effort

@@ -27,6 +27,11 @@ class Room:
     variants: tuple[str, ...]
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def sizes(self) -> type[Sizes]:
+        """What the command line may change of a shape."""
+        return type(next(iter(self.shapes.values())))
+
     def shape(self, name: str) -> Sizes:
         if name not in self.shapes:
             raise ValueError(f"shape: expected one of {', '.join(self.shapes)}, got {name!r}")

@@ -12,6 +12,10 @@ class Sizes:
             if value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value}")
 
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
 
 @dataclass(frozen=True)
 class Shape(Sizes):

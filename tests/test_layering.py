@@ -116,6 +116,11 @@ def test_only_triton_implementations_import_triton():
         assert "triton" not in tops or path.name in may, name
 
 
+def test_the_command_line_only_parses():
+    lines = [line for n, path in modules() if layer(n) == "cli" for line in path.open()]
+    assert len(lines) < 500
+
+
 def test_report_sees_no_tensors():
     for name, path in modules():
         if layer(name) == "report":

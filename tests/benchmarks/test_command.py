@@ -1,6 +1,5 @@
 """`modxfer bench`: one real small run, and its messages."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -11,9 +10,8 @@ import pytest
 import torch
 
 from benchmarks import bench_linear_kd_loss, harness, peers, results, rooms
-from modxfer_fast.cli import bench
-from modxfer_fast.cli.bench import load_benchmarks
 from modxfer_fast.cli.main import main
+from modxfer_fast.jobs.bench.load import load_benchmarks
 from modxfer_fast.kernels.common import instruction_sets
 from modxfer_fast.measure import roofline
 
@@ -48,8 +46,8 @@ def test_floors_and_peers_are_held_to_the_set_of_our_kernels(tmp_path):
     """In a process of its own: the libraries read it once."""
     path = tmp_path / "r.csv"
     code = (
-        "import functools, sys; from modxfer_fast.cli import bench; from modxfer_fast.cli.main "
-        "import main; from modxfer_fast.measure import roofline; roofline.measure_roof = "
+        "import functools, sys; from modxfer_fast.cli.main import main;"
+        "from modxfer_fast.measure import roofline; roofline.measure_roof = "
         "functools.partial(roofline.measure_roof, copy_bytes=1 << 20, matmul_width=64);"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -138,8 +136,6 @@ def test_rows_before_an_interruption_are_kept(tmp_path, monkeypatch):
             ["lora"],
             ["room: expected one of correlation, kd_loss, linear_kd_loss, lora_block", "'lora'"],
         ),
-        (["lora_linear", "--V", "8"], ["--V: expected a size of lora_linear, one of M, H", "8"]),
-        (["lora_linear", "--beta", "1"], ["--beta: expected an option of lora_linear (dropout)"]),
         (["lora_linear", "--dropout", "1"], ["dropout: expected a number in [0, 1), got 1.0"]),
         (["lora_linear", "--targets", "k"], ["targets: expected one of single, qkv", "'k'"]),
         (["kd_loss", "--seconds", "-1"], ["--seconds: expected a number of at least 0, got -1.0"]),
@@ -161,14 +157,35 @@ def test_wrong_arguments_name_the_valid_ones(arguments, expected, capsys):
     assert all(part in message for part in expected), message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["lora_linear", "--V", "8"], ["--M INT", "--H-kv INT"]),
+        (["lora_linear", "--beta", "1"], ["--dropout NUMBER"]),
+        (["kd_loss", "--targets", "qkv"], ["--variant NAME", "--beta NUMBER"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_belongs_to_another_room_is_refused_with_this_rooms_flags(arguments, known, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert f"modxfer bench {arguments[0]}: error: unrecognized arguments" in message
+    assert all(flag in message for flag in known), message
+
+
 @pytest.mark.parametrize("name", rooms.names())
-def test_every_room_declares_what_the_command_needs(name):
+def test_every_room_declares_what_the_command_needs(name, capsys):
     module = load_benchmarks()(f"bench_{name}")
     assert callable(module.lineup)
     assert set(module.ROOM.default_shape) == {"cpu", "cuda"}
     assert set(module.ROOM.default_shape.values()) <= set(module.ROOM.shapes)
     assert "smoke" in module.ROOM.shapes
     assert module.ROOM.variants
-    sizes = {size for shape in module.ROOM.shapes.values() for size in dataclasses.asdict(shape)}
-    assert sizes <= set(bench._SIZES)
-    assert set(module.ROOM.options) <= set(bench._OPTIONS)
+    assert {type(shape) for shape in module.ROOM.shapes.values()} == {module.ROOM.sizes}
+    with pytest.raises(SystemExit):
+        main(["bench", name, "--help"])
+    shown = capsys.readouterr().out
+    flags = [size.replace("_", "-") for size in module.ROOM.sizes.names()]
+    assert all(f"--{flag} " in shown for flag in (*flags, *module.ROOM.options, module.ROOM.axis))

@@ -177,7 +177,7 @@ def test_doctor_table(capsys, monkeypatch):
     facts = {"version": "1", "torch": "2", "triton": None, "devices": ["cpu"], "rooms": rooms}
     facts |= {"engine": {"peft": "3", "deepspeed": None}, "cache": "/there"}
     facts["cpu_isa"] = {"in_use": "avx2", "has": ["baseline", "avx2"]}
-    monkeypatch.setattr(doctor, "collect", lambda: facts)
+    monkeypatch.setattr("modxfer_fast.jobs.doctor.collect", lambda: facts)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "triton       not installed" in out
@@ -207,7 +207,7 @@ def test_what_the_main_process_has_told_is_not_told_again(capsys, monkeypatch):
 
 
 def test_other_errors_say_where(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "collect", lambda: {}["absent"])
+    monkeypatch.setattr("modxfer_fast.jobs.doctor.collect", lambda: {}["absent"])
     assert main(["doctor"]) == 1
     err = capsys.readouterr().err
     assert "KeyError: 'absent'" in err
@@ -216,7 +216,7 @@ def test_other_errors_say_where(capsys, monkeypatch):
 
 
 def test_debug_shows_tracebacks(monkeypatch):
-    monkeypatch.setattr(doctor, "collect", lambda: {}["absent"])
+    monkeypatch.setattr("modxfer_fast.jobs.doctor.collect", lambda: {}["absent"])
     with pytest.raises(KeyError):
         main(["doctor", "--debug"])
 
@@ -225,6 +225,6 @@ def test_interrupt(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "collect", interrupted)
+    monkeypatch.setattr("modxfer_fast.jobs.doctor.collect", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "modxfer: interrupted\n"

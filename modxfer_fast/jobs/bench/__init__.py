@@ -1,0 +1,1 @@
+"""`modxfer bench`: the benchmarks of a checkout, found and run. Needs torch only."""
