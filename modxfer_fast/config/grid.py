@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.loading import apply_override, load_raw, validate
-from modxfer_fast.config.schema import Section
+from modxfer_fast.config.section import Section
 from modxfer_fast.config.transfer import TransferConfig
 
 SCRATCH = "scratch"  # label of the method that every other one is compared with
@@ -56,8 +57,8 @@ class GridSection(Section):
 
     axes: Axes
     only: list[dict[str, list[str]]] | None = None
-    slowest: list[str] = Field(default_factory=lambda: ["seed"])
-    repeats: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["seed"])
+    slowest: list[str] = ["seed"]
+    repeats: Annotated[list[str], Field(min_length=1)] = ["seed"]
     choose: str | None = None
 
     @model_validator(mode="after")
@@ -131,7 +132,7 @@ class Grid:
     choose: str | None = None
 
 
-def load_transfer(path: str | Path, overrides: list[str] = ()) -> TransferConfig | Grid:
+def load_transfer(path: str | Path, overrides: Sequence[str] = ()) -> TransferConfig | Grid:
     """Read a transfer job, or with a `grid` section all its cells.
 
     Args:

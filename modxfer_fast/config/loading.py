@@ -2,14 +2,15 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
+from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.errors import ConfigError, nearest
-from modxfer_fast.config.schema import JobConfig
 
 Job = TypeVar("Job", bound=pydantic.BaseModel)
 # Fields of TrainingArguments that open an account; an output folder is made to be shown around.
@@ -19,7 +20,7 @@ _SECRETS = ("hub_token",)
 class _Loader(yaml.SafeLoader):
     """YAML where 1e-3 is a number and `no` is text, unlike YAML 1.1, and no key is given twice."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012  what PyYAML looks up on the class
+    yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -49,7 +50,9 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def load_config(path: str | Path, overrides: list[str] = (), schema: type[Job] = JobConfig) -> Job:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), schema: type[Job] = JobConfig
+) -> Job:
     """Read a job file.
 
     Args:
@@ -62,7 +65,7 @@ def load_config(path: str | Path, overrides: list[str] = (), schema: type[Job] =
     return validate(load_raw(path, overrides), schema, str(path))
 
 
-def load_raw(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+def load_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file with the overrides of `load_config` applied, unchecked.
 
     Raises:

@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from modxfer_fast.config.section import OneOf
+
 
 def sections(
     schema: type[BaseModel], path: str = ""
@@ -22,7 +24,7 @@ def sections(
         section = _section(field.annotation)
         if section is not None:
             inner.append((f"{path}.{name}".removeprefix("."), section))
-        kind = "section" if section is not None else _kind(field.annotation)
+        kind = "section" if section is not None else _kind(field.rebuild_annotation())
         keys.append((name, kind, _default(field, section)))
     yield path, schema, keys
     for inner_path, section in inner:
@@ -38,7 +40,8 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def _kind(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _kind(arguments[0])
+        names = next((m.names for m in arguments[1:] if isinstance(m, OneOf)), None)
+        return " or ".join(names) if names else _kind(arguments[0])
     if origin is typing.Literal:
         return " or ".join(map(str, arguments))
     if annotation is type(None):

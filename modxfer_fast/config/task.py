@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modxfer_fast.config.schema import PositiveInt, Section
+from modxfer_fast.config.section import PositiveInt, Section
 
 TaskKind = Literal["ner", "nli", "paraphrase"]
 SPLITS = ("train", "validation", "test")
@@ -53,7 +53,7 @@ class TaskSection(Section):
     language: str | None = None
     revision: str | None = None
     format: Literal["auto", "conll", "tsv", "csv", "json"] = "auto"
-    columns: dict[str, str | int] = Field(default_factory=dict)
+    columns: dict[str, str | int] = {}
     labels: Annotated[list[str], Field(min_length=2)] | None = None
     split_seed: Annotated[int, Field(ge=0)] = 0
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0

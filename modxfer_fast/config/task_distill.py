@@ -1,15 +1,21 @@
 """The sections of a `modxfer distill` job with `kind: task`: one task model learns from another."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from modxfer_fast.config.compare import TaskCompareSection
+from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.loading import load_raw, validate
-from modxfer_fast.config.schema import JobConfig, Section
+from modxfer_fast.config.loss import LogitsSection
+from modxfer_fast.config.model import PeftSection, PretrainedSection
+from modxfer_fast.config.section import Section
 from modxfer_fast.config.task import TaskSection
-from modxfer_fast.config.transfer import EncoderSection, Positive, TeacherSection
+from modxfer_fast.config.training import Seeds, Training
+from modxfer_fast.config.transfer import TeacherSection
 
 KINDS = ("causal_lm", "encoder", "task")
 
@@ -30,44 +36,26 @@ class TaskTeacherSection(TeacherSection):
         return self
 
 
-class TaskStudentSection(EncoderSection):
+class TaskStudentSection(PeftSection, PretrainedSection):
     """The model that learns.
 
     peft: what trains, as of the teacher; null trains the whole model.
-    fused_lora: whether its LoRA layers run on the fused op.
+    fused_lora: whether its LoRA layers run on the fused op; null means wherever there are some.
     """
 
-    peft: dict[str, Any] | None = None
-    fused_lora: bool = False
 
-    @model_validator(mode="after")
-    def _fused_needs_lora(self):
-        if self.fused_lora and (self.peft is None or self.peft.get("type") != "lora"):
-            raise ValueError("fused_lora: expected together with peft of type lora")
-        return self
+class TaskLossSection(LogitsSection):
+    """kd_weight * KL(teacher || student) + ce_weight * cross entropy.
 
-
-class TaskLossSection(Section):
-    """kd_weight * KL(teacher || student) * temperature^2 + ce_weight * cross entropy.
-
-    temperature: of both sides' logits in the divergence.
+    temperature: divides the logits of both sides inside the divergence.
+    scale_by_temperature_squared: whether the divergence is multiplied by temperature^2.
     """
-
-    temperature: Positive = 2.0
-    kd_weight: Annotated[float, Field(ge=0)] = 1.0
-    ce_weight: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _learns_from_the_teacher(self):
         if not self.kd_weight:
             raise ValueError("kd_weight: expected more than 0; nothing else asks the teacher")
         return self
-
-
-class TaskCompareSection(Section):
-    """ce_only: train the same student on the labels alone, from the same start, equal steps."""
-
-    ce_only: bool = True
 
 
 class TaskDistillConfig(Section):
@@ -80,22 +68,16 @@ class TaskDistillConfig(Section):
     kind: Literal["task"]
     output_dir: str
     overwrite: bool = False
-    seeds: Annotated[list[int], Field(min_length=1, default_factory=lambda: [0])]
+    seeds: Seeds = [0]
     task: TaskSection
     teacher: TaskTeacherSection
     student: TaskStudentSection
     loss: TaskLossSection = TaskLossSection()
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: Training = {}
     compare: TaskCompareSection = TaskCompareSection()
 
-    @model_validator(mode="after")
-    def _different_seeds(self):
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
-        return self
 
-
-def load_distill(path: str | Path, overrides: list[str] = ()) -> JobConfig | TaskDistillConfig:
+def load_distill(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig | TaskDistillConfig:
     """Read a `modxfer distill` job of any kind.
 
     Args:

@@ -4,8 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modxfer_fast.config.schema import PositiveInt, Section
+from modxfer_fast.config.loss import DivergenceSection
+from modxfer_fast.config.model import PretrainedSection
+from modxfer_fast.config.section import NotNegative, OneOf, PositiveInt, Section
 from modxfer_fast.config.task import TaskSection
+from modxfer_fast.config.training import Training
 from modxfer_fast.config.transfer_names import (
     HEADS,
     LAYER_MAPS,
@@ -20,25 +23,11 @@ from modxfer_fast.config.transfer_names import (
 )
 
 FRESH = "fresh"  # the method that moves nothing
-LayerMapKind = Literal[LAYER_MAPS]
-Method = Literal[(*MAP_METHODS, FRESH)]
-Positive = Annotated[float, Field(gt=0)]
+MapMethod = Annotated[str, OneOf(MAP_METHODS)]
+Space = Annotated[str, OneOf(SPACES)]
 
 
-class EncoderSection(Section):
-    """A pretrained model, from a folder or the hub.
-
-    dtype: null loads the dtype of the checkpoint.
-    """
-
-    path: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    attn_implementation: str | None = None
-
-
-class TeacherSection(EncoderSection):
+class TeacherSection(PretrainedSection):
     """The model whose module is moved.
 
     peft: `type` lora, ia3, bottleneck or compacter, and the fields of that configuration; trained
@@ -50,7 +39,7 @@ class TeacherSection(EncoderSection):
 
     peft: dict[str, Any] | None = None
     adapter: str | None = None
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: Training = {}
     seed: int = 0
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
@@ -61,7 +50,7 @@ class TeacherSection(EncoderSection):
         return self
 
 
-class TransferStudentSection(EncoderSection):
+class TransferStudentSection(PretrainedSection):
     """The model that receives the module, and how it trains from there.
 
     training: fields of `transformers.TrainingArguments`, and `eval_steps`.
@@ -70,13 +59,13 @@ class TransferStudentSection(EncoderSection):
         refinement so have equal budgets. Null: training ends as `training` says.
     projections: folder with the projections that were trained with this student; null means the
         student's own.
-    fused_lora: whether its LoRA layers run on the fused op.
+    fused_lora: whether its LoRA layers run on the fused op; null means wherever there are some.
     """
 
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: Training = {}
     total_steps: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     projections: str | None = None
-    fused_lora: bool = False
+    fused_lora: bool | None = None
 
     @model_validator(mode="after")
     def _one_end(self):
@@ -102,8 +91,8 @@ class StatisticsSection(Section):
 
     examples: PositiveInt = 1000
     batch_size: PositiveInt = 16
-    pairing: Literal[PAIRINGS] = "words"
-    pooling: Literal[POOLINGS] = "mean"
+    pairing: Annotated[str, OneOf(PAIRINGS)] = "words"
+    pooling: Annotated[str, OneOf(POOLINGS)] = "mean"
     module_active: bool = False
     held_out_every: Annotated[int, Field(ge=0)] = 5
 
@@ -114,19 +103,19 @@ class StatisticsSection(Section):
         return self
 
 
-class RefineSection(Section):
+class RefineSection(DivergenceSection):
     """Label-free distillation after a map: the student with the moved module learns the logits, and
     the hidden states, of the teacher with its module, on the texts that `transfer.texts` names.
 
     training: fields of `transformers.TrainingArguments`.
-    temperature: of the logits.
+    temperature: divides the logits of both sides inside the divergence.
+    scale_by_temperature_squared: whether the divergence is multiplied by temperature^2.
     hidden_weight: of the hidden-state loss, through regressions of the block outputs, whatever the
         method; 0 leaves it out.
     """
 
-    training: dict[str, Any] = Field(default_factory=dict)
-    temperature: Positive = 2.0
-    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+    training: Training = {}
+    hidden_weight: NotNegative = 0.0
 
 
 # What the paper's code does; `reference_options` has the rest.
@@ -161,18 +150,18 @@ class TransferSection(Section):
         labels neither the teacher nor the student has.
     """
 
-    layers: LayerMapKind = "skip"
+    layers: Annotated[str, OneOf(LAYER_MAPS)] = "skip"
     sources: list[Annotated[int, Field(ge=0)]] | None = None
-    method: Method = "ridge"
+    method: Annotated[str, OneOf((*MAP_METHODS, FRESH))] = "ridge"
     preset: Literal["reference"] | None = None
-    scope: Literal[SCOPES] = "layer"
+    scope: Annotated[str, OneOf(SCOPES)] = "layer"
     head_aware: bool | None = None
-    scale: Literal[SCALES] | None = None
-    write: Literal[WRITES] = "rotation"
-    measured_at: dict[Literal[SPACES], Literal[SPACES]] | None = None
-    head: Literal[HEADS] = "fresh"
-    head_method: Literal[MAP_METHODS] | None = None
-    texts: Literal[TEXTS] = "train"
+    scale: Annotated[str, OneOf(SCALES)] | None = None
+    write: Annotated[str, OneOf(WRITES)] = "rotation"
+    measured_at: dict[Space, Space] | None = None
+    head: Annotated[str, OneOf(HEADS)] = "fresh"
+    head_method: MapMethod | None = None
+    texts: Annotated[str, OneOf(TEXTS)] = "train"
     statistics: StatisticsSection = StatisticsSection()
     refine: RefineSection | None = None
 

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from modxfer_fast.config.loss import check_encoder_loss
 from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
 from modxfer_fast.engine.objective import Objective
@@ -85,7 +86,7 @@ class DistillConfig(TrainingArguments):
         self.hidden_state_options()
         self.relation_options()
         if self.kind == "encoder":
-            self._check_encoder()
+            check_encoder_loss(self.kd_weight, self.ce_weight, self.hidden_state_options())
         self._refuse_unsupported()
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -132,22 +133,6 @@ class DistillConfig(TrainingArguments):
     def relation_options(self) -> RelationOptions | None:
         """The loss of attention relations that `relations` describes."""
         return parse_options(RelationOptions, self.relations, "relations")
-
-    def _check_encoder(self) -> None:
-        for name in ("kd_weight", "ce_weight"):
-            if getattr(self, name) != 0:
-                raise ValueError(
-                    f"{name}: expected 0 with kind 'encoder', which has no logits, "
-                    f"got {getattr(self, name)}"
-                )
-        hidden = self.hidden_state_options()
-        if hidden is None:
-            raise ValueError("hidden_states: expected with kind 'encoder', which learns by them")
-        if hidden.tokens != "all":
-            raise ValueError(
-                "hidden_states.tokens: expected all with kind 'encoder', whose text has no labels, "
-                f"got {hidden.tokens!r}"
-            )
 
     def _refuse_unsupported(self) -> None:
         if self.max_skipped_steps < 0:

@@ -117,7 +117,7 @@ class HiddenStateLoss(nn.Module):
         norm_eps: float = 1e-6,
         weight: float | Mapping[int, float] = 1.0,
         pair_reduction: str = "mean",
-        projection: str = "none",
+        projection: str = "full",
         rank: int | None = None,
         bias: bool = False,
         shared: bool = False,

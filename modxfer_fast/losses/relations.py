@@ -54,7 +54,7 @@ class AttentionRelationLoss(nn.Module):
         weight: float | Mapping[int, float] = 1.0,
         relation_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         pair_reduction: str = "mean",
-        causal: bool = True,
+        causal: bool = False,
         workspace_mb: int = 64,
         backend: str | None = None,
     ):

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.utils import logging
 
 from modxfer_fast.config.fields import check_fields
+from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.config.task import TaskKind
-from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
 from modxfer_fast.models.families import POOLER
@@ -38,7 +38,7 @@ def task_type(kind: TaskKind) -> str:
 
 
 def load_task_model(
-    section: EncoderSection, kind: TaskKind, labels: Sequence[str], *, seed: int
+    section: PretrainedSection, kind: TaskKind, labels: Sequence[str], *, seed: int
 ) -> PreTrainedModel:
     """Load a pretrained model with a head for `labels`.
 
@@ -77,7 +77,7 @@ def load_task_model(
 
 
 def task_skeleton(
-    section: EncoderSection, kind: TaskKind, labels: Sequence[str]
+    section: PretrainedSection, kind: TaskKind, labels: Sequence[str]
 ) -> PreTrainedModel:
     """What `load_task_model` loads, as names and shapes on the meta device: no weights are read.
 
@@ -90,7 +90,7 @@ def task_skeleton(
 
 
 def _configuration(
-    section: EncoderSection, kind: TaskKind, labels: Sequence[str]
+    section: PretrainedSection, kind: TaskKind, labels: Sequence[str]
 ) -> tuple[PreTrainedConfig, type]:
     """The configuration with the task's labels, and the auto class of its kind."""
     path = _path(section)
@@ -105,17 +105,17 @@ def _configuration(
     return config, auto
 
 
-def _path(section: EncoderSection) -> str:
+def _path(section: PretrainedSection) -> str:
     path = section.path
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def _source(section: EncoderSection) -> dict[str, Any]:
+def _source(section: PretrainedSection) -> dict[str, Any]:
     return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
 
 
 @contextlib.contextmanager
-def _load_errors(section: EncoderSection) -> Iterator[None]:
+def _load_errors(section: PretrainedSection) -> Iterator[None]:
     """Turns what transformers raises into a ModelError that names the model."""
     try:
         yield
@@ -184,7 +184,7 @@ def _quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _loading_options(section: EncoderSection) -> dict[str, Any]:
+def _loading_options(section: PretrainedSection) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype) if section.dtype else "auto"}
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation

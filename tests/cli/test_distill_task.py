@@ -69,7 +69,7 @@ def refused(capsys, path, *more):
 
 
 def test_a_whole_student_learns_the_task_from_the_teacher_alone(write, monkeypatch, capsys):
-    path, out = write()
+    path, out = write(compare={"ce_only": True})
     run(path)
     report = json.loads((out / "report.json").read_text())
     assert report["teacher"] > 0.9
@@ -108,7 +108,7 @@ def test_a_lora_student_of_pairs_and_two_seeds(write, material):
 
 
 def test_a_teacher_that_is_trained_already(write, tmp_path, capsys):
-    path, out = write(compare={"ce_only": False})
+    path, out = write()
     run(path)
     trained = out / "seed-0"
     job = yaml.safe_load(path.read_text())
@@ -129,7 +129,7 @@ def test_what_cannot_work_is_told_before_any_work(write, material, capsys, monke
         "kind=tasks": "kind: expected one of causal_lm, encoder, task, got 'tasks'",
         "loss.kd_weight=0": "kd_weight: expected more than 0",
         "loss.divergence=jsd": "loss.divergence: unknown key",
-        "student.fused_lora=true": "fused_lora: expected together with peft of type lora",
+        "student.fused_lora=true": "fused_lora: expected a peft section of type lora",
         "student.peft={type: dora}": "student.peft.type: expected one of",
         "training.max_step=3": "training.max_step: unknown key",
         "teacher.training={}": "expected a checkpoint with a head for the task",

@@ -193,9 +193,9 @@ def test_student_and_projections_are_saved_and_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kd_weight": 1.0}, "kd_weight: expected 0 with kind 'encoder'"),
-        ({"ce_weight": 0.5}, "ce_weight: expected 0 with kind 'encoder'"),
-        ({"hidden_states": None}, "hidden_states: expected with kind 'encoder'"),
+        ({"kd_weight": 1.0}, "kd_weight: expected 0 or nothing with kind: encoder"),
+        ({"ce_weight": 0.5}, "ce_weight: expected 0 or nothing with kind: encoder"),
+        ({"hidden_states": None}, "hidden_states: expected a section with kind: encoder"),
         ({"hidden_states": {**PAIRS, "tokens": "labels"}}, "hidden_states.tokens: expected all"),
         ({"kind": "decoder"}, "kind: expected one of causal_lm, encoder, got 'decoder'"),
     ],

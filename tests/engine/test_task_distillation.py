@@ -22,7 +22,7 @@ WORDS = ["paris", "is", "old", "anna", "went", "home", "rivers", "cold", "x", "b
 LABELS = {0: "O", 1: "B-LOC", 2: "B-PER"}
 ARGS = {"max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 0.2, "optim": "sgd"}
 ARGS |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
-TEMPERATURE = 2.0
+SOFT = {"temperature": 2.0, "scale_by_temperature_squared": True}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,17 @@ def rows_of(logits, inputs, tokenizer, texts, known):
     return torch.stack(found)
 
 
-def kl(student, teacher):
-    p, q = (x.double().div(TEMPERATURE).log_softmax(-1) for x in (teacher, student))
-    return (p.exp() * (p - q)).sum(-1).mean() * TEMPERATURE**2
+def kl(student, teacher, temperature=1.0, scale_by_temperature_squared=False):
+    p, q = (x.double().div(temperature).log_softmax(-1) for x in (teacher, student))
+    value = (p.exp() * (p - q)).sum(-1).mean()
+    return value * temperature**2 if scale_by_temperature_squared else value
 
 
+@pytest.mark.parametrize("options", [{}, SOFT], ids=["default", "soft"])
 @pytest.mark.parametrize("other_tokenizer", [False, True], ids=["same", "other"])
-def test_first_loss_of_a_token_classifier_is_the_formula(tmp_path, tokenizers, other_tokenizer):
+def test_first_loss_of_a_token_classifier_is_the_formula(
+    tmp_path, tokenizers, other_tokenizer, options
+):
     ours, theirs = tokenizers if other_tokenizer else (tokenizers[0], tokenizers[0])
     texts = sentences(6)
     student = model(AutoModelForTokenClassification, ours)
@@ -93,8 +97,10 @@ def test_first_loss_of_a_token_classifier_is_the_formula(tmp_path, tokenizers, o
             logits = network.eval()(**fed).logits
         expected.append(rows_of(logits, fed, tokenizer, texts, everything))
     args = {**ARGS, "max_steps": 1, "gradient_accumulation_steps": 2}
-    log = distil_task(student, teacher, texts, collator, args, seed=0, output_dir=tmp_path)
-    assert log[0]["kd_loss"] == pytest.approx(kl(*expected).item(), rel=1e-5)
+    log = distil_task(
+        student, teacher, texts, collator, args, seed=0, output_dir=tmp_path, **options
+    )
+    assert log[0]["kd_loss"] == pytest.approx(kl(*expected, **options).item(), rel=1e-5)
     assert log[0]["loss"] == pytest.approx(log[0]["kd_loss"], rel=1e-5)
 
 

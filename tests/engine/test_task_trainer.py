@@ -8,8 +8,8 @@ import torch
 from transformers import TrainerCallback
 
 from modxfer_fast.config import ConfigError
+from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.config.task import TaskSection
-from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.data.tasks import encode_task, load_task, task_collator
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.engine.tasks.result import TaskResult
@@ -54,7 +54,7 @@ def ner(folder):
 @pytest.fixture(scope="module")
 def encoder(folder, tokenizer):
     tiny_bert(tokenizer).save_pretrained(folder / "encoder")
-    return EncoderSection(path=str(folder / "encoder"))
+    return PretrainedSection(path=str(folder / "encoder"))
 
 
 LORA = {"type": "lora", "r": 4, "target_modules": ["query", "value"]}

@@ -141,7 +141,7 @@ def test_starts_of_projections():
 
 
 def test_parts_are_detached_and_unweighted():
-    module = HiddenStateLoss({1: 1, 2: 2}, D_T, D_T, weight={1: 1.0, 2: 3.0})
+    module = HiddenStateLoss({1: 1, 2: 2}, D_T, D_T, projection="none", weight={1: 1.0, 2: 3.0})
     student, teacher = leaves(states((1, 2), D_T, 0)), states((1, 2), D_T, 1)
     terms = module(student, teacher)
     assert not terms.pairs.requires_grad

@@ -49,7 +49,7 @@ def test_minilmv2_is_the_weighted_sum_of_three_relations(causal):
 
 def test_minilm_repeats_grouped_heads():
     student, teacher = qkv((32, 16, 16), 0), qkv((64, 64, 64), 1)
-    loss_fn = AttentionRelationLoss({1: 1}, kind="minilm", num_heads=4)
+    loss_fn = AttentionRelationLoss({1: 1}, kind="minilm", num_heads=4, causal=True)
     terms = loss_fn({1: student}, {1: teacher}, mask=mask())
     query, key, value = (x.double() for x in repeat_heads(student, 4))
     assert torch.equal(key[..., :8], key[..., 8:16])

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertModel
 
 from modxfer_fast.config import ConfigError
-from modxfer_fast.config.transfer import EncoderSection
+from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.models import ModelError
 from modxfer_fast.models.task import (
     apply_task_peft,
@@ -20,9 +20,9 @@ LABELS = ("no", "yes", "maybe")
 
 
 @pytest.fixture
-def encoder(tmp_path) -> EncoderSection:
+def encoder(tmp_path) -> PretrainedSection:
     tiny_bert(word_tokenizer(tmp_path)).save_pretrained(tmp_path / "encoder")
-    return EncoderSection(path=str(tmp_path / "encoder"))
+    return PretrainedSection(path=str(tmp_path / "encoder"))
 
 
 def test_the_head_depends_on_the_seed_alone(encoder):
@@ -41,7 +41,7 @@ def test_the_head_depends_on_the_seed_alone(encoder):
 def test_a_saved_head_is_kept_and_its_labels_compared(encoder, tmp_path):
     saved = load_task_model(encoder, "nli", LABELS, seed=1)
     saved.save_pretrained(tmp_path / "tuned")
-    tuned = EncoderSection(path=str(tmp_path / "tuned"))
+    tuned = PretrainedSection(path=str(tmp_path / "tuned"))
     loaded = load_task_model(tuned, "nli", LABELS, seed=2)
     assert torch.equal(loaded.classifier.weight, saved.classifier.weight)
     with pytest.raises(ModelError, match=r"of the task, a, b, got one for no, yes, maybe"):
@@ -56,7 +56,7 @@ def test_names_that_transformers_made_up_are_no_labels(encoder, tmp_path):
     BertForSequenceClassification.from_pretrained(encoder.path, num_labels=3).save_pretrained(
         tmp_path / "unnamed"
     )
-    section = EncoderSection(path=str(tmp_path / "unnamed"))
+    section = PretrainedSection(path=str(tmp_path / "unnamed"))
     assert load_task_model(section, "nli", LABELS, seed=0).config.id2label[1] == "yes"
     with pytest.raises(ModelError, match="got one for LABEL_0, LABEL_1, LABEL_2"):
         load_task_model(section, "nli", ["a", "b"], seed=0)
@@ -64,14 +64,14 @@ def test_names_that_transformers_made_up_are_no_labels(encoder, tmp_path):
 
 def test_what_cannot_be_loaded(encoder, tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
-        load_task_model(EncoderSection(path="./absent"), "ner", NER_LABELS, seed=0)
+        load_task_model(PretrainedSection(path="./absent"), "ner", NER_LABELS, seed=0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"empty: cannot be loaded"):
-        load_task_model(EncoderSection(path=str(tmp_path / "empty")), "ner", NER_LABELS, seed=0)
+        load_task_model(PretrainedSection(path=str(tmp_path / "empty")), "ner", NER_LABELS, seed=0)
     shallow = tiny_bert(word_tokenizer(tmp_path), num_layers=1)
     shallow.config.num_hidden_layers = 2
     shallow.save_pretrained(tmp_path / "shallow")
-    section = EncoderSection(path=str(tmp_path / "shallow"))
+    section = PretrainedSection(path=str(tmp_path / "shallow"))
     with pytest.raises(ModelError, match=r"16 are absent, e\.g\. bert\.encoder\.layer\.1\."):
         load_task_model(section, "ner", NER_LABELS, seed=0)
 
@@ -120,7 +120,7 @@ def test_adapter_weights_depend_on_the_seed(encoder):
 def test_every_part_of_a_head_is_trained(tmp_path):
     config = DistilBertConfig(vocab_size=40, dim=32, hidden_dim=64, n_layers=1, n_heads=4)
     DistilBertModel(config).save_pretrained(tmp_path / "encoder")
-    section = EncoderSection(path=str(tmp_path / "encoder"))
+    section = PretrainedSection(path=str(tmp_path / "encoder"))
     model = load_task_model(section, "nli", LABELS, seed=0)
     assert head_modules(model) == ("pre_classifier", "classifier")
     model = apply_task_peft(model, {"type": "lora", "target_modules": ["q_lin"]}, "nli", seed=0)

@@ -4,7 +4,7 @@ Teacher and student classify tokens or sequences; either may carry a PEFT module
 differ in width, depth and tokenizer. Rows are what both answer: a sequence, or the first sub-token
 of each word.
 
-    loss = mean over rows of kd_weight * KL(teacher || student) * temperature^2
+    loss = mean over rows of kd_weight * KL(teacher || student)
          + ce_weight * mean over labelled rows of the cross entropy
          + weight * mean over rows of the hidden-state loss
 """
@@ -120,7 +120,8 @@ class TaskDistillTrainer(Trainer):
 
     Args:
         student, teacher: task models, with or without PEFT; the teacher is put in eval mode.
-        temperature, kd_weight, ce_weight, hidden: see the module.
+        temperature, kd_weight, ce_weight, scale_by_temperature_squared: as of `kd_loss`.
+        hidden: see the module.
 
     Raises:
         ValueError: the two answer with other labels, or nothing would train.
@@ -135,9 +136,10 @@ class TaskDistillTrainer(Trainer):
         train_dataset,
         data_collator: Callable,
         *,
-        temperature: float = 2.0,
+        temperature: float = 1.0,
         kd_weight: float = 1.0,
         ce_weight: float = 0.0,
+        scale_by_temperature_squared: bool = False,
         hidden: TaskHiddenOptions | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -166,6 +168,7 @@ class TaskDistillTrainer(Trainer):
         check_finite(self.teacher, "teacher")
         self._weights = {"kd": kd_weight, "ce": ce_weight, "hidden": 1.0}
         self._temperature = temperature
+        self._scale_by_temperature_squared = scale_by_temperature_squared
         self._hidden = None
         if hidden is not None:
             self._student_taps = _taps(student, "student")
@@ -225,7 +228,7 @@ class TaskDistillTrainer(Trainer):
                 logits,
                 answer.to(logits.dtype),
                 temperature=self._temperature,
-                scale_by_temperature_squared=True,
+                scale_by_temperature_squared=self._scale_by_temperature_squared,
                 reduction="sum",
             )
         if self._weights["ce"]:
@@ -271,9 +274,10 @@ def distil_task(
     *,
     seed: int,
     output_dir: str | Path,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    scale_by_temperature_squared: bool = False,
     hidden: TaskHiddenOptions | dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     where: str = "training",
@@ -307,6 +311,7 @@ def distil_task(
         texts,
         collator,
         temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
         hidden=hidden,

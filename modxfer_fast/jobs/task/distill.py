@@ -132,7 +132,7 @@ class TaskDistillJob:
             "way": name,
             "student": side.identity,
             "peft": config.student.peft,
-            "fused_lora": config.student.fused_lora,
+            "fused_lora": config.student.fuses_lora,
             "task": examples_digest(config.task),
             "max_length": config.task.max_length,
             "training": config.training,
@@ -177,7 +177,7 @@ class TaskDistillJob:
         model = apply_task_peft(
             model, section.peft, side.kind, seed=side.seed, where="student.peft"
         )
-        if section.fused_lora:
+        if section.fuses_lora:
             for line in str(patch_peft_model(model)).splitlines():
                 self.stages.console.say(line)
         return model

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.config.task import TaskKind, TaskSection
-from modxfer_fast.config.transfer import EncoderSection
 from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
 from modxfer_fast.engine.tasks.distillation import TaskTextCollator
@@ -57,7 +57,7 @@ def _tokenizer(path: str, kind: str, revision: str | None, trust: bool):
     return load_task_tokenizer(path, kind, revision=revision, trust_remote_code=trust)
 
 
-def model_identity(section: EncoderSection) -> dict[str, str | None]:
+def model_identity(section: PretrainedSection) -> dict[str, str | None]:
     """What tells one model from another: a digest of a folder's files, or the commit on the hub.
 
     Raises:
@@ -106,7 +106,7 @@ class JobModel:
         device: where it is loaded.
     """
 
-    section: EncoderSection
+    section: PretrainedSection
     kind: TaskKind
     labels: tuple[str, ...]
     seed: int

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError
@@ -484,6 +484,7 @@ class TransferJob:
             seed=job.seed,
             output_dir=folder / "checkpoints",
             temperature=section.temperature,
+            scale_by_temperature_squared=section.scale_by_temperature_squared,
             hidden=hidden,
             callbacks=[ConsoleCallback(self.console)],
             where="transfer.refine.training",
@@ -533,7 +534,8 @@ class TransferJob:
             model = self._fresh(self._student.load())
         else:
             model = self._student.load_with(module / ADAPTER, trainable=True)
-        if job.student.fused_lora:
+        is_lora = model.active_peft_config.peft_type == PeftType.LORA
+        if job.student.fused_lora or (job.student.fused_lora is None and is_lora):
             for line in str(patch_peft_model(model)).splitlines():
                 self.console.say(line)
         train_stage(

@@ -1,0 +1,83 @@
+"""A `modxfer distill` job: a language model, or an encoder from unlabelled text."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from modxfer_fast.config.compare import CompareSection
+from modxfer_fast.config.data import DataSection
+from modxfer_fast.config.loss import LossSection, check_encoder_loss
+from modxfer_fast.config.model import ModelSection, StudentSection, TokenizerSection
+from modxfer_fast.config.section import Section
+from modxfer_fast.config.training import Seeds, Training
+
+
+class JobConfig(Section):
+    """A whole `modxfer distill` job.
+
+    kind: `causal_lm`; or `encoder`, which learns from `loss.hidden_states` on plain text, one a
+        row, without logits or labels: where not given, `kd_weight` is then 0, `packing` false and
+        `max_length` 512.
+    """
+
+    kind: Literal["causal_lm", "encoder"] = "causal_lm"
+    output_dir: str
+    overwrite: bool = False
+    seeds: Seeds = [0]
+    tokenizer: TokenizerSection | None = None
+    data: DataSection
+    teacher: ModelSection
+    student: StudentSection
+    loss: LossSection = LossSection()
+    training: Training = {}
+    compare: CompareSection = CompareSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_encoders(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("kind") != "encoder":
+            return raw
+        raw = dict(raw)
+        for name, default in (
+            ("data", {"packing": False, "max_length": 512}),
+            ("loss", {"kd_weight": 0.0}),
+        ):
+            if isinstance(raw.get(name), dict):
+                raw[name] = {**default, **raw[name]}
+        return raw
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.kind == "encoder":
+            self._check_encoder()
+        if self.tokenizer is None and self.teacher.path is None:
+            raise ValueError(
+                "tokenizer: expected a section, because the teacher is not loaded from a path"
+            )
+        if self.loss.relations is not None and self.data.packing:
+            raise ValueError(
+                "loss.relations: expected data.packing: false, because a relation spans a row"
+            )
+        return self
+
+    def _check_encoder(self) -> None:
+        loss = self.loss
+        check_encoder_loss(loss.kd_weight, loss.ce_weight, loss.hidden_states, "loss.")
+        wrong = "with kind: encoder"
+        if self.data.packing:
+            raise ValueError(f"data.packing: expected false {wrong}, which sees a whole row")
+        if self.data.format not in ("auto", "text"):
+            raise ValueError(f"data.format: expected text {wrong}, got {self.data.format}")
+        if self.tokenizer is not None and self.tokenizer.path is None:
+            raise ValueError(f"tokenizer.vocab_size: expected a path {wrong}, or no section")
+        if self.teacher.path is None:
+            raise ValueError(f"teacher.path: missing; expected a trained model {wrong}")
+        for name, given in (
+            ("student.pretrain", self.student.pretrain is not None),
+            ("student.peft", self.student.peft is not None),
+            ("compare.ce_only", self.compare.ce_only),
+            ("compare.parts", self.compare.parts),
+            ("compare.loss_rows", self.compare.loss_rows is not None),
+        ):
+            if given:
+                raise ValueError(f"{name}: expected nothing {wrong}")

@@ -1,0 +1,160 @@
+"""The loss section: of the logits, of hidden states and of attention relations."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from modxfer_fast.config.section import NotNegative, Positive, PositiveInt, Section
+
+
+def _layer_numbers(value: Any) -> Any:
+    """Layer numbers as ints: keys of JSON, and of `--set` with a dotted path, are text."""
+    if not isinstance(value, dict):
+        return value
+    is_number = re.compile(r"-?[0-9]+").fullmatch
+    return {
+        int(key) if isinstance(key, str) and is_number(key) else key: item
+        for key, item in value.items()
+    }
+
+
+Layers = Annotated[dict[int, int], BeforeValidator(_layer_numbers), Field(min_length=1)]
+LayerWeights = Annotated[float | dict[int, float], BeforeValidator(_layer_numbers)]
+Backend = Literal["triton", "cpp", "reference"] | None
+
+
+class HiddenStatesSection(Section):
+    """Arguments of `modxfer_fast.losses.HiddenStateLoss`: layers that learn from layers.
+
+    layers: {student layer: teacher layer}; 0 is the embeddings, i the output of block i, -1 that of
+        the last block.
+    weight: one number, or {student layer: number}.
+    tokens: which tokens count, `all` that are no padding or those with `labels`.
+    learning_rate, weight_decay: of the projections; null takes those of `training`.
+    impl: eager is the plain PyTorch yardstick.
+    """
+
+    layers: Layers
+    loss: Literal["mse", "normalized_mse", "cosine", "smooth_l1", "relative"] = "mse"
+    beta: NotNegative | None = None
+    norm: Literal["none", "rms", "layer"] = "none"
+    norm_eps: Positive = 1e-6
+    weight: LayerWeights = 1.0
+    pair_reduction: Literal["mean", "sum"] = "mean"
+    projection: Literal["none", "full", "low_rank"] = "full"
+    rank: PositiveInt | None = None
+    bias: bool = False
+    shared: bool = False
+    init: Literal["orthogonal", "identity", "xavier"] = "orthogonal"
+    workspace_mb: PositiveInt = 64
+    backend: Backend = None
+    impl: Literal["fused", "eager"] = "fused"
+    tokens: Literal["all", "labels"] = "all"
+    learning_rate: Positive | None = None
+    weight_decay: NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.projection == "low_rank") != (self.rank is not None):
+            raise ValueError("rank: expected together with projection: low_rank, and only there")
+        if self.beta is not None and self.loss != "smooth_l1":
+            raise ValueError(f"beta: expected with loss: smooth_l1 alone, got it with {self.loss}")
+        return self
+
+
+class RelationsSection(Section):
+    """Arguments of `modxfer_fast.losses.AttentionRelationLoss`; needs `data.packing: false`.
+
+    layers: {student block: teacher block}, from 1; -1 is the last.
+    num_heads: relation heads; null takes as many as fit the widths of both models.
+    """
+
+    layers: Layers
+    kind: Literal["minilmv2", "minilm"] = "minilmv2"
+    num_heads: PositiveInt | None = None
+    weight: LayerWeights = 1.0
+    relation_weights: Annotated[list[NotNegative], Field(min_length=3, max_length=3)] = [
+        1.0,
+        1.0,
+        1.0,
+    ]
+    pair_reduction: Literal["mean", "sum"] = "mean"
+    workspace_mb: PositiveInt = 64
+    backend: Backend = None
+
+
+class DivergenceSection(Section):
+    """temperature: divides the logits of both sides inside the divergence.
+    scale_by_temperature_squared: whether the divergence is multiplied by temperature^2.
+    """
+
+    temperature: Positive = 1.0
+    scale_by_temperature_squared: bool = False
+
+
+class LogitsSection(DivergenceSection):
+    """kd_weight * D(teacher, student) + ce_weight * cross entropy."""
+
+    kd_weight: NotNegative = 1.0
+    ce_weight: NotNegative = 0.0
+
+
+class LossSection(LogitsSection):
+    """Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is the plain PyTorch yardstick.
+
+    hidden_states, relations: losses inside the networks, beside those of the logits.
+    """
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Annotated[float, Field(ge=0, le=1)] | None = None
+    workspace_mb: PositiveInt = 512
+    backend: Backend = None
+    impl: Literal["fused", "dense"] = "fused"
+    hidden_states: HiddenStatesSection | None = None
+    relations: RelationsSection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.beta is not None and self.divergence != "jsd":
+            raise ValueError(
+                f"beta: expected with divergence: jsd alone, got it with {self.divergence}"
+            )
+        return self
+
+    def of_logits(self) -> dict[str, Any]:
+        """The arguments of `linear_kd_loss` alone."""
+        return self.model_dump(exclude={"impl", "hidden_states", "relations"})
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there is a loss inside the networks."""
+        return self.hidden_states is not None or self.relations is not None
+
+
+def check_encoder_loss(
+    kd_weight: float, ce_weight: float, hidden_states: Any, where: str = ""
+) -> None:
+    """Check the loss of an encoder, which learns from hidden states and nothing else.
+
+    Args:
+        hidden_states: None, or an object that has `tokens`.
+        where: dotted path of the loss with its last dot, for messages.
+    Raises:
+        ValueError: names the option.
+    """
+    for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+        if weight != 0:
+            raise ValueError(
+                f"{where}{name}: expected 0 or nothing with kind: encoder, which has no logits, "
+                f"got {weight}"
+            )
+    if hidden_states is None:
+        raise ValueError(
+            f"{where}hidden_states: expected a section with kind: encoder, which learns by it"
+        )
+    if hidden_states.tokens != "all":
+        raise ValueError(
+            f"{where}hidden_states.tokens: expected all with kind: encoder, whose text has no "
+            f"labels, got {hidden_states.tokens}"
+        )

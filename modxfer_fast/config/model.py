@@ -1,0 +1,142 @@
+"""The sections about models: a tokenizer, a checkpoint, a model built here, a student."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from modxfer_fast.config.section import Section
+
+
+class TokenizerSection(Section):
+    """One of: train a byte-level BPE of `vocab_size` on the training documents, or load `path`."""
+
+    vocab_size: Annotated[int, Field(ge=300)] | None = None
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.vocab_size is None) == (self.path is None):
+            raise ValueError("expected exactly one of vocab_size and path")
+        return self
+
+
+class CheckpointSection(Section):
+    """path: a folder, or an id of the hub.
+    dtype: null loads the dtype of the checkpoint.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attn_implementation: str | None = None
+
+
+class PretrainedSection(CheckpointSection):
+    """A pretrained model.
+
+    path: a folder, or an id of the hub.
+    dtype: null loads the dtype of the checkpoint.
+    """
+
+    path: str
+
+
+class ModelSection(CheckpointSection):
+    """A model: a folder or hub id (`path`), or built from scratch (`config`).
+
+    config: fields of the transformers configuration, with `model_type`; vocabulary and special
+        tokens come from the tokenizer.
+    pretrain: training fields for next-token training of a model built from `config`; the result is
+        cached by everything it depends on.
+    """
+
+    config: dict[str, Any] | None = None
+    pretrain: dict[str, Any] | None = None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the model is made here rather than loaded."""
+        return self.config is not None
+
+    @property
+    def inherits(self) -> bool:
+        """Whether fields that `config` leaves out come from another model."""
+        return False
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.path is None) != self.is_built:
+            raise ValueError("expected exactly one of path and config")
+        named = self.inherits or isinstance((self.config or {}).get("model_type"), str)
+        if self.config is not None and not named:
+            raise ValueError("config: expected a model_type such as llama")
+        if self.pretrain is not None and self.config is None:
+            raise ValueError("pretrain: expected only together with config")
+        return self
+
+
+class FromTeacherSection(Section):
+    """What a built student takes from the teacher's weights.
+
+    layers: the teacher's block for each block of the student, counted from 0, where widths are
+        equal; empty for fresh blocks.
+    embeddings: `copy` what stands outside the blocks (embeddings, norms, pooler, head); with `pca`
+        the embeddings, projected on the leading singular directions of the teacher's table, where
+        the student is narrower; or `none`.
+    """
+
+    layers: list[Annotated[int, Field(ge=0)]] = []
+    embeddings: Literal["copy", "pca", "none"] = "copy"
+
+    @model_validator(mode="after")
+    def _takes_something(self):
+        if self.embeddings == "pca" and self.layers:
+            raise ValueError(
+                "layers: expected none with embeddings: pca, because blocks of another width "
+                f"cannot be copied, got {self.layers}"
+            )
+        if self.embeddings == "none" and not self.layers:
+            raise ValueError("layers: expected at least one where embeddings is none")
+        return self
+
+
+class PeftSection(Section):
+    """peft: a configuration of PEFT, of which `type` names the kind.
+    fused_lora: whether LoRA layers run on the fused op; null means wherever there are some.
+    """
+
+    peft: dict[str, Any] | None = None
+    fused_lora: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_lora(self):
+        if self.fused_lora and not self.fuses_lora:
+            raise ValueError(
+                "fused_lora: expected a peft section of type lora, whose layers it fuses"
+            )
+        return self
+
+    @property
+    def fuses_lora(self) -> bool:
+        """Whether LoRA layers of `peft` run on the fused op."""
+        is_lora = self.peft is not None and self.peft.get("type", "lora") == "lora"
+        return is_lora and self.fused_lora is not False
+
+
+class StudentSection(PeftSection, ModelSection):
+    """from_teacher: start from the teacher's weights; fields that `config` leaves out are then the
+        teacher's, and as many blocks as are copied.
+    peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen.
+    fused_lora: whether LoRA layers run on the fused op; null means wherever there are some.
+    """
+
+    from_teacher: FromTeacherSection | None = None
+
+    @property
+    def is_built(self) -> bool:
+        return self.config is not None or self.from_teacher is not None
+
+    @property
+    def inherits(self) -> bool:
+        return self.from_teacher is not None

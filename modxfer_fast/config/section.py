@@ -1,0 +1,36 @@
+"""What every section of a job is made of: its base class, and types of keys that many have."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A section is frozen, every key of it is checked, and its defaults stand in its class.
+
+    Sections that belong to a library (`training`, `pretrain`, `peft` and a model's `config`) stay
+    open dictionaries here: `fields.py` checks their keys against that library's own classes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OneOf:
+    """`Annotated[str, OneOf(NAMES)]`: a string among names that stand elsewhere.
+
+    To pydantic it is `Literal[...]` of those names, which type checkers accept of names in the
+    annotation alone.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
