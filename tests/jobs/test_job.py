@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from modxfer_fast.config import ConfigError
-from modxfer_fast.config.schema import Section
+from modxfer_fast.config.section import Section
 from modxfer_fast.errors import UserError
 from modxfer_fast.jobs.job import Job
 from modxfer_fast.jobs.stage import Stage
