@@ -71,6 +71,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         _selected = previous
 
 
+@functools.cache
 def load(room: str, backend: str) -> ModuleType:
     """The module that implements `room` on `backend`."""
     name = "reference" if backend == "reference" else f"{backend}_impl"

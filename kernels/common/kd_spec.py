@@ -2,15 +2,14 @@
 
 import dataclasses
 
-from torch import Tensor
-
-from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
+from modxfer_fast.kernels.common.scalars import check_number, is_finite
+from modxfer_fast.kernels.common.spec import Spec
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 @dataclasses.dataclass(frozen=True)
-class KDSpec:
+class KDSpec(Spec):
     """Divergence and weights of one KD loss; p is the teacher, q the student.
 
     Attributes:
@@ -74,11 +73,3 @@ class KDSpec:
         if scale_by_temperature_squared:
             kd_weight *= temperature**2
         return cls(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight))
-
-    def numbers(self) -> Tensor:
-        """What an op takes beside `divergence`; `from_numbers` reads it."""
-        return pack(self.beta, self.temperature, self.kd_weight, self.ce_weight)
-
-    @classmethod
-    def from_numbers(cls, divergence: str, numbers: Tensor) -> "KDSpec":
-        return cls(divergence, *numbers.tolist())

@@ -124,7 +124,7 @@ def kd_loss(
         teacher_logits,
         labels,
         spec.numbers(),
-        spec.divergence,
+        spec.names(),
         ignore_index,
         backend,
     )
@@ -165,7 +165,7 @@ def _fwd(
 ):
     check_label_values(labels, ignore_index, student_logits.shape[-1])
     debug_check_finite(student_logits=student_logits, teacher_logits=teacher_logits)
-    spec = KDSpec.from_numbers(divergence, numbers)
+    spec = KDSpec.read(divergence, numbers)
     kd, ce, stats = dispatch.load("kd_loss", backend).kd_loss_fwd(
         _row_major(student_logits), _row_major(teacher_logits), labels, spec
     )
@@ -185,7 +185,7 @@ def _bwd(
     divergence,
     backend,
 ):
-    spec = KDSpec.from_numbers(divergence, numbers)
+    spec = KDSpec.read(divergence, numbers)
     dlogits = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
     dispatch.load("kd_loss", backend).kd_loss_bwd(
         _row_major(student_logits),

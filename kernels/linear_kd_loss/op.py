@@ -23,7 +23,6 @@ from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
-    READS_NUMBERS,
     KDSpec,
     cast_for_autocast,
     check_float,
@@ -38,36 +37,29 @@ from modxfer_fast.kernels.common import (
     combine_row_weights,
     debug_check_finite,
     denominator,
-    refuse_double_backward,
     refuse_transforms,
     saved_dtype,
-    scaled,
     valid_rows,
     without_autocast,
 )
+from modxfer_fast.kernels.common.streamed_op import StreamedOp
 
-_INPUTS = (
-    "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, "
-    "Tensor? student_bias, Tensor? teacher_bias, Tensor? labels, Tensor row_weights, "
-    "Tensor numbers, str divergence, "  # of a KDSpec
-    "int ignore_index, SymInt? num_valid, int workspace_mb, str backend"
-)
-_DIFFERENTIABLE = (0, 1, 4)  # student_hidden, student_weight, student_bias
-_ROW_WEIGHTS = 7
-_NUM_TENSORS = 9
-_NUM_INPUTS = 14
 
-torch.library.define(
-    "modxfer::linear_kd_loss_fwd",
-    f"({_INPUTS}, bool need_dhidden, bool need_dweight, bool need_dbias) "
-    "-> (Tensor loss, Tensor kd, Tensor ce, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    tags=READS_NUMBERS,
-)
-torch.library.define(
-    "modxfer::linear_kd_loss_rows",
-    f"({_INPUTS}) -> (Tensor rows, Tensor kd, Tensor ce)",
-    tags=READS_NUMBERS,
-)
+class _Inputs(NamedTuple):
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    labels: Tensor | None
+    row_weights: Tensor
+    numbers: Tensor
+    names: str  # of a KDSpec
+    ignore_index: int
+    num_valid: torch.SymInt | None
+    workspace_mb: int
+    backend: str
 
 
 class KDTerms(NamedTuple):
@@ -250,7 +242,7 @@ def linear_kd_loss_terms(
     if divisor is not None and not late:
         weights = weights / divisor
 
-    inputs = (
+    inputs = _Inputs(
         student_hidden,
         student_weight,
         teacher_hidden,
@@ -260,22 +252,17 @@ def linear_kd_loss_terms(
         labels,
         weights,
         spec.numbers(),
-        spec.divergence,
+        spec.names(),
         ignore_index,
         num_valid,
         workspace_mb,
         backend,
     )
+    loss, kd, ce = _op(inputs, reduction)
     if reduction == "none":
-        loss, kd, ce = torch.ops.modxfer.linear_kd_loss_rows(*inputs)
         loss = loss.reshape(lead)
-    else:
-        needs = [
-            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-            for tensor in (student_hidden, student_weight, student_bias)
-        ]
-        loss, kd, ce, *_ = torch.ops.modxfer.linear_kd_loss_fwd(*inputs, *needs)
-        loss = loss / divisor if late else loss
+    elif late:
+        loss = loss / divisor
     count = denominator("mean", None, valid, student_hidden, dtype)
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
@@ -325,145 +312,53 @@ def _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight) 
     check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
 
 
-def _fwd(*args):
-    inputs, needs = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
-    rows, *rest = _run(*inputs, *needs)
-    return rows.sum(), *rest
-
-
-def _rows(*inputs):
-    return _run(*inputs, False, False, False)[:3]
-
-
-def _run(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    student_bias,
-    teacher_bias,
-    labels,
-    row_weights,
-    numbers,
-    divergence,
-    ignore_index,
-    num_valid,
-    workspace_mb,
-    backend,
-    need_dhidden,
-    need_dweight,
-    need_dbias,
-):
-    spec = KDSpec.from_numbers(divergence, numbers)
-    check_label_values(labels, ignore_index, student_weight.shape[0])
-    check_num_valid(num_valid, labels, ignore_index)
+def _run(inputs: _Inputs, needs):
+    spec = KDSpec.read(inputs.names, inputs.numbers)
+    labels, ignore_index, row_weights = inputs.labels, inputs.ignore_index, inputs.row_weights
+    check_label_values(labels, ignore_index, inputs.student_weight.shape[0])
+    check_num_valid(inputs.num_valid, labels, ignore_index)
     debug_check_finite(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
+        student_hidden=inputs.student_hidden,
+        student_weight=inputs.student_weight,
+        teacher_hidden=inputs.teacher_hidden,
+        teacher_weight=inputs.teacher_weight,
+        student_bias=inputs.student_bias,
+        teacher_bias=inputs.teacher_bias,
     )
-    with without_autocast(student_hidden.device.type):
-        kd, ce, *grads = dispatch.load("linear_kd_loss", backend).linear_kd_loss_fwd(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            student_bias,
-            teacher_bias,
+    with without_autocast(inputs.student_hidden.device.type):
+        kd, ce, *grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
+            inputs.student_hidden,
+            inputs.student_weight,
+            inputs.teacher_hidden,
+            inputs.teacher_weight,
+            inputs.student_bias,
+            inputs.teacher_bias,
             labels,
             row_weights,
             spec,
             ignore_index=ignore_index,
-            num_valid=num_valid,
-            workspace_bytes=workspace_mb * 2**20,
-            need_dhidden=need_dhidden,
-            need_dweight=need_dweight,
-            need_dbias=need_dbias,
+            num_valid=inputs.num_valid,
+            workspace_bytes=inputs.workspace_mb * 2**20,
+            need_dhidden=needs.student_hidden,
+            need_dweight=needs.student_weight,
+            need_dbias=needs.student_bias,
         )
     if labels is not None:  # padding may hold anything, NaN included
         ignored = ~valid_rows(labels, ignore_index)
         kd, ce = kd.masked_fill(ignored, 0.0), ce.masked_fill(ignored, 0.0)
     rows = spec.kd_weight * kd + spec.ce_weight * ce
     rows = torch.where(row_weights != 0, row_weights * rows, 0.0)
-    empty = row_weights.new_empty
-    return rows, kd, ce, *(empty(0) if grad is None else grad for grad in grads)
+    return rows, (kd, ce), dict(zip(_DIFFERENTIABLE, grads, strict=True))
 
 
-torch.library.impl("modxfer::linear_kd_loss_fwd", "CompositeExplicitAutograd", _fwd)
-torch.library.impl("modxfer::linear_kd_loss_rows", "CompositeExplicitAutograd", _rows)
-
-
-@torch.library.register_fake("modxfer::linear_kd_loss_rows")
-def _(student_hidden, *rest):
-    row_weights = rest[_ROW_WEIGHTS - 1]
-    return tuple(torch.empty_like(row_weights) for _ in range(3))
-
-
-@torch.library.register_fake("modxfer::linear_kd_loss_fwd")
-def _(student_hidden, student_weight, *rest):
-    row_weights, needs, bias = rest[_ROW_WEIGHTS - 2], rest[-3:], rest[2]
-    grads = (
-        tensor.new_empty(tensor.shape, dtype=saved_dtype(tensor, student_hidden, row_weights))
-        if need
-        else row_weights.new_empty(0)
-        for tensor, need in zip((student_hidden, student_weight, bias), needs, strict=True)
-    )
-    rows = torch.empty_like(row_weights)
-    return rows.new_empty(()), rows, torch.empty_like(rows), *grads
-
-
-def _fwd_setup_context(ctx, inputs, output):
-    ctx.needs = inputs[_NUM_INPUTS:]
-    ctx.dtypes = [getattr(inputs[position], "dtype", None) for position in _DIFFERENTIABLE]
-    ctx.save_for_backward(*output[3:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _fwd_backward(ctx, dloss, *_):
-    refuse_double_backward("linear_kd_loss")
-    grads = [None] * (_NUM_INPUTS + 3)
-    if dloss is None:
-        return tuple(grads)
-    saved = zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-    for position, grad, needed, dtype in saved:
-        if needed:
-            grads[position] = scaled(grad, dloss).to(dtype)
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "modxfer::linear_kd_loss_fwd", _fwd_backward, setup_context=_fwd_setup_context
-)
-
-
-def _rows_setup_context(ctx, inputs, output):
-    ctx.options = inputs[_NUM_TENSORS:]
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _rows_backward(ctx, drows, *_):
-    refuse_double_backward("linear_kd_loss")
-    grads = [None] * _NUM_INPUTS
-    if drows is None:
-        return tuple(grads)
-    *tensors, row_weights, numbers = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-    # a row without weight may bring any upstream gradient, inf * 0 included
-    row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
-    outputs = torch.ops.modxfer.linear_kd_loss_fwd(
-        *tensors, row_weights, numbers, *ctx.options, *needs
-    )
-    for position, grad, needed in zip(_DIFFERENTIABLE, outputs[3:], needs, strict=True):
-        grads[position] = grad.to(tensors[position].dtype) if needed else None
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "modxfer::linear_kd_loss_rows", _rows_backward, setup_context=_rows_setup_context
+_DIFFERENTIABLE = ("student_hidden", "student_weight", "student_bias")
+_op = StreamedOp(
+    "linear_kd_loss",
+    _Inputs,
+    run=_run,
+    gradients=_DIFFERENTIABLE,
+    terms=("kd", "ce"),
+    saved_dtype=lambda inputs, name: saved_dtype(
+        getattr(inputs, name), inputs.student_hidden, inputs.row_weights
+    ),
 )

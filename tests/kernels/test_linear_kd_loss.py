@@ -687,7 +687,7 @@ def test_opcheck(op, labels, layout):
         *(-100, 5 if labels else None, 64, "cpp"),
     )
     if op == "linear_kd_loss_fwd":
-        args += (True, True, True)
+        args += ([True, True, True],)
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 
 

@@ -1,0 +1,219 @@
+"""Torch ops made from one description: schema, implementation, fake and autograd, by field name.
+
+A NamedTuple of tensors and options is the op's input; its annotations become the schema, and every
+function below receives it whole. `define_op` makes any such op; `StreamedOp` makes the two of a
+loss whose gradient is computed beside it:
+
+    <name>_fwd     a scalar; its forward leaves the gradients, which the backward scales
+    <name>_rows    a loss a row; each brings a gradient of its own, so its backward runs `_fwd`
+                   again with weights that hold it
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.kernels.common.backward import refuse_double_backward, scaled
+from modxfer_fast.kernels.common.scalars import READS_NUMBERS
+
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    bool: "bool",
+    list[bool]: "bool[]",
+    int: "int",
+    float: "float",
+    torch.SymInt | None: "SymInt?",  # a count that differs from batch to batch
+}
+# of inputs, by name; what is left out is None
+Gradients = dict[str, Tensor | None]
+Inputs = TypeVar("Inputs", bound=NamedTuple)
+
+
+def wants_gradient(tensor: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+
+def define_op(
+    name: str,
+    inputs: type[Inputs],
+    outputs: Iterable[str],
+    *,
+    run: Callable[[Inputs], Tensor | tuple[Tensor, ...]],
+    fake: Callable[[Inputs], Tensor | tuple[Tensor, ...]],
+    save: Callable[[Any, Inputs, Any], None] | None = None,
+    backward: Callable[..., Gradients] | None = None,
+) -> torch._ops.OpOverload:
+    """Defines `modxfer::<name>` and returns it; to be called with the fields in their order.
+
+    Args:
+        inputs: NamedTuple, whose annotations are among those of `_SCHEMA`. A field `numbers` keeps
+            the op out of CUDA graphs.
+        outputs: names of the tensors it returns.
+        run, fake: from the inputs to what is returned, one tensor or a tuple; `fake` sees no data.
+        save: called with (ctx, inputs, what was returned) where a gradient is wanted. An output
+            without a gradient is marked here.
+        backward: from (ctx, a gradient or None for each output) to the gradients of inputs.
+    """
+    kinds = inputs.__annotations__
+    arguments = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in kinds.items())
+    results = ", ".join(f"Tensor {output}" for output in outputs)
+    qualified = f"modxfer::{name}"
+    torch.library.define(
+        qualified, f"({arguments}) -> ({results})", tags=READS_NUMBERS if "numbers" in kinds else ()
+    )
+    torch.library.impl(qualified, "CompositeExplicitAutograd", lambda *args: run(inputs(*args)))
+    torch.library.register_fake(qualified, lambda *args: fake(inputs(*args)))
+    if backward is not None:
+
+        def setup_context(ctx, inputs, output, read=inputs):
+            save(ctx, read(*inputs), output)
+
+        loss = name.rpartition("_")[0]  # what a user called
+
+        def by_position(ctx, *grads):
+            refuse_double_backward(loss)
+            found = backward(ctx, *grads)
+            return tuple([found.get(field) for field in inputs._fields])
+
+        torch.library.register_autograd(qualified, by_position, setup_context=setup_context)
+    return getattr(torch.ops.modxfer, name).default
+
+
+class StreamedOp(Generic[Inputs]):
+    """The loss `name`, a sum of weighted rows whose gradient is computed beside it, as two ops.
+
+    Args:
+        inputs: as of `define_op`. One field is `row_weights` [N], the factor of each row; where it
+            is 0 the row does not count, whatever comes out of it.
+        run: from (inputs, needs) to (rows, terms, gradients): rows [N], weighted; a tuple of
+            further tensors [N] without a gradient; and the gradients of the sum of rows that needs,
+            a NamedTuple of bools with the fields `gradients`, asks for.
+        gradients: names of the inputs that are differentiated.
+        terms: names of the further tensors.
+        saved_dtype: from (inputs, name) to the dtype in which that gradient waits for the upstream
+            one; without it, the input's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: type[Inputs],
+        *,
+        run: Callable[[Inputs, Any], tuple[Tensor, tuple[Tensor, ...], Gradients]],
+        gradients: tuple[str, ...],
+        terms: tuple[str, ...] = (),
+        saved_dtype: Callable[[Inputs, str], torch.dtype] | None = None,
+    ):
+        self._inputs, self._run, self._gradients, self._terms = inputs, run, gradients, terms
+        self._num_results = 1 + len(terms)
+        self._saved_dtype = saved_dtype or (lambda values, name: getattr(values, name).dtype)
+        kinds = inputs.__annotations__
+        self._needs = namedtuple("Needs", gradients)
+        self._tensors = tuple(
+            field for field, kind in kinds.items() if Tensor in (kind, *get_args(kind))
+        )
+        self._constants = tuple(field for field in kinds if field not in self._tensors)
+        self._fwd = define_op(
+            f"{name}_fwd",
+            NamedTuple("WithNeeds", [*kinds.items(), ("needs", list[bool])]),
+            ("loss", *terms, *(f"d{gradient}" for gradient in gradients)),
+            run=self._run_fwd,
+            fake=self._fake_fwd,
+            save=self._save_fwd,
+            backward=self._backward_fwd,
+        )
+        self._rows = define_op(
+            f"{name}_rows",
+            inputs,
+            ("rows", *terms),
+            run=self._run_rows,
+            fake=self._fake_rows,
+            save=self._save_rows,
+            backward=self._backward_rows,
+        )
+
+    def __call__(self, inputs: Inputs, reduction: str) -> tuple[Tensor, ...]:
+        """(loss, *terms): of each row for reduction "none", else their sum; terms are of rows."""
+        if reduction == "none":
+            return _as_tuple(self._rows(*inputs))
+        needs = [wants_gradient(getattr(inputs, name)) for name in self._gradients]
+        return self._fwd(*inputs, needs)[: self._num_results]
+
+    def _run_fwd(self, inputs):
+        rows, terms, found = self._run(inputs, self._needs(*inputs.needs))
+        absent = inputs.row_weights.new_empty
+        grads = [found.get(name) for name in self._gradients]
+        return rows.sum(), *terms, *[absent(0) if grad is None else grad for grad in grads]
+
+    def _run_rows(self, inputs):
+        rows, terms, _ = self._run(inputs, self._needs(*[False for _ in self._gradients]))
+        return (rows, *terms) if terms else rows
+
+    def _fake_fwd(self, inputs):
+        weights = inputs.row_weights
+        terms = [torch.empty_like(weights) for _ in self._terms]
+        pairs = zip(self._gradients, inputs.needs, strict=True)
+        grads = [
+            self._fake_gradient(inputs, name) if need else weights.new_empty(0)
+            for name, need in pairs
+        ]
+        return weights.new_empty(()), *terms, *grads
+
+    def _fake_gradient(self, inputs, name):
+        tensor = getattr(inputs, name)
+        return tensor.new_empty(tensor.shape, dtype=self._saved_dtype(inputs, name))
+
+    def _fake_rows(self, inputs):
+        rows, *terms = [torch.empty_like(inputs.row_weights) for _ in ("rows", *self._terms)]
+        return (rows, *terms) if terms else rows
+
+    def _save_fwd(self, ctx, inputs, outputs):
+        grads = zip(self._gradients, outputs[self._num_results :], strict=True)
+        kept = [pair for pair, need in zip(grads, inputs.needs, strict=True) if need]
+        ctx.dtypes = {name: getattr(inputs, name).dtype for name, _ in kept}
+        ctx.save_for_backward(*[grad for _, grad in kept])
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+
+    def _backward_fwd(self, ctx, dloss, *_):
+        return {} if dloss is None else scaled_gradients(ctx.dtypes, ctx.saved_tensors, dloss)
+
+    def _save_rows(self, ctx, inputs, outputs):
+        ctx.constants = {name: getattr(inputs, name) for name in self._constants}
+        ctx.save_for_backward(*[getattr(inputs, name) for name in self._tensors])
+        ctx.mark_non_differentiable(*_as_tuple(outputs)[1:])
+        ctx.set_materialize_grads(False)
+
+    def _backward_rows(self, ctx, drows, *_):
+        if drows is None:
+            return {}
+        tensors = dict(zip(self._tensors, ctx.saved_tensors, strict=True))
+        weights = tensors.pop("row_weights")
+        # a row without weight may bring any upstream gradient, inf * 0 included
+        weights = torch.where(weights != 0, weights * drows, 0.0)
+        inputs = self._inputs(**tensors, **ctx.constants, row_weights=weights)
+        wanted = self._inputs(*ctx.needs_input_grad)
+        needs = [getattr(wanted, name) for name in self._gradients]
+        grads = self._fwd(*inputs, needs)[self._num_results :]
+        return {
+            name: grad.to(tensors[name].dtype)
+            for name, grad, need in zip(self._gradients, grads, needs, strict=True)
+            if need
+        }
+
+
+def scaled_gradients(
+    dtypes: dict[str, torch.dtype], grads: Iterable[Tensor], dloss: Tensor
+) -> Gradients:
+    """Gradients that a forward left, times the upstream one, in the dtypes of their inputs."""
+    pairs = zip(dtypes.items(), grads, strict=True)
+    return {name: scaled(grad, dloss).to(dtype) for (name, dtype), grad in pairs}
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
