@@ -40,7 +40,9 @@ ROOMS = {
     "kd_loss": Room(("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")),
     "linear_kd_loss": Room(("linear_kd_loss_fwd",)),
     "projection_loss": Room(("projection_loss_fwd", "projection_loss_rows")),
+    "relation_loss": Room(("relation_loss_fwd",)),
     "lora_linear": Room(("lora_linear_fwd", "lora_linear_bwd")),
+    "lora_projection_loss": Room(("lora_projection_loss_linear",)),
     "correlation": Room(("correlation_centre", "correlation_product", "correlation_gram")),
 }
 PREFERENCE: dict[str, tuple[str, ...]] = {

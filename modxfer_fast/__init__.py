@@ -17,14 +17,9 @@ from modxfer_fast.kernels.linear_kd_loss import (
     release_workspace,
 )
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group
-from modxfer_fast.kernels.projection_loss import (
-    LoraProjectionLoss,
-    lora_projection_loss,
-    minilm_loss,
-    minilmv2_loss,
-    projection_loss,
-    relation_loss,
-)
+from modxfer_fast.kernels.lora_projection_loss import LoraProjectionLoss, lora_projection_loss
+from modxfer_fast.kernels.projection_loss import projection_loss
+from modxfer_fast.kernels.relation_loss import minilm_loss, minilmv2_loss, relation_loss
 from modxfer_fast.losses import LinearKDLoss
 
 # Loaded on first use: name -> the package that has it.

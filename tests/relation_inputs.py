@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.projection_loss.relation import relation_loss, relation_loss_reference
+from modxfer_fast.kernels.relation_loss import relation_loss
+from modxfer_fast.kernels.relation_loss.reference import relation_loss_reference
 from modxfer_fast.testing.accuracy import assert_within_budget
 
 INF = float("inf")

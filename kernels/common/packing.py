@@ -42,3 +42,8 @@ def put(out: Tensor, span: slice, index: Tensor | None, values: Tensor) -> None:
         out[span] = values
     else:
         out.index_copy_(0, index, values)
+
+
+def row_major(rows: Tensor) -> Tensor:
+    """Kernels take any row stride but contiguous rows."""
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import check_float, check_row_tensor, check_same_device
+from modxfer_fast.kernels.common.packing import row_major
 
 # fp32 sums of so many products are right to 1e-6 of sqrt(var_x var_y), whatever the stream's length
 MAX_ROWS = 2048
@@ -132,28 +133,23 @@ def _check_accumulator(name: str, sums: Tensor, shape: tuple[int, ...], like: Te
 def _centre(x, mask, shift, centred, sums, backend):
     impl = dispatch.load("correlation", backend)
     mask = None if mask is None else mask.contiguous()
-    impl.correlation_centre(_row_major(x), mask, shift, centred, sums)
+    impl.correlation_centre(row_major(x), mask, shift, centred, sums)
 
 
 def _product(x, y, product, backend):
     impl = dispatch.load("correlation", backend)
     for rows in _chunks(x.shape[0]):
-        impl.correlation_product(_row_major(x[rows]), _row_major(y[rows]), product)
+        impl.correlation_product(row_major(x[rows]), row_major(y[rows]), product)
 
 
 def _gram(x, gram, backend):
     impl = dispatch.load("correlation", backend)
     for rows in _chunks(x.shape[0]):
-        impl.correlation_gram(_row_major(x[rows]), gram)
+        impl.correlation_gram(row_major(x[rows]), gram)
 
 
 def _chunks(rows: int) -> list[slice]:
     return [slice(first, first + MAX_ROWS) for first in range(0, rows, MAX_ROWS)]
-
-
-def _row_major(x: Tensor) -> Tensor:
-    """Kernels take any row stride but contiguous rows."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 for _name, _function in (("centre", _centre), ("product", _product), ("gram", _gram)):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import compiled
-from modxfer_fast.kernels.common.packing import kept_rows
+from modxfer_fast.kernels.common.packing import kept_rows, row_major
 from modxfer_fast.kernels.projection_loss.spec import NORMS, ROW_LOSSES, ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import row_major, saved_dtype, stream
+from modxfer_fast.kernels.projection_loss.stream import saved_dtype, stream
 
 MAX_RANK = 128  # measured up to here; the pass adds in vectors, a GEMM in tiles
 _CHUNK_ROWS, _MAX_CHUNKS = 128, 32  # rows whose gradients are summed apart, csrc/cpu/row_blocks.h

@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import gemm, packing
-from modxfer_fast.kernels.common.packing import kept_rows, put, take
+from modxfer_fast.kernels.common.chunks import ChunkPlan
+from modxfer_fast.kernels.common.packing import kept_rows, put, row_major, take
 from modxfer_fast.kernels.common.scratch import scratch
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 
 RowKernel = Callable[[Tensor, Tensor, Tensor, ProjectionSpec, Tensor | None], Tensor]
-
-MIN_ROWS = 16
-_WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-precision factors
 
 
 def saved_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
@@ -186,64 +184,46 @@ class ProjectionBlock:
         return factors, None if self._dbias is None else self._dbias.to(self._dbias_dtype)
 
 
-class Plan:
-    """How a budget of bytes is spent on `rows` rows of equal chunks.
-
-    Attributes:
-        chunk: rows of projected states in flight; at least MIN_ROWS, whatever the budget.
-        is_single: one chunk holds all rows.
-        tile: rows of a factor that are widened at once, where factors are widened at all.
-
-    The fp32 sum of a half-precision dP, 4 D_t D_s bytes, and the half-precision copy of an fp32 P
-    come out of the budget, or on top of it where they would take more than half.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        hidden: Tensor,
-        teacher: Tensor,
-        projection: Sequence[Tensor],
-        work_dtype: torch.dtype,
-        *,
-        copies_rows: bool,
-        need_dprojection: Sequence[bool],
-        budget: int,
-    ):
-        self._rows = rows
-        size, d_s, d_t = work_dtype.itemsize, hidden.shape[1], teacher.shape[1]
-        row_bytes = size * d_t
-        if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
-            saved = saved_dtype(hidden, hidden).itemsize
-            row_bytes += d_s * (hidden.itemsize + saved) + d_t * teacher.itemsize
-        elif teacher.stride(1) != 1:
-            row_bytes += d_t * teacher.itemsize
-        if len(projection) == 2:
-            row_bytes += 2 * size * projection[0].shape[1]
-        self.tile = d_t
-        is_widened = hidden.dtype != work_dtype and not hidden.is_cuda
-        if is_widened:
-            row_bytes += size * d_s
-            widest = max(factor.shape[1] for factor in projection)
-            self.tile = max(budget // _WIDENED_SHARE // (size * max(widest, 1)), 1)
-            budget -= budget // _WIDENED_SHARE
-        self._split(budget, row_bytes)
-        # a single chunk's product is rounded on the tensor cores; fp16 waits for what unscales it
-        is_rounded = self.is_single and hidden.is_cuda and hidden.dtype != torch.float16
-        fixed = 0
-        for factor, need in zip(projection, need_dprojection, strict=True):
-            if factor.dtype != hidden.dtype:
-                fixed += factor.numel() * hidden.itemsize
-            elif need and factor.dtype != work_dtype and not is_rounded:
-                fixed += factor.numel() * size
-        if fixed <= budget // 2:
-            self._split(budget - fixed, row_bytes)
-
-    def _split(self, budget: int, row_bytes: int) -> None:
-        fitting = max(budget // max(row_bytes, 1), MIN_ROWS)
-        chunks = max(-(-self._rows // fitting), 1)
-        self.chunk = max(-(-self._rows // chunks), 1)
-        self.is_single = chunks == 1
+def _plan(
+    rows: int,
+    hidden: Tensor,
+    teacher: Tensor,
+    projection: Sequence[Tensor],
+    work_dtype: torch.dtype,
+    *,
+    copies_rows: bool,
+    need_dprojection: Sequence[bool],
+    budget: int,
+) -> ChunkPlan:
+    size, d_s, d_t = work_dtype.itemsize, hidden.shape[1], teacher.shape[1]
+    row_bytes = size * d_t
+    if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
+        saved = saved_dtype(hidden, hidden).itemsize
+        row_bytes += d_s * (hidden.itemsize + saved) + d_t * teacher.itemsize
+    elif teacher.stride(1) != 1:
+        row_bytes += d_t * teacher.itemsize
+    if len(projection) == 2:
+        row_bytes += 2 * size * projection[0].shape[1]
+    widened_bytes = 0
+    if hidden.dtype != work_dtype and not hidden.is_cuda:
+        row_bytes += size * d_s
+        widened_bytes = size * max(*(factor.shape[1] for factor in projection), 1)
+    copies = sums = 0
+    for factor, need in zip(projection, need_dprojection, strict=True):
+        if factor.dtype != hidden.dtype:
+            copies += factor.numel() * hidden.itemsize
+        elif need and factor.dtype != work_dtype:
+            sums += factor.numel() * size
+    return ChunkPlan.of(
+        rows,
+        row_bytes,
+        budget,
+        widened_bytes=widened_bytes,
+        copies=copies,
+        sums=sums,
+        # fp16 waits for what unscales it
+        rounds_single=hidden.is_cuda and hidden.dtype != torch.float16,
+    )
 
 
 def stream(
@@ -293,7 +273,7 @@ def stream(
     kept = kept_rows(mask, num_valid)
     count = n if kept is None else kept.shape[0]
     is_blanked = packing.runs_ignored_rows(mask, num_valid)
-    plan = Plan(
+    plan = _plan(
         count,
         student_hidden,
         teacher_hidden,
@@ -326,7 +306,7 @@ def stream(
         # contiguous whatever the layout of the input; rows packed away stay 0
         make = torch.empty if kept is None else torch.zeros
         dhidden = make(student_hidden.shape, device=device, dtype=dhidden_dtype)
-    rows_in_flight, d_t = min(plan.chunk, count), teacher_hidden.shape[1]
+    rows_in_flight, d_t = min(plan.rows, count), teacher_hidden.shape[1]
     with scratch(rows_in_flight * d_t, work_dtype, device) as buffer:
         z = buffer.view(rows_in_flight, d_t)
 
@@ -350,16 +330,11 @@ def stream(
             if need_dhidden and index is not None:
                 dhidden.index_copy_(0, index, dh)
 
-        for start in range(0, count, plan.chunk):
-            run(slice(start, min(start + plan.chunk, count)))
+        for start in range(0, count, plan.rows):
+            run(slice(start, min(start + plan.rows, count)))
     dfactors, dbias = block.gradients()
     if scale is not None:
         for grad in (dhidden, *dfactors, dbias):
             if grad is not None:
                 grad /= scale
     return loss, dhidden, dfactors, dbias
-
-
-def row_major(rows: Tensor) -> Tensor:
-    """Row kernels take any row stride but contiguous rows."""
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

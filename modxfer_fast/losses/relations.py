@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.kernels.common import check_workspace
 from modxfer_fast.kernels.dispatch import check_name
-from modxfer_fast.kernels.projection_loss.relation import minilm_loss, minilmv2_loss
+from modxfer_fast.kernels.relation_loss import minilm_loss, minilmv2_loss
 from modxfer_fast.losses.hidden_states import PAIR_REDUCTIONS, HiddenTerms, weighted_terms
 from modxfer_fast.losses.layer_pairs import resolve_layers, resolve_weights
 

@@ -13,8 +13,9 @@ from benchmarks import (
     bench_linear_kd_loss,
     bench_lora_block,
     bench_lora_linear,
-    bench_lora_projection,
+    bench_lora_projection_loss,
     bench_projection_loss,
+    bench_relation_loss,
     candidates,
     peers,
     rooms,
@@ -31,9 +32,10 @@ SHAPES = {
     "kd_loss": SHAPE,
     "linear_kd_loss": SHAPE,
     "projection_loss": bench_projection_loss.Shape(N=24, D_s=16, D_t=40),
+    "relation_loss": bench_relation_loss.Shape(B=2, T=10, A=2, D_s=16, D_t=24),
     "lora_linear": bench_lora_linear.Shape(M=24, H=48, H_kv=16, F=40, R=4),
     "correlation": bench_correlation.Shape(N=24, D_s=16, D_t=40),
-    "lora_projection": bench_lora_projection.Shape(M=24, K=48, N=32, D_t=40, R=4),
+    "lora_projection_loss": bench_lora_projection_loss.Shape(M=24, K=48, N=32, D_t=40, R=4),
     "lora_block": bench_lora_block.Shape(B=2, T=8, H=32, H_kv=16, F=40, D_head=8, R=4),
 }
 ROOMS = {name: load_benchmarks()(f"bench_{name}") for name in rooms.names()}
@@ -93,11 +95,19 @@ def test_floor_of_the_correlation_multiplies_both_halves(products):
     assert flops_of(floor.step) == floor.work.flops
 
 
-@pytest.mark.parametrize("projection", bench_lora_projection.ROOM.variants)
+@pytest.mark.parametrize("projection", bench_lora_projection_loss.ROOM.variants)
 def test_floor_of_lora_projection_is_the_frozen_linear_and_the_projection(projection):
-    lineup = bench_lora_projection.lineup(case("lora_projection", projection))
-    floor = lineup.floors[bench_lora_projection.FLOOR]
+    lineup = bench_lora_projection_loss.lineup(case("lora_projection_loss", projection))
+    floor = lineup.floors[bench_lora_projection_loss.FLOOR]
     assert flops_of(floor.step) == floor.work.flops
+
+
+@pytest.mark.parametrize("relation", bench_relation_loss.ROOM.variants)
+def test_floor_of_relations_is_their_products_and_those_of_the_gradient(relation):
+    lineup = bench_relation_loss.lineup(case("relation_loss", relation))
+    floor = lineup.floors[bench_relation_loss.FLOOR]
+    eager = next(c for c in lineup.candidates if c.name == "eager")
+    assert flops_of(floor.step) == floor.work.flops == flops_of(eager.step) == eager.work.flops
 
 
 @pytest.mark.parametrize("targets", bench_lora_linear.ROOM.variants)
@@ -111,8 +121,9 @@ def test_formulas_count_what_autograd_multiplies():
     lineup = bench_lora_linear.lineup(case("lora_linear", "qkv", dropout=0.0))
     peft = next(c for c in lineup.candidates if c.name.startswith("peft"))
     assert flops_of(peft.step) == peft.work.flops
-    for projection in bench_lora_projection.ROOM.variants:
-        lineup = bench_lora_projection.lineup(case("lora_projection", projection, dropout=0.0))
+    for projection in bench_lora_projection_loss.ROOM.variants:
+        problem = case("lora_projection_loss", projection, dropout=0.0)
+        lineup = bench_lora_projection_loss.lineup(problem)
         eager = next(c for c in lineup.candidates if c.name == "eager")
         assert flops_of(eager.step) == eager.work.flops
     lineup = bench_projection_loss.lineup(case("projection_loss"))
@@ -171,7 +182,7 @@ def test_every_implementation_knows_the_ends_of_the_jsd(room, beta, uncompiled):
     assert all(text.startswith("pass") for text in texts.values()), texts
 
 
-@pytest.mark.parametrize("room", ["lora_linear", "lora_block", "lora_projection"])
+@pytest.mark.parametrize("room", ["lora_linear", "lora_block", "lora_projection_loss"])
 def test_a_wrong_scale_of_the_adapters_is_seen(room, monkeypatch, uncompiled):
     """The budgets in half precision are wide: they must not cover a LoRA part that is off."""
     module = ROOMS[room]

@@ -18,7 +18,7 @@ from modxfer_fast import (
 )
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, keep_scale, unpack
-from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
+from modxfer_fast.kernels.lora_projection_loss.reference import lora_projection_loss_reference
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import NORMS, ROW_LOSSES, ProjectionSpec
 from modxfer_fast.measure.memory import peak_mib
@@ -137,10 +137,16 @@ def kept(inputs: Inputs) -> Tensor | None:
 
 def definition(inputs: Inputs, loss: str, norm: str) -> tuple[Tensor, Tensor]:
     """The same in fp64, from the definitions."""
-    (hidden,) = lora_linear_reference(inputs.x, [inputs.target], [kept(inputs)])
-    hidden = hidden if inputs.residual is None else hidden + inputs.residual
-    spec = ProjectionSpec(loss, 1.0, norm)
-    rows = projection_loss_reference(hidden, inputs.teacher, inputs.projection, inputs.bias, spec)
+    hidden, rows = lora_projection_loss_reference(
+        inputs.x,
+        inputs.target,
+        inputs.teacher,
+        inputs.projection,
+        inputs.bias,
+        ProjectionSpec(loss, 1.0, norm),
+        residual=inputs.residual,
+        kept=kept(inputs),
+    )
     return hidden, rows[inputs.mask].mean()
 
 

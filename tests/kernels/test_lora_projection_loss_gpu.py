@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_lora_projection import BUDGET, Shape
-from benchmarks.bench_lora_projection import lineup as candidates
+from benchmarks.bench_lora_projection_loss import BUDGET, Shape
+from benchmarks.bench_lora_projection_loss import lineup as candidates
 from benchmarks.harness import relative_error
 from benchmarks.rooms import Case
 from modxfer_fast import LoraTarget, lora_linear, lora_projection_loss, projection_loss

@@ -12,13 +12,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import scratch
-from modxfer_fast.kernels.projection_loss import relation_stream
-from modxfer_fast.kernels.projection_loss.relation import (
+from modxfer_fast.kernels.common.chunks import MIN_ROWS
+from modxfer_fast.kernels.relation_loss import (
     minilm_loss,
     minilmv2_loss,
     relation_loss,
-    relation_loss_reference,
+    stream,
 )
+from modxfer_fast.kernels.relation_loss.reference import relation_loss_reference
 from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import BACKENDS, DTYPES, NATIVE
 from tests.relation_inputs import (
@@ -422,8 +423,8 @@ BLOCKS = [(1, 1, 1), (1, 1, 4), (1, 3, 10), (1, 4, 3), (2, 4, 10), (2, 4, 7), (3
 @pytest.mark.parametrize("mask", [None, "right", "left"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_blocks_change_nothing(block, mask, causal, is_self, backend, monkeypatch):
-    plan = relation_stream._Plan(*block)
-    monkeypatch.setattr(relation_stream._Plan, "of", lambda *_, **__: plan)
+    shape = stream.BlockShape(*block)
+    monkeypatch.setattr(stream.BlockShape, "of", lambda *_: shape)
     inputs = make_inputs(3, 10, num_heads=4, mask=mask, causal=causal, is_self=is_self)
     check(inputs, upstream=2.0, backend=backend)
     check(inputs, backend=backend, reduction="none")
@@ -501,21 +502,19 @@ def test_peak_memory_is_the_workspace(dtype, is_self, causal, seq):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_blocks_fit_the_budget(causal, seq, batch, workspace_mb):
     student, teacher = (torch.empty(batch, seq, width, device="meta") for width in (48, 96))
-    args = relation_stream.Arguments(
-        None, torch.empty(batch, seq, device="meta"), 12, causal, workspace_mb * 2**20, None
-    )
-    plan = relation_stream._Plan.of(student, teacher, args, roles=4)
-    assert 1 <= plan.sequences <= batch
-    assert 1 <= plan.heads <= 12
-    assert 1 <= plan.rows <= seq
-    assert plan.sequences == 1 or plan.heads == 12
-    pairs = plan.sequences * plan.heads
+    relation = stream.Relation(None, torch.empty(batch, seq, device="meta"), 12, causal)
+    block = stream.BlockShape.of(student, teacher, relation, workspace_mb * 2**20, 4)
+    assert 1 <= block.sequences <= batch
+    assert 1 <= block.heads <= 12
+    assert 1 <= block.rows <= seq
+    assert block.sequences == 1 or block.heads == 12
+    pairs = block.sequences * block.heads
     heads = 4 * seq * (4 * 4 + 2 * 8)
-    used = pairs * (8 * plan.rows * seq + heads)
-    assert used <= workspace_mb * 2**20 or (pairs == 1 and plan.rows <= relation_stream.MIN_ROWS)
+    used = pairs * (8 * block.rows * seq + heads)
+    assert used <= workspace_mb * 2**20 or (pairs == 1 and block.rows <= MIN_ROWS)
     # where four times the block had room, it is whole; a causal one is cut all the same
     room = min(workspace_mb, 8) * 2**20 > 4 * used
-    assert not room or causal or (pairs == 12 * batch and plan.rows == seq)
+    assert not room or causal or (pairs == 12 * batch and block.rows == seq)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -639,8 +638,8 @@ def test_half_precision_operands(dtype, causal, is_self, backend, monkeypatch):
         seen.update((left.dtype, right.dtype))
         half_precision_product(out, left, right, beta, alpha)
 
-    monkeypatch.setattr(relation_stream, "_operand_dtype", lambda tensor, _: tensor.dtype)
-    monkeypatch.setattr(relation_stream, "_product", product)
+    monkeypatch.setattr(stream, "_operand_dtype", lambda tensor, _: tensor.dtype)
+    monkeypatch.setattr(stream, "_product", product)
     inputs = make_inputs(**small(backend, 2, 11), dtype=dtype, causal=causal, is_self=is_self)
     check(inputs, backend=backend)
     assert seen == {dtype}

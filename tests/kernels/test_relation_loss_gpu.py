@@ -21,7 +21,7 @@ def make(device: str, dtype: torch.dtype, **options):
 
 
 def run(inputs, device: str, **options):
-    return loss_and_grads(inputs, backend=backend_on(device, "projection_loss"), **options)
+    return loss_and_grads(inputs, backend=backend_on(device, "relation_loss"), **options)
 
 
 @pytest.mark.parametrize("is_self", [False, True], ids=["cross", "self"])
@@ -65,7 +65,7 @@ def test_a_captured_graph_follows_its_inputs(dtype, device):
 
 def test_peak_memory_is_flat_in_the_sequence(device):
     """Relations of a long sequence are never whole: [B, heads, T, T] would be 30 times as much."""
-    if backend_on(device, "projection_loss") == "reference":
+    if backend_on(device, "relation_loss") == "reference":
         pytest.skip("the reference stores whole relations, and compiled kernels were not built")
     seq = {"cpu": 600, "cuda": 8192}[device]
     workspace_mb = {"cpu": 1, "cuda": 64}[device]

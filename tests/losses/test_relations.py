@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from modxfer_fast.engine.features.taps import LayerTaps
-from modxfer_fast.kernels.projection_loss.relation import relation_loss_reference
+from modxfer_fast.kernels.relation_loss.reference import relation_loss_reference
 from modxfer_fast.losses import AttentionRelationLoss
 from modxfer_fast.losses.relations import common_heads, repeat_heads
 

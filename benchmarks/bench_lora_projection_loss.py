@@ -33,9 +33,9 @@ from benchmarks.rooms import Case, Room
 from benchmarks.shapes import Sizes
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
-from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
-from modxfer_fast.kernels.projection_loss import lora_projection_loss, projection_loss
-from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
+from modxfer_fast.kernels.lora_projection_loss import lora_projection_loss
+from modxfer_fast.kernels.lora_projection_loss.reference import lora_projection_loss_reference
+from modxfer_fast.kernels.projection_loss import projection_loss
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.measure.roofline import Work
 
@@ -295,10 +295,16 @@ def _truth(problem: Problem, mask: Tensor | None) -> dict[str, Tensor]:
     )
 
     def forward(tensors: Mapping[str, Tensor], _: Tensor | None) -> Sequence[Tensor]:
-        (hidden,) = lora_linear_reference(tensors["x"], [wide.target(tensors)], [mask])
-        hidden = hidden + tensors["residual"]
-        spec = ProjectionSpec("mse", 1.0, "none")
-        rows = projection_loss_reference(hidden, wide.teacher, projection_of(tensors), None, spec)
+        hidden, rows = lora_projection_loss_reference(
+            tensors["x"],
+            wide.target(tensors),
+            wide.teacher,
+            projection_of(tensors),
+            None,
+            ProjectionSpec("mse", 1.0, "none"),
+            residual=tensors["residual"],
+            kept=mask,
+        )
         return hidden, rows.mean()
 
     return _step(wide, tensors, forward, None)()

@@ -1,4 +1,4 @@
-"""The loop of the relation losses: a block of logits is produced, consumed while hot, forgotten.
+"""The loop of every backend: a block of logits is produced, consumed while hot, forgotten.
 
     for some sequences and heads                            what is not stored whole
         for a block of their query rows
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common.chunks import MIN_ROWS, equal_parts
 from modxfer_fast.kernels.common.scratch import scratch
 
-MIN_ROWS = 16  # GEMMs of fewer rows degenerate, and the budget is exceeded instead
 # A CPU gains when both blocks of logits stay in its cache between the GEMMs and the row kernel.
 _CPU_BLOCK_BYTES = 8 * 2**20
 # A causal relation is cut into blocks of rows although more fit: what lies ahead is not computed.
@@ -32,7 +32,21 @@ def mean_over_heads(num_heads: int) -> KDSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Relation:
+    """What every block is computed with."""
+
+    mask: Tensor | None
+    row_weights: Tensor
+    num_heads: int
+    causal: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.row_weights.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
     """What one block of logits holds: sequences x heads x rows.
 
     Several sequences only with all of their heads, several heads of them or of one sequence.
@@ -43,18 +57,20 @@ class _Plan:
     rows: int
 
     @classmethod
-    def of(cls, student_a: Tensor, teacher_a: Tensor, args: "Arguments", roles: int) -> "_Plan":
-        """Splits the budget. `roles`: tensors [T, d_s] of fp32 that a pair of the student needs."""
+    def of(
+        cls, student_a: Tensor, teacher_a: Tensor, relation: Relation, budget: int, roles: int
+    ) -> "BlockShape":
+        """Splits `budget` bytes. `roles`: tensors [T, d_s] of fp32 that a student's pair needs."""
         batch, seq, _ = student_a.shape
-        d_s, d_t = (tensor.shape[-1] // args.num_heads for tensor in (student_a, teacher_a))
-        size, budget = args.dtype.itemsize, args.workspace_bytes
+        num_heads, size = relation.num_heads, relation.dtype.itemsize
+        d_s, d_t = (tensor.shape[-1] // num_heads for tensor in (student_a, teacher_a))
         if not student_a.is_cuda:
             budget = min(budget, _CPU_BLOCK_BYTES)
         # both logits, the loss of a row, its sum and its weight
         row_bytes = size * (2 * seq + 4)
         pair_bytes = size * seq * (roles * d_s + 2 * d_t)
         rows = max(seq, 1)
-        if args.causal:
+        if relation.causal:
             rows = min(rows, max(-(-seq // _CAUSAL_BLOCKS), _MIN_CAUSAL_ROWS))
         pairs = budget // max(pair_bytes + rows * row_bytes, 1)
         if pairs == 0:
@@ -63,31 +79,13 @@ class _Plan:
             # a batched GEMM on a CPU gives whole products to its threads
             threads = torch.get_num_threads()
             pairs = pairs // threads * threads or pairs
-        # blocks of one size
-        rows = -(-seq // -(-seq // rows)) if seq else 1
-        if pairs < args.num_heads:
-            blocks = -(-args.num_heads // max(pairs, 1))
-            return cls(1, -(-args.num_heads // blocks), rows)
+        rows = equal_parts(seq, rows)
+        if pairs < num_heads:
+            return cls(1, equal_parts(num_heads, max(pairs, 1)), rows)
         # alone, a sequence is cut to its own tokens where they can be looked at
-        alone = args.mask is not None and not student_a.is_cuda
-        sequences = 1 if alone else min(pairs // args.num_heads, max(batch, 1))
-        return cls(sequences, args.num_heads, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What every block is computed with."""
-
-    mask: Tensor | None
-    row_weights: Tensor
-    num_heads: int
-    causal: bool
-    workspace_bytes: int
-    rows: ModuleType
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.row_weights.dtype
+        alone = relation.mask is not None and not student_a.is_cuda
+        sequences = 1 if alone else min(pairs // num_heads, max(batch, 1))
+        return cls(sequences, num_heads, rows)
 
 
 class _Group:
@@ -97,10 +95,10 @@ class _Group:
     a look at the mask would have to be waited for, they are all T.
     """
 
-    def __init__(self, args: Arguments, sequences: slice, heads: slice):
-        self._args, self._sequences, self._heads = args, sequences, heads
-        mask = None if args.mask is None else args.mask[sequences]
-        span = slice(0, args.row_weights.shape[1])
+    def __init__(self, relation: Relation, sequences: slice, heads: slice):
+        self._relation, self._sequences, self._heads = relation, sequences, heads
+        mask = None if relation.mask is None else relation.mask[sequences]
+        span = slice(0, relation.row_weights.shape[1])
         if mask is not None and not mask.is_cuda:
             real = mask.any(0).nonzero().flatten().tolist()
             span = slice(real[0], real[-1] + 1) if real else slice(0, 0)
@@ -111,7 +109,7 @@ class _Group:
 
     def split(self, tensor: Tensor) -> Tensor:
         """[sequences, heads, S, d], a view of the group's part of a [B, T, H] tensor."""
-        part = tensor[self._sequences, self._span].unflatten(-1, (self._args.num_heads, -1))
+        part = tensor[self._sequences, self._span].unflatten(-1, (self._relation.num_heads, -1))
         return part[:, :, self._heads].transpose(1, 2)
 
     def operand(self, tensor: Tensor) -> Tensor:
@@ -119,7 +117,7 @@ class _Group:
         part = self.split(tensor)
         if self._mask is not None:
             part = part.masked_fill(~self._mask[:, None, :, None], 0.0)
-        return part.flatten(0, 1).to(_operand_dtype(tensor, self._args.dtype))
+        return part.flatten(0, 1).to(_operand_dtype(tensor, self._relation.dtype))
 
     def per_row(self, values: Tensor, rows: slice) -> Tensor:
         """[sequences, rows], a view of a [B, T] tensor."""
@@ -127,7 +125,7 @@ class _Group:
 
     def row_weights(self, rows: slice) -> Tensor:
         """[P * rows]."""
-        weights = self.per_row(self._args.row_weights, rows)[:, None]
+        weights = self.per_row(self._relation.row_weights, rows)[:, None]
         return weights.expand(-1, self._heads.stop - self._heads.start, -1).reshape(-1).contiguous()
 
     def exclude(self, logits: Tensor, rows: slice) -> None:
@@ -135,45 +133,54 @@ class _Group:
         if self._mask is not None:
             keys = self._mask[:, None, None, : logits.shape[-1]]
             logits.unflatten(0, (self._mask.shape[0], -1)).masked_fill_(~keys, -math.inf)
-        if self._args.causal:
+        if self._relation.causal:
             size = rows.stop - rows.start
             ahead = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu_(1)
             logits[..., rows].masked_fill_(ahead, -math.inf)
 
 
 def stream(
+    rows: ModuleType,
     student_a: Tensor,
     student_b: Tensor | None,
     teacher_a: Tensor,
     teacher_b: Tensor | None,
-    args: Arguments,
+    relation: Relation,
+    *,
+    workspace_bytes: int,
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Divergence of every query [B, T], mean over heads, and da, db [B, T, H_s] if needed."""
+    """Divergence of every query [B, T], mean over heads, and da, db [B, T, H_s] if needed.
+
+    Args:
+        rows: backend module of the `kd_loss` room.
+    """
     batch, seq, _ = student_a.shape
     inputs = (student_a, student_b, teacher_a, teacher_b)
-    kd = torch.zeros_like(args.row_weights)
+    kd = torch.zeros_like(relation.row_weights)
     da = torch.zeros_like(student_a, memory_format=torch.contiguous_format) if need_da else None
     db = torch.zeros_like(student_b, memory_format=torch.contiguous_format) if need_db else None
-    plan = _Plan.of(student_a, teacher_a, args, roles=2 + need_da + need_db)
-    pairs = plan.sequences * plan.heads
-    size = pairs * plan.rows * seq
-    with scratch(2 * size, args.dtype, student_a.device) as buffer:
+    roles = 2 + need_da + need_db
+    block = BlockShape.of(student_a, teacher_a, relation, workspace_bytes, roles)
+    pairs = block.sequences * block.heads
+    size = pairs * block.rows * seq
+    with scratch(2 * size, relation.dtype, student_a.device) as buffer:
         buffers = buffer.view(2, size).unbind()
-        for b in range(0, batch, plan.sequences):
-            sequences = slice(b, min(b + plan.sequences, batch))
-            for h in range(0, args.num_heads, plan.heads):
-                heads = slice(h, min(h + plan.heads, args.num_heads))
-                group = _Group(args, sequences, heads)
-                _run_group(group, inputs, args, plan.rows, buffers, kd, da, db)
-    return kd / args.num_heads, da, db
+        for b in range(0, batch, block.sequences):
+            sequences = slice(b, min(b + block.sequences, batch))
+            for h in range(0, relation.num_heads, block.heads):
+                heads = slice(h, min(h + block.heads, relation.num_heads))
+                group = _Group(relation, sequences, heads)
+                _run_group(rows, group, inputs, relation, block.rows, buffers, kd, da, db)
+    return kd / relation.num_heads, da, db
 
 
 def _run_group(
+    kernels: ModuleType,
     group: _Group,
     inputs: tuple[Tensor | None, ...],
-    args: Arguments,
+    relation: Relation,
     block: int,
     buffers: tuple[Tensor, Tensor],
     kd: Tensor,
@@ -187,16 +194,16 @@ def _run_group(
     is_self, need_grad = student_b is None, da is not None or db is not None
     student_b = student_a if is_self else student_b
     teacher_b = teacher_a if teacher_b is None else teacher_b
-    shape, dtype = student_a.shape, args.dtype
+    shape, dtype = student_a.shape, relation.dtype
     sum_a = None if da is None else student_a.new_zeros(shape, dtype=dtype)
     sum_b = None if db is None else student_a.new_zeros(shape, dtype=dtype)
     sum_b = sum_a if is_self else sum_b
-    spec = mean_over_heads(args.num_heads)
+    spec = mean_over_heads(relation.num_heads)
     scale = 1.0 / math.sqrt(student_a.shape[-1])
 
     for start in range(0, group.length, block):
         rows = slice(start, min(start + block, group.length))
-        keys = slice(0, rows.stop if args.causal else group.length)
+        keys = slice(0, rows.stop if relation.causal else group.length)
         logits_s, logits_t = (
             _logits(a[:, rows], b[:, keys], buffer)
             for a, b, buffer in zip(
@@ -209,7 +216,7 @@ def _run_group(
         if need_grad:
             # dlogits overwrites the student's logits, or the first half of each row's bytes
             dlogits = flat_s.view(student_a.dtype)[:, : flat_s.shape[1]]
-            kd_rows, _ = args.rows.kd_loss_fwd_bwd(
+            kd_rows, _ = kernels.kd_loss_fwd_bwd(
                 flat_s, flat_t, None, group.row_weights(rows), spec, dlogits
             )
             dlogits = dlogits.unflatten(0, logits_s.shape[:2])
@@ -218,7 +225,7 @@ def _run_group(
             if sum_b is not None:
                 _add_product(sum_b[:, keys], dlogits.mT, student_a[:, rows], scale)
         else:
-            kd_rows, _, _ = args.rows.kd_loss_fwd(flat_s, flat_t, None, spec)
+            kd_rows, _, _ = kernels.kd_loss_fwd(flat_s, flat_t, None, spec)
         out = group.per_row(kd, rows)
         out += kd_rows.view(out.shape[0], -1, out.shape[1]).sum(1)
 

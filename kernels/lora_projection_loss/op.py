@@ -1,7 +1,7 @@
 """A LoRA linear, its residual, and the loss of what comes out against a teacher's state, as one op.
 
     h = x W^T + bias + scaling drop(x) A^T B^T + residual      room lora_linear
-    loss = sum_n w_n L(norm(P h_n + c), norm(t_n))             op.py of this room
+    loss = sum_n w_n L(norm(P h_n + c), norm(t_n))             room projection_loss
 
 Fused: bias, residual and LoRA branch join the base product's accumulator; the loss's gradient is
 made in the forward, and in the backward it joins the upstream gradient of h in place, so that one
@@ -12,7 +12,7 @@ backward of the linear takes both. h is written once, because the next layer rea
                                 order. Only where 8 R_p bytes a tile, R_p padded to 16 or 32, are
                                 fewer than those of its columns of h; otherwise a product reads h.
                        C++      u, z, loss, du, dP_a, dP_b and dh of a block of rows, one pass over
-                                h that z never leaves; see cpp_impl.py
+                                h that z never leaves; see cpp_impl.py there
     full P, no P       the product, or the row kernel, reads h again
 
 FLOPs: those of the two ops. Bytes saved against them in turn, b per element of h: 3 M N b of adding
@@ -29,7 +29,6 @@ Limits: those of both.
 """
 
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -223,15 +222,11 @@ def _fwd(
     need_dprojection,
 ):
     target = LoraTarget(weight, lora_a, lora_b, scaling, bias, dropout)
-    linear = dispatch.load("lora_linear", backend)
+    impl = dispatch.load("lora_projection_loss", backend)
     with without_autocast(x.device.type):
-        if _rides_along(linear, x, target, projection_a):
-            hidden, s, bits, u = linear.lora_linear_projected_fwd(
-                x, target, seed, projection_a, residual=residual
-            )
-        else:
-            (hidden,), s, bits = linear.lora_linear_fwd(x, [target], seed, residual=residual)
-            u = None
+        hidden, s, bits, u = impl.lora_projection_loss_linear(
+            x, target, seed, projection_a, residual
+        )
     if bits is None:
         bits = x.new_empty(0, dtype=torch.int32)
     rows, *grads = run(
@@ -253,17 +248,6 @@ def _fwd(
         u=u,
     )
     return hidden, rows.sum(), s, bits, *grads
-
-
-def _rides_along(
-    linear: ModuleType, x: Tensor, target: LoraTarget, projection_a: Tensor | None
-) -> bool:
-    """Whether h P_a^T is made in the linear's epilogue; Triton is the backend that has one."""
-    return (
-        projection_a is not None
-        and hasattr(linear, "projects_in_epilogue")
-        and linear.projects_in_epilogue(x, target, projection_a.shape[0])
-    )
 
 
 torch.library.impl("modxfer::lora_projection_loss_fwd", "CompositeExplicitAutograd", _fwd)

@@ -12,7 +12,7 @@ need not be the number of attention heads, and d differs between student and tea
 
 For every sequence and head this is a small linear KD loss: queries are its rows, keys its head and
 tokens its classes. Its gradient is computed in the forward, by the row kernels of room `kd_loss`,
-and logits [B, A, T, T] exist for one block at a time; see relation_stream.py. They are fp32 at the
+and logits [B, A, T, T] exist for one block at a time; see stream.py. They are fp32 at the
 softmax whatever the dtype of the inputs; a key without probability is -inf.
 
 FLOPs: 2 B T^2 (3 H_s + H_t), about half of it when causal; 2 B T^2 (H_s + H_t) without gradient,
@@ -43,8 +43,7 @@ from modxfer_fast.kernels.common import (
     scaled,
     without_autocast,
 )
-from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
-from modxfer_fast.kernels.projection_loss.relation_stream import Arguments, mean_over_heads, stream
+from modxfer_fast.kernels.relation_loss.stream import Relation
 
 _INPUTS = (
     "Tensor student_a, Tensor? student_b, Tensor teacher_a, Tensor? teacher_b, Tensor? mask, "
@@ -126,7 +125,7 @@ def relation_loss(
     )
     _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_weights)
     check_workspace(workspace_mb)
-    backend = dispatch.resolve("kd_loss", student_a, teacher_a, backend=backend)
+    backend = dispatch.resolve("relation_loss", student_a, teacher_a, backend=backend)
 
     rows = student_a.shape[:2]
     tokens = student_a.detach()[..., 0].reshape(math.prod(rows))
@@ -223,41 +222,6 @@ def minilmv2_loss(
     return sum(terms[1:], start=terms[0])
 
 
-def relation_loss_reference(
-    student_a: Tensor,
-    student_b: Tensor,
-    teacher_a: Tensor,
-    teacher_b: Tensor,
-    num_heads: int,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """The definition: [B, T] mean over heads of the KL, 0 at padding; dense, for autograd."""
-    batch, seq, _ = student_a.shape
-    seen = torch.ones(batch, 1, seq, seq, dtype=torch.bool, device=student_a.device)
-    if mask is not None:
-        # a query that does not count sees itself, so that no softmax is empty
-        own = torch.eye(seq, dtype=torch.bool, device=mask.device)
-        seen = (mask[:, None, :] | own)[:, None].expand_as(seen)
-        student_a, student_b, teacher_a, teacher_b = (
-            torch.where(mask[..., None], tensor, 0.0)
-            for tensor in (student_a, student_b, teacher_a, teacher_b)
-        )
-    if causal:
-        seen = seen.tril()
-
-    def logits(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (a, b))
-        # finite, because autograd of a softmax meets inf - inf at -inf
-        return (a @ b.mT / math.sqrt(a.shape[-1])).masked_fill(~seen, -1e9).flatten(0, 2)
-
-    kd, _ = kd_loss_reference(
-        logits(student_a, student_b), logits(teacher_a, teacher_b), None, mean_over_heads(num_heads)
-    )
-    kd = kd.view(batch, num_heads, seq).mean(1)
-    return kd if mask is None else torch.where(mask, kd, 0.0)
-
-
 def _triple(name: str, tensors) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(tensors, (tuple, list)) or len(tensors) != 3:
         got = f"{len(tensors)} of them" if isinstance(tensors, (tuple, list)) else type(tensors)
@@ -327,16 +291,18 @@ def _run(
     debug_check_finite(
         student_a=student_a, student_b=student_b, teacher_a=teacher_a, teacher_b=teacher_b
     )
-    args = Arguments(
-        mask,
-        row_weights,
-        num_heads,
-        causal,
-        workspace_mb * 2**20,
-        dispatch.load("kd_loss", backend),
-    )
+    relation_loss_fwd = dispatch.load("relation_loss", backend).relation_loss_fwd
     with without_autocast(student_a.device.type):
-        kd, da, db = stream(student_a, student_b, teacher_a, teacher_b, args, need_da, need_db)
+        kd, da, db = relation_loss_fwd(
+            student_a,
+            student_b,
+            teacher_a,
+            teacher_b,
+            Relation(mask, row_weights, num_heads, causal),
+            workspace_bytes=workspace_mb * 2**20,
+            need_da=need_da,
+            need_db=need_db,
+        )
     # the divergence of padding may be NaN
     return torch.where(row_weights != 0, row_weights * kd, 0.0), da, db
 
