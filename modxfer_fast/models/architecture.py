@@ -127,21 +127,11 @@ class Architecture:
             )
         return f"{self.layers}.{layer}.{self.modules[role]}"
 
-    def place(self, name: str) -> tuple[int, str] | None:
-        """Block and role of a linear by its dotted name, which may stand behind PEFT's prefixes.
-
-        Args:
-            name: of the linear itself, e.g. `base_model.model.bert.encoder.layer.3.output.dense`.
-        Returns:
-            None where the name is no linear of a block.
-        """
+    def in_block(self, name: str) -> tuple[int, str] | None:
+        """Block and path inside it of a module by its dotted name, which may stand behind PEFT's
+        prefixes, e.g. `base_model.model.bert.encoder.layer.3.output.dense`; None outside."""
         match = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\.(.+)$", name)
-        if match is None:
-            return None
-        for role, path in self.modules.items():
-            if match[2] == path:
-                return int(match[1]), role
-        return None
+        return None if match is None else (int(match[1]), match[2])
 
     def is_body(self, name: str) -> bool:
         """Whether a dotted name, without PEFT's prefixes, is of the model below its head.

@@ -10,6 +10,7 @@ from modxfer_fast.transfer.attach import attach
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.fingerprint import model_fingerprint, module_fingerprint
 from modxfer_fast.transfer.fresh import fresh_config, fresh_module
+from modxfer_fast.transfer.kinds import Slot
 from modxfer_fast.transfer.layer_maps import LayerMap, make_layer_map
 from modxfer_fast.transfer.maps import (
     DATA_FREE_METHODS,
@@ -19,7 +20,7 @@ from modxfer_fast.transfer.maps import (
     fit_maps,
     reference_options,
 )
-from modxfer_fast.transfer.modules import PeftModuleState, Slot
+from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.pairing import PairedBatch, PairedBatches, Pairing
 from modxfer_fast.transfer.save import PROVENANCE, save_adapter
 from modxfer_fast.transfer.statistics import Statistics, collect_statistics, linear_cka

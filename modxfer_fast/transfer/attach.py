@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.models.task import head_modules
 from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.kinds import KINDS
 from modxfer_fast.transfer.modules import PeftModuleState, check_base_model
 
 _TASKS_WITH_HEAD = ("TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS")
@@ -98,7 +99,7 @@ def check_tensors(
 
 
 def _is_adapter(name: str) -> bool:
-    return any(mark in name for mark in (".lora_", ".ia3_", ".bottleneck_", ".compacter_"))
+    return any(f".{kind}_" in name for kind in KINDS)
 
 
 def _listed(names: list[str]) -> str:

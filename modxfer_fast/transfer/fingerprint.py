@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from modxfer_fast.models.architecture import without_peft
+from modxfer_fast.models.families import POOLER
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -21,7 +22,7 @@ def model_fingerprint(model: nn.Module) -> str:
     parameters = {}
     for name, parameter in backbone.named_parameters():
         name = name.replace(".base_layer.", ".")
-        if name.startswith("pooler.") or (prefix and prefix in name):
+        if name.startswith(f"{POOLER}.") or (prefix and prefix in name):
             continue
         parameters[name] = parameter
     return _digest(parameters.items())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -10,9 +11,8 @@ from transformers import set_seed
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.transfer.attach import adapter_state, check_tensors, config_for
 from modxfer_fast.transfer.layer_maps import LayerMap
-from modxfer_fast.transfer.maps import fit_maps
 from modxfer_fast.transfer.modules import PREFIX, PeftModuleState
-from modxfer_fast.transfer.transport import transport
+from modxfer_fast.transfer.transport import slot_sources
 
 
 def fresh_config(module: PeftModuleState, student: nn.Module, layer_map: LayerMap) -> PeftConfig:
@@ -21,16 +21,11 @@ def fresh_config(module: PeftModuleState, student: nn.Module, layer_map: LayerMa
     Raises:
         TransferError: a place of the module that the student lacks, or its head.
     """
-    parts = Architecture.of(student)
-    maps = fit_maps(
-        None,
-        layer_map,
-        "truncate",
-        teacher=module.architecture,
-        student=parts,
-        module=module,
-    )
-    return config_for(transport(module, maps, layer_map, parts), student)
+    parts, slots, scaling = Architecture.of(student), {}, {}
+    for slot, (first, *_) in slot_sources(module, layer_map, parts).items():
+        slots[slot], scaling[slot] = module.slots[first], module.scaling(first)
+    config = module.kind.student_config(module.config, parts, slots, scaling)
+    return config_for(replace(module, config=config, head={}), student)
 
 
 def fresh_module(

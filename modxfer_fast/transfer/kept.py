@@ -13,28 +13,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from modxfer_fast.transfer.modules import Slot
-from modxfer_fast.transfer.rewrite.compacter import dense_up
-from modxfer_fast.transfer.rewrite.lora import A, B
-from modxfer_fast.transfer.rewrite.source import Source
+from modxfer_fast.transfer.kinds import PeftKind, Slot, Source
 
 ENOUGH = 0.9  # of an update; what keeps less is worth a word
 _RANK = 1e-13  # of W^T W: eigenvalues below this part of the largest are rounding
 
 
-def power_kept(kind: str, source: Source) -> tuple[float, float] | None:
+def power_kept(kind: PeftKind, source: Source) -> tuple[float, float] | None:
     """The power of one source's update, and how much of it the map keeps; None of a kind that only
     scales features.
     """
-    tensors = source.tensors
-    if kind == "ia3":
+    if (update := kind.update(source)) is None:
         return None
-    if kind == "lora":
-        up, down = tensors[B].double(), source.scaling * tensors[A].double()
-        inner = down @ down.T
-    else:
-        up = (tensors["up.weight"] if kind == "bottleneck" else dense_up(tensors)).double()
-        inner = torch.eye(up.shape[1], dtype=up.dtype)
+    up, down = update
+    inner = torch.eye(up.shape[1], dtype=up.dtype) if down is None else down @ down.T
     return _power(up.T @ up, inner), _power(_carried(source.write.write, up), inner)
 
 

@@ -24,6 +24,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from modxfer_fast.config.transfer_names import LAYER_MAPS
+from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.transfer.errors import TransferError
 
 COMBINE = ("single", "mean", "mean_product", "reference_avg")
@@ -75,6 +76,19 @@ class LayerMap:
         if self.combine == "reference_avg" and count > 1:
             return (1 / count,) * (count - 1) + (0.0,)
         return (1 / count,) * count
+
+    def check_fits(self, student: Architecture, teacher: Architecture) -> None:
+        """Raise a TransferError unless both models have the layers that are named here."""
+        if self.num_student_layers != student.num_layers:
+            raise TransferError(
+                f"layer_map: expected {student.num_layers} student layers, "
+                f"got {self.num_student_layers}"
+            )
+        deepest = max(t for _, t in self.pairs)
+        if deepest >= teacher.num_layers:
+            raise TransferError(
+                f"layer_map: expected teacher layers 0 to {teacher.num_layers - 1}, got {deepest}"
+            )
 
     def facts(self) -> dict:
         """As written beside an adapter."""

@@ -7,7 +7,7 @@ compacter    as bottleneck, all refactored    as ridge
 ia3          vectors                          as ridge
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,22 +17,15 @@ from modxfer_fast.config.transfer_names import HEADS
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.families import OUTPUT_EMBEDDINGS
 from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.heads import rewrite_head
 from modxfer_fast.transfer.kept import kept_facts, power_kept
+from modxfer_fast.transfer.kinds import Slot, Source
 from modxfer_fast.transfer.layer_maps import LayerMap
-from modxfer_fast.transfer.layout import student_config
 from modxfer_fast.transfer.maps import Maps
 from modxfer_fast.transfer.maps.moment_views import on_cpu
-from modxfer_fast.transfer.modules import PeftModuleState, Slot, module_name, places
-from modxfer_fast.transfer.rewrite.bottleneck import rewrite_bottleneck
-from modxfer_fast.transfer.rewrite.compacter import factored, rewrite_compacter
-from modxfer_fast.transfer.rewrite.head import rewrite_head
-from modxfer_fast.transfer.rewrite.ia3 import rewrite_ia3
-from modxfer_fast.transfer.rewrite.lora import rewrite_lora
-from modxfer_fast.transfer.rewrite.source import Source
+from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.statistics import Statistics
 from modxfer_fast.transfer.updates import lora_updates
-
-_PREFIXED = ("bottleneck", "compacter")  # kinds whose tensors are named after them
 
 
 def transport(
@@ -68,49 +61,40 @@ def transport(
     student = student if isinstance(student, Architecture) else Architecture.of(student)
     if head not in HEADS:
         raise TransferError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
-    if rank is not None and (module.kind != "lora" or rank < 1):
+    kind = module.kind
+    if rank is not None and (not kind.is_low_rank or rank < 1):
         raise TransferError(
-            f"rank: expected a positive number for a LoRA, got {rank} for a {module.kind} module"
+            f"rank: expected a positive number for a LoRA, got {rank} for a {kind} module"
         )
-    _check_head(module)
-    _check_places(module, student)
-    slots: dict[Slot, dict[str, Tensor]] = {}
+    slots: dict[Slot, Mapping[str, Tensor]] = {}
     scaling: dict[Slot, float] = {}
     kept: list[tuple[Slot, int, tuple[float, float]]] = []
-    for s, teachers in enumerate(layer_map.sources):
-        for place in places(module.kind, module.config, module.architecture):
-            sources = _sources(module, maps, statistics, s, teachers, layer_map.weights(s), place)
-            if not sources:
-                continue
-            slot = Slot(s, place)
-            _check_counted(sources, layer_map, slot)
-            there = [t for t in teachers if Slot(t, place) in module.slots]
-            for t, source in zip(there, sources, strict=True):
-                if (power := power_kept(module.kind, source)) is not None:
-                    kept.append((slot, t, power))
-            seed = len(slots)  # each slot its own
-            slots[slot] = _rewrite(module, sources, layer_map.combine, maps.method, rank, seed)
-            scaling[slot] = sources[0].scaling
-    with_module = {slot.layer for slot in module.slots}
-    if not slots:
-        raise TransferError(
-            "layer_map: the module has no tensors in any of the teacher layers "
-            f"{sorted({t for _, t in layer_map.pairs})}, only in {sorted(with_module)}; choose a "
-            "map that takes some of them, such as skip_last, uniform, mean or explicit"
+    for slot, teachers in slot_sources(module, layer_map, student).items():
+        sources = [
+            _source(module, maps, statistics, slot, teacher, weight)
+            for teacher, weight in teachers.items()
+        ]
+        for teacher, source in zip(teachers, sources, strict=True):
+            if (power := power_kept(kind, source)) is not None:
+                kept.append((slot, teacher.layer, power))
+        slots[slot] = kind.rewrite(
+            sources,
+            layer_map.combine,
+            rank=rank,
+            on_features=maps.method == "reduced_rank",
+            seed=len(slots),  # each slot its own
         )
-    residuals: dict[Slot, dict[str, float]] = {}
-    if module.kind == "compacter":
-        slots, residuals = factored(slots, module.config.phm_rank)
+        scaling[slot] = sources[0].scaling
+    slots, residuals = kind.factored(module.config, slots)
     slots = {slot: _finished(module, tensors) for slot, tensors in slots.items()}
     if maps.method == "random_matched":
         slots = _redrawn(slots, int(maps.facts.get("seed") or 0))
     result = PeftModuleState(
-        module.kind,
-        student_config(module.kind, module.config, student, slots, scaling),
+        kind.student_config(module.config, student, slots, scaling),
         student,
         slots,
         facts={
-            "kind": module.kind,
+            "kind": kind.name,
             "base_model_of_teacher": module.config.base_model_name_or_path,
             "layer_map": layer_map.facts(),
             "method": maps.method,
@@ -119,18 +103,54 @@ def transport(
             "fits": maps.fits(),
             "head": head,
             "kept": kept_facts(kept),
-            "layers_left_out": sorted(with_module - {t for _, t in layer_map.pairs}),
+            "layers_left_out": sorted(_layers(module) - {t for _, t in layer_map.pairs}),
             "notes": _notes(module, student),
             "residuals": {f"{s}.{place}": numbers for (s, place), numbers in residuals.items()},
         },
     )
     _check_finite(result)
-    if module.kind == "lora" and statistics is not None:
+    if kind.is_low_rank and statistics is not None:
         updates = lora_updates(module, result, maps, statistics)
         result = replace(result, facts={**result.facts, "updates": updates})
     if head == "transport":
         result = replace(result, head=rewrite_head(module, head_maps or maps, student))
     return result
+
+
+def slot_sources(
+    module: PeftModuleState, layer_map: LayerMap, student: Architecture
+) -> dict[Slot, dict[Slot, float]]:
+    """The student's slots, and for each the teacher's slots that it is made of with their weights.
+
+    Raises:
+        TransferError: as `transport`, for all that needs no maps.
+    """
+    _check_head(module)
+    _check_places(module, student)
+    layer_map.check_fits(student, module.architecture)
+    found = {}
+    for s, teachers in enumerate(layer_map.sources):
+        weights = dict(zip(teachers, layer_map.weights(s), strict=True))
+        for place in module.kind.places(module.config, module.architecture):
+            there = {
+                Slot(t, place): weight
+                for t, weight in weights.items()
+                if Slot(t, place) in module.slots
+            }
+            if there:
+                found[Slot(s, place)] = there
+                _check_counted(there, layer_map, Slot(s, place))
+    if not found:
+        raise TransferError(
+            "layer_map: the module has no tensors in any of the teacher layers "
+            f"{sorted({t for _, t in layer_map.pairs})}, only in {sorted(_layers(module))}; choose "
+            "a map that takes some of them, such as skip_last, uniform, mean or explicit"
+        )
+    return found
+
+
+def _layers(module: PeftModuleState) -> set[int]:
+    return {slot.layer for slot in module.slots}
 
 
 def _check_head(module: PeftModuleState) -> None:
@@ -158,19 +178,19 @@ def _notes(module: PeftModuleState, student: Architecture) -> list[str]:
 
 
 def _check_places(module: PeftModuleState, student: Architecture) -> None:
-    there = places(module.kind, module.config, student)
+    there = module.kind.places(module.config, student)
     for place in dict.fromkeys(slot.place for slot in module.slots):
-        module_name(module.kind, module.config, student, Slot(0, place))
-        if there[place] != module.role(place):
+        module.kind.module_name(module.config, student, Slot(0, place))
+        if there[place].role != module.role(place):
             raise TransferError(
                 f"{place}: a {module.kind} module reads and writes {tuple(module.role(place))} in "
-                f"a {module.architecture.family} block but {tuple(there[place])} in a "
+                f"a {module.architecture.family} block but {tuple(there[place].role)} in a "
                 f"{student.family} block; no map leads from one space to another"
             )
 
 
-def _check_counted(sources: Sequence[Source], layer_map: LayerMap, slot: Slot) -> None:
-    if not any(source.weight for source in sources):
+def _check_counted(sources: Mapping[Slot, float], layer_map: LayerMap, slot: Slot) -> None:
+    if not any(sources.values()):
         raise TransferError(
             f"layer_map: {layer_map.combine!r} leaves out the last of the teacher layers "
             f"{list(layer_map.sources[slot.layer])} of student layer {slot.layer}, the only one "
@@ -178,76 +198,38 @@ def _check_counted(sources: Sequence[Source], layer_map: LayerMap, slot: Slot) -
         )
 
 
-def _sources(
+def _source(
     module: PeftModuleState,
     maps: Maps,
     statistics: Statistics | None,
-    s: int,
-    teachers: Sequence[int],
-    weights: Sequence[float],
-    place: str,
-) -> list[Source]:
-    sources = []
-    for t, weight in zip(teachers, weights, strict=True):
-        slot = Slot(t, place)
-        if slot not in module.slots:
-            continue
-        spaces = module.slot_spaces(slot)
-        reads, writes = spaces[0], spaces[-1]
-        moments = None
-        if statistics is not None and reads in statistics.spaces:
-            moments = on_cpu(statistics.moments(reads, s, t))
-        sources.append(
-            Source(
-                _short_names(module.kind, module.slots[slot]),
-                maps[reads, s, t],
-                maps[writes, s, t],
-                weight,
-                module.scaling(slot) if module.kind == "lora" else 1.0,
-                moments,
-            )
-        )
-    return sources
-
-
-def _rewrite(
-    module: PeftModuleState,
-    sources: list[Source],
-    combine: str,
-    method: str,
-    rank: int | None,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Tensors of one slot, fp64; the projections of a Compacter are dense."""
-    if module.kind == "lora":
-        on_features = method == "reduced_rank"
-        return rewrite_lora(sources, combine, rank=rank, on_features=on_features, seed=seed)
-    if module.kind == "bottleneck":
-        return rewrite_bottleneck(sources, combine)
-    if module.kind == "compacter":
-        return rewrite_compacter(sources, combine)
-    shape = (1, -1) if sources[0].tensors["ia3_l"].shape[0] == 1 else (-1, 1)
-    return {"ia3_l": rewrite_ia3(sources).reshape(shape)}
+    slot: Slot,
+    teacher: Slot,
+    weight: float,
+) -> Source:
+    """What the teacher's slot contributes to the student's."""
+    spaces = module.slot_spaces(teacher)
+    reads, writes = spaces[0], spaces[-1]
+    layers = slot.layer, teacher.layer
+    moments = None
+    if statistics is not None and reads in statistics.spaces:
+        moments = on_cpu(statistics.moments(reads, *layers))
+    prefix = module.kind.prefix
+    return Source(
+        {name.removeprefix(prefix): tensor for name, tensor in module.slots[teacher].items()},
+        maps[(reads, *layers)],
+        maps[(writes, *layers)],
+        weight,
+        module.scaling(teacher),
+        moments,
+    )
 
 
 def _finished(module: PeftModuleState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under PEFT's names, in the teacher's dtype."""
     dtype = next(iter(next(iter(module.slots.values())).values())).dtype
     return {
-        _long_name(module.kind, name): tensor.to(dtype).contiguous()
-        for name, tensor in tensors.items()
+        module.kind.prefix + name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()
     }
-
-
-def _short_names(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(f"{kind}_") if kind in _PREFIXED else name: tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _long_name(kind: str, name: str) -> str:
-    return f"{kind}_{name}" if kind in _PREFIXED else name
 
 
 def _redrawn(

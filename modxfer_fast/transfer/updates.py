@@ -13,13 +13,13 @@ A large error with a good `r2_write` blames the read map; sizes that differ blam
 
 from torch import Tensor
 
+from modxfer_fast.transfer.kinds import Slot
+from modxfer_fast.transfer.kinds.lora import A, B
 from modxfer_fast.transfer.maps import Maps
 from modxfer_fast.transfer.maps.moment_views import on_cpu, uncentred
-from modxfer_fast.transfer.modules import PeftModuleState, Slot
+from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import Statistics
-
-_A, _B = "lora_A.weight", "lora_B.weight"
 
 
 def lora_updates(
@@ -64,7 +64,7 @@ def lora_updates(
 
 
 def _weight(tensors, scaling: float) -> tuple[Tensor, Tensor]:
-    return tensors[_A].double(), scaling * tensors[_B].double()
+    return tensors[A].double(), scaling * tensors[B].double()
 
 
 def _numbers(mine, theirs, write: Tensor, features: Moments, at_output: Moments | None) -> dict:

@@ -26,6 +26,7 @@ from modxfer_fast.transfer import (
     make_layer_map,
     transport,
 )
+from modxfer_fast.transfer.kinds.lora import LoRA
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "camembert", "electra", "mpnet")
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "granite", "eurobert", "gemma2",
@@ -83,7 +84,7 @@ def test_every_role_is_a_linear_of_the_declared_widths(family, auto):
             reads, writes = ROLES[role]
             assert linear.in_features == found.width(reads)
             assert linear.out_features == found.width(writes)
-            assert found.place(name) == (layer, role)
+            assert LoRA().slot(None, found, name) == (layer, role)
 
 
 def test_grouped_queries_have_fewer_key_heads():
@@ -100,14 +101,14 @@ def test_peft_around_a_task_model_changes_nothing():
     assert Architecture.of(wrapped) == bare
     assert bare.layers == "bert.encoder.layer"
     name = next(n for n, m in wrapped.named_modules() if hasattr(m, "lora_A") and ".2." in n)
-    assert bare.place(name) == (2, "query")
+    assert LoRA().slot(None, bare, name) == (2, "query")
     assert bare.layer_module(wrapped, 1) is model.bert.encoder.layer[1]
 
 
 def test_what_is_no_linear_of_a_block_has_no_place():
     found = Architecture.of(tiny("bert", AutoModelForTokenClassification))
     for name in ("classifier", "bert.encoder.layer.0", "bert.encoder.layer.0.output", "dense"):
-        assert found.place(name) is None
+        assert LoRA().slot(None, found, name) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,7 +134,7 @@ def test_errors_name_what_exists():
 
 
 def test_the_output_of_a_role_is_what_the_block_computes():
-    """`place` and hooks agree: a linear found by role is the one that runs."""
+    """`slot` and hooks agree: a linear found by role is the one that runs."""
     model = tiny("distilbert").eval()
     found = Architecture.of(model)
     seen = []

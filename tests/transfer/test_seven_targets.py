@@ -25,8 +25,8 @@ from modxfer_fast.transfer import (
     transport,
 )
 from modxfer_fast.transfer.kept import power_kept, share_kept, warnings
-from modxfer_fast.transfer.rewrite.lora import A, B
-from modxfer_fast.transfer.rewrite.source import Source
+from modxfer_fast.transfer.kinds import KINDS, Source
+from modxfer_fast.transfer.kinds.lora import A, B
 from tests.transfer_clones import (
     bases,
     clone,
@@ -180,6 +180,6 @@ def test_the_power_of_an_update_has_its_scaling():
     source = Source(
         {A: down, B: up}, None, SimpleNamespace(write=torch.eye(6).double()), 1.0, scaling=3.0
     )
-    power, kept = power_kept("lora", source)
+    power, kept = power_kept(KINDS["lora"], source)
     assert power == pytest.approx((3.0 * up @ down).square().sum().item(), rel=1e-5)
     assert kept == pytest.approx(power)

@@ -23,9 +23,8 @@ from modxfer_fast.transfer import (
     verify,
 )
 from modxfer_fast.transfer.features import FeatureTaps, Site
+from modxfer_fast.transfer.kinds.lora import VARIANTS, truncated
 from modxfer_fast.transfer.maps.moment_views import uncentred
-from modxfer_fast.transfer.modules import _LORA_VARIANTS
-from modxfer_fast.transfer.rewrite.lora import truncated
 from tests.transfer_clones import bases, batches, clone, logits, original, statistics, trained
 from tests.transfer_inputs import tiny_model
 
@@ -519,7 +518,7 @@ def test_other_kinds_of_modules_are_refused(config, message):
         PeftModuleState.from_model(get_peft_model(model, config))
 
 
-@pytest.mark.parametrize("name", ["init_lora_weights", *_LORA_VARIANTS])
+@pytest.mark.parametrize("name", ["init_lora_weights", *VARIANTS])
 def test_loras_whose_update_is_not_b_a_are_refused(name):
     model = get_peft_model(tiny_model("bert"), lora())
     setattr(model.peft_config["default"], name, "lora_ga" if name == "init_lora_weights" else [1])

@@ -63,8 +63,8 @@ from modxfer_fast.transfer import (
     transport,
     verify,
 )
+from modxfer_fast.transfer.heads import rewrite_head
 from modxfer_fast.transfer.kept import warnings
-from modxfer_fast.transfer.rewrite.head import rewrite_head
 
 CONTENT = "content"
 

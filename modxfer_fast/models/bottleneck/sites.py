@@ -45,13 +45,10 @@ def find_site(
     Returns:
         None where the name belongs to no site of this placement.
     """
-    match = re.search(
-        rf"(?:^|\.){re.escape(architecture.layers)}\.(\d+)\.(.+?)(?:\.(?:bottleneck|compacter)_.+)?$",
-        name,
-    )
-    if match is None:
+    found = architecture.in_block(re.sub(r"\.(?:bottleneck|compacter)_.+$", "", name))
+    if found is None:
         return None
     for site in bottleneck_sites(architecture, placement):
-        if match[2] == site.path:
-            return int(match[1]), site
+        if found[1] == site.path:
+            return found[0], site
     return None

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,11 @@ from modxfer_fast.transfer.maps.procrustes import fit_procrustes
 from modxfer_fast.transfer.maps.ridge import GRID, fit_ridge
 from modxfer_fast.transfer.maps.scores import finite, scores
 from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
-from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import Statistics
+
+if TYPE_CHECKING:  # modules know their kinds, which rewrite through maps
+    from modxfer_fast.transfer.modules import PeftModuleState
 
 # What a LoRA writes into the gate or the up projection lies anywhere in the space of the hidden
 # neurons, but the outputs of these linears span no more than they read. Behind the non-linearity
@@ -114,7 +117,7 @@ class MapOptions:
                     f"measured_at: expected spaces among {', '.join(SPACES)}, got {space!r}"
                 )
 
-    def resolved(self, module: PeftModuleState | None) -> "MapOptions":
+    def resolved(self, module: "PeftModuleState | None") -> "MapOptions":
         """The same with `means` decided for this module."""
         if self.means is not None:
             return self
@@ -150,7 +153,7 @@ def fit_maps(
     *,
     teacher: Architecture | nn.Module,
     student: Architecture | nn.Module,
-    module: PeftModuleState | None = None,
+    module: "PeftModuleState | None" = None,
     spaces: Sequence[str] | None = None,
     options: MapOptions | None = None,
     head: bool = False,
@@ -241,16 +244,7 @@ def _check(method, statistics, layer_map, teacher, student, spaces) -> None:
                 f"spaces: expected among those that both models have, {', '.join(both)}; "
                 f"got {space!r}"
             )
-    if layer_map.num_student_layers != student.num_layers:
-        raise TransferError(
-            f"layer_map: expected {student.num_layers} student layers, "
-            f"got {layer_map.num_student_layers}"
-        )
-    deepest = max(t for _, t in layer_map.pairs)
-    if deepest >= teacher.num_layers:
-        raise TransferError(
-            f"layer_map: expected teacher layers 0 to {teacher.num_layers - 1}, got {deepest}"
-        )
+    layer_map.check_fits(student, teacher)
     if statistics is None and method not in (*DATA_FREE_METHODS, "kd_projection"):
         raise TransferError(f"statistics: expected for the method {method!r}, got none")
 

@@ -11,33 +11,40 @@ from torch import Tensor
 
 from modxfer_fast.models.compacter import phm_dense, phm_refit_rule
 from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.modules import Slot
-from modxfer_fast.transfer.rewrite.bottleneck import rewrite_bottleneck
-from modxfer_fast.transfer.rewrite.source import Source
+from modxfer_fast.transfer.kinds.base import Slot, Slots
+from modxfer_fast.transfer.kinds.bottleneck import UP, Bottleneck
 
 _PARTS = ("down", "up")
 
 
-def rewrite_compacter(sources: Sequence[Source], combine: str) -> dict[str, Tensor]:
-    """The student's dense down.weight and up.weight, their biases, and the rules of the first."""
-    first = sources[0].tensors
-    rules = {name: tensor for name, tensor in first.items() if name.endswith("rule")}
-    dense = [source._replace(tensors=_dense(source.tensors)) for source in sources]
-    return {**rewrite_bottleneck(dense, combine), **rules}
+class Compacter(Bottleneck):
+    """Bottleneck adapters whose projections are sums of Kronecker products."""
+
+    name = "compacter"
+    prefix = "compacter_"
+    tensors = r"compacter_(?:down|up)\.(?:left|right|bias|rule)|compacter_rule"
+
+    def rewrite(self, sources, combine, **options):
+        """Those of a bottleneck, with dense weights, and the rules of the first source."""
+        first = sources[0].tensors
+        rules = {name: tensor for name, tensor in first.items() if name.endswith("rule")}
+        dense = [source._replace(tensors=_dense(source.tensors)) for source in sources]
+        return {**super().rewrite(dense, combine), **rules}
+
+    def factored(self, config, slots):
+        return _factored(slots, config.phm_rank)
+
+    def update(self, source):
+        return _dense(source.tensors)[UP].double(), None
 
 
-def dense_up(tensors: Mapping[str, Tensor]) -> Tensor:
-    """up.weight of a Compacter as that of a bottleneck."""
-    return _dense(tensors)["up.weight"]
-
-
-def factored(
-    slots: Mapping[Slot, Mapping[str, Tensor]], rank: int
+def _factored(
+    slots: Slots, rank: int
 ) -> tuple[dict[Slot, dict[str, Tensor]], dict[Slot, dict[str, float]]]:
     """left, right, bias and rule of both projections of every slot; relative residuals of the fits.
 
     Args:
-        slots: as `rewrite_compacter` makes them.
+        slots: as `rewrite` makes them.
         rank: of the factors.
 
     Raises:
