@@ -1,6 +1,43 @@
-"""Environment variables the kernels read, in one place."""
+"""Every environment variable of the project, and those that the kernels read. Imports no torch."""
 
 import os
+
+# name -> (value where it is not set, what it does)
+VARIABLES = {
+    "MODXFER_BACKEND": (
+        "chosen by device and dtype",
+        "the backend that every room must use: `reference`, `cpp` or `triton`; one that cannot "
+        "serve a call raises with its reasons",
+    ),
+    "MODXFER_CPU_ISA": (
+        "the processor's widest",
+        "instruction set of the C++ kernels: `baseline`, `avx2` or `avx512`",
+    ),
+    "MODXFER_DEBUG": (
+        "0",
+        "1 checks values too (labels, NaN), at the price of a wait on a GPU",
+    ),
+    "MODXFER_CACHE": (
+        "~/.cache/modxfer_fast",
+        "folder of what jobs keep for one another: trained teachers, statistics, maps",
+    ),
+    "MODXFER_BUILD": (
+        "auto",
+        "what an installation compiles: `auto`, `cpu`, `cuda` or `none`",
+    ),
+    "MODXFER_CXXFLAGS": ("", "more options for the C++ compiler of the build, behind its own"),
+    "MODXFER_COMMIT": (
+        "asked of git",
+        "the commit that benchmarks print where only files have been copied",
+    ),
+    "TRITON_INTERPRET": ("0", "1 runs the Triton kernels as NumPy on the CPU; set before import"),
+    "OMP_NUM_THREADS": (
+        "measured on a CPU",
+        "threads of a job, which then does not measure how many are fastest",
+    ),
+    "CXX": ("c++", "the C++ compiler of the build"),
+    "MAX_JOBS": ("one a core", "compilers that the build runs at a time"),
+}
 
 
 def backend() -> str | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
-from modxfer_fast.testing.reference import dense_loss, dense_terms
+from tests.support.reference import dense_loss, dense_terms
 
 
 @contextlib.contextmanager

@@ -15,10 +15,11 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "Makefile")
 SOURCES = (
     *("csrc", "kernels", "modxfer_fast", "benchmarks", "docs", "examples", "tests"),
-    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile"),
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("setup.py", "pyproject.toml", "MANIFEST.in"),
+    *DOCUMENTS,
 )
 
 
@@ -135,7 +136,7 @@ def test_sdist_holds_every_source_and_document(checkout):
         }
         assert wanted
         assert not {path for path in wanted if not (checkout / path).is_file()}
-    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"):
+    for name in DOCUMENTS:
         assert (checkout / name).is_file(), name
 
 

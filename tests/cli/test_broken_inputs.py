@@ -6,7 +6,7 @@ import pytest
 
 from modxfer_fast.cli.main import main
 from modxfer_fast.data import train_tokenizer
-from modxfer_fast.testing.models import tiny_llama
+from tests.support.models import tiny_llama
 
 QUICK = {
     "tokenizer": None,

@@ -12,7 +12,7 @@ from modxfer_fast.errors import Terminated, UserError
 from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.testing import run_distributed
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
+from tests.support.models import TokenDataset, align_collate, tiny_llama
 
 
 class OneRankHears(TrainerCallback):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modxfer_fast.data import train_tokenizer
-from modxfer_fast.testing.models import tiny_llama
+from tests.support.models import tiny_llama
 
 README = Path(__file__).parents[2] / "README.md"
 

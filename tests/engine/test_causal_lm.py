@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-from modxfer_fast.testing.models import tiny_llama
+from tests.support.models import tiny_llama
 
 SMALL = {
     "vocab_size": 97,

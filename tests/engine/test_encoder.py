@@ -17,7 +17,6 @@ from modxfer_fast.engine import (
 )
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import ModelError
-from modxfer_fast.testing.models import tiny_llama
 from tests.encoder_models import tiny_encoder
 from tests.encoder_reference import (
     COLLATOR,
@@ -34,6 +33,7 @@ from tests.encoder_reference import (
     teacher_model,
     weighted_loss,
 )
+from tests.support.models import tiny_llama
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert")
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
-from modxfer_fast.testing.models import TokenDataset, align_collate, pack_collate, tiny_llama
 from tests.feature_reference import evaluate_dense_features, train_dense_features
+from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
 
 STEPS, ACCUMULATION, BATCH = 3, 4, 2
 DATA = TokenDataset(STEPS * ACCUMULATION * BATCH)

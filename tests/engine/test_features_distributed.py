@@ -18,8 +18,8 @@ from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Ob
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
 from tests.feature_reference import evaluate_dense_features, train_dense_features
+from tests.support.models import TokenDataset, align_collate, tiny_llama
 
 STEPS, ACCUMULATION, BATCH, RANKS = 3, 2, 2, 2
 LEARNING_RATE = 0.5

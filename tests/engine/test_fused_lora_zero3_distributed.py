@@ -22,8 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.models import patch_peft_model, register_fused_lora
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
-from modxfer_fast.testing.reference import train_dense
 from tests.fused_lora_models import (
     assert_all_within_budget,
     calls_of_the_op,
@@ -32,6 +30,8 @@ from tests.fused_lora_models import (
     outputs_and_gradients,
     sizes,
 )
+from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.reference import train_dense
 
 STEPS, ACCUMULATION, BATCH, RANKS = 3, 2, 2, 2
 LEARNING_RATE = 0.5

@@ -14,7 +14,7 @@ from transformers import (
 from modxfer_fast.data import CausalCollator, train_tokenizer
 from modxfer_fast.engine import DistillConfig, DistillTrainer
 from modxfer_fast.engine.labels import AlignedLabels, shifted
-from modxfer_fast.testing.models import TokenDataset, align_collate, pack_collate, tiny_llama
+from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
 
 _ = -100
 

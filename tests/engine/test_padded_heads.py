@@ -11,8 +11,8 @@ from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teache
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.testing import run_distributed
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
-from modxfer_fast.testing.reference import evaluate_dense, train_dense
+from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.reference import evaluate_dense, train_dense
 
 TOKENS, COMMON, PADDED = 97, 101, 128  # of the tokenizer, and of the two heads
 STEPS, RATE = 2, 0.5

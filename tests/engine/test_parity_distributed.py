@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
-from modxfer_fast.testing.reference import evaluate_dense, train_dense
+from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.reference import evaluate_dense, train_dense
 
 STEPS, ACCUMULATION, BATCH, RANKS = 3, 4, 2, 2
 LEARNING_RATE = 0.5

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer, NonFiniteError
 from modxfer_fast.testing import run_distributed
-from modxfer_fast.testing.models import TokenDataset, align_collate, tiny_llama
+from tests.support.models import TokenDataset, align_collate, tiny_llama
 
 
 @dataclasses.dataclass(frozen=True)

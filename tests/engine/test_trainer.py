@@ -18,8 +18,8 @@ from modxfer_fast.engine import (
 )
 from modxfer_fast.errors import UserError
 from modxfer_fast.models import ModelError
-from modxfer_fast.testing.models import TokenDataset, align_collate, pack_collate, tiny_llama
-from modxfer_fast.testing.reference import evaluate_dense, train_dense
+from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
+from tests.support.reference import evaluate_dense, train_dense
 
 STEPS, ACCUMULATION, BATCH = 3, 4, 2
 DATA = TokenDataset(STEPS * ACCUMULATION * BATCH)

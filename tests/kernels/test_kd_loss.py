@@ -9,7 +9,6 @@ from modxfer_fast import kd_loss
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
 from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
-from modxfer_fast.testing.kd_rows import Rows, check_row_kernels, close_rows
 from tests.inputs import (
     BACKENDS,
     DTYPES,
@@ -20,6 +19,7 @@ from tests.inputs import (
     masked_labels,
     row_weights,
 )
+from tests.support.kd_rows import Rows, check_row_kernels, close_rows
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -6,7 +6,6 @@ import torch
 from modxfer_fast import kd_loss
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
 from modxfer_fast.measure.memory import peak_mib
-from modxfer_fast.testing.kd_rows import check_row_kernels, close_rows
 from tests.gpu import (
     NEEDS_GPU,
     backend_on,
@@ -17,6 +16,7 @@ from tests.gpu import (
     to_device,
 )
 from tests.inputs import DTYPES, Objective, check_logits, close_logits, masked_labels, row_weights
+from tests.support.kd_rows import check_row_kernels, close_rows
 
 # 300 rows: more than FEW_ROWS, so the launch of a training step
 SIZES = {"cpu": (7, 301), "cuda": (300, 32000)}

@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, triton_interpreter
 from modxfer_fast.kernels.kd_loss import triton_impl
-from modxfer_fast.testing.kd_rows import Rows, check_row_kernels, close_rows
+from tests.support.kd_rows import Rows, check_row_kernels, close_rows
 
 pytestmark = [
     pytest.mark.pairs,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss import reference
-from modxfer_fast.testing.accuracy import assert_within_budget
+from modxfer_fast.testing import assert_within_budget
 
 
 @dataclasses.dataclass
