@@ -10,6 +10,7 @@ from modxfer_fast.config import JobConfig
 from modxfer_fast.config.reference import sections
 from modxfer_fast.config.task_distill import TaskDistillConfig
 from modxfer_fast.config.transfer import TransferConfig
+from modxfer_fast.kernels.env import VARIABLES
 
 ROOT = Path(__file__).parents[1]
 JOBS = {"distill": JobConfig, "task": TaskDistillConfig, "transfer": TransferConfig}
@@ -34,6 +35,12 @@ def readme(heading: str) -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
     return section.strip().replace("](docs/", "](")
+
+
+def variables(_: str) -> str:
+    """Every environment variable."""
+    rows = [f"| `{name}` | {default} | {use} |" for name, (default, use) in VARIABLES.items()]
+    return "\n".join(["| variable | not set | what it does |", "|---|---|---|", *rows])
 
 
 def schema(job: str) -> str:
@@ -66,4 +73,4 @@ def cells(key: tuple[str, str, str]) -> tuple[str, str, str]:
     return name, kind.replace("|", "\\|"), default.replace("|", "\\|")
 
 
-RENDER = {"readme": readme, "schema": schema}
+RENDER = {"readme": readme, "schema": schema, "variables": variables}
