@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_distill(args.config, args.set)
     if isinstance(config, TaskDistillConfig):
-        from modxfer_fast.jobs.task.distill import run_task_distillation
+        from modxfer_fast.jobs.task.distill import TaskDistillJob
 
-        run_task_distillation(config, resume=args.resume)
+        TaskDistillJob(config).run(resume=args.resume)
         return 0
 
     from modxfer_fast.jobs.distill.job import run_job

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         run_grid(job)
         return 0
 
-    from modxfer_fast.jobs.transfer.run import run_transfer
+    from modxfer_fast.jobs.transfer.job import TransferJob
 
-    run_transfer(job, until=args.stage)
+    TransferJob(job).run(until=args.stage)
     return 0

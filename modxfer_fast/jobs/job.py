@@ -13,7 +13,7 @@ from modxfer_fast.files import new_folder, read_json, write_json, write_text
 from modxfer_fast.jobs.distill.continuation import changes
 from modxfer_fast.jobs.environment import environment, quieten_libraries
 from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, check_output
-from modxfer_fast.jobs.ranks import single_process
+from modxfer_fast.jobs.ranks import is_main, single_process
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import NotMade, Store
 from modxfer_fast.jobs.threads import settle_threads
@@ -35,9 +35,11 @@ class Job:
 
     command: ClassVar[str]
 
-    def __init__(self, config: BaseModel, console: JobConsole, store: Store | None = None) -> None:
+    def __init__(
+        self, config: BaseModel, console: JobConsole | None = None, store: Store | None = None
+    ) -> None:
         self.config = config
-        self.console = console
+        self.console = console or JobConsole(is_main=is_main())
         self.store = store or Store()
 
     # ---- what a kind of job says ----
@@ -56,6 +58,9 @@ class Job:
         one left, which is then made first. None where this job has no use for it.
         """
         raise NotImplementedError
+
+    def inspect(self, name: str, folder: Path) -> None:
+        """What is done with the folder of a stage each time a person asks for it by this name."""
 
     def report(self) -> dict[str, Any]:
         """Runs the stages; what their report says, but for its head."""
@@ -143,4 +148,6 @@ class Job:
         if name not in stages:
             raise ConfigError(f"--stage: expected one of {', '.join(stages)}, got {name}")
         folder = self.get(stages[name]())
+        if folder is not None:
+            self.inspect(name, folder)
         self.console.say(f"{name}: {folder or 'not needed by this method'}")

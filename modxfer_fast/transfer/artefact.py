@@ -2,7 +2,8 @@
 
     tensors.safetensors     named tensors
     facts.json              what it is ("kind"), and where it comes from
-    SHA256SUMS              of the two, as `sha256sum -c SHA256SUMS` reads it
+    SHA256SUMS              of the two, as `sha256sum -c SHA256SUMS` reads it; none inside a folder
+                            that is sealed as a whole
 
 It is written beside its place and renamed, so it is complete or absent.
 """
@@ -23,13 +24,19 @@ TENSORS, FACTS, CHECKSUMS = "tensors.safetensors", "facts.json", "SHA256SUMS"
 
 
 def write_artefact(
-    folder: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: str | Path,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    checksums: bool = True,
 ) -> None:
     """Write the folder, in place of an older one.
 
     Args:
         kind: what the artefact is, e.g. "statistics"; `read_artefact` asks for the same.
         facts: what JSON can hold; a number that is not finite becomes null.
+        checksums: False where the folder around it has them.
 
     Raises:
         TransferError: the disk is full or refuses the folder; nothing is left behind, and an
@@ -43,8 +50,9 @@ def write_artefact(
                 {name: t.contiguous().cpu() for name, t in tensors.items()}, scratch / TENSORS
             )
             write_json(scratch / FACTS, {"kind": kind, "facts": dict(facts)})
-            sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in (FACTS, TENSORS)]
-            write_text(scratch / CHECKSUMS, "".join(sums))
+            if checksums:
+                sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in (FACTS, TENSORS)]
+                write_text(scratch / CHECKSUMS, "".join(sums))
     except (OSError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be written ({error})") from error
 
@@ -64,8 +72,13 @@ def check_replaceable(folder: Path, mark: str, kind: str) -> None:
         raise TransferError(f"{folder}: exists and is no {kind}; name another folder")
 
 
-def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_artefact(
+    folder: str | Path, kind: str, *, checksums: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors on the CPU, and facts.
+
+    Args:
+        checksums: False where the folder around it has them, and was compared.
 
     Raises:
         TransferError: a missing file, one whose checksum differs, or an artefact of another kind.
@@ -73,19 +86,12 @@ def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
     folder = Path(folder)
     if not folder.is_dir():
         raise TransferError(f"{folder}: no such folder; expected {kind}")
-    for name in (CHECKSUMS, FACTS, TENSORS):
+    for name in (*([CHECKSUMS] if checksums else []), FACTS, TENSORS):
         if not (folder / name).is_file():
             raise TransferError(f"{folder / name}: no such file; expected it in {kind}")
     try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-        expected = {name: checksum for checksum, name in (line.split() for line in lines)}
-        for name in (FACTS, TENSORS):
-            found = sha256_of(folder / name)
-            if expected.get(name) != found:
-                raise TransferError(
-                    f"{folder / name}: expected checksum {expected.get(name)}, got {found}; "
-                    f"make {kind} again"
-                )
+        if checksums:
+            _compare(folder, kind)
         content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         if content["kind"] != kind:
             raise TransferError(f"{folder}: expected {kind}, got {content['kind']}")
@@ -94,3 +100,15 @@ def read_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be read as {kind} ({error})") from error
+
+
+def _compare(folder: Path, kind: str) -> None:
+    lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    expected = {name: checksum for checksum, name in (line.split() for line in lines)}
+    for name in (FACTS, TENSORS):
+        found = sha256_of(folder / name)
+        if expected.get(name) != found:
+            raise TransferError(
+                f"{folder / name}: expected checksum {expected.get(name)}, got {found}; "
+                f"make {kind} again"
+            )

@@ -75,23 +75,23 @@ class Statistics:
             table[s, t] = linear_cka(self.moments(space, s, t))
         return table
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, checksums: bool = True) -> None:
         """Write an artefact folder; see `artefact.write_artefact`."""
         tensors = {
             f"{part}.{name}": tensor
             for part, moments in (("fit", self._fit), ("held_out", self._held_out))
             for name, tensor in moments.state_dict().items()
         }
-        write_artefact(folder, KIND, tensors, self.facts)
+        write_artefact(folder, KIND, tensors, self.facts, checksums=checksums)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Statistics":
+    def load(cls, folder: str | Path, *, checksums: bool = True) -> "Statistics":
         """Read what `save` wrote.
 
         Raises:
             TransferError: a missing or corrupt file.
         """
-        tensors, facts = read_artefact(folder, KIND)
+        tensors, facts = read_artefact(folder, KIND, checksums=checksums)
         states: dict[str, dict[str, Tensor]] = {"fit": {}, "held_out": {}}
         for name, tensor in tensors.items():
             part, _, entry = name.partition(".")

@@ -207,7 +207,7 @@ def test_a_process_ends_after_its_launcher(stays):
 def test_a_finished_job_on_a_task_stays(tmp_path, capsys, monkeypatch):
     from modxfer_fast.config import dump_config
     from modxfer_fast.config.task_distill import load_distill
-    from modxfer_fast.jobs.task import distill as task_distill
+    from modxfer_fast.jobs.task.distill import TaskDistillJob
 
     task = {"kind": "ner", "files": {"train": "train.conllu"}, "labels": ["O", "B-LOC", "I-LOC"]}
     base = {
@@ -221,7 +221,7 @@ def test_a_finished_job_on_a_task_stays(tmp_path, capsys, monkeypatch):
     out.mkdir()
     (out / "report.json").write_text('{"seconds": 1}')
     (out / "config.yaml").write_text(dump_config(load_distill(path)))
-    monkeypatch.setattr(task_distill, "TaskDistillJob", lambda *a: pytest.fail("it began"))
+    monkeypatch.setattr(TaskDistillJob, "check", lambda *a: pytest.fail("it began"))
     assert main(["distill", str(path), "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
     assert main(["distill", str(path)]) == 2

@@ -14,10 +14,11 @@ from transformers import AutoModelForTokenClassification
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 from modxfer_fast.config.grid import load_transfer
 from modxfer_fast.engine import NonFiniteError
+from modxfer_fast.jobs import job as jobs_job
 from modxfer_fast.jobs.task import models as task_models
 from modxfer_fast.jobs.task import stages as task_stages
-from modxfer_fast.jobs.transfer import job as transfer_job
-from modxfer_fast.jobs.transfer import run as transfer_report
+from modxfer_fast.jobs.transfer import builds as transfer_builds
+from modxfer_fast.jobs.transfer.job import TransferJob
 from modxfer_fast.report import JobConsole
 from modxfer_fast.report.transfer_table import read_results
 from tests.cli.conftest import job_file, merged, ner_task
@@ -67,6 +68,15 @@ def run(path, *more):
     assert main(["transfer", str(path), *more]) == 0
 
 
+def quiet_job(path):
+    return TransferJob(load_transfer(path), JobConsole(is_main=False))
+
+
+def module_of(job):
+    """The folder of the student's module before training."""
+    return job.get(job.graph.module)
+
+
 def refused(capsys, path, *more):
     assert main(["transfer", str(path), *more]) == EXIT_USER_ERROR
     return capsys.readouterr().err
@@ -106,8 +116,8 @@ def test_stages_run_once_and_can_be_asked_for_alone(write, monkeypatch, capsys):
     calls = []
     for module, name in (
         (task_stages, "train_task"),
-        (transfer_job, "collect_statistics"),
-        (transfer_job, "fit_maps"),
+        (transfer_builds, "collect_statistics"),
+        (transfer_builds, "fit_maps"),
     ):
         original = getattr(module, name)
 
@@ -140,8 +150,9 @@ def test_what_is_in_the_cache_needs_no_weights(write, monkeypatch):
 @pytest.mark.parametrize("damage", ["changed", "absent"])
 def test_a_damaged_stage_is_named_and_made_again(write, capsys, damage):
     path, out = write(scratch=False, student={"training": {"max_steps": 4}})
-    job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
-    file = job.module / task_models.ADAPTER / "adapter_model.safetensors"
+    job = quiet_job(path)
+    module = module_of(job)
+    file = module / task_models.ADAPTER / "adapter_model.safetensors"
     content = file.read_bytes()
     if damage == "changed":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -149,7 +160,7 @@ def test_a_damaged_stage_is_named_and_made_again(write, capsys, damage):
         file.unlink()
     run(path)
     told = "".join(capsys.readouterr().out.split())  # a long path is broken anywhere
-    assert f"{job.module}isdamaged(adapter/adapter_model.safetensors);itismadeagain" in told
+    assert f"{module}isdamaged(adapter/adapter_model.safetensors);itismadeagain" in told
     assert file.read_bytes() == content
     assert out.exists()
 
@@ -160,7 +171,7 @@ def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer_report, "write_json", full)
+    monkeypatch.setattr(jobs_job, "write_json", full)
     assert "No space left on device" in refused(capsys, path)
     assert not out.exists()
     assert list(out.parent.iterdir()) == [path]
@@ -228,8 +239,8 @@ def test_the_head_is_the_same_whatever_the_module_is(write):
         {"method": "ridge", "head": "fresh"},
     ):
         path, _ = write(transfer=transfer)
-        job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
-        heads.append(_head_of(job.module))
+        job = quiet_job(path)
+        heads.append(_head_of(module_of(job)))
     fresh, copied, mapped, unmoved = heads
     assert set(fresh) == {f"base_model.model.classifier.{name}" for name in ("weight", "bias")}
     for other in (copied, mapped):
@@ -245,18 +256,15 @@ def test_unlabelled_texts_are_those_nobody_has_labels_of(write):
         task={"train_fraction": 0.6},
         transfer={"texts": "unlabelled", "statistics": {"examples": 20, "batch_size": 8}},
     )
-    job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
-    every = task_models.examples(task_models.with_fraction(job.job.task, 1.0))
-    labelled = job.data.texts("train") + every.texts("validation") + every.texts("test")
-    assert job.texts
-    assert not {tuple(text) for text in job.texts} & {tuple(text) for text in labelled}
+    job = quiet_job(path)
+    examples, texts = job.graph.examples, job.graph.texts.texts
+    every = examples.with_fraction(1.0).data
+    labelled = examples.data.texts("train") + every.texts("validation") + every.texts("test")
+    assert texts
+    assert not {tuple(text) for text in texts} & {tuple(text) for text in labelled}
     expected = [text for text in every.texts("train") if text not in labelled]
-    assert job.texts == expected
-    assert job.module.is_dir()  # statistics are collected and read on those texts
-
-
-def cell_of(job):
-    return transfer_report.cell_result(job, job.student, {"method": "ridge", "seed": "0"})
+    assert texts == expected
+    assert module_of(job).is_dir()  # statistics are collected and read on those texts
 
 
 def test_refinement_and_training_share_their_steps(write):
@@ -266,13 +274,15 @@ def test_refinement_and_training_share_their_steps(write):
     job_text = yaml.safe_load(path.read_text())
     job_text["student"]["training"] = training
     path.write_text(yaml.safe_dump(job_text))
-    job = transfer_job.TransferJob(load_transfer(path), JobConsole(is_main=False))
-    refined = cell_of(job)
-    assert job.student.result.steps == 6
+    job = quiet_job(path)
+    run = job.student_run(scratch=False)
+    refined = job.cell(run, {"method": "fresh", "seed": "0"})
+    assert run.result.steps == 6
     assert [point.step for point in refined.checkpoints] == [5, 9]
     assert [step for step, _ in refined.curve][:2] == [3, 5]
-    assert job.scratch.result.steps == 9
-    scratch = transfer_report.cell_result(job, job.scratch, {"method": "scratch", "seed": "0"})
+    run = job.student_run(scratch=True)
+    assert run.result.steps == 9
+    scratch = job.cell(run, {"method": "scratch", "seed": "0"})
     assert [point.step for point in scratch.checkpoints] == [5, 9]
     assert scratch.curve[0][0] == 0
 
@@ -335,8 +345,8 @@ def test_an_adapter_for_other_labels_is_refused(write, tmp_path, capsys):
 
 def teacher_folder(out, tmp_path):
     """The teacher's module, which a job keeps in the cache."""
-    job = transfer_job.TransferJob(load_transfer(tmp_path / "job.yaml"), JobConsole(is_main=False))
-    return job.teacher / task_models.ADAPTER
+    job = quiet_job(tmp_path / "job.yaml")
+    return job.get(job.graph.teacher) / task_models.ADAPTER
 
 
 GRID = {

@@ -20,7 +20,6 @@ from modxfer_fast.engine import (
     load_projections,
 )
 from modxfer_fast.files import new_folder, read_json, write_json
-from modxfer_fast.jobs.cache import fingerprint
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, training_args
 from modxfer_fast.jobs.distill.loss_timing import time_losses
 from modxfer_fast.jobs.distill.material import Material
@@ -35,6 +34,7 @@ from modxfer_fast.jobs.distill.summary import print_summary, summarise
 from modxfer_fast.jobs.environment import environment, quieten_libraries
 from modxfer_fast.jobs.output import CHECKPOINTS, REPORT_FILE, WorkFolder
 from modxfer_fast.jobs.ranks import barrier, end_with_launcher, is_main, on_main
+from modxfer_fast.jobs.stage import fingerprint
 from modxfer_fast.jobs.threads import settle_threads
 from modxfer_fast.models import (
     apply_peft,

@@ -21,10 +21,11 @@ from modxfer_fast.data import (
     train_tokenizer,
 )
 from modxfer_fast.files import new_folder, seal, write_json
-from modxfer_fast.jobs.cache import cache_root, fingerprint, is_cached
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import barrier, from_main, is_main
+from modxfer_fast.jobs.stage import fingerprint
+from modxfer_fast.jobs.store import cache_root, is_whole
 from modxfer_fast.models import (
     build_model,
     check_config_fits,
@@ -163,7 +164,7 @@ def prepare_model(
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         facts.update(pretrain=pretrain, rows=material.digest, world=world)
     folder = cache_root() / "models" / fingerprint(facts)
-    cached = from_main(is_main() and is_cached(folder, material.console.say))
+    cached = from_main(is_main() and is_whole(folder, material.console.say))
     if not cached:
         model = build_model(config, section, seed=seed, kind=material.kind)
         records = {}

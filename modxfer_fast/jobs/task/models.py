@@ -1,10 +1,10 @@
 """The models, tokenizers, examples and modules of jobs on a task, and what tells them apart."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,7 @@ from modxfer_fast.data import tokenizer_digest
 from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
 from modxfer_fast.engine.tasks.distillation import TaskTextCollator
 from modxfer_fast.files import write_json
+from modxfer_fast.jobs.stage import folder_digest
 from modxfer_fast.models import Architecture, ModelError
 from modxfer_fast.models.task import load_task_model, set_pad_token, task_skeleton
 from modxfer_fast.transfer import TransferError
@@ -24,7 +25,26 @@ from modxfer_fast.transfer.modules import load_config, same_model
 # Of a stage's folder: what PeftModel.from_pretrained loads, or a whole model.
 ADAPTER, MODEL = "adapter", "model"
 TASK = "task.json"  # beside an adapter: the kind of task, and what its head's classes mean
-_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a task section. What they are tells them, not where they come from."""
+
+    section: TaskSection
+
+    @property
+    def data(self) -> TaskData:
+        return _task_of(self.section.model_dump_json())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        digest = _digest_of(self.section.model_dump_json())
+        return {"digest": digest, "max_length": self.section.max_length}
+
+    def with_fraction(self, fraction: float) -> "Examples":
+        """The same with another share of the training examples."""
+        return Examples(self.section.model_copy(update={"train_fraction": fraction}))
 
 
 @lru_cache(maxsize=8)
@@ -32,24 +52,9 @@ def _task_of(section_json: str) -> TaskData:
     return load_task(TaskSection.model_validate_json(section_json))
 
 
-def examples(section: TaskSection) -> TaskData:
-    """The examples of a task section."""
-    return _task_of(section.model_dump_json())
-
-
 @lru_cache(maxsize=32)
 def _digest_of(section_json: str) -> str:
     return _task_of(section_json).digest()
-
-
-def examples_digest(section: TaskSection) -> str:
-    """`TaskData.digest` of a task section."""
-    return _digest_of(section.model_dump_json())
-
-
-def with_fraction(section: TaskSection, fraction: float) -> TaskSection:
-    """The section with another share of its training examples."""
-    return section.model_copy(update={"train_fraction": fraction})
 
 
 @lru_cache(maxsize=8)
@@ -57,53 +62,14 @@ def _tokenizer(path: str, kind: str, revision: str | None, trust: bool):
     return load_task_tokenizer(path, kind, revision=revision, trust_remote_code=trust)
 
 
-def model_identity(section: PretrainedSection) -> dict[str, str | None]:
-    """What tells one model from another: a digest of a folder's files, or the commit on the hub.
-
-    Raises:
-        ModelError: nothing there.
-    """
-    options = {"dtype": section.dtype, "attention": section.attn_implementation}
-    path = Path(section.path).expanduser()
-    if path.is_dir():
-        return {"files": folder_digest(path), **options}
-    try:
-        config = AutoConfig.from_pretrained(
-            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {section.path}: cannot be loaded ({error})") from error
-    commit = getattr(config, "_commit_hash", None) or section.revision
-    return {"hub": section.path, "commit": commit, **options}
-
-
-def folder_digest(folder: Path) -> str:
-    """Short hash of the weights, configuration and tokenizer in a folder."""
-    files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
-    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _files_digest(stamps)
-
-
-@lru_cache(maxsize=64)
-def _files_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Stamps only decide when to read again; the digest is of names and contents."""
-    digest = hashlib.sha256()
-    for path, _, _ in stamps:
-        digest.update(Path(path).name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:20]
-
-
 @dataclass(frozen=True)
-class JobModel:
+class TaskModel:
     """The base model of one side of a job with a head for its task, and its modules.
 
     Attributes:
         section: of the configuration. kind, labels: of the task.
         seed: of a head that neither the checkpoint nor a module brings.
-        device: where it is loaded.
+        device: where it is loaded, which changes nothing about it.
     """
 
     section: PretrainedSection
@@ -118,8 +84,34 @@ class JobModel:
         return _tokenizer(section.path, self.kind, section.revision, section.trust_remote_code)
 
     @cached_property
-    def identity(self) -> dict[str, str | None]:
-        return model_identity(self.section)
+    def weights(self) -> dict[str, str | None]:
+        """What tells their model: a digest of a folder's files, or the commit on the hub.
+
+        Raises:
+            ModelError: nothing there.
+        """
+        section = self.section
+        options = {"dtype": section.dtype, "attention": section.attn_implementation}
+        path = Path(section.path).expanduser()
+        if path.is_dir():
+            return {"files": folder_digest(path), **options}
+        try:
+            config = AutoConfig.from_pretrained(
+                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {section.path}: cannot be loaded ({error})") from error
+        commit = getattr(config, "_commit_hash", None) or section.revision
+        return {"hub": section.path, "commit": commit, **options}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"weights": self.weights, "labels": self.labels, "seed": self.seed}
+
+    @property
+    def without_seed(self) -> "TaskModel":
+        """The same for a stage that reads nothing behind its blocks, and so serves every seed."""
+        return replace(self, seed=0)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -201,7 +193,7 @@ class JobModel:
             )
 
 
-def task_collator(student: JobModel, teacher: JobModel, max_length: int) -> TaskTextCollator:
+def task_collator(student: TaskModel, teacher: TaskModel, max_length: int) -> TaskTextCollator:
     """Batches for both models; one encoding serves both where their tokenizers read alike."""
     ours, theirs = student.tokenizer, teacher.tokenizer
     alike = (

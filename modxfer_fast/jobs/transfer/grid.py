@@ -7,14 +7,13 @@ from pathlib import Path
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.grid import SCRATCH, Cell, Grid
 from modxfer_fast.data.tasks import PRIMARY_METRIC
-from modxfer_fast.engine import NonFiniteError
+from modxfer_fast.errors import NonFiniteError
 from modxfer_fast.files import write_text
-from modxfer_fast.jobs.cache import StageCache
 from modxfer_fast.jobs.environment import quieten_libraries
 from modxfer_fast.jobs.ranks import single_process
+from modxfer_fast.jobs.store import Store
 from modxfer_fast.jobs.threads import settle_threads
 from modxfer_fast.jobs.transfer.job import TransferJob
-from modxfer_fast.jobs.transfer.run import cell_result
 from modxfer_fast.report import METRIC_NAMES, JobConsole
 from modxfer_fast.report.transfer_plots import plot_learning, plot_scores
 from modxfer_fast.report.transfer_table import (
@@ -43,14 +42,14 @@ def run_grid(grid: Grid) -> list[CellResult]:
         UserError: of the first cell that cannot work; what was done before stays. A cell whose
             training diverges is left out of the table, and said so.
     """
-    single_process("modxfer transfer")
+    single_process(TransferJob.command)
     quieten_libraries()
     output = Path(grid.output_dir).expanduser().absolute()
     _check_table(output, grid)
     console = JobConsole(is_main=True)
-    cache = StageCache()
+    store = Store()
     for cell in grid.cells:  # every mistake before the first hour
-        TransferJob(cell.job, JobConsole(is_main=False), cache).check()
+        TransferJob(cell.job, JobConsole(is_main=False), store).check()
     output.mkdir(parents=True, exist_ok=True)
     kinds = dict.fromkeys(PRIMARY_METRIC[cell.job.task.kind] for cell in grid.cells)
     metric = " or ".join(METRIC_NAMES[kind] for kind in kinds)
@@ -62,7 +61,7 @@ def run_grid(grid: Grid) -> list[CellResult]:
             start = time.perf_counter()
             name = f"{number}/{len(grid.cells)}  {' '.join(cell.labels.values())}"
             try:
-                result = _run_cell(cell, cache)
+                result = _run_cell(cell, store)
             except NonFiniteError as error:
                 console.say(f"{name}: left out, {error}")
             else:
@@ -99,10 +98,9 @@ def _check_table(output: Path, grid: Grid) -> None:
         )
 
 
-def _run_cell(cell: Cell, cache: StageCache) -> CellResult:
-    job = TransferJob(cell.job, JobConsole(is_main=False), cache)
-    run = job.scratch if cell.job.transfer is None else job.student
-    return cell_result(job, run, cell.labels)
+def _run_cell(cell: Cell, store: Store) -> CellResult:
+    job = TransferJob(cell.job, JobConsole(is_main=False), store)
+    return job.cell(job.student_run(scratch=cell.job.transfer is None), cell.labels)
 
 
 def _is_due(cell: Cell, following: Cell, drawn: float) -> bool:

@@ -126,7 +126,7 @@ class Maps(Mapping[Key, SpaceMap]):
             for name in _PARTS
         }
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, checksums: bool = True) -> None:
         """Write an artefact folder; see `artefact.write_artefact`."""
         facts = {
             "method": self.method,
@@ -134,16 +134,16 @@ class Maps(Mapping[Key, SpaceMap]):
             "facts": self.facts,
             "fits": self.fits(),
         }
-        write_artefact(folder, KIND, self.state_dict(), facts)
+        write_artefact(folder, KIND, self.state_dict(), facts, checksums=checksums)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Maps":
+    def load(cls, folder: str | Path, *, checksums: bool = True) -> "Maps":
         """Read what `save` wrote.
 
         Raises:
             TransferError: a missing or corrupt file.
         """
-        tensors, facts = read_artefact(folder, KIND)
+        tensors, facts = read_artefact(folder, KIND, checksums=checksums)
         maps = {}
         for row in facts["fits"]:
             key = row.pop("space"), row.pop("student"), row.pop("teacher")
