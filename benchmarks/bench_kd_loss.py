@@ -14,10 +14,11 @@ from benchmarks.inputs import logits_inputs, logits_truth
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import DEFAULT, SHAPES
 from modxfer_fast import kd_loss
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.roofline import Work
 
-ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
+ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=tuple(DIVERGENCES), options={"beta": 0.5})
 COPY = "copy of 5 N V"
 _OUTPUTS = ("loss", "dlogits")
 

@@ -18,10 +18,11 @@ from benchmarks.peers import beta_of, label, liger_chunked_jsd, trl_chunked_dive
 from benchmarks.rooms import Case, Room
 from benchmarks.shapes import DEFAULT, SHAPES, Shape
 from modxfer_fast import linear_kd_loss
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.roofline import Work
 
-ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=DIVERGENCES, options={"beta": 0.5})
+ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=tuple(DIVERGENCES), options={"beta": 0.5})
 TRAINABLE, FROZEN = "gemms x4", "gemms x3, frozen head"
 _OUTPUTS = ("loss", "dhidden", "dweight")
 
@@ -103,7 +104,7 @@ def _compiled(case: Case, inputs: LinearInputs) -> Candidate:
 
 
 def _liger(case: Case, inputs: LinearInputs) -> Candidate:
-    jsd_class, why_not = liger_chunked_jsd()
+    jsd_class, why_not = liger_chunked_jsd(case.variant)
     loss = None
     if jsd_class is not None:
         # no hard loss: only the divergence is compared; all else is Liger's default
@@ -117,7 +118,7 @@ def _liger(case: Case, inputs: LinearInputs) -> Candidate:
 
 
 def _trl(case: Case, inputs: LinearInputs) -> Candidate:
-    function, why_not = trl_chunked_divergence()
+    function, why_not = trl_chunked_divergence(case.variant)
     loss = None
     if function is not None:
         beta = beta_of(**divergence_columns(case))

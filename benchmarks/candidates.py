@@ -8,6 +8,7 @@ from torch import Tensor
 from benchmarks.rooms import Case
 from modxfer_fast.kernels import dispatch, env
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 
 
 def our_backends(room: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -65,13 +66,13 @@ def forward_backward(
 
 
 def dense_divergence(case: Case) -> dict[str, str | float]:
-    """Arguments of the dense losses: the JSD has its ends, where its formula has log 0, as KLs."""
+    """Arguments of the dense losses: at an end of beta, the divergence that is there."""
     beta = divergence_columns(case).get("beta")
     spec = KDSpec.checked(case.variant, beta, 1.0, 1.0, 0.0, False)
     return {"divergence": spec.divergence, "beta": spec.beta}
 
 
 def divergence_columns(case: Case) -> dict[str, str | float]:
-    """The variant of a KD room as rows tell it; beta has a meaning for the JSD only."""
-    beta = {"beta": case.options["beta"]} if case.variant == "jsd" else {}
+    """The variant of a KD room as rows tell it, with beta where it has a meaning."""
+    beta = {"beta": case.options["beta"]} if DIVERGENCES[case.variant].reads_beta else {}
     return {"divergence": case.variant, **beta}

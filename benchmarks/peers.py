@@ -14,22 +14,28 @@ class MissingPackage(ValueError):
     """A whole table needs a package that is not installed."""
 
 
-# Both libraries weigh the teacher by beta, as we do, and take the two KLs as the ends of the JSD.
-_BETA_OF_KL = {"forward_kl": 0.0, "reverse_kl": 1.0}
+# Both libraries weigh the teacher by beta, as we do, and choose by beta alone: the two KLs are the
+# ends of their JSD, and other divergences they have none.
+_BETA_OF = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": None}
 
 
 def beta_of(divergence: str, beta: float = 0.5) -> float:
-    """The one argument by which Liger and TRL choose among the three divergences."""
-    return _BETA_OF_KL.get(divergence, beta)
+    """The one argument by which Liger and TRL choose the divergence, one of those they have."""
+    end = _BETA_OF[divergence]
+    return beta if end is None else end
 
 
-def liger_chunked_jsd() -> tuple[Callable[..., Any] | None, str]:
+def liger_chunked_jsd(divergence: str) -> tuple[Callable[..., Any] | None, str]:
     """Liger's `LigerFusedLinearJSDLoss`; compiles its chunk function, runs on any device."""
+    if divergence not in _BETA_OF:
+        return None, f"has no {divergence}"
     return _find("liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
 
 
-def trl_chunked_divergence() -> tuple[Callable[..., Any] | None, str]:
+def trl_chunked_divergence(divergence: str) -> tuple[Callable[..., Any] | None, str]:
     """TRL's `ChunkedDivergenceFunction`: Triton rows on a GPU, its own torch tiles on a CPU."""
+    if divergence not in _BETA_OF:
+        return None, f"has no {divergence}"
     return _find("trl", "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
 
 

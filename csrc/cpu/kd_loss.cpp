@@ -45,7 +45,8 @@ class Labels {
 
 KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_weight,
                  double ce_weight) {
-  STD_TORCH_CHECK(0 <= divergence && divergence <= 2, "divergence: expected 0, 1 or 2");
+  STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences,
+                  "divergence: expected one that these C++ kernels were built with");
   return {static_cast<Divergence>(divergence),   static_cast<float>(beta),
           static_cast<float>(1.0 - beta),        static_cast<float>(std::log(beta)),
           static_cast<float>(std::log1p(-beta)), static_cast<float>(1.0 / temperature),
@@ -97,13 +98,14 @@ class Buffers {
   int64_t vocab_size_;
 };
 
-void write_row(const Rows& dlogits, int64_t row, const float* student, int64_t V, int64_t label,
-               float row_weight, const KdSpec& spec, const KdStats& stats, Buffers& buffers) {
+void write_row(const KdRowKernels& kernels, const Rows& dlogits, int64_t row, const float* student,
+               int64_t V, int64_t label, float row_weight, const KdSpec& spec, const KdStats& stats,
+               Buffers& buffers) {
   float* target = dlogits.target(row, buffers.dlogits.data());
   if (row_weight == 0.0f) {
     std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
   } else {
-    kd_row_kernels().grad(student, V, label, row_weight, spec, stats, buffers.scratch(), target);
+    kernels.grad(student, V, label, row_weight, spec, stats, buffers.scratch(), target);
   }
   dlogits.commit(row, target);
 }
@@ -116,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
                                                double ce_weight) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Rows student(student_logits), teacher(teacher_logits);
   const Labels label(labels, M, V);
   check_same_shape(student_logits, teacher_logits);
@@ -126,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
     Buffers buffers(V, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
-      const KdLosses losses = kd_row_kernels().fwd(
-          student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()), V,
-          label[row], spec, stats_rows[row], buffers.scratch());
+      const KdLosses losses = kernels.fwd(student.read(row, buffers.student.data()),
+                                          teacher.read(row, buffers.teacher.data()), V, label[row],
+                                          spec, stats_rows[row], buffers.scratch());
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
     }
@@ -141,6 +144,7 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
                  double temperature, double kd_weight, double ce_weight, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
   const Labels label(labels, M, V);
   check_same_shape(student_logits, teacher_logits);
@@ -154,8 +158,9 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
-      kd_row_kernels().recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
-      write_row(grad, row, z_s, V, label[row], weights[row], spec, stats_rows[row], buffers);
+      kernels.recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
+      write_row(kernels, grad, row, z_s, V, label[row], weights[row], spec, stats_rows[row],
+                buffers);
     }
   });
 }
@@ -166,6 +171,7 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
                                            double kd_weight, double ce_weight, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
   const Labels label(labels, M, V);
   check_same_shape(student_logits, teacher_logits);
@@ -180,11 +186,10 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
       KdStats stats;
-      const KdLosses losses =
-          kd_row_kernels().fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch());
+      const KdLosses losses = kernels.fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch());
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
-      write_row(grad, row, z_s, V, label[row], weights[row], spec, stats, buffers);
+      write_row(kernels, grad, row, z_s, V, label[row], weights[row], spec, stats, buffers);
     }
   });
   return {kd, ce};

@@ -26,7 +26,7 @@ MODXFER_INLINE Terms divergence_terms(vf q, vf p, vf d, const KdSpec& spec) {
   } else if constexpr (kDivergence == Divergence::kReverseKl) {
     const vf u = select(q == 0.0f, vf{}, -q * d);
     return {u, u};
-  } else {
+  } else if constexpr (kDivergence == Divergence::kJsd) {
     // log(m/q) = log(beta e^d + 1 - beta) and log(m/p), its mirror image, each from the larger
     // addend: one as the difference of the other and d would cancel where d is large
     const vf gap = d + (spec.log_beta - spec.log_one_minus_beta);
@@ -36,6 +36,8 @@ MODXFER_INLINE Terms divergence_terms(vf q, vf p, vf d, const KdSpec& spec) {
     const vf f_p = select(p == 0.0f, vf{}, -spec.beta * p * log_m_p);
     const vf u = select(q == 0.0f, vf{}, -spec.one_minus_beta * q * log_m_q);
     return {f_p + u, u};
+  } else {
+    static_assert(kDivergence == Divergence::kCount, "a divergence without terms");
   }
 }
 
@@ -45,8 +47,8 @@ MODXFER_INLINE vf load_n(const float* src, int n) {
 }
 
 template <Divergence kDivergence>
-KdLosses row_fwd_as(const float* student, const float* teacher, int64_t V, int64_t label,
-                    const KdSpec& spec, KdStats& stats, const KdScratch& scratch) {
+KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
+                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch) {
   vf max_s = splat(-__builtin_inff()), max_t = max_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     max_s = vmax(load_n(student + i, n), max_s);
@@ -108,8 +110,8 @@ KdLosses row_fwd_as(const float* student, const float* teacher, int64_t V, int64
 }
 
 template <Divergence kDivergence>
-void row_recompute_as(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                      const KdStats& stats, const KdScratch& scratch) {
+void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+                   const KdStats& stats, const KdScratch& scratch) {
   const float logd_gap = stats.logd_t - stats.logd_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const vf x_s = (load_n(student + i, n) - stats.max_s) * spec.inv_temperature;
@@ -141,28 +143,12 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
   if (has_ce) dlogits[label] -= ce_scale;
 }
 
-KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch) {
-  switch (spec.divergence) {
-    case Divergence::kForwardKl:
-      return row_fwd_as<Divergence::kForwardKl>(student, teacher, V, label, spec, stats, scratch);
-    case Divergence::kReverseKl:
-      return row_fwd_as<Divergence::kReverseKl>(student, teacher, V, label, spec, stats, scratch);
-    default:
-      return row_fwd_as<Divergence::kJsd>(student, teacher, V, label, spec, stats, scratch);
-  }
+template <int64_t... kIds>
+constexpr std::array<KdRowKernels, sizeof...(kIds)> kernels_of(
+    std::integer_sequence<int64_t, kIds...>) {
+  return {KdRowKernels{kIsaName, row_fwd<static_cast<Divergence>(kIds)>,
+                       row_recompute<static_cast<Divergence>(kIds)>, row_grad}...};
 }
 
-void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                   const KdStats& stats, const KdScratch& scratch) {
-  switch (spec.divergence) {
-    case Divergence::kForwardKl:
-      return row_recompute_as<Divergence::kForwardKl>(student, teacher, V, spec, stats, scratch);
-    case Divergence::kReverseKl:
-      return row_recompute_as<Divergence::kReverseKl>(student, teacher, V, spec, stats, scratch);
-    default:
-      return row_recompute_as<Divergence::kJsd>(student, teacher, V, spec, stats, scratch);
-  }
-}
-
-constexpr KdRowKernels kKernels{kIsaName, row_fwd, row_recompute, row_grad};
+// By divergence.
+constexpr auto kKernels = kernels_of(std::make_integer_sequence<int64_t, kNumDivergences>{});

@@ -17,7 +17,7 @@ from modxfer_fast.kernels.common.checks import (
     check_tensors,
     debug_check_finite,
 )
-from modxfer_fast.kernels.common.kd_spec import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common.kd_spec import KDSpec
 from modxfer_fast.kernels.common.reduction import (
     check_reduction,
     combine_row_weights,
@@ -35,7 +35,6 @@ from modxfer_fast.kernels.common.scalars import (
 from modxfer_fast.kernels.common.transforms import refuse_transforms
 
 __all__ = [
-    "DIVERGENCES",
     "READS_NUMBERS",
     "KDSpec",
     "cast_for_autocast",

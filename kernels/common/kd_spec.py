@@ -4,8 +4,7 @@ import dataclasses
 
 from modxfer_fast.kernels.common.scalars import check_number, is_finite
 from modxfer_fast.kernels.common.spec import Spec
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+from modxfer_fast.kernels.divergences import DIVERGENCES, WITH_BETA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,9 +12,8 @@ class KDSpec(Spec):
     """Divergence and weights of one KD loss; p is the teacher, q the student.
 
     Attributes:
-        divergence: "forward_kl" = KL(p || q), "reverse_kl" = KL(q || p), or "jsd" =
-            beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
-        beta: weight of the teacher in the JSD mixture, strictly inside (0, 1) here.
+        divergence: a name of `kernels.divergences`, where its formula stands.
+        beta: weight of the teacher in a mixture of p and q, strictly inside (0, 1) here.
         temperature: divides both rows of logits before the softmax of the divergence.
         kd_weight: factor of the divergence, temperature squared included where wanted.
         ce_weight: factor of the cross entropy with the label, always at temperature 1.
@@ -37,7 +35,7 @@ class KDSpec(Spec):
         ce_weight: float,
         scale_by_temperature_squared: bool,
     ) -> "KDSpec":
-        """Validates what a user passed. `jsd` at beta 0 and 1 becomes forward and reverse KL.
+        """Validates what a user passed. A divergence at an end of beta becomes what it is there.
 
         Args:
             beta: None is 0.5. Given beside another divergence, which does not read it, it is an
@@ -56,9 +54,9 @@ class KDSpec(Spec):
             check_number("beta", beta)
             if not 0.0 <= beta <= 1.0:
                 raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-            if divergence != "jsd":
+            if not DIVERGENCES[divergence].reads_beta:
                 raise ValueError(
-                    "beta: expected it with divergence 'jsd' alone, which reads it, "
+                    f"beta: expected it with divergence {WITH_BETA} alone, which reads it, "
                     f"got beta={beta} with divergence {divergence!r}"
                 )
         check_number("temperature", temperature)
@@ -68,8 +66,9 @@ class KDSpec(Spec):
             check_number(name, value)
             if not is_finite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value}")
-        if divergence == "jsd" and beta in (0.0, 1.0):
-            divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
+        ends = DIVERGENCES[divergence].ends
+        if ends is not None and beta in (0.0, 1.0):
+            divergence = ends[int(beta)]
         if scale_by_temperature_squared:
             kd_weight *= temperature**2
         return cls(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight))

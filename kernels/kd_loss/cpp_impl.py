@@ -2,10 +2,14 @@
 
 from torch import Tensor
 
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, compiled
+from modxfer_fast.kernels.common import KDSpec, compiled
+from modxfer_fast.kernels.divergences import DIVERGENCES
 
 available = compiled.available
 supports = compiled.supports
+
+# modxfer::Divergence
+_IDS = {name: index for index, name in enumerate(DIVERGENCES)}
 
 
 def kd_loss_fwd(
@@ -43,7 +47,7 @@ def kd_loss_fwd_bwd(
 
 def _scalars(spec: KDSpec) -> tuple[int, float, float, float, float]:
     return (
-        DIVERGENCES.index(spec.divergence),
+        _IDS[spec.divergence],
         spec.beta,
         spec.temperature,
         spec.kd_weight,

@@ -2,15 +2,11 @@
 
 N rows (B*T tokens)   V classes   p, q = softmax of teacher, student logits / temperature
 
-    forward_kl   KL(p || q)
-    reverse_kl   KL(q || p)
-    jsd          beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
-                 (generalised JSD of GKD, Agarwal et al. 2024, arXiv 2306.13649)
-
     loss_n = kd_weight D_n + ce_weight CE(softmax(student_n), label_n)
 
-Divergences are evaluated in log space from fp32 logits. Probabilities are never stored: the forward
-keeps six numbers a row, the backward reads both logits once more and writes dlogits.
+D is a divergence of `kernels/divergences.py`, evaluated in log space from fp32 logits.
+Probabilities are never stored: the forward keeps six numbers a row, the backward reads both logits
+once more and writes dlogits.
 
 Bytes moved, b per logit: forward 2 b (4 b when the row does not stay in cache and the divergence
 needs the normalisers first), backward 3 b.
@@ -78,9 +74,10 @@ def kd_loss(
         teacher_logits: [..., V], same shape; a constant.
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
-        divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL. None
-            is 0.5. To be given with "jsd" alone.
+        divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
+            stands, such as "forward_kl", "reverse_kl" or "jsd".
+        beta: teacher's weight in a divergence with a mixture, "jsd", in [0, 1]; there 0 is forward
+            KL and 1 is reverse KL. None is 0.5. An error beside another divergence.
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
         token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A

@@ -3,19 +3,18 @@
 p teacher   q student   d = log p - log q   M rows   V classes
 
 `kd_loss_reference` is the definition, differentiable by autograd; in fp64 it is the truth of every
-test. The other functions are the backend interface: each divergence is a sum of terms f with a
-companion u = q dD/dq (up to a constant in dD/dq, which cancels), and
+test. The other functions are the backend interface: f and u of each class are the terms of
+`kernels.divergences`, and
 
     dlogits = row_weight (kd_weight / temperature (u - q sum(u)) + ce_weight (softmax(z) - onehot))
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 
 
 def available() -> tuple[bool, str]:
@@ -39,26 +38,13 @@ def kd_loss_reference(
     z_s, z_t = student_logits.to(dtype), teacher_logits.to(dtype)
     log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
     log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
-    if spec.divergence == "forward_kl":
-        kd = _kl(log_p, log_q)
-    elif spec.divergence == "reverse_kl":
-        kd = _kl(log_q, log_p)
-    else:
-        log_m = torch.logaddexp(math.log(spec.beta) + log_p, math.log1p(-spec.beta) + log_q)
-        kd = spec.beta * _kl(log_p, log_m) + (1 - spec.beta) * _kl(log_q, log_m)
+    f, _ = _terms(log_q, log_p, spec)
+    kd = f.sum(-1)
     if labels is None or spec.ce_weight == 0.0:
         return kd, torch.zeros_like(kd)
     has_label, safe = _label_index(labels, z_s.shape[-1])
     nll = -F.log_softmax(z_s, dim=-1).gather(-1, safe[:, None]).squeeze(-1)
     return kd, torch.where(has_label, nll, 0.0)
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    # classes that a gives no probability add nothing, also where both logs are -inf; NaN is no -inf
-    excluded = log_a == -math.inf
-    a = torch.where(excluded, 0.0, log_a)
-    terms = a.exp() * (a - torch.where(excluded, 0.0, log_b))
-    return torch.where(excluded, 0.0, terms).sum(-1)
 
 
 def kd_loss_fwd(
@@ -75,7 +61,9 @@ def kd_loss_fwd(
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
     x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
     f, u = _terms(x_s - logd_s, x_t - logd_t, spec)
-    u_sum = -torch.ones_like(max_s) if spec.divergence == "forward_kl" else u.sum(-1, keepdim=True)
+    u_sum = u.sum(-1, keepdim=True)
+    if DIVERGENCES[spec.divergence].row_sums == "mean_under_p":
+        u_sum = -torch.ones_like(max_s)  # exactly: equal rows then have no gradient
     logd_1 = (z_s - max_s).exp().sum(-1, keepdim=True).log()
     ce = torch.zeros_like(max_s[:, 0])
     if labels is not None and spec.ce_weight != 0.0:
@@ -125,25 +113,9 @@ def kd_loss_fwd_bwd(
 
 
 def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
-    """f and u of each class, [M, V].
-
-    A class without p (or q) adds no p-term (or q-term), whatever d is; a NaN is not without.
-    """
-    p, q = log_p.exp(), log_q.exp()
-    d = log_p - log_q
-    if spec.divergence == "forward_kl":
-        return torch.where(p == 0, 0.0, p * d), -p
-    if spec.divergence == "reverse_kl":
-        u = torch.where(q == 0, 0.0, -q * d)
-        return u, u
-    # each from its own side: log(p/m) as d - log(m/q) would be the difference of two large numbers
-    # where the student gives a class next to nothing
-    log_beta, log_rest = math.log(spec.beta), math.log1p(-spec.beta)
-    log_m_over_p = torch.logaddexp(log_rest - d, d.new_tensor(log_beta))
-    log_m_over_q = torch.logaddexp(log_beta + d, d.new_tensor(log_rest))
-    f_p = torch.where(p == 0, 0.0, -spec.beta * p * log_m_over_p)
-    u = torch.where(q == 0, 0.0, -(1 - spec.beta) * q * log_m_over_q)
-    return f_p + u, u
+    """f and u of each class, [M, V]."""
+    terms = DIVERGENCES[spec.divergence].terms
+    return terms(log_p.exp(), log_q.exp(), log_p - log_q, spec.beta)
 
 
 def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,17 +4,17 @@ M rows   V classes   z_s, z_t logits   p teacher   q student   d = log p - log q
 
 Passes over the two rows of logits; f and u are those of `reference.py`:
 
-    1  maxima and denominators of both softmaxes, online; the divergence itself for the two KLs
-    2  sum f and sum u, for a divergence that needs normalised probabilities (jsd)
+    1  maxima and denominators of both softmaxes, online; the divergence itself where it is a mean
+       of d under p or q
+    2  sum f and sum u, for a divergence that needs normalised probabilities
     3  dlogits = row_weight (kd_weight / temperature (u - q sum u) + ce_weight (q_1 - onehot))
 
 KL(p || q) = sum p ((z_t - max_t) - (z_s - max_s)) / temperature + log(d_s / d_t) needs no
-normalised probability: forward_kl and reverse_kl skip pass 2. Loss alone skips pass 3.
+normalised probability, nor does KL(q || p): they skip pass 2. ROW_SUMS, of the divergence's record
+in `kernels.divergences`, says which passes there are. Loss alone skips pass 3.
 Consecutive passes run in opposite directions: a pass begins with the tiles that the one before it
 left in the cache. Pass 3 always runs left to right, because dlogits may lie over the student's
 logits with half their width.
-
-A new divergence is one more branch in `_divergence_terms`.
 """
 
 import math
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, triton_device
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.config import row_config
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -62,9 +63,9 @@ def _softmax_stats(
     student_ptr, teacher_ptr,            # in   [V]
     V,
     scale, inv_temperature,              # scale = log2(e) / temperature
-    DIVERGENCE: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    ROW_SUMS: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1: (max_s, d_s, max_t, d_t, d_1, kl), kl of the two KLs and 0 for the others.
+    """Pass 1: (max_s, d_s, max_t, d_t, d_1, mean), mean of d under p or of -d under q, or 0.
 
     Every lane, the owner of VECTOR neighbouring columns, keeps an online softmax of its own: inside
     the loop no warp waits for another, and one rescaling serves VECTOR logits.
@@ -81,7 +82,7 @@ def _softmax_stats(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         tile = i
-        if DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl":
+        if ROW_SUMS != "normalised":
             tile = num_tiles - 1 - i
         offs_v = tile * BLOCK_V + offs_lane
         z_s = _load_tile(student_ptr, offs_v, V)
@@ -96,9 +97,9 @@ def _softmax_stats(
         x_t = z_t - m_t_new[:, None]
         e_s = tl.exp2(x_s * scale)
         e_t = tl.exp2(x_t * scale)
-        if DIVERGENCE == "forward_kl":
+        if ROW_SUMS == "mean_under_p":
             cross = _add_cross(cross, keep_t, d_t, rise_t, rise_s, e_t, x_t, x_s)
-        if DIVERGENCE == "reverse_kl":
+        if ROW_SUMS == "mean_under_q":
             cross = _add_cross(cross, keep_s, d_s, rise_s, rise_t, e_s, x_s, x_t)
         if NEEDS_D_1:
             d_1 = d_1 * tl.exp2(-rise_s * LOG2E) + tl.sum(tl.exp2(x_s * LOG2E), axis=1)
@@ -119,14 +120,14 @@ def _softmax_stats(
     if NEEDS_D_1:
         sum_1 = tl.sum(d_1 * tl.exp2(-rise_s * LOG2E), axis=0)
     # the logarithm of one ratio loses less than the difference of two logarithms near 10
-    kl = 0.0
-    if DIVERGENCE == "forward_kl":
-        mean = _merge_cross(cross, keep_t, d_t, rise_t, rise_s) / sum_t
-        kl = mean * inv_temperature + tl.log(sum_s / sum_t)
-    if DIVERGENCE == "reverse_kl":
-        mean = _merge_cross(cross, keep_s, d_s, rise_s, rise_t) / sum_s
-        kl = mean * inv_temperature + tl.log(sum_t / sum_s)
-    return max_s, sum_s, max_t, sum_t, sum_1, kl
+    mean = 0.0
+    if ROW_SUMS == "mean_under_p":
+        cross_sum = _merge_cross(cross, keep_t, d_t, rise_t, rise_s)
+        mean = cross_sum / sum_t * inv_temperature + tl.log(sum_s / sum_t)
+    if ROW_SUMS == "mean_under_q":
+        cross_sum = _merge_cross(cross, keep_s, d_s, rise_s, rise_t)
+        mean = cross_sum / sum_s * inv_temperature + tl.log(sum_t / sum_s)
+    return max_s, sum_s, max_t, sum_t, sum_1, mean
 
 
 @triton.jit
@@ -150,11 +151,10 @@ def _log2_mean_with_1(x):
 
 @triton.jit
 def _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE: tl.constexpr):
-    """f, u of each class: divergence = sum f, and u = q dD/dq up to a constant in dD/dq.
+    """f, u of each class, the terms of `kernels.divergences` with d = log2(p / q).
 
-    d = log2(p / q). A class without p (or q) adds no p-term (or q-term), also where d is infinite
-    or NaN; a NaN in p or q stays. For jsd, rest = 1 - beta, log2_2_beta = log2(2 beta) and
-    log2_2_rest = log2(2 rest).
+    Of a divergence that reads beta, rest = 1 - beta, log2_2_beta = log2(2 beta) and log2_2_rest =
+    log2(2 rest).
     """
     if DIVERGENCE == "forward_kl":
         f = tl.where(p == 0, 0.0, LN2 * p * d)
@@ -212,21 +212,20 @@ def _row_loss(
     student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
     V,
     scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr,
-    VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Passes 1 and 2: (kd, ce) of one row and its statistics."""
-    max_s, d_s, max_t, d_t, d_1, kl = _softmax_stats(
-        student_ptr, teacher_ptr, V, scale, inv_temperature, DIVERGENCE, NEEDS_D_1, BLOCK_V, VECTOR
+    max_s, d_s, max_t, d_t, d_1, kd = _softmax_stats(
+        student_ptr, teacher_ptr, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, BLOCK_V, VECTOR
     )
     logd_s = tl.log(d_s)
     logd_t = tl.log(d_t)
     logd_1 = tl.log(d_1)
-    kd = kl
-    if DIVERGENCE == "forward_kl":
+    if ROW_SUMS == "mean_under_p":
         u_sum = -1.0
-    elif DIVERGENCE == "reverse_kl":
-        u_sum = kl
+    elif ROW_SUMS == "mean_under_q":
+        u_sum = kd
     else:
         kd, u_sum = _divergence_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
@@ -300,8 +299,8 @@ def _kd_loss_fwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm,     # strides, in elements
     scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
@@ -309,7 +308,7 @@ def _kd_loss_fwd_kernel(
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, V,
         scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
+        DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
@@ -332,8 +331,8 @@ def _kd_loss_bwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
@@ -365,8 +364,8 @@ def _kd_loss_fwd_bwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride_sm
@@ -376,7 +375,7 @@ def _kd_loss_fwd_bwd_kernel(
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr, teacher_ptr, label, V,
         scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, HAS_CE, HAS_CE and not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
+        DIVERGENCE, ROW_SUMS, HAS_CE, HAS_CE and not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
@@ -500,16 +499,17 @@ def _spec_args(
         (student_logits.dtype, teacher_logits.dtype),
         warp_size=64 if torch.version.hip else 32,
     )
-    is_jsd = spec.divergence == "jsd"
+    divergence = DIVERGENCES[spec.divergence]
     return {
         "V": vocab_size,
         "scale": math.log2(math.e) / spec.temperature,
         "inv_temperature": 1.0 / spec.temperature,
         "beta": spec.beta,
         "rest": 1.0 - spec.beta,  # not left to the kernel, whose beta is rounded to fp32
-        "log2_2_beta": math.log2(2.0 * spec.beta) if is_jsd else 0.0,
-        "log2_2_rest": math.log2(2.0 * (1.0 - spec.beta)) if is_jsd else 0.0,
-        "DIVERGENCE": spec.divergence,
+        "log2_2_beta": math.log2(2.0 * spec.beta) if divergence.reads_beta else 0.0,
+        "log2_2_rest": math.log2(2.0 * (1.0 - spec.beta)) if divergence.reads_beta else 0.0,
+        "DIVERGENCE": divergence.name,
+        "ROW_SUMS": divergence.row_sums,
         "HAS_CE": labels is not None and spec.ce_weight != 0.0,
         "UNIT_TEMPERATURE": spec.temperature == 1.0,
         "BLOCK_V": config.block_v,

@@ -109,9 +109,10 @@ def linear_kd_loss(
         teacher_weight: [V, D_t], dtype of teacher_hidden.
         labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
-        divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: teacher's weight in the JSD mixture, in [0, 1]; 0 is forward KL, 1 is reverse KL. None
-            is 0.5. To be given with "jsd" alone.
+        divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
+            stands, such as "forward_kl", "reverse_kl" or "jsd".
+        beta: teacher's weight in a divergence with a mixture, "jsd", in [0, 1]; there 0 is forward
+            KL and 1 is reverse KL. None is 0.5. An error beside another divergence.
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
         student_bias, teacher_bias: [V], dtypes of their weights.

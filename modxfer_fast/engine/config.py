@@ -12,6 +12,7 @@ from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.teachers.replica import checked_kind
+from modxfer_fast.kernels.divergences import FORMULAS, WITH_BETA
 
 logger = logging.get_logger(__name__)
 
@@ -34,11 +35,11 @@ class DistillConfig(TrainingArguments):
     )
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "forward_kl = KL(teacher || student), reverse_kl, jsd."},
+        metadata={"help": f"Of p, the teacher, and q, the student: {FORMULAS}."},
     )
     beta: float | None = field(
         default=None,
-        metadata={"help": "Weight of the teacher in the mixture of jsd alone; 0.5 when not given."},
+        metadata={"help": f"Weight of p, for {WITH_BETA} alone; 0.5 when not given."},
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Divides both rows of logits inside the divergence."}

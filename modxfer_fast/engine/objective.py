@@ -1,6 +1,5 @@
 """What is minimised: the scalar options of the loss, computed fused or, as a yardstick, dense."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from modxfer_fast import KDTerms, linear_kd_loss_terms
 from modxfer_fast.engine.metrics import IGNORE_INDEX
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 
 LOSS_IMPLS = ("fused", "dense")
 
@@ -112,7 +112,8 @@ class Objective:
         if spec.kd_weight:
             with torch.no_grad():
                 log_p = _log_probs(F.linear(t_hidden, *t_head).float(), spec.temperature)
-            rows = _divergence(log_p, _log_probs(student, spec.temperature), spec)
+            log_q = _log_probs(student, spec.temperature)
+            rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)
             kd = rows.masked_fill(~valid, 0.0).sum()
         if spec.ce_weight:
             ce = F.cross_entropy(student.flatten(0, -2), labels.flatten(), reduction="sum")
@@ -123,15 +124,3 @@ class Objective:
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits / temperature, dim=-1)
-
-
-def _divergence(log_p: Tensor, log_q: Tensor, spec: KDSpec) -> Tensor:
-    """[..., V] log probabilities of teacher and student -> [...] divergence of each row."""
-    if spec.divergence == "forward_kl":
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    if spec.divergence == "reverse_kl":
-        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    log_m = torch.logaddexp(log_p + math.log(spec.beta), log_q + math.log1p(-spec.beta))
-    of_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
-    of_student = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
-    return spec.beta * of_teacher + (1 - spec.beta) * of_student

@@ -5,7 +5,8 @@ import itertools
 
 import torch
 
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_impl
 
 FUNCTIONS = ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")

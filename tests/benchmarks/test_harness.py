@@ -18,6 +18,7 @@ from benchmarks.harness import (
 )
 from benchmarks.rooms import Case
 from benchmarks.shapes import Shape
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.roofline import Roof, Work
 from modxfer_fast.measure.timing import Effort
 
@@ -198,7 +199,7 @@ def test_relative_error():
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_row_of_linear_kd_loss_is_complete(divergence):
     case = dataclasses.replace(CASE, variant=divergence)
     lineup = bench_linear_kd_loss.lineup(case)
@@ -215,4 +216,4 @@ def test_every_row_of_linear_kd_loss_is_complete(divergence):
         assert missing <= optional, f"{row.impl}: {missing}"
         assert row.ratio_to_floor == pytest.approx(row.time_ms / row.floor_ms)
         assert row.problem["divergence"] == divergence
-        assert ("beta" in row.problem) == (divergence == "jsd")
+        assert ("beta" in row.problem) == DIVERGENCES[divergence].reads_beta

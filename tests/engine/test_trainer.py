@@ -17,6 +17,7 @@ from modxfer_fast.engine import (
     last_complete_checkpoint,
 )
 from modxfer_fast.errors import UserError
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.models import ModelError
 from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
 from tests.support.reference import evaluate_dense, train_dense
@@ -657,7 +658,7 @@ def break_answers(model, calls: set[int]):
     return model
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_teacher_that_answers_with_nan_is_no_perfect_teacher(tmp_path, divergence):
     args = config(tmp_path, divergence=divergence)
     run = trainer(tiny_llama(), args, break_answers(teacher_model(), {2}), eval_dataset=DATA)

@@ -9,7 +9,8 @@ import torch
 
 from modxfer_fast import kd_loss, linear_kd_loss, lora_projection_loss
 from modxfer_fast.cli.main import main
-from modxfer_fast.kernels.common import DIVERGENCES, compiled, instruction_sets
+from modxfer_fast.kernels.common import compiled, instruction_sets
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.lora_linear import LoraTarget
 from modxfer_fast.kernels.projection_loss import projection_loss
 from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec

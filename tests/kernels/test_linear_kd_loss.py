@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from modxfer_fast import LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, scratch
+from modxfer_fast.kernels.common import KDSpec, scratch
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import (
     BACKENDS,

@@ -14,7 +14,8 @@ from benchmarks.inputs import linear_inputs as real_inputs
 from benchmarks.inputs import linear_truth
 from benchmarks.shapes import Shape
 from modxfer_fast import linear_kd_loss
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.memory import peak_mib
 from tests.gpu import NEEDS_GPU, backend_on, free_or_skip, no_waiting, recorded, to_device
 from tests.inputs import (

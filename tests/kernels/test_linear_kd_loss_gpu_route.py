@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from modxfer_fast import linear_kd_loss
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, gemm, packing, scratch
+from modxfer_fast.kernels.common import KDSpec, gemm, packing, scratch
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.linear_kd_loss.stream import stream
 from modxfer_fast.measure.memory import peak_mib
 from tests.claimed_gpu import OnGPU, Products

@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import interpreter
 
 from modxfer_fast.kernels import env
-from modxfer_fast.kernels.common import DIVERGENCES, KDSpec, triton_interpreter
+from modxfer_fast.kernels.common import KDSpec, triton_interpreter
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_impl
 from tests.support.kd_rows import Rows, check_row_kernels, close_rows
 

@@ -4,9 +4,10 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modxfer_fast.engine import Objective
+from modxfer_fast.kernels.divergences import DIVERGENCES
 
 
 def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, objective: Objective):
@@ -25,18 +26,9 @@ def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, obje
         teacher_logits = teacher(**inputs).logits[valid][:, :common]
     log_p = (teacher_logits / objective.temperature).log_softmax(-1)
     log_q = (student_logits / objective.temperature).log_softmax(-1)
-    return _divergence(log_p, log_q, objective).sum(), ce, valid.sum()
-
-
-def _divergence(log_p: Tensor, log_q: Tensor, objective: Objective) -> Tensor:
-    p, q = log_p.exp(), log_q.exp()
-    if objective.divergence == "forward_kl":
-        return p * (log_p - log_q)
-    if objective.divergence == "reverse_kl":
-        return q * (log_q - log_p)
     beta = 0.5 if objective.beta is None else objective.beta
-    m = beta * p + (1 - beta) * q
-    return beta * p * (log_p - m.log()) + (1 - beta) * q * (log_q - m.log())
+    rows = DIVERGENCES[objective.divergence].definition(log_p, log_q, beta)
+    return rows.sum(), ce, valid.sum()
 
 
 def dense_loss(kd, ce, objective: Objective):

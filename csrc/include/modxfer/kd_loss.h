@@ -5,9 +5,12 @@
 
 namespace modxfer {
 
-enum class Divergence : int64_t { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
+// In the order of kernels/divergences.py, which has their formulas.
+enum class Divergence : int64_t { kForwardKl, kReverseKl, kJsd, kCount };
 
-// What is computed. p teacher, q student, m = beta p + (1 - beta) q.
+constexpr int64_t kNumDivergences = static_cast<int64_t>(Divergence::kCount);
+
+// What is computed. p teacher, q student, beta the weight of p in a mixture of both.
 struct KdSpec {
   Divergence divergence;
   float beta;
@@ -40,7 +43,7 @@ struct KdScratch {
   float* u;
 };
 
-// Row kernels of one instruction set. label < 0: the row has no cross entropy.
+// Row kernels of one divergence and instruction set. label < 0: the row has no cross entropy.
 struct KdRowKernels {
   const char* isa;
   // Losses, statistics, and q and u in the scratch.
@@ -54,7 +57,7 @@ struct KdRowKernels {
                const KdStats& stats, const KdScratch& scratch, float* dlogits);
 };
 
-// The kernels of the instruction set in use.
-const KdRowKernels& kd_row_kernels();
+// The kernels of a divergence for the instruction set in use.
+const KdRowKernels& kd_row_kernels(Divergence divergence);
 
 }  // namespace modxfer

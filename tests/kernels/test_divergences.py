@@ -1,0 +1,128 @@
+"""The records of the divergences: each says the same thing in every way it says it."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS
+from modxfer_fast.kernels.kd_loss import reference
+from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
+from tests.inputs import close_logits
+
+ROOT = Path(__file__).parents[2]
+DELTAS = [1e-3, 0.3, 3.0]
+BETA = 0.3
+
+
+def log_softmaxes(delta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log_p and log_q [6, 40], fp64."""
+    student, teacher = close_logits(6, 40, torch.float64, delta=delta)
+    return teacher.log_softmax(-1), student.detach().log_softmax(-1)
+
+
+def terms(divergence: str, log_p, log_q):
+    return DIVERGENCES[divergence].terms(log_p.exp(), log_q.exp(), log_p - log_q, BETA)
+
+
+def test_records_are_read_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # its import raises
+    found = runpy.run_path(str(ROOT / "kernels" / "divergences.py"))
+    assert list(found["DIVERGENCES"]) == list(DIVERGENCES)
+
+
+def test_the_enum_of_the_c_kernels_has_the_records_order():
+    header = (ROOT / "csrc" / "include" / "modxfer" / "kd_loss.h").read_text()
+    (names,) = re.findall(r"enum class Divergence : int64_t \{([^}]*)\}", header)
+    *names, count = (name.strip().removeprefix("k") for name in names.split(","))
+    assert count == "Count"
+    assert [re.sub(r"(?<!^)(?=[A-Z])", "_", n).lower() for n in names] == list(DIVERGENCES)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_names_and_formulas(divergence):
+    record = DIVERGENCES[divergence]
+    assert record.name == divergence
+    assert f"{divergence} = {record.formula}" in FORMULAS
+    assert record.reads_beta == ("beta" in record.formula)
+    assert record.ends is None or set(record.ends) < set(DIVERGENCES)
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_f_sums_to_the_definition(divergence, delta):
+    log_p, log_q = log_softmaxes(delta)
+    f, _ = terms(divergence, log_p, log_q)
+    expected = DIVERGENCES[divergence].definition(log_p, log_q, BETA)
+    torch.testing.assert_close(f.sum(-1), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_u_gives_the_gradient_of_the_definition(divergence, temperature, delta):
+    student, teacher = close_logits(6, 40, torch.float64, delta=delta)
+    log_p, log_q = ((z / temperature).log_softmax(-1) for z in (teacher, student))
+    loss = DIVERGENCES[divergence].definition(log_p, log_q, BETA).sum()
+    (expected,) = torch.autograd.grad(loss, student)
+    _, u = terms(divergence, log_p, log_q.detach())
+    dlogits = (u - log_q.detach().exp() * u.sum(-1, keepdim=True)) / temperature
+    torch.testing.assert_close(dlogits, expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_row_sums_are_what_the_record_says(divergence):
+    log_p, log_q = log_softmaxes(1.0)
+    f, u = terms(divergence, log_p, log_q)
+    match DIVERGENCES[divergence].row_sums:
+        case "mean_under_p":
+            mean = (log_p.exp() * (log_p - log_q)).sum(-1)
+            expected = mean, -torch.ones_like(mean)
+        case "mean_under_q":
+            mean = (log_q.exp() * (log_q - log_p)).sum(-1)
+            expected = mean, mean
+        case "normalised":
+            return
+    torch.testing.assert_close((f.sum(-1), u.sum(-1)), expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_divergence_is_positive_and_zero_for_equal_rows_alone(divergence):
+    for delta in DELTAS:
+        f, _ = terms(divergence, *log_softmaxes(delta))
+        assert (f.sum(-1) > 0).all()
+    log_p, _ = log_softmaxes(1.0)
+    f, u = terms(divergence, log_p, log_p)
+    assert f.sum(-1).abs().max() < 1e-15
+    assert (u - log_p.exp() * u.sum(-1, keepdim=True)).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_excluded_classes_have_no_term_and_no_gradient(divergence):
+    """By autograd too, through logits of -inf; a class that one side alone excludes may be inf."""
+    student, teacher = (z.detach().clone() for z in close_logits(4, 40, torch.float64, delta=1.0))
+    student[:, :5] = teacher[:, :5] = -1e5  # exp of it is 0, its log is not
+    student[:, 20:25] = -1e3
+    teacher[:, 30:35] = -1e3
+    spec = KDSpec(divergence, BETA, 1.0, 1.0, 0.0)
+    loss, _ = kd_loss_reference(student.requires_grad_(), teacher, None, spec)
+    assert loss.isfinite().all()
+    (expected,) = torch.autograd.grad(loss.sum(), student)
+    dlogits = torch.empty_like(student)
+    weights = torch.ones(4, dtype=torch.float64)
+    reference.kd_loss_fwd_bwd(student.detach(), teacher, None, weights, spec, dlogits)
+    torch.testing.assert_close(dlogits, expected, rtol=1e-9, atol=1e-12)
+    assert (expected[:, :5] == 0).all()
+
+
+def test_an_unknown_divergence_is_nowhere_another():
+    spec = KDSpec("kl", 0.5, 1.0, 1.0, 0.0)
+    student, teacher = close_logits(2, 5)
+    for backend in ("reference", "cpp"):
+        with pytest.raises(KeyError, match="kl"):
+            dispatch.load("kd_loss", backend).kd_loss_fwd(student.detach(), teacher, None, spec)
