@@ -16,7 +16,7 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
 from modxfer_fast.testing.accuracy import assert_within_budget
-from modxfer_fast.testing.kd_rows import gradient_jumps
+from tests.support.kd_rows import gradient_jumps
 
 NAMES = {
     torch.float64: "fp64",
