@@ -102,7 +102,8 @@ class FromTeacherSection(Section):
 
 
 class PeftSection(Section):
-    """peft: a configuration of PEFT, of which `type` names the kind.
+    """peft: `type` lora (the default), ia3, bottleneck or compacter, and the fields of that
+        configuration; null trains the whole model.
     fused_lora: whether LoRA layers run on the fused op; null means wherever there are some.
     """
 
@@ -127,7 +128,8 @@ class PeftSection(Section):
 class StudentSection(PeftSection, ModelSection):
     """from_teacher: start from the teacher's weights; fields that `config` leaves out are then the
         teacher's, and as many blocks as are copied.
-    peft: fields of `peft.LoraConfig`; everything outside the adapters is then frozen.
+    peft: `type` lora (the default), ia3, bottleneck or compacter, and the fields of that
+        configuration; everything outside the module is then frozen.
     fused_lora: whether LoRA layers run on the fused op; null means wherever there are some.
     """
 

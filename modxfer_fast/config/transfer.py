@@ -30,8 +30,9 @@ Space = Annotated[str, OneOf(SPACES)]
 class TeacherSection(PretrainedSection):
     """The model whose module is moved.
 
-    peft: `type` lora, ia3, bottleneck or compacter, and the fields of that configuration; trained
-        on the task with `training`. Or adapter: folder of a module that somebody trained.
+    peft: `type` lora (the default), ia3, bottleneck or compacter, and the fields of that
+        configuration; trained on the task with `training`. Or adapter: folder of a module that
+        somebody trained.
     training: fields of `transformers.TrainingArguments`.
     seed: of the module, its head and its batches; one teacher serves every seed of the student.
     train_fraction: of the training examples, whatever the student is given.

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -44,8 +45,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return tokenizer
 
 
+def read_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, as it is there.
+
+    Args:
+        options: of its class.
+
+    Raises:
+        DataError: nothing there, or nothing that can be read.
+    """
+    place = Path(path).expanduser() if path.startswith((".", "/", "~")) else None
+    if place is not None and not place.exists():
+        raise DataError(f"tokenizer {path}: no such folder")
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(path if place is None else str(place), **options)
+    except Exception as error:  # transformers raises several types, `tokenizers` a bare Exception
+        raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
+
+
 def load_tokenizer(
-    path: str, *, revision: str | None = None, kind: str = "causal_lm"
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    kind: str = "causal_lm",
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer and see to its padding token.
 
@@ -55,14 +81,7 @@ def load_tokenizer(
     Raises:
         DataError: nothing there, or a tokenizer without the token that `kind` needs.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
-        raise DataError(f"tokenizer {path}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(path).expanduser()) if path.startswith("~") else path, revision=revision
-        )
-    except Exception as error:  # transformers raises several types, `tokenizers` a bare Exception
-        raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
+    tokenizer = read_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
     if kind == "encoder":
         if tokenizer.pad_token_id is None:
             raise DataError(f"tokenizer {path}: expected a padding token (pad_token), got none")

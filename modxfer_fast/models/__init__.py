@@ -7,16 +7,7 @@ from modxfer_fast.models.bottleneck import (
     bottleneck_sites,
     find_site,
 )
-from modxfer_fast.models.build import (
-    apply_peft,
-    build_model,
-    check_peft,
-    check_targets,
-    load_adapter,
-    load_model,
-    load_model_config,
-    make_config,
-)
+from modxfer_fast.models.build import build_model, make_config
 from modxfer_fast.models.checks import (
     check_config_fits,
     check_finite,
@@ -38,6 +29,8 @@ from modxfer_fast.models.fused_lora import (
     register_fused_lora,
     unpatch_peft_model,
 )
+from modxfer_fast.models.load import load_model, load_model_config, load_task_model, task_skeleton
+from modxfer_fast.models.peft import apply_peft, check_peft, check_targets, load_adapter
 
 __all__ = [
     "Architecture",
@@ -62,12 +55,14 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_model_config",
+    "load_task_model",
     "make_config",
     "patch_peft_model",
     "phm_dense",
     "phm_refit",
     "register_fused_lora",
     "take_from_teacher",
+    "task_skeleton",
     "unpatch_peft_model",
     "weights_digest",
 ]

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modxfer_fast.config.transfer_names import SPACES
 from modxfer_fast.models.errors import ModelError
@@ -189,6 +189,23 @@ def linear_names(*roles: str) -> tuple[tuple[str, ...], ...]:
 def without_peft(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Modules that a task trains besides the PEFT module: the head, and a pooler it reads from.
+
+    A pooler belongs to the head: many checkpoints carry none, and it is then as random as the
+    head; families without one have its layer inside the head.
+    """
+    heads = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    pooler = getattr(model.base_model, POOLER, None)
+    if pooler is not None and any(True for _ in pooler.parameters()):
+        heads.append(POOLER)
+    return tuple(heads)
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -12,7 +12,7 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from modxfer_fast.models.task import head_modules
+from modxfer_fast.models.architecture import head_modules
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.kinds import KINDS
 from modxfer_fast.transfer.modules import PeftModuleState, check_base_model

@@ -1,6 +1,9 @@
 """The trained tokenizer: round trip, repeatable, saved the way transformers loads it."""
 
+import json
+
 import pytest
+from transformers import dynamic_module_utils
 
 from modxfer_fast.data import DataError, load_tokenizer, tokenizer_digest, train_tokenizer
 
@@ -51,3 +54,22 @@ def test_errors(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(DataError, match="expected an end-of-text token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_code_of_a_folder_runs_where_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n"
+        "    is_ours = True\n"
+    )
+    config = tmp_path / "own" / "tokenizer_config.json"
+    fields = json.loads(config.read_text())
+    fields["tokenizer_class"] = "OwnTokenizer"
+    fields["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    config.write_text(json.dumps(fields))
+    assert load_tokenizer(str(tmp_path / "own"), trust_remote_code=True).is_ours
+    with pytest.raises(DataError, match="trust_remote_code"):
+        load_tokenizer(str(tmp_path / "own"))

@@ -14,8 +14,7 @@ from modxfer_fast.data.tasks import encode_task, load_task, task_collator
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task, train_task
-from modxfer_fast.models import ModelError
-from modxfer_fast.models.task import apply_task_peft, load_task_model
+from modxfer_fast.models import ModelError, apply_peft, load_task_model
 from tests.task_inputs import (
     SICK_COLUMNS,
     sentences,
@@ -62,7 +61,7 @@ LORA = {"type": "lora", "r": 4, "target_modules": ["query", "value"]}
 
 def student(encoder, data, *, seed=0, block=LORA, **peft):
     model = load_task_model(encoder, data.kind, data.labels, seed=seed)
-    return apply_task_peft(model, {**block, **peft}, data.kind, seed=seed)
+    return apply_peft(model, {**block, **peft}, seed=seed, task=data.kind)
 
 
 def train(model, tokenizer, data, folder, **options):

@@ -4,7 +4,7 @@ import pytest
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 
 from modxfer_fast.models import BottleneckConfig, CompacterConfig
-from modxfer_fast.models.task import PEFT_KINDS
+from modxfer_fast.models.peft import PEFT_TYPES
 from modxfer_fast.transfer import (
     PeftModuleState,
     TransferError,
@@ -42,7 +42,7 @@ CONFIGS = {
 
 
 def test_every_type_that_is_trained_can_be_moved():
-    assert tuple(KINDS) == PEFT_KINDS
+    assert tuple(KINDS) == PEFT_TYPES
     with pytest.raises(TransferError, match=r"expected one of LORA, IA3, .*got PROMPT_TUNING"):
         kind_of(PromptTuningConfig(num_virtual_tokens=2))
 

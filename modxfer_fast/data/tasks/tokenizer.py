@@ -1,12 +1,11 @@
 """The tokenizer of a task: fast, padding, and fit for words that were split before."""
 
-from pathlib import Path
-
 from tokenizers import normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config.task import TaskKind
 from modxfer_fast.data.errors import DataError
+from modxfer_fast.data.tokenizer import read_tokenizer
 
 
 def load_task_tokenizer(
@@ -20,19 +19,13 @@ def load_task_tokenizer(
     Raises:
         DataError: nothing there, no fast tokenizer, or none that pads.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
-        raise DataError(f"tokenizer {path}: no such folder")
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        if kind == "ner" and tokenizer.is_fast and _runs_words_together(tokenizer):
-            # the classes that write the space themselves also save that they do
-            tokenizer = AutoTokenizer.from_pretrained(path, add_prefix_space=True, **options)
-            if _runs_words_together(tokenizer):
-                _write_spaces(tokenizer.backend_tokenizer)
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
+    tokenizer = read_tokenizer(path, **options)
+    if kind == "ner" and tokenizer.is_fast and _runs_words_together(tokenizer):
+        # the classes that write the space themselves also save that they do
+        tokenizer = read_tokenizer(path, add_prefix_space=True, **options)
+        if _runs_words_together(tokenizer):
+            _write_spaces(tokenizer.backend_tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise DataError(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modxfer_fast.engine.deepspeed import gathered, true_shape
+from modxfer_fast.models.architecture import without_peft
 
 # Configuration entries that multiply or divide the logits (Cohere, Granite, Falcon-H1, ...).
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -126,7 +127,7 @@ def base_model(model: nn.Module, role: str) -> PreTrainedModel:
                     f"{role}: activated LoRA finds its invocation tokens in PeftModel.forward, "
                     "which a call for hidden states skips; use plain LoRA"
                 )
-        model = model.get_base_model()
+    model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"{role}: expected a PreTrainedModel or PeftModel, got {type(model).__name__}"

@@ -328,7 +328,7 @@ class _Job:
         section = self.config.student
         if section.peft is None:
             return load_model(str(folder), section, self.config.kind)
-        return load_adapter(load_model(start_path, section), folder)
+        return load_adapter(load_model(start_path, section, self.config.kind), folder)
 
     def _evaluate(
         self,

@@ -68,14 +68,12 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
     elif section is not None:
         tokenizer = load_tokenizer(section.path, kind=config.kind)
     else:
-        tokenizer = load_tokenizer(
-            config.teacher.path, revision=config.teacher.revision, kind=config.kind
-        )
+        tokenizer = _tokenizer_of(config.teacher, config.kind)
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.path is None:
             continue
         try:
-            theirs = load_tokenizer(model.path, revision=model.revision, kind=config.kind)
+            theirs = _tokenizer_of(model, config.kind)
         except DataError:
             folder = Path(model.path).expanduser()
             if folder.is_dir() and not has_tokenizer(folder):  # weights alone: nothing to compare
@@ -83,6 +81,16 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
             raise
         check_same_tokenizer(tokenizer, theirs, role)
     return tokenizer
+
+
+def _tokenizer_of(model: ModelSection, kind: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that came with a model."""
+    return load_tokenizer(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        kind=kind,
+    )
 
 
 def planned_configs(

@@ -28,7 +28,7 @@ from modxfer_fast.jobs.task.stages import (
     teacher_stage,
     train_student,
 )
-from modxfer_fast.models.task import check_task_peft
+from modxfer_fast.models import check_peft
 from modxfer_fast.report import METRIC_NAMES, ConsoleCallback
 
 CE_ONLY, DISTILLED = "ce_only", "distilled"
@@ -54,7 +54,7 @@ class TaskDistillJob(Job):
         check_teacher(config.teacher)
         check_task_training(split_steps(config.training)[0], "training")
         if config.student.peft is not None:
-            check_task_peft(config.student.peft, "student.peft")
+            check_peft(config.student.peft, "student.peft")
 
     @cached_property
     def examples(self) -> Examples:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.config.task import TaskKind, TaskSection
@@ -17,8 +17,14 @@ from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
 from modxfer_fast.engine.tasks.distillation import TaskTextCollator
 from modxfer_fast.files import write_json
 from modxfer_fast.jobs.stage import folder_digest
-from modxfer_fast.models import Architecture, ModelError
-from modxfer_fast.models.task import load_task_model, set_pad_token, task_skeleton
+from modxfer_fast.models import (
+    Architecture,
+    load_adapter,
+    load_model_config,
+    load_task_model,
+    task_skeleton,
+)
+from modxfer_fast.models.task import set_pad_token
 from modxfer_fast.transfer import TransferError
 from modxfer_fast.transfer.modules import load_config, same_model
 
@@ -95,12 +101,7 @@ class TaskModel:
         path = Path(section.path).expanduser()
         if path.is_dir():
             return {"files": folder_digest(path), **options}
-        try:
-            config = AutoConfig.from_pretrained(
-                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {section.path}: cannot be loaded ({error})") from error
+        config = load_model_config(section.path, section)
         commit = getattr(config, "_commit_hash", None) or section.revision
         return {"hub": section.path, "commit": commit, **options}
 
@@ -134,7 +135,7 @@ class TaskModel:
             TransferError: a head for other labels.
         """
         try:
-            return PeftModel.from_pretrained(self.load(), str(adapter), is_trainable=trainable)
+            return load_adapter(self.load(), adapter, trainable=trainable)
         except RuntimeError as error:
             raise TransferError(
                 f"adapter {adapter}: does not fit {self.section.path} with a head for the "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import TeacherSection
@@ -14,8 +14,7 @@ from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.stage import OutsideFolder, Stage, StageContext
 from modxfer_fast.jobs.task.models import Examples, TaskModel
-from modxfer_fast.models import patch_peft_model
-from modxfer_fast.models.task import apply_task_peft, check_task_peft
+from modxfer_fast.models import apply_peft, check_peft, load_model_config, patch_peft_model
 from modxfer_fast.report import ConsoleCallback, JobConsole
 
 RESULT = "result.json"
@@ -69,9 +68,7 @@ def teacher_stage(model: TaskModel, examples: Examples) -> Stage:
 
 
 def _check_has_head(section: TeacherSection) -> None:
-    names = AutoConfig.from_pretrained(
-        section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-    ).architectures
+    names = load_model_config(section.path, section).architectures
     if not any("Classification" in name for name in names or ()):
         raise ConfigError(
             f"teacher: expected a checkpoint with a head for the task, training or adapter, "
@@ -83,7 +80,7 @@ def check_teacher(section: TeacherSection) -> None:
     """Raise a ConfigError or ModelError for what belongs to a library in the section."""
     check_task_training(split_steps(section.training)[0], "teacher.training")
     if section.peft is not None:
-        check_task_peft(section.peft, "teacher.peft")
+        check_peft(section.peft, "teacher.peft")
 
 
 def score_of(folder: Path, kind: str) -> float:
@@ -121,7 +118,7 @@ def start(context: StageContext, where: str) -> PreTrainedModel:
     model = side.load()
     if options.peft is None:
         return model
-    model = apply_task_peft(model, options.peft, side.kind, seed=side.seed, where=where)
+    model = apply_peft(model, options.peft, where, seed=side.seed, task=side.kind)
     if options.fused_lora:
         fuse_lora(model, context.console)
     return model
