@@ -164,12 +164,12 @@ def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
 
 def as_dict(config: pydantic.BaseModel) -> dict[str, Any]:
     """The complete configuration, defaults included, as JSON-like values without its secrets."""
-    return _without_secrets(json.loads(config.model_dump_json()))
+    return without_secrets(json.loads(config.model_dump_json()))
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_secrets(v) for k, v in value.items() if k not in _SECRETS}
+        return {k: without_secrets(v) for k, v in value.items() if k not in _SECRETS}
     return value
 
 

@@ -10,6 +10,8 @@ import datasets
 import torch
 import transformers
 
+from modxfer_fast.jobs.ranks import world_size
+
 
 def quieten_libraries() -> None:
     """The console is ours; libraries speak up only when something is wrong."""
@@ -33,5 +35,5 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
     }

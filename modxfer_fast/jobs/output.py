@@ -17,6 +17,7 @@ from modxfer_fast.files import (
     write_text,
 )
 from modxfer_fast.jobs.distill.continuation import changes, describe, is_longer
+from modxfer_fast.jobs.ranks import world_size
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
@@ -230,7 +231,7 @@ def _markers(folder: Path) -> list[Path]:
 
 
 def _check_processes(folder: Path) -> None:
-    now = int(os.environ.get("WORLD_SIZE", "1"))
+    now = world_size()
     written = {
         (sealed_facts(path.parent) or {}).get("world_size", now) for path in _markers(folder)
     }

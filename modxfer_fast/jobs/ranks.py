@@ -20,6 +20,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def world_size() -> int:
+    """Processes of this job, as its launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -80,8 +85,7 @@ def end_with_launcher() -> None:
 
 def single_process(command: str) -> None:
     """Raise a UserError under a launcher with several processes."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    if (world := world_size()) > 1:
         raise UserError(
             f"{command}: expected one process, got {world}; run different cells of a grid in "
             "different processes instead"

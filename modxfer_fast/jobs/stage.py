@@ -137,6 +137,14 @@ def facts_of(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Live:
+    """An object in memory that has no fields to tell it by, and JSON that does."""
+
+    value: Any
+    identity: Any
+
+
+@dataclass(frozen=True)
 class OutsideFolder:
     """A model or module that no stage made. What is in the folder tells it, not where it is."""
 

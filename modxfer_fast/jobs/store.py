@@ -69,7 +69,7 @@ class Store:
             tell: is given a line about a damaged one, which is removed.
         """
         folder = self.folder(stage)
-        if folder not in self._whole and from_main(is_main() and is_whole(folder, tell)):
+        if folder not in self._whole and from_main(is_main() and _is_whole(folder, tell)):
             self._whole.add(folder)
         return folder in self._whole
 
@@ -135,7 +135,7 @@ class Store:
             on_main(finish)
 
 
-def is_whole(folder: Path, tell: Callable[[str], None]) -> bool:
+def _is_whole(folder: Path, tell: Callable[[str], None]) -> bool:
     """Whether a sealed folder is there as it was made. Reads it all; removes a damaged one."""
     if not folder.is_dir():
         return False

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from modxfer_fast.jobs.ranks import world_size
+
 _GAIN = 1.25  # fewer threads must be so many times as fast: less is noise
 _ROUNDS = 3
 _BUDGET_S = 3.0  # no further round after it
@@ -24,7 +26,7 @@ def settle_threads(say: Callable[[str], None]) -> None:
     several processes, whose launcher decides.
     """
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    decided = "OMP_NUM_THREADS" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    decided = "OMP_NUM_THREADS" in os.environ or world_size() > 1
     if decided or threads == 1 or torch.accelerator.is_available():
         return
     load = os.getloadavg()[0]

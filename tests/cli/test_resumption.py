@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ def test_a_damaged_model_in_the_cache_is_made_again(write, whole, capsys, monkey
     assert main(["distill", str(path)]) == 0
     report = json.loads((out / "report.json").read_text())
     for role, model in (("teacher", report["teacher"]), ("student", report["runs"][0]["start"])):
-        file = tmp_path / "cache" / "models" / os.path.basename(model["path"]) / "model.safetensors"
+        file = Path(model["path"]) / "model.safetensors"
+        assert file.is_relative_to(tmp_path / "cache" / role)
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if role == "teacher" else b"")
     capsys.readouterr()
@@ -185,7 +187,7 @@ def test_an_adapter_needs_no_cache(write, monkeypatch, tmp_path):
 def test_a_process_ends_after_its_launcher(stays):
     """Also one that waits for another process and never comes to answer the signal."""
     rank = (
-        "import signal, time; from modxfer_fast.cli import ranks; ranks._GRACE_S = 0.1;"
+        "import signal, time; from modxfer_fast.jobs import ranks; ranks._GRACE_S = 0.1;"
         f"{stays} and signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "ranks.end_with_launcher(); print('ready', flush=True); time.sleep(100)"
     )
@@ -225,3 +227,30 @@ def test_a_finished_job_on_a_task_stays(tmp_path, capsys, monkeypatch):
     assert main(["distill", str(path), "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
     assert main(["distill", str(path)]) == 2
+
+
+def test_pretraining_goes_on_from_its_checkpoint_in_the_cache(write, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
+    pretrain = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    path, out = write(teacher={"pretrain": pretrain}, training={"max_steps": 2})
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsoleCallback, "on_step_end", interrupt)
+        assert main(["distill", str(path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not out.with_name("out.partial").exists()  # nothing of it is there
+    (scratch,) = (tmp_path / "cache" / "teacher").glob(".*.partial")
+    assert [p.name for p in (scratch / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    steps = []
+
+    def note(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+
+    monkeypatch.setattr(ConsoleCallback, "on_step_end", note)
+    assert main(["distill", str(path)]) == 0
+    assert steps == [4, 5, 6, 1, 2]
+    assert not scratch.exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from modxfer_fast.config import TokenizerSection
-from modxfer_fast.jobs.stage import OutsideFolder, Stage, facts_of, fingerprint
+from modxfer_fast.jobs.stage import Live, OutsideFolder, Stage, facts_of, fingerprint
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,9 @@ def test_options_that_may_change_are_refused():
     for options in (Loose(), {"text": "a"}):
         with pytest.raises(TypeError, match="expected frozen options, got"):
             Stage("base", nothing, options)
+
+
+def test_a_live_object_is_told_by_what_is_said_of_it():
+    same, other = Live(object(), ["a", 1]), Live(object(), ["a", 2])
+    assert facts_of(Options(more=same)) == facts_of(Options(more=Live(object(), ["a", 1])))
+    assert facts_of(Options(more=same)) != facts_of(Options(more=other))

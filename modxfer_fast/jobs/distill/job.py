@@ -35,6 +35,7 @@ from modxfer_fast.jobs.environment import environment, quieten_libraries
 from modxfer_fast.jobs.output import CHECKPOINTS, REPORT_FILE, WorkFolder
 from modxfer_fast.jobs.ranks import barrier, end_with_launcher, is_main, on_main
 from modxfer_fast.jobs.stage import fingerprint
+from modxfer_fast.jobs.store import Store
 from modxfer_fast.jobs.threads import settle_threads
 from modxfer_fast.models import (
     apply_peft,
@@ -101,6 +102,7 @@ class _Job:
         self.config = config
         self.folder = folder
         self.work = folder.path
+        self.models = Store()
         self.console = JobConsole(is_main=is_main())
         self.start = time.perf_counter()
         # those of an encoder are its own losses
@@ -172,7 +174,7 @@ class _Job:
 
     def _prepare_teacher(self) -> tuple[Teacher, dict[str, Any]]:
         section = self.config.teacher
-        source = prepare_model(section, "teacher", self.material, seed=0)
+        source = prepare_model(section, "teacher", self.material, self.models, seed=0)
         model = load_model(source.path, section, self.config.kind)
         check_finite(model, "teacher")
         if self.config.data.packing:
@@ -215,6 +217,7 @@ class _Job:
             self.config.student,
             "student",
             self.material,
+            self.models,
             seed=seed,
             vocab_size=teacher.vocab_size,
             teacher=teacher.model,

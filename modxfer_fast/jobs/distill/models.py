@@ -1,17 +1,20 @@
 """Tokenizer and models of a job, made once and kept in the cache."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modxfer_fast import __version__
-from modxfer_fast.config import JobConfig, LossSection, ModelSection, StudentSection
+from modxfer_fast.config import (
+    FromTeacherSection,
+    JobConfig,
+    LossSection,
+    ModelSection,
+    StudentSection,
+)
+from modxfer_fast.config.loading import without_secrets
 from modxfer_fast.data import (
     DataError,
     Documents,
@@ -20,12 +23,12 @@ from modxfer_fast.data import (
     tokenizer_digest,
     train_tokenizer,
 )
-from modxfer_fast.files import new_folder, seal, write_json
+from modxfer_fast.files import write_json
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import Material
-from modxfer_fast.jobs.ranks import barrier, from_main, is_main
-from modxfer_fast.jobs.stage import fingerprint
-from modxfer_fast.jobs.store import cache_root, is_whole
+from modxfer_fast.jobs.ranks import is_main, world_size
+from modxfer_fast.jobs.stage import Live, Stage, StageContext
+from modxfer_fast.jobs.store import Store
 from modxfer_fast.models import (
     build_model,
     check_config_fits,
@@ -127,6 +130,7 @@ def prepare_model(
     section: ModelSection,
     role: str,
     material: Material,
+    store: Store,
     *,
     seed: int,
     vocab_size: int | None = None,
@@ -134,8 +138,8 @@ def prepare_model(
 ) -> ModelSource:
     """Where the model of `section` is; built, and pretrained if asked for, when nobody did before.
 
-    A model from a `config` block is kept in the cache under a fingerprint of its configuration,
-    seed and versions, and with `pretrain` also of the training rows and arguments.
+    A model from a `config` block is a stage of its configuration, seed and versions, and with
+    `pretrain` also of the training rows and arguments.
 
     Args:
         seed: of the fresh weights; a `pretrain` section has a seed of its own, 0 if it names none.
@@ -156,36 +160,95 @@ def prepare_model(
     pretrain = section.pretrain
     if pretrain is not None:
         seed = pretrain.get("seed", 0)
-    facts = {
-        "config": config.to_dict(),
-        "seed": seed,
-        "dtype": section.dtype,
-        "attn_implementation": section.attn_implementation,
-        "versions": [__version__, torch.__version__, transformers.__version__],
-        "tokenizer": tokenizer_digest(material.tokenizer),
-    }
-    if material.kind != "causal_lm":
-        facts["kind"] = material.kind
-    if taken is not None:
-        facts.update(from_teacher=taken.model_dump(), teacher=weights_digest(teacher))
-    if pretrain is not None:
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        facts.update(pretrain=pretrain, rows=material.digest, world=world)
-    folder = cache_root() / "models" / fingerprint(facts)
-    cached = from_main(is_main() and is_whole(folder, material.console.say))
-    if not cached:
-        model = build_model(config, section, seed=seed, kind=material.kind)
-        records = {}
-        if taken is not None:
-            weights = take_from_teacher(
-                model, teacher, **taken.model_dump(), where=f"{role}.from_teacher"
-            )
-            records[_TAKEN] = weights._asdict()
-        if pretrain is None:
-            _store(model.save_pretrained, material.tokenizer, records, folder)
-        else:
-            _pretrain(model, pretrain, role, material, records, folder, seed)
+    stage = Stage(
+        role,
+        _make_model,
+        NewModel(
+            role=role,
+            kind=material.kind,
+            seed=seed,
+            config=Live(config, config.to_dict()),
+            dtype=section.dtype,
+            attn_implementation=section.attn_implementation,
+            tokenizer=Live(material.tokenizer, tokenizer_digest(material.tokenizer)),
+            from_teacher=taken,
+            teacher=taken and Live(teacher, weights_digest(teacher)),
+            pretrain=pretrain and Live(pretrain, without_secrets(pretrain)),
+            material=pretrain and Live(material, material.digest),
+            processes=world_size() if pretrain is not None else 1,
+        ),
+        resumable=pretrain is not None,
+        on_all_ranks=pretrain is not None,
+        versions=("torch", "transformers"),
+    )
+    cached = store.has(stage, material.console.say)
+    folder = store.get(stage, material.console)
     return ModelSource(str(folder), _read(folder / _RECORD), _read(folder / _TAKEN), cached)
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """What a model that is built here depends on.
+
+    Attributes:
+        role: whose section in the job file says so, for messages.
+        config, tokenizer, teacher, pretrain, material: see `prepare_model`; the last two are None
+            without pretraining.
+        processes: that train.
+    """
+
+    role: str
+    kind: str
+    seed: int
+    config: Live
+    dtype: str | None
+    attn_implementation: str | None
+    tokenizer: Live
+    from_teacher: FromTeacherSection | None
+    teacher: Live | None
+    pretrain: Live | None
+    material: Live | None
+    processes: int
+
+
+def _make_model(context: StageContext) -> None:
+    """Fresh weights, what they take from the teacher, and next-token training, where asked for."""
+    options = context.options
+    config, tokenizer = options.config.value, options.tokenizer.value
+    section = ModelSection(
+        config={"model_type": config.model_type},
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+    )
+    model = build_model(config, section, seed=options.seed, kind=options.kind)
+    records: dict[str, Any] = {}
+    if options.from_teacher is not None:
+        weights = take_from_teacher(
+            model,
+            options.teacher.value,
+            **options.from_teacher.model_dump(),
+            where=f"{options.role}.from_teacher",
+        )
+        records[_TAKEN] = weights._asdict()
+    if options.pretrain is None:
+        model.save_pretrained(context.folder)
+    else:
+        args = training_args(
+            options.pretrain.value,
+            f"{options.role}.pretrain",
+            context.checkpoints,
+            CROSS_ENTROPY,
+            seed=options.seed,
+        )
+        material = options.material.value
+        trainer = material.trainer(model, args)
+        seconds = material.train(trainer)
+        records[_RECORD] = {"seconds": seconds, "history": trainer.state.log_history}
+        trainer.save_model(str(context.folder))  # gathers from every process
+    if is_main():
+        tokenizer.save_pretrained(context.folder)
+        for name, record in records.items():
+            write_json(context.folder / name, record)
 
 
 def _student_fields(section: StudentSection, teacher: PreTrainedConfig) -> dict[str, Any]:
@@ -200,47 +263,3 @@ def _student_fields(section: StudentSection, teacher: PreTrainedConfig) -> dict[
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _pretrain(
-    model: PreTrainedModel,
-    section: dict[str, Any],
-    role: str,
-    material: Material,
-    records: dict[str, Any],
-    folder: Path,
-    seed: int,
-) -> None:
-    """Next-token training of `model`, then `folder`."""
-    # named by all that it depends on: what changed since an interruption goes on from nothing
-    checkpoints = material.work / "checkpoints" / f"{role}-pretrain-{folder.name}"
-    args = training_args(section, f"{role}.pretrain", checkpoints, CROSS_ENTROPY, seed=seed)
-    trainer = material.trainer(model, args)
-    seconds = material.train(trainer)
-    record = {"seconds": seconds, "history": trainer.state.log_history}
-    trained = checkpoints / "final"
-    trainer.save_model(str(trained))  # gathers from every process
-    _store(
-        lambda scratch: shutil.copytree(trained, scratch, dirs_exist_ok=True),
-        material.tokenizer,
-        {**records, _RECORD: record},
-        folder,
-    )
-    if is_main():
-        shutil.rmtree(checkpoints)
-
-
-def _store(save, tokenizer, records: dict[str, Any], folder: Path) -> None:
-    """On the main process: fill `folder` at once. The others wait until it is there.
-
-    Args:
-        records: contents of further JSON files, by name.
-    """
-    if is_main():
-        with new_folder(folder, keep_existing=True) as scratch:
-            save(scratch)
-            tokenizer.save_pretrained(scratch)
-            for name, record in records.items():
-                write_json(scratch / name, record)
-            seal(scratch)
-    barrier()
