@@ -116,5 +116,5 @@ _RECORDS = (
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType({r.name: r for r in _RECORDS})
 # What help texts say: every name with its formula.
 FORMULAS = "; ".join(f"{r.name} = {r.formula}" for r in _RECORDS)
-# "'jsd'": the names that beta may stand beside, for messages.
-WITH_BETA = " or ".join(repr(r.name) for r in _RECORDS if r.reads_beta)
+# The names that beta may stand beside, for messages: "jsd".
+WITH_BETA = " or ".join(r.name for r in _RECORDS if r.reads_beta)

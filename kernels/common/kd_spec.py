@@ -56,7 +56,7 @@ class KDSpec(Spec):
                 raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
             if not DIVERGENCES[divergence].reads_beta:
                 raise ValueError(
-                    f"beta: expected it with divergence {WITH_BETA} alone, which reads it, "
+                    f"beta: expected it with divergence {WITH_BETA!r} alone, which reads it, "
                     f"got beta={beta} with divergence {divergence!r}"
                 )
         check_number("temperature", temperature)

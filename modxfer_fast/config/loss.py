@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from modxfer_fast.config.section import NotNegative, Positive, PositiveInt, Section
+from modxfer_fast.config.section import NotNegative, OneOf, Positive, PositiveInt, Section
+from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
 
 
 def _layer_numbers(value: Any) -> Any:
@@ -101,12 +102,14 @@ class LogitsSection(DivergenceSection):
 
 
 class LossSection(LogitsSection):
-    """Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is the plain PyTorch yardstick.
+    __doc__ = f"""Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is plain PyTorch.
 
+    divergence: of p, the teacher, and q, the student: {FORMULAS}.
+    beta: weight of p, for {WITH_BETA} alone; null is 0.5.
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "forward_kl"
     beta: Annotated[float, Field(ge=0, le=1)] | None = None
     workspace_mb: PositiveInt = 512
     backend: Backend = None
@@ -116,9 +119,9 @@ class LossSection(LogitsSection):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.beta is not None and self.divergence != "jsd":
+        if self.beta is not None and not DIVERGENCES[self.divergence].reads_beta:
             raise ValueError(
-                f"beta: expected with divergence: jsd alone, got it with {self.divergence}"
+                f"beta: expected with divergence: {WITH_BETA} alone, got it with {self.divergence}"
             )
         return self
 
