@@ -10,6 +10,7 @@ from modxfer_fast.config import JobConfig
 from modxfer_fast.config.reference import sections
 from modxfer_fast.config.task_distill import TaskDistillConfig
 from modxfer_fast.config.transfer import TransferConfig
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.env import VARIABLES
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,11 @@ def schema(job: str) -> str:
     return "\n".join(parts)
 
 
+def divergences(_: str) -> str:
+    """A line for each of the divergences' records."""
+    return "\n".join(f"- `{name}`: {record.formula}" for name, record in DIVERGENCES.items())
+
+
 def meaning(section: type) -> str:
     """The docstring of a section, its `key: meaning` lines as a list."""
     lines = []
@@ -73,4 +79,4 @@ def cells(key: tuple[str, str, str]) -> tuple[str, str, str]:
     return name, kind.replace("|", "\\|"), default.replace("|", "\\|")
 
 
-RENDER = {"readme": readme, "schema": schema, "variables": variables}
+RENDER = {"divergences": divergences, "readme": readme, "schema": schema, "variables": variables}
