@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f)
 # processes of the tests, each with one thread
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow coverage aot-budget lint format docs bench-peers clean
+.PHONY: help setup demo test test-slow coverage aot-budget lint types format docs bench-peers clean
 
 help:
 	@echo "make demo         distil examples/quickstart.yaml on this machine (no network, no GPU needed)"
@@ -19,7 +19,8 @@ help:
 	@echo "make test-slow    run what make test leaves out: sanitizers, packaging"
 	@echo "make coverage     run all tests and report the branches that they take"
 	@echo "make aot-budget   compile the Triton kernels that changed; rewrites tests/aot_budget.json"
-	@echo "make lint         ruff and clang-format, as CI runs them"
+	@echo "make lint         mypy, ruff and clang-format, as CI runs them"
+	@echo "make types        mypy alone"
 	@echo "make format       rewrite files the way lint wants them"
 	@echo "make docs         build the documentation site into site/, links checked"
 	@echo "make bench-peers  install the libraries that the benchmarks compare against"
@@ -51,10 +52,17 @@ coverage: $(STAMP)
 aot-budget: $(STAMP)
 	env -u TRITON_INTERPRET $(BIN)/python tests/aot.py --update
 
-lint: $(STAMP)
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+# for mypy: what is imported as one package stands in two folders of the checkout
+types: $(STAMP)
+	rm -rf build/types
+	mkdir -p build/types/modxfer_fast
+	ln -s $(CURDIR)/kernels $(CURDIR)/modxfer_fast/* build/types/modxfer_fast
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

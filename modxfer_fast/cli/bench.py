@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     module = load_room(args.room)
     room = module.ROOM
     parser = argparse.ArgumentParser(
-        prog=f"modxfer bench {args.room}", description=inspect.getdoc(module).split("\n\n", 1)[0]
+        prog=f"modxfer bench {args.room}",
+        description=(inspect.getdoc(module) or "").split("\n\n", 1)[0],
     )
     _add_measurement(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -29,5 +29,5 @@ def _whole_parser() -> argparse.ArgumentParser:
         add_arguments(importlib.import_module(f"modxfer_fast.cli.{name}"), command)
         for action in command._actions:
             if action.dest in ("config", "output"):
-                action.complete = shtab.FILE
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # as shtab has it
     return parser

@@ -50,19 +50,16 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), schema: type[Job] = JobConfig
-) -> Job:
-    """Read a job file.
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a `modxfer distill` job of a language model or an encoder.
 
     Args:
         path: YAML file.
         overrides: `dotted.path=value` strings; the value is read as YAML.
-        schema: the class of the job.
     Raises:
         ConfigError: missing file, broken YAML, unknown key, wrong type or range.
     """
-    return validate(load_raw(path, overrides), schema, str(path))
+    return validate(load_raw(path, overrides), JobConfig, str(path))
 
 
 def load_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,7 +136,7 @@ def _explain(error: pydantic.ValidationError, schema: type[Job]) -> list[str]:
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            hint = nearest(item["loc"][-1], _keys_at(item["loc"], schema))
+            hint = nearest(str(item["loc"][-1]), _keys_at(item["loc"], schema))
             lines.append(f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing, and it has no default")

@@ -1,13 +1,14 @@
 """The task section: which labelled examples a module is trained and scored on."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from modxfer_fast.config.section import PositiveInt, Section
 
 TaskKind = Literal["ner", "nli", "paraphrase"]
-SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Corpora of the hub that have a name here: what task they are, and in which languages they exist.
 HUB_KINDS: dict[str, TaskKind] = {"wikineural": "ner", "xnli": "nli", "paws-x": "paraphrase"}
@@ -24,7 +25,7 @@ _COLUMNS = {
     "nli": ("text_a", "text_b", "label"),
     "paraphrase": ("text_a", "text_b", "label"),
 }
-_Files = dict[Literal["train", "validation", "test"], str | list[str]]
+_Files = dict[Split, str | list[str]]
 
 
 class TaskSection(Section):
@@ -76,25 +77,25 @@ class TaskSection(Section):
                 f"columns: expected {_listed(_COLUMNS[self.kind])} for {self.kind}, "
                 f"got {_listed(sorted(unknown))}"
             )
-        if self.is_on_hub:
-            self._check_hub()
+        if self.source in HUB_KINDS:
+            self._check_hub(self.source)
         return self
 
-    def _check_hub(self) -> None:
-        if self.kind != HUB_KINDS[self.source]:
+    def _check_hub(self, source: str) -> None:
+        if self.kind != HUB_KINDS[source]:
             raise ValueError(
-                f"source: expected one for {self.kind}, got {self.source}, which is for "
-                f"{HUB_KINDS[self.source]}"
+                f"source: expected one for {self.kind}, got {source}, which is for "
+                f"{HUB_KINDS[source]}"
             )
-        available = HUB_LANGUAGES[self.source]
+        available = HUB_LANGUAGES[source]
         if self.language not in available:
             got = "none" if self.language is None else self.language
             raise ValueError(
-                f"language: expected one of {self.source}'s {_listed(available)}, got {got}"
+                f"language: expected one of {source}'s {_listed(available)}, got {got}"
             )
         for name in ("format", "columns"):
             if name in self.model_fields_set:
-                raise ValueError(f"{name}: expected for local files only, got source {self.source}")
+                raise ValueError(f"{name}: expected for local files only, got source {source}")
 
     @property
     def is_on_hub(self) -> bool:

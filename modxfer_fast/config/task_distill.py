@@ -89,4 +89,6 @@ def load_distill(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig |
     kind = raw.get("kind", KINDS[0])
     if kind not in KINDS:
         raise ConfigError(f"{path}: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    return validate(raw, TaskDistillConfig if kind == "task" else JobConfig, str(path))
+    if kind == "task":
+        return validate(raw, TaskDistillConfig, str(path))
+    return validate(raw, JobConfig, str(path))

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config import DataSection
-from modxfer_fast.data.encoding import ROW, encoder, encoder_rows
+from modxfer_fast.data.encoding import ROW, tokenise_documents, tokenise_texts
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
@@ -100,7 +100,8 @@ def load_documents(section: DataSection) -> Documents:
 def _source(section: DataSection, source: str, split: str) -> tuple[Dataset, str]:
     """The documents of a source under our names of columns, and their format."""
     documents = load_source(source, name=section.name, split=split, lines=section.lines)
-    documents = with_columns(documents, section.columns, source)
+    columns = {str(ours): theirs for ours, theirs in section.columns.items()}
+    documents = with_columns(documents, columns, source)
     fmt = detect_format(documents, section.format, source)
     return documents.add_column(ROW, list(range(1, len(documents) + 1))), fmt
 
@@ -201,7 +202,7 @@ def _encoder_rows(documents: Dataset, fmt: str, section: DataSection, tokenizer)
     if fmt != "text":
         raise DataError(f"data: expected a column text for an encoder, got the format {fmt}")
     return documents.map(
-        encoder_rows(tokenizer, section.max_length),
+        tokenise_texts(tokenizer, section.max_length),
         batched=True,
         remove_columns=documents.column_names,
     )
@@ -218,7 +219,9 @@ def _first_problem(documents: Dataset, fmt: str) -> str:
 
 def _pieces(documents: Dataset, fmt: str, tokenizer, max_length: int) -> Dataset:
     return documents.map(
-        encoder(fmt, tokenizer, max_length), batched=True, remove_columns=documents.column_names
+        tokenise_documents(fmt, tokenizer, max_length),
+        batched=True,
+        remove_columns=documents.column_names,
     )
 
 
@@ -233,7 +236,8 @@ def _packed(pieces: Dataset, max_length: int, packing: bool) -> Dataset:
 
 def _notes(pieces: Dataset, num_documents: int) -> list[str]:
     """What the pieces say of documents that were left out or cut."""
-    problems, first = Counter(), {}
+    problems: Counter[str] = Counter()
+    first: dict[str, int] = {}
     for row, problem in zip(pieces["row"], pieces["problem"], strict=True):
         if problem:
             problems[problem] += 1

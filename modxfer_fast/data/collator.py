@@ -59,7 +59,7 @@ class CausalCollator:
                 start = stop
             # padding goes on counting: it belongs to the last document and costs no mask of its own
             position_ids[b, start:] = torch.arange(T - start) + row["lengths"][-1]
-        batch = {
+        batch: dict[str, torch.Tensor | int] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,

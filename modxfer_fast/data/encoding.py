@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.data.chat import ChatEncoder
+from modxfer_fast.data.packing import Columns
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 
-Rows = dict[str, list]
 ROW = "__row__"  # column with the number of a document in its source
 PIECE = ("input_ids", "is_target", "problem", "row", "is_cut")
 
 
-def encoder(
+def tokenise_documents(
     fmt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Callable[[Rows], Rows]:
+) -> Callable[[Columns], Columns]:
     """A function for `Dataset.map(batched=True)`: documents of format `fmt` -> pieces.
 
     Raises:
@@ -40,7 +40,7 @@ def encoder(
         else:
             yield from _pieces(_ended(next(ids_of_text), tokenizer), max_length)
 
-    def encode_batch(rows: Rows) -> Rows:
+    def encode_batch(rows: Columns) -> Columns:
         documents = [
             _normalised(dict(zip(rows, values, strict=True)), fmt)
             for values in zip(*rows.values(), strict=True)
@@ -60,14 +60,16 @@ def encoder(
     return encode_batch
 
 
-def encoder_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
+def tokenise_texts(
+    tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Callable[[Columns], Columns]:
     """A function for `Dataset.map(batched=True)`: texts -> rows of an encoder.
 
     A row is `{"input_ids", "length"}` of at most `max_length` tokens, with the tokenizer's special
     tokens around each; a longer text becomes several rows, an empty one none.
     """
 
-    def encode_batch(rows: Rows) -> Rows:
+    def encode_batch(rows: Columns) -> Columns:
         texts = [text for text in rows["text"] if isinstance(text, str) and text.strip()]
         if not texts:
             return {"input_ids": [], "length": []}

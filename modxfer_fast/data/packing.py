@@ -6,7 +6,7 @@ A row is `{"input_ids", "is_target", "lengths"}`, sum(lengths) == len(input_ids)
 from collections.abc import Callable
 from itertools import chain
 
-Rows = dict[str, list]
+Columns = dict[str, list]  # a batch of `Dataset.map(batched=True)`
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -27,10 +27,10 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def packer(max_length: int, *, packing: bool) -> Callable[[Rows], Rows]:
+def packer(max_length: int, *, packing: bool) -> Callable[[Columns], Columns]:
     """A function for `Dataset.map(batched=True)` that turns pieces that have tokens into rows."""
 
-    def pack_batch(pieces: Rows) -> Rows:
+    def pack_batch(pieces: Columns) -> Columns:
         lengths = [len(ids) for ids in pieces["input_ids"]]
         filled = [i for i, length in enumerate(lengths) if length]
         if packing:

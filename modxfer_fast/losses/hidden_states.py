@@ -1,7 +1,7 @@
 """Losses of a student's hidden states against a teacher's, with the projections they train."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -276,7 +276,7 @@ class HiddenStateLoss(nn.Module):
         normalizer: float | Tensor | None,
         num_valid: int | None,
     ) -> Tensor:
-        options = {
+        options: dict[str, Any] = {
             "loss": loss,
             "beta": self.spec.beta if loss == "smooth_l1" else None,
             "norm": self.spec.norm,
@@ -284,6 +284,7 @@ class HiddenStateLoss(nn.Module):
             "mask": mask,
             "normalizer": normalizer,
         }
+        compute: Callable[..., Tensor] = _eager_loss
         if self.impl == "fused":
             compute = projection_loss
             options.update(
@@ -291,8 +292,6 @@ class HiddenStateLoss(nn.Module):
                 workspace_mb=self.workspace_mb,
                 backend=self.backend,
             )
-        else:
-            compute = _eager_loss
         projection = self.projection_of(pair)
         if projection is None:
             return compute(student_hidden, teacher_hidden, **options)
@@ -305,7 +304,8 @@ class HiddenStateLoss(nn.Module):
 
 def weighted_terms(losses: list[Tensor], weights: tuple[float, ...], reduction: str) -> HiddenTerms:
     """The weighted sum or mean of the pairs' losses, and each alone."""
-    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    first, *others = (weight * loss for weight, loss in zip(weights, losses, strict=True))
+    total = sum(others, start=first)
     if reduction == "mean":
         total = total / len(losses)
     return HiddenTerms(total, torch.stack([loss.detach() for loss in losses]))
@@ -329,7 +329,7 @@ def _eager_loss(
     spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
     cast = student_hidden.dtype
     if isinstance(projection, tuple):
-        projection = tuple(factor.to(cast) for factor in projection)
+        projection = projection[0].to(cast), projection[1].to(cast)
     elif projection is not None:
         projection = projection.to(cast)
     bias = None if bias is None else bias.to(cast)

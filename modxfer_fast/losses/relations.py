@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ class AttentionRelationLoss(nn.Module):
         check_name(backend)
         self.kind = kind
         self.num_heads = num_heads
-        self.relation_weights = tuple(map(float, relation_weights))
+        first, second, third = map(float, relation_weights)
+        self.relation_weights = first, second, third
         self.pair_reduction = pair_reduction
         self.options = {"causal": causal, "workspace_mb": workspace_mb, "backend": backend}
 
@@ -110,18 +112,19 @@ class AttentionRelationLoss(nn.Module):
             mask: [B, T] bool, True for a real token.
             normalizer: replaces the number of real tokens, e.g. by those of the whole step.
         """
-        options = {**self.options, "mask": mask, "normalizer": normalizer}
+        options: dict[str, Any] = {**self.options, "mask": mask, "normalizer": normalizer}
         losses = []
         for student, teacher in self.pairs:
-            sides = student_qkv[student], teacher_qkv[teacher]
+            sides, heads = (student_qkv[student], teacher_qkv[teacher]), self.num_heads
             if self.kind == "minilm":
-                sides = tuple(repeat_heads(qkv, self.num_heads) for qkv in sides)
+                assert heads is not None  # `__init__` asked for them
+                ours, theirs = (repeat_heads(qkv, heads) for qkv in sides)
                 value_weight = self.relation_weights[2]
                 loss = minilm_loss(
-                    *sides, num_heads=self.num_heads, value_weight=value_weight, **options
+                    ours, theirs, num_heads=heads, value_weight=value_weight, **options
                 )
             else:
-                heads = self.num_heads or common_heads([x.shape[-1] for qkv in sides for x in qkv])
+                heads = heads or common_heads([x.shape[-1] for qkv in sides for x in qkv])
                 loss = minilmv2_loss(
                     *sides, num_heads=heads, weights=self.relation_weights, **options
                 )

@@ -47,12 +47,18 @@ def launches(step: Callable[[], Any], device: str) -> int | None:
     """
     if device == "cuda":
         torch.cuda.synchronize()
-        events, _ = trace(lambda: (step(), torch.cuda.synchronize()), [ProfilerActivity.CUDA])
+
+        def finished_step():
+            step()
+            torch.cuda.synchronize()
+
+        events, _ = trace(finished_step, [ProfilerActivity.CUDA])
         return sum(event.get("cat") in _DEVICE_WORK for event in events) or None
     events, _ = trace(step, [ProfilerActivity.CPU])
     if any(event.get("name", "").startswith("Torch-Compiled Region") for event in events):
         return None
-    count, busy_until = 0, {}
+    count = 0
+    busy_until: dict[int, float] = {}
     for event in events:
         if event.get("cat") != "cpu_op" or not event["name"].startswith(_OPS):
             continue

@@ -37,7 +37,7 @@ def hold_libraries(isa: str | None) -> None:
     Args:
         isa: as `MODXFER_CPU_ISA` has it; None changes nothing.
     """
-    for name, value in _LIMITS.get(isa, {}).items():
+    for name, value in _LIMITS.get(isa or "", {}).items():
         os.environ.setdefault(name, value)
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from modxfer_fast.files import write_text
 
@@ -70,8 +70,8 @@ def write_results(cells: Sequence[CellResult], folder: Path) -> None:
     """
     axes = list(cells[0].labels) if cells else []
     lines = [[*axes, *_NUMBERS, "kept"]]
-    curves = [[*axes, "step", "validation"]]
-    checkpoints = [[*axes, *Checkpoint._fields]]
+    curves: list[list[Any]] = [[*axes, "step", "validation"]]
+    checkpoints: list[list[Any]] = [[*axes, *Checkpoint._fields]]
     for cell in cells:
         labels = [cell.labels[axis] for axis in axes]
         kept = "" if cell.kept is None else f"{cell.kept:.6g}"
@@ -222,7 +222,7 @@ def _chosen(
         arm = tuple((a, v) for a, v in cell.labels.items() if a not in (*repeats, choose))
         repeat = tuple(cell.labels[axis] for axis in repeats)
         arms.setdefault(arm, {}).setdefault(cell.labels[choose], {})[repeat] = cell
-    kept = []
+    kept: list[CellResult] = []
     for labels in arms.values():
         shared = set.intersection(*(set(by_repeat) for by_repeat in labels.values()))
         if shared:
@@ -245,7 +245,8 @@ def _method(
     gap = sum(base.teacher - base.score for _, base in pairs)
     gained = sum(cell.score - base.score for cell, base in pairs)
     kept = [cell.kept for cell in cells.values() if cell.kept is not None]
-    reached = [_first_step(cell, base) for cell, base in pairs]
+    steps_to_reach = (_first_step(cell, base) for cell, base in pairs)
+    reached = [step for step in steps_to_reach if step is not None]
     steps = sorted({step for cell in cells.values() for step, _ in cell.curve})
     values = {step: [v for c in cells.values() for s, v in c.curve if s == step] for step in steps}
     return MethodResult(
@@ -255,7 +256,7 @@ def _method(
         sum(cell.score > base.score for cell, base in pairs),
         len(pairs),
         gained / gap if pairs and gap > 0 else None,
-        statistics.fmean(reached) if reached and None not in reached else None,
+        statistics.fmean(reached) if reached and len(reached) == len(pairs) else None,
         tuple((step, statistics.fmean(values[step])) for step in steps),
         statistics.fmean(kept) if kept else None,
         None if choose is None else cells[seeds[0]].labels[choose],

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch.distributed import TCPStore
@@ -98,8 +99,8 @@ class Ranks:
         }
 
     def _run(self, fn: Callable, args: tuple, timeout: float) -> list:
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            folder = Path(folder)
+        with tempfile.TemporaryDirectory(dir=self._folder) as name:
+            folder = Path(name)
             torch.save(args, folder / "args.pt")
             printed = [self._output_file(i).stat().st_size for i in range(self.world_size)]
             for i, rank in enumerate(self._ranks):
@@ -150,14 +151,19 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 os.killpg(rank.pid, signal.SIGKILL)
                 rank.wait()
-            rank.stdin.close()
+            _stdin(rank).close()
         if ranks:
             self._files.cleanup()
 
 
 def _send(rank: subprocess.Popen, job: dict | None) -> None:
     try:
-        rank.stdin.write(json.dumps(job).encode() + b"\n")
-        rank.stdin.flush()
+        _stdin(rank).write(json.dumps(job).encode() + b"\n")
+        _stdin(rank).flush()
     except BrokenPipeError:
         pass  # it has ended, which `_wait` finds out
+
+
+def _stdin(rank: subprocess.Popen) -> IO[bytes]:
+    assert rank.stdin is not None  # it was started with a pipe
+    return rank.stdin

@@ -17,7 +17,7 @@ import torch
 def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
-    jobs = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
     lines = os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_listen, args=(lines, jobs), daemon=True).start()
@@ -40,6 +40,8 @@ def _listen(lines, jobs: queue.SimpleQueue) -> None:
 def _run(file: str, function: str, folder: str, environment: dict[str, str]) -> None:
     _forget_the_last_job(environment)
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file}: expected a file of Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -15,7 +15,7 @@ from modxfer_fast.data import (
     tokenizer_digest,
     train_tokenizer,
 )
-from modxfer_fast.data.encoding import encoder_rows
+from modxfer_fast.data.encoding import tokenise_texts
 from tests.encoder_models import word_tokenizer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven"]
@@ -27,13 +27,13 @@ def tokenizer(tmp_path):
 
 
 def test_each_row_has_the_special_tokens(tokenizer):
-    rows = encoder_rows(tokenizer, 8)({"text": ["one two", "", None, "  ", "three"]})
+    rows = tokenise_texts(tokenizer, 8)({"text": ["one two", "", None, "  ", "three"]})
     assert tokenizer.batch_decode(rows["input_ids"]) == ["[CLS] one two [SEP]", "[CLS] three [SEP]"]
     assert rows["length"] == [4, 3]
 
 
 def test_a_long_text_becomes_several_rows(tokenizer):
-    rows = encoder_rows(tokenizer, 5)({"text": [" ".join(WORDS)]})
+    rows = tokenise_texts(tokenizer, 5)({"text": [" ".join(WORDS)]})
     assert tokenizer.batch_decode(rows["input_ids"]) == [
         "[CLS] one two three [SEP]",
         "[CLS] four five six [SEP]",
@@ -42,12 +42,12 @@ def test_a_long_text_becomes_several_rows(tokenizer):
 
 
 def test_nothing_comes_of_nothing(tokenizer):
-    assert encoder_rows(tokenizer, 5)({"text": ["", None]}) == {"input_ids": [], "length": []}
+    assert tokenise_texts(tokenizer, 5)({"text": ["", None]}) == {"input_ids": [], "length": []}
 
 
 def test_calls_leave_the_digest_alone(tokenizer):
     before = tokenizer_digest(tokenizer)
-    encoder_rows(tokenizer, 5)({"text": [" ".join(WORDS)]})
+    tokenise_texts(tokenizer, 5)({"text": [" ".join(WORDS)]})
     tokenizer(["one", "one two"], padding=True)
     assert tokenizer_digest(tokenizer) == before
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from modxfer_fast.data import DataError, train_tokenizer
-from modxfer_fast.data.encoding import ROW, encoder
+from modxfer_fast.data.encoding import ROW, tokenise_documents
 
 CORPUS = ["the quick brown fox jumps over the lazy dog. " * 4, "print('hello, world')\n" * 4]
 
@@ -16,13 +16,13 @@ def tokenizer():
 
 
 def pieces(fmt, rows, tokenizer, max_length=64):
-    out = encoder(fmt, tokenizer, max_length)(rows)
+    out = tokenise_documents(fmt, tokenizer, max_length)(rows)
     assert not any(out["problem"])
     return list(zip(out["input_ids"], out["is_target"], strict=True))
 
 
 def problems(fmt, rows, tokenizer, max_length=64):
-    out = encoder(fmt, tokenizer, max_length)(rows)
+    out = tokenise_documents(fmt, tokenizer, max_length)(rows)
     return [
         problem for ids, problem in zip(out["input_ids"], out["problem"], strict=True) if not ids
     ]
@@ -55,7 +55,7 @@ def test_empty_and_missing_texts_are_left_out(tokenizer):
         "column text: expected text, got null",
         "column text: expected text, got int",
     ]
-    out = encoder("text", tokenizer, 64)({**rows, ROW: [4, 5, 6, 7]})
+    out = tokenise_documents("text", tokenizer, 64)({**rows, ROW: [4, 5, 6, 7]})
     assert out["row"] == [4, 5, 6, 7]
     assert tokenizer.decode(out["input_ids"][3]) == "the fox<|endoftext|>"
 
@@ -69,12 +69,12 @@ def test_completion_alone_is_learnt(tokenizer):
 
 def test_completion_beyond_max_length_is_cut(tokenizer):
     rows = {"prompt": ["the fox"], "completion": [CORPUS[0]]}
-    out = encoder("prompt_completion", tokenizer, 10)(rows)
+    out = tokenise_documents("prompt_completion", tokenizer, 10)(rows)
     assert (
         [len(ids) for ids in out["input_ids"]] == [len(mask) for mask in out["is_target"]] == [10]
     )
     assert out["is_cut"] == [True]
-    assert encoder("prompt_completion", tokenizer, 400)(rows)["is_cut"] == [False]
+    assert tokenise_documents("prompt_completion", tokenizer, 400)(rows)["is_cut"] == [False]
 
 
 def test_a_prompt_that_leaves_no_room_is_told(tokenizer):

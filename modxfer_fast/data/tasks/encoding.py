@@ -5,6 +5,7 @@ The first sub-token of a word carries its tag, the others IGNORE_INDEX.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import (
@@ -34,7 +35,7 @@ class EncodedTask:
     kind: TaskKind
     labels: tuple[str, ...]
     rows: Dataset
-    gold: list[list[int]] | list[int]
+    gold: list[Any]
     labelled_words: list[list[int]]
     truncated: int
 
@@ -90,7 +91,8 @@ def _encode_words(chunk: dict[str, list], tokenizer, max_length: int):
     )
     labels, labelled = [], []
     for row, tags in enumerate(chunk["tags"]):
-        row_labels, words = [], []
+        row_labels: list[int] = []
+        words: list[int] = []
         for word in encoded.word_ids(row):
             # words come in order, so that a new one is higher than all before
             if word is None or (words and word <= words[-1]):

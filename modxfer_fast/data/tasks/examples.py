@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modxfer_fast.config.task import TaskKind
+from modxfer_fast.config.task import Split, TaskKind
 from modxfer_fast.data.errors import DataError
 
 
@@ -22,7 +22,7 @@ class Corpus:
     dropped: examples left out because the source gives them no label or no text.
     """
 
-    splits: dict[str, list[Example]]
+    splits: dict[Split, list[Example]]
     labels: tuple[str, ...] | None = None
     dropped: int = 0
 

@@ -9,12 +9,13 @@ json    a list of objects, or an object per line
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, DatasetDict, List, load_from_disk
 
-from modxfer_fast.config.task import SPLITS, TaskKind, TaskSection
+from modxfer_fast.config.task import SPLITS, Split, TaskKind, TaskSection
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.tasks.examples import (
     Corpus,
@@ -24,7 +25,7 @@ from modxfer_fast.data.tasks.examples import (
     label_column,
 )
 
-_SPLIT_STEMS = {
+_SPLIT_STEMS: dict[str, Split] = {
     "train": "train",
     "validation": "validation",
     "valid": "validation",
@@ -50,10 +51,11 @@ def read_files(section: TaskSection) -> Corpus:
     Raises:
         DataError: nothing there, an unknown format, or a malformed line, with its number.
     """
-    if section.files is not None:
+    named: dict[Split, list[Path]]
+    if section.source is None:
         named = {
             split: [Path(p).expanduser() for p in ([paths] if isinstance(paths, str) else paths)]
-            for split, paths in section.files.items()
+            for split, paths in (section.files or {}).items()
         }
     else:
         path = Path(section.source).expanduser()
@@ -63,15 +65,17 @@ def read_files(section: TaskSection) -> Corpus:
             named = _files_of(path)
         else:
             named = {"train": [path]}
-    splits = {}
-    for split in SPLITS:
-        if split in named:
-            splits[split] = [ex for path in named[split] for ex in _read_file(path, section)]
-    return Corpus(splits)
+    return Corpus(
+        {
+            split: [ex for path in named[split] for ex in _read_file(path, section)]
+            for split in SPLITS
+            if split in named
+        }
+    )
 
 
-def _files_of(folder: Path) -> dict[str, list[Path]]:
-    named: dict[str, list[Path]] = {}
+def _files_of(folder: Path) -> dict[Split, list[Path]]:
+    named: dict[Split, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         split = _SPLIT_STEMS.get(path.stem)
         if split is not None and path.suffix in {*_FORMATS, ".txt"}:
@@ -125,23 +129,25 @@ def _read_file(path: Path, section: TaskSection) -> list[Example]:
 def _named_columns(section: TaskSection) -> dict[str, str]:
     columns = {}
     for name in (*input_columns(section.kind), label_column(section.kind)):
-        columns[name] = section.columns.get(name, name)
-        if not isinstance(columns[name], str):
-            raise DataError(
-                f"task.columns.{name}: expected the name of a column, got {columns[name]!r}"
-            )
+        column = section.columns.get(name, name)
+        if not isinstance(column, str):
+            raise DataError(f"task.columns.{name}: expected the name of a column, got {column!r}")
+        columns[name] = column
     return columns
 
 
 def _read_conll(path: Path, columns: dict[str, str | int]) -> Iterator[Example]:
     is_conllu = path.suffix == ".conllu"
-    place = {"words": 1 if is_conllu else 0, "tags": -1, **columns}
-    for name, index in place.items():
-        if not isinstance(index, int):
+    place = {"words": 1 if is_conllu else 0, "tags": -1}
+    for name, column in columns.items():
+        if not isinstance(column, int):
             raise DataError(
-                f"task.columns.{name}: expected the index of a column of {path}, got {index!r}"
+                f"task.columns.{name}: expected the index of a column of {path}, got {column!r}"
             )
-    words, tags, first, width = [], [], 0, None
+        place[name] = column
+    words: list[str] = []
+    tags: list[str] = []
+    first, width = 0, None
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             line = line.rstrip("\n")
@@ -182,9 +188,13 @@ def _read_conll(path: Path, columns: dict[str, str | int]) -> Iterator[Example]:
 def _read_table(
     path: Path, kind: TaskKind, columns: dict[str, str], delimiter: str
 ) -> Iterator[Example]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        reader = csv.reader(
+            file,
+            delimiter=delimiter,
+            quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+            strict=True,
+        )
         try:
             header = next(reader, [])
             missing = [name for name in columns.values() if name not in header]
@@ -211,6 +221,7 @@ def _read_json(path: Path, kind: TaskKind, columns: dict[str, str]) -> Iterator[
     with path.open(encoding="utf-8-sig") as file:
         is_list = file.read(1024).lstrip().startswith("[")
         file.seek(0)
+        rows: Iterable[tuple[str, Any]]
         try:
             if is_list:
                 rows = [(f"{path}: item {i}", row) for i, row in enumerate(json.load(file))]
@@ -242,18 +253,20 @@ def _read_saved(folder: Path, section: TaskSection) -> Corpus:
     except Exception as error:
         # `datasets` raises several unrelated types here; all of them are about what was named
         raise DataError(f"task.source {folder}: cannot be loaded ({error})") from error
-    named = saved if isinstance(saved, DatasetDict) else {"train": saved}
-    named = {_SPLIT_STEMS[name]: rows for name, rows in named.items() if name in _SPLIT_STEMS}
+    halves = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    named = {_SPLIT_STEMS[name]: rows for name, rows in halves.items() if name in _SPLIT_STEMS}
     if "train" not in named:
         raise DataError(f"task.source {folder}: expected a split train, got {', '.join(saved)}")
-    columns, splits, labels = _named_columns(section), {}, {}
+    columns = _named_columns(section)
+    splits: dict[Split, list[Example]] = {}
+    labels: dict[Split, tuple[str, ...]] = {}
     for split, rows in named.items():
-        names = _class_names(rows.features.get(columns[label_column(section.kind)]))
-        if names is not None:
-            labels[split] = tuple(names)
+        classes = _class_names(rows.features.get(columns[label_column(section.kind)]))
+        if classes is not None:
+            labels[split] = tuple(classes)
         splits[split] = [
             _with_names(
-                from_fields(section.kind, row, columns, f"{folder}: {split} row {i}"), names
+                from_fields(section.kind, row, columns, f"{folder}: {split} row {i}"), classes
             )
             for i, row in enumerate(rows)
         ]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
 
-from modxfer_fast.config.task import SPLITS, TaskSection
+from modxfer_fast.config.task import SPLITS, Split, TaskSection
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.tasks.examples import Corpus, Example
 
@@ -15,13 +15,13 @@ class _HubCorpus(NamedTuple):
 
     path: str
     config: str | None
-    splits: dict[str, str]
+    splits: dict[Split, str]
     inputs: tuple[str, ...]
     label: str
     labels: tuple[str, ...]
 
 
-_SAME_NAMES = {split: split for split in SPLITS}
+_SAME_NAMES: dict[Split, str] = {split: split for split in SPLITS}
 _CORPORA = {
     "wikineural": _HubCorpus(
         "Babelscape/wikineural",
@@ -59,7 +59,7 @@ def read_hub(section: TaskSection) -> Corpus:
     Raises:
         DataError: no access to the hub, or columns and labels other than known here.
     """
-    corpus = _CORPORA[section.source]
+    corpus = _CORPORA[section.source or ""]
     config = corpus.config and corpus.config.format(section.language)
     splits, dropped = {}, 0
     for split in SPLITS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from modxfer_fast.config.task import SPLITS, TaskKind, TaskSection
+from modxfer_fast.config.task import SPLITS, Split, TaskKind, TaskSection
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.tasks.examples import Corpus, Example, input_columns, label_column
 from modxfer_fast.data.tasks.files import read_files
@@ -90,12 +90,12 @@ def load_task(section: TaskSection) -> TaskData:
     labels = _label_names(corpus, section)
     splits = _hold_out(corpus.splits, section.split_seed)
     train_examples = len(splits["train"])
-    kept = {
+    kept: dict[Split, list[int]] = {
         "train": _share(
             train_examples, section.max_train_examples, section.train_fraction, section.split_seed
         )
     }
-    for stream, split in enumerate(("validation", "test"), 1):
+    for stream, split in enumerate(SPLITS[1:], 1):
         limit = getattr(section, f"max_{split}_examples")
         kept[split] = _share(len(splits[split]), limit, 1.0, section.split_seed, stream)
     ids = {name: i for i, name in enumerate(labels)}
@@ -146,7 +146,7 @@ def _distinct(examples: Iterable[Example]) -> set[str]:
     return {label for example in examples for label in example.labels}
 
 
-def _iob_names(splits: dict[str, list[Example]], found: set[str]) -> tuple[str, ...]:
+def _iob_names(splits: dict[Split, list[Example]], found: set[str]) -> tuple[str, ...]:
     """O, then B- and I- (and E-, S- where they occur) of every type, whichever of them occur."""
     for examples in splits.values():
         for example in examples:
@@ -156,30 +156,31 @@ def _iob_names(splits: dict[str, list[Example]], found: set[str]) -> tuple[str, 
                         f"{example.where}: expected O or a tag such as B-PER for {word!r}, "
                         f"got {tag!r}"
                     )
-    matches = [_TAG.fullmatch(tag) for tag in found if tag != "O"]
+    matches = [match for match in map(_TAG.fullmatch, found) if match]  # none for O
     types = sorted({match["type"] for match in matches})
     prefixes = [p for p in "BIES" if p in "BI" or any(match["prefix"] == p for match in matches)]
     return ("O", *(f"{prefix}-{kind}" for kind in types for prefix in prefixes))
 
 
-def _resolve_labels(splits: dict[str, list[Example]], names: tuple[str, ...]) -> None:
+def _resolve_labels(splits: dict[Split, list[Example]], names: tuple[str, ...]) -> None:
     """Give labels that are ids their names, in place; refuse those that are neither."""
     known = set(names)
     by_id = {} if any(n.isdigit() for n in names) else {str(i): n for i, n in enumerate(names)}
     for examples in splits.values():
         for i, example in enumerate(examples):
-            resolved = [label if label in known else by_id.get(label) for label in example.labels]
-            if None in resolved:
-                got = example.labels[resolved.index(None)]
-                raise DataError(
-                    f"{example.where}: expected one of task.labels, {', '.join(names)}, got {got!r}"
-                )
+            for label in example.labels:
+                if label not in known and label not in by_id:
+                    raise DataError(
+                        f"{example.where}: expected one of task.labels, {', '.join(names)}, "
+                        f"got {label!r}"
+                    )
+            resolved = [label if label in known else by_id[label] for label in example.labels]
             examples[i] = example._replace(labels=resolved)
 
 
-def _hold_out(splits: dict[str, list[Example]], seed: int) -> dict[str, list[Example]]:
+def _hold_out(splits: dict[Split, list[Example]], seed: int) -> dict[Split, list[Example]]:
     """All three splits; each that is absent is a tenth of train, drawn by `seed`."""
-    absent = [split for split in ("validation", "test") if split not in splits]
+    absent = [split for split in SPLITS[1:] if split not in splits]
     if not absent:
         return splits
     train = splits["train"]

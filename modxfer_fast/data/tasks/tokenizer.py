@@ -1,5 +1,7 @@
 """The tokenizer of a task: fast, padding, and fit for words that were split before."""
 
+from typing import Any
+
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +21,7 @@ def load_task_tokenizer(
     Raises:
         DataError: nothing there, no fast tokenizer, or none that pads.
     """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = read_tokenizer(path, **options)
     if kind == "ner" and tokenizer.is_fast and _runs_words_together(tokenizer):
         # the classes that write the space themselves also save that they do
