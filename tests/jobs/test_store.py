@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -171,6 +173,27 @@ def test_whoever_is_first_stays(store, console, tmp_path):
     assert CALLS == ["a", "a"]
     assert store.folder(A).stat().st_ino == inode
     assert len(list((tmp_path / "leaf").iterdir())) == 1
+
+
+BOTH = threading.Barrier(2, timeout=60)
+
+
+def write_beside_another(context):
+    (context.folder / "text").write_text("half")
+    BOTH.wait()  # neither finds what the other makes
+    (context.folder / "text").write_text(context.options.text)
+
+
+def test_two_jobs_make_one_stage_at_the_same_time(console, tmp_path):
+    stage = Stage("leaf", write_beside_another, Options())
+    with ThreadPoolExecutor(2) as jobs:
+        folders = list(
+            jobs.map(lambda store: store.get(stage, console), [Store(tmp_path) for _ in "ab"])
+        )
+    assert folders[0] == folders[1]
+    assert files(tmp_path) == [f"leaf/{stage.fingerprint}/{n}" for n in ("complete.json", "text")]
+    assert Store(tmp_path).has(stage, pytest.fail)
+    assert (folders[0] / "text").read_text() == "a"
 
 
 def test_a_store_that_makes_nothing(store, console, tmp_path):
