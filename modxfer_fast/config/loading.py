@@ -11,10 +11,9 @@ import yaml
 
 from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.errors import ConfigError, nearest
+from modxfer_fast.files import without_secrets
 
 Job = TypeVar("Job", bound=pydantic.BaseModel)
-# Fields of TrainingArguments that open an account; an output folder is made to be shown around.
-_SECRETS = ("hub_token",)
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,12 +161,6 @@ def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
 def as_dict(config: pydantic.BaseModel) -> dict[str, Any]:
     """The complete configuration, defaults included, as JSON-like values without its secrets."""
     return without_secrets(json.loads(config.model_dump_json()))
-
-
-def without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: without_secrets(v) for k, v in value.items() if k not in _SECRETS}
-    return value
 
 
 def dump_config(config: pydantic.BaseModel) -> str:

@@ -13,9 +13,11 @@ from modxfer_fast.files.atomic import (
 )
 from modxfer_fast.files.lock import FileLock, LockedError
 from modxfer_fast.files.sealed import MARKER, damaged_files, seal, sealed_facts, unseal
+from modxfer_fast.files.secrets import SECRETS, without_secrets
 
 __all__ = [
     "MARKER",
+    "SECRETS",
     "FileLock",
     "LockedError",
     "damaged_files",
@@ -29,6 +31,7 @@ __all__ = [
     "sha256_of",
     "sync_tree",
     "unseal",
+    "without_secrets",
     "write_json",
     "write_text",
 ]

@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from modxfer_fast._version import __version__
+from modxfer_fast.files import SECRETS
 
 if TYPE_CHECKING:  # a benchmark has stages where the packages of a console may be absent
     from modxfer_fast.report import JobConsole
@@ -113,7 +114,7 @@ def facts_of(value: Any) -> Any:
     """JSON that tells an option from any other.
 
     An object with an `identity`, as models and examples have, is that; sections and dataclasses are
-    their fields.
+    their fields. Secrets change no result, and are written nowhere.
 
     Raises:
         TypeError: any other object. A path above all, which does not say what is there.
@@ -123,7 +124,7 @@ def facts_of(value: Any) -> Any:
     if hasattr(value, "identity"):
         return facts_of(value.identity)
     if isinstance(value, Mapping):
-        return {str(key): facts_of(item) for key, item in value.items()}
+        return {str(k): facts_of(v) for k, v in value.items() if k not in SECRETS}
     if isinstance(value, list | tuple):
         return [facts_of(item) for item in value]
     if isinstance(value, set | frozenset):

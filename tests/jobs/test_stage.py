@@ -68,6 +68,11 @@ def test_sections_are_their_fields():
     assert facts_of(TokenizerSection(vocab_size=320)) == {"vocab_size": 320, "path": None}
 
 
+def test_a_secret_is_no_fact():
+    training = {"max_steps": 3, "hub_token": "hf_secret"}
+    assert facts_of(Options(more=training)) == {"text": "a", "more": {"max_steps": 3}}
+
+
 def test_a_path_says_not_what_is_there(tmp_path):
     with pytest.raises(TypeError, match="expected an option that can be told from others"):
         _ = Stage("base", nothing, Options(more=Path("model"))).fingerprint

@@ -14,7 +14,6 @@ from modxfer_fast.config import (
     ModelSection,
     StudentSection,
 )
-from modxfer_fast.config.loading import without_secrets
 from modxfer_fast.data import (
     DataError,
     Documents,
@@ -23,7 +22,7 @@ from modxfer_fast.data import (
     tokenizer_digest,
     train_tokenizer,
 )
-from modxfer_fast.files import write_json
+from modxfer_fast.files import without_secrets, write_json
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import is_main, world_size
