@@ -1,6 +1,6 @@
 """The features of chosen spaces of chosen blocks, taken while a model runs once.
 
-Each is reduced to rows inside its hook, so that of every place only the rows outlive the block.
+Each is reduced to rows as soon as it is there, so that of every place only rows outlive the block.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.models import Architecture
 from modxfer_fast.models.architecture import ROLES, max_tokens, without_peft
+from modxfer_fast.models.taps import Tap, tapped
 from modxfer_fast.transfer.errors import TransferError
 
 Reduce = Callable[[Tensor], Tensor]
@@ -76,23 +77,8 @@ class FeatureTaps:
         if "use_cache" in self._accepted:
             known["use_cache"] = False
         taken: dict[Site, Tensor] = {}
-        with contextlib.ExitStack() as hooks:
-            for site in self.sites:
-                hooks.enter_context(self._hook(site, shape, reduce, taken))
-            self._backbone(**known)
-        missing = [site for site in self.sites if site not in taken]
-        if missing:
-            raise TransferError(
-                f"{self.role}: expected block {missing[0].layer} to run in the forward pass; "
-                f"its {missing[0].space} was not computed"
-            )
-        return [taken[site] for site in self.sites]
 
-    @contextlib.contextmanager
-    def _hook(
-        self, site: Site, shape: torch.Size, reduce: Reduce, taken: dict[Site, Tensor]
-    ) -> Iterator[None]:
-        def take(features: Tensor) -> None:
+        def take(site: Site, features: Tensor) -> None:
             expected = (*shape, self._architecture.width(site.space))
             if site in taken or features.shape != expected:
                 raise TransferError(
@@ -102,36 +88,24 @@ class FeatureTaps:
                 )
             taken[site] = reduce(features)
 
-        def take_input(module, args, kwargs):
-            take(args[0] if args else next(iter(kwargs.values())))
+        with tapped({site: self._tap(site) for site in self.sites}, take):
+            self._backbone(**known)
+        missing = [site for site in self.sites if site not in taken]
+        if missing:
+            raise TransferError(
+                f"{self.role}: expected block {missing[0].layer} to run in the forward pass; "
+                f"its {missing[0].space} was not computed"
+            )
+        return [taken[site] for site in self.sites]
 
-        def take_output(module, args, output):
-            take(output[0] if isinstance(output, tuple) else output)
-
+    def _tap(self, site: Site) -> Tap:
+        """The block itself, or the first of its linears that reads or writes the space."""
         block = self._architecture.layer_module(self._model, site.layer)
         if site.space == "layer_out":
-            handle = block.register_forward_hook(take_output)
-        else:
-            path, is_output = self._source(site.space)
-            linear = _inside(block, path)
-            handle = (
-                linear.register_forward_hook(take_output)
-                if is_output
-                else linear.register_forward_pre_hook(take_input, with_kwargs=True)
-            )
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _source(self, space: str) -> tuple[str, bool]:
-        """Path of a linear in a block, and whether `space` is its output or its input."""
-        for role, path in self._architecture.modules.items():
-            if ROLES[role].writes == space:
-                return path, True
-            if ROLES[role].reads == space:
-                return path, False
-        raise AssertionError(f"no linear reads or writes {space}")
+            return Tap(block)
+        role = next(role for role in self._architecture.modules if site.space in ROLES[role])
+        linear = _inside(block, self._architecture.modules[role])
+        return Tap(linear, of_output=ROLES[role].writes == site.space)
 
     def _check(self, site: Site) -> None:
         spaces, num_layers = self._architecture.spaces, self._architecture.num_layers

@@ -1,9 +1,4 @@
-"""What chosen blocks of a backbone see and produce, taken while it runs.
-
-Hooks sit on the blocks for the time of one call and no longer, so that nothing else is kept, the
-recomputation of a checkpointed block is not taken for a second output, and DeepSpeed's own hooks,
-which wrap what a block returns, come first.
-"""
+"""What chosen blocks of a backbone see and produce, taken while it runs."""
 
 import contextlib
 import inspect
@@ -16,6 +11,7 @@ from modxfer_fast.engine.deepspeed import true_shape
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.engine.students.encoder import EncoderBackbone
 from modxfer_fast.models.architecture import linear_names
+from modxfer_fast.models.taps import Tap, tapped
 
 _QKV_NAMES = linear_names("query", "key", "value")
 
@@ -82,36 +78,21 @@ class LayerTaps:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[LayerStates]:
-        """Fills what it yields while the backbone runs once inside the block."""
-        states, hooks, parts = LayerStates(), [], {}
-        try:
-            for layer in self.hidden_layers:
-                block = self.blocks[max(layer, 1) - 1]
-                if layer == 0:
-
-                    def keep_input(module, args, kwargs):
-                        states.hidden[0] = args[0] if args else kwargs["hidden_states"]
-
-                    hooks.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
-                    continue
-
-                def keep(module, args, output, layer=layer):
-                    states.hidden[layer] = output[0] if isinstance(output, tuple) else output
-
-                hooks.append(block.register_forward_hook(keep))
-            for layer in self.qkv_layers:
-                for name, module in zip("qkv", self.qkv_modules(layer), strict=True):
-
-                    def keep_part(module, args, output, key=(layer, name)):
-                        parts[key] = output
-
-                    hooks.append(module.register_forward_hook(keep_part))
-            yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
+        """Yields what is full after the block, in which the backbone runs once."""
+        states, found = LayerStates(), {}
+        taps: dict[tuple[str, int], Tap] = {
+            ("hidden", layer): Tap(self.blocks[max(layer, 1) - 1], of_output=layer > 0)
+            for layer in self.hidden_layers
+        }
         for layer in self.qkv_layers:
-            states.qkv[layer] = tuple(parts[layer, name] for name in "qkv")
+            for name, module in zip("qkv", self.qkv_modules(layer), strict=True):
+                taps[name, layer] = Tap(module)
+        with tapped(taps, found.__setitem__):
+            yield states
+        for layer in self.hidden_layers:
+            states.hidden[layer] = found["hidden", layer]
+        for layer in self.qkv_layers:
+            states.qkv[layer] = tuple(found[name, layer] for name in "qkv")
 
     def qkv_modules(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The projections of block `layer`.
