@@ -27,13 +27,14 @@ from typing import NamedTuple
 import torch
 
 from modxfer_fast.kernels import env
+from modxfer_fast.kernels.names import BACKENDS
 
 
 class Room(NamedTuple):
     """Attributes: interface: functions that every backend's module has; backends: by speed."""
 
     interface: tuple[str, ...]
-    backends: tuple[str, ...] = ("triton", "cpp", "reference")
+    backends: tuple[str, ...] = BACKENDS
 
 
 ROOMS = {

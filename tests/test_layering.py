@@ -23,7 +23,7 @@ ORDER = (
     *("models", "transfer", "losses", "engine", "report", "jobs"),
 )
 # What configuration may read of the kernels: modules that import no torch.
-OF_KERNELS = (f"{PACKAGE}.kernels.divergences",)
+OF_KERNELS = (f"{PACKAGE}.kernels.divergences", f"{PACKAGE}.kernels.names")
 ONTO = ("cli", "testing", "__main__")  # may import all of them, and are imported by none
 FILE_OF_BACKEND = {"reference": "reference.py"}
 

@@ -1,4 +1,4 @@
+from modxfer_fast.kernels.names import LOSSES, NORMS
 from modxfer_fast.kernels.projection_loss.op import projection_loss
-from modxfer_fast.kernels.projection_loss.spec import LOSSES, NORMS
 
 __all__ = ["LOSSES", "NORMS", "projection_loss"]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import compiled
 from modxfer_fast.kernels.common.packing import kept_rows, row_major
-from modxfer_fast.kernels.projection_loss.spec import NORMS, ROW_LOSSES, ProjectionSpec
+from modxfer_fast.kernels.names import NORMS, ROW_LOSSES
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.kernels.projection_loss.stream import saved_dtype, stream
 
 MAX_RANK = 128  # measured up to here; the pass adds in vectors, a GEMM in tiles

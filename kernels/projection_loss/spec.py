@@ -5,10 +5,8 @@ import dataclasses
 from torch import Tensor
 
 from modxfer_fast.kernels.common import check_number, is_finite, pack
+from modxfer_fast.kernels.names import LOSSES, NORMS
 
-LOSSES = ("mse", "normalized_mse", "cosine", "smooth_l1", "relative")
-ROW_LOSSES = LOSSES[:4]  # "relative" is "mse" divided by an energy of the batch
-NORMS = ("none", "rms", "layer")
 # A row no longer than this has no direction: it counts as the zero vector, without a gradient.
 MIN_LENGTH = 1e-12
 

@@ -1,12 +1,22 @@
 """The loss section: of the logits, of hidden states and of attention relations."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from modxfer_fast.config.section import NotNegative, OneOf, Positive, PositiveInt, Section
 from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from modxfer_fast.kernels.names import (
+    BACKENDS,
+    IMPLS,
+    INITS,
+    LOSSES,
+    NORMS,
+    PAIR_REDUCTIONS,
+    PROJECTIONS,
+    RELATIONS,
+)
 
 
 def _layer_numbers(value: Any) -> Any:
@@ -22,7 +32,10 @@ def _layer_numbers(value: Any) -> Any:
 
 Layers = Annotated[dict[int, int], BeforeValidator(_layer_numbers), Field(min_length=1)]
 LayerWeights = Annotated[float | dict[int, float], BeforeValidator(_layer_numbers)]
-Backend = Literal["triton", "cpp", "reference"] | None
+Backend = Annotated[str, OneOf(BACKENDS)] | None
+PairReduction = Annotated[str, OneOf(PAIR_REDUCTIONS)]
+TOKENS = ("all", "labels")
+LOSS_IMPLS = ("fused", "dense")
 
 
 class HiddenStatesSection(Section):
@@ -37,21 +50,21 @@ class HiddenStatesSection(Section):
     """
 
     layers: Layers
-    loss: Literal["mse", "normalized_mse", "cosine", "smooth_l1", "relative"] = "mse"
+    loss: Annotated[str, OneOf(LOSSES)] = "mse"
     beta: NotNegative | None = None
-    norm: Literal["none", "rms", "layer"] = "none"
+    norm: Annotated[str, OneOf(NORMS)] = "none"
     norm_eps: Positive = 1e-6
     weight: LayerWeights = 1.0
-    pair_reduction: Literal["mean", "sum"] = "mean"
-    projection: Literal["none", "full", "low_rank"] = "full"
+    pair_reduction: PairReduction = "mean"
+    projection: Annotated[str, OneOf(PROJECTIONS)] = "full"
     rank: PositiveInt | None = None
     bias: bool = False
     shared: bool = False
-    init: Literal["orthogonal", "identity", "xavier"] = "orthogonal"
+    init: Annotated[str, OneOf(INITS)] = "orthogonal"
     workspace_mb: PositiveInt = 64
     backend: Backend = None
-    impl: Literal["fused", "eager"] = "fused"
-    tokens: Literal["all", "labels"] = "all"
+    impl: Annotated[str, OneOf(IMPLS)] = "fused"
+    tokens: Annotated[str, OneOf(TOKENS)] = "all"
     learning_rate: Positive | None = None
     weight_decay: NotNegative | None = None
 
@@ -72,7 +85,7 @@ class RelationsSection(Section):
     """
 
     layers: Layers
-    kind: Literal["minilmv2", "minilm"] = "minilmv2"
+    kind: Annotated[str, OneOf(RELATIONS)] = "minilmv2"
     num_heads: PositiveInt | None = None
     weight: LayerWeights = 1.0
     relation_weights: Annotated[list[NotNegative], Field(min_length=3, max_length=3)] = [
@@ -80,7 +93,7 @@ class RelationsSection(Section):
         1.0,
         1.0,
     ]
-    pair_reduction: Literal["mean", "sum"] = "mean"
+    pair_reduction: PairReduction = "mean"
     workspace_mb: PositiveInt = 64
     backend: Backend = None
 
@@ -113,7 +126,7 @@ class LossSection(LogitsSection):
     beta: Annotated[float, Field(ge=0, le=1)] | None = None
     workspace_mb: PositiveInt = 512
     backend: Backend = None
-    impl: Literal["fused", "dense"] = "fused"
+    impl: Annotated[str, OneOf(LOSS_IMPLS)] = "fused"
     hidden_states: HiddenStatesSection | None = None
     relations: RelationsSection | None = None
 

@@ -4,7 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modxfer_fast.config.section import Section
+from modxfer_fast.config.section import OneOf, Section
+
+EMBEDDINGS = ("copy", "pca", "none")
 
 
 class TokenizerSection(Section):
@@ -87,7 +89,7 @@ class FromTeacherSection(Section):
     """
 
     layers: list[Annotated[int, Field(ge=0)]] = []
-    embeddings: Literal["copy", "pca", "none"] = "copy"
+    embeddings: Annotated[str, OneOf(EMBEDDINGS)] = "copy"
 
     @model_validator(mode="after")
     def _takes_something(self):

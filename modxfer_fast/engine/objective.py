@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast import KDTerms, linear_kd_loss_terms
+from modxfer_fast.config.loss import LOSS_IMPLS
 from modxfer_fast.engine.metrics import IGNORE_INDEX
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
-
-LOSS_IMPLS = ("fused", "dense")
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,11 @@ from torch import Tensor, nn
 
 from modxfer_fast.kernels.common import check_workspace
 from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.names import IMPLS, INITS, PAIR_REDUCTIONS, PROJECTIONS
 from modxfer_fast.kernels.projection_loss import projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.losses.layer_pairs import pair_name, resolve_layers, resolve_weights
-
-PROJECTIONS = ("none", "full", "low_rank")
-INITS = ("orthogonal", "identity", "xavier")
-IMPLS = ("fused", "eager")
-PAIR_REDUCTIONS = ("mean", "sum")
 
 
 class HiddenTerms(NamedTuple):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from modxfer_fast.kernels.common import check_workspace
 from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.names import PAIR_REDUCTIONS, RELATIONS
 from modxfer_fast.kernels.relation_loss import minilm_loss, minilmv2_loss
-from modxfer_fast.losses.hidden_states import PAIR_REDUCTIONS, HiddenTerms, weighted_terms
+from modxfer_fast.losses.hidden_states import HiddenTerms, weighted_terms
 from modxfer_fast.losses.layer_pairs import resolve_layers, resolve_weights
 
-KINDS = ("minilmv2", "minilm")
 _MIN_HEAD_WIDTH = 16
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -62,8 +62,8 @@ class AttentionRelationLoss(nn.Module):
         super().__init__()
         self.pairs = resolve_layers(layers, num_student_layers, num_teacher_layers, first=1)
         self.weights = resolve_weights(weight, layers, self.pairs, num_student_layers)
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        if kind not in RELATIONS:
+            raise ValueError(f"kind: expected one of {', '.join(RELATIONS)}, got {kind!r}")
         if pair_reduction not in PAIR_REDUCTIONS:
             raise ValueError(
                 f"pair_reduction: expected one of {', '.join(PAIR_REDUCTIONS)}, "

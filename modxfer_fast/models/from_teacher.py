@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modxfer_fast.config.model import EMBEDDINGS
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.errors import ModelError
-
-EMBEDDINGS = ("copy", "pca", "none")
 
 
 class TakenWeights(NamedTuple):

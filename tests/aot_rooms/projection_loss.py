@@ -5,8 +5,9 @@ import itertools
 
 import torch
 
+from modxfer_fast.kernels.names import ROW_LOSSES
 from modxfer_fast.kernels.projection_loss import NORMS, triton_impl
-from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 
 # (z, t, dz); the first is the streamed loss, the others are states without a projection
 DTYPES = {

@@ -12,8 +12,9 @@ from modxfer_fast.cli.main import main
 from modxfer_fast.kernels.common import compiled, instruction_sets
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.lora_linear import LoraTarget
+from modxfer_fast.kernels.names import ROW_LOSSES
 from modxfer_fast.kernels.projection_loss import projection_loss
-from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.transfer.moments import StreamingMoments
 from tests.inputs import (
     Objective,

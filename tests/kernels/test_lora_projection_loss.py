@@ -19,8 +19,9 @@ from modxfer_fast import (
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, keep_scale, unpack
 from modxfer_fast.kernels.lora_projection_loss.reference import lora_projection_loss_reference
+from modxfer_fast.kernels.names import NORMS, ROW_LOSSES
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
-from modxfer_fast.kernels.projection_loss.spec import NORMS, ROW_LOSSES, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.measure.memory import peak_mib
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import BACKENDS, DTYPES, NATIVE

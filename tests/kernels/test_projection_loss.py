@@ -12,12 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import scratch
+from modxfer_fast.kernels.names import ROW_LOSSES
 from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, cpp_impl, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import (
     projection_loss_reference,
     projection_loss_rows,
 )
-from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import BACKENDS, DTYPES, NATIVE
 from tests.projection_inputs import (

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modxfer_fast.kernels.names import ROW_LOSSES
 from modxfer_fast.kernels.projection_loss import LOSSES, NORMS, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
-from modxfer_fast.kernels.projection_loss.spec import ROW_LOSSES, ProjectionSpec
+from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.measure.memory import peak_mib
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.gpu import (

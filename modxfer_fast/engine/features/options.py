@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-TOKENS = ("all", "labels")
+from modxfer_fast.config.loss import TOKENS
 
 
 @dataclass(frozen=True)
