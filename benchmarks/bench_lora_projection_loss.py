@@ -301,7 +301,7 @@ def _truth(problem: Problem, mask: Tensor | None) -> dict[str, Tensor]:
             wide.teacher,
             projection_of(tensors),
             None,
-            ProjectionSpec("mse", 1.0, "none"),
+            ProjectionSpec("mse", "none", 1.0),
             residual=tensors["residual"],
             kept=mask,
         )

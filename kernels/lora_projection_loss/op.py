@@ -36,37 +36,50 @@ from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
-    READS_NUMBERS,
     check_tensor,
     refuse_batched_gradients,
-    refuse_double_backward,
     refuse_transforms,
     scaled,
     without_autocast,
 )
+from modxfer_fast.kernels.common.streamed_op import define_op, wants_gradient
 from modxfer_fast.kernels.lora_linear import LoraTarget
 from modxfer_fast.kernels.lora_linear.dropout import num_words
 from modxfer_fast.kernels.lora_linear.op import prepare as prepare_linear
+from modxfer_fast.kernels.projection_loss import op as projection_op
 from modxfer_fast.kernels.projection_loss.arguments import prepare, tensors_of
-from modxfer_fast.kernels.projection_loss.op import run
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import saved_dtype
+from modxfer_fast.kernels.projection_loss.stream import unscaled_dtype
 
-_NUM_LINEAR = 6  # x, weight, bias, lora_a, lora_b, residual
-_NUM_DIFFERENTIABLE = _NUM_LINEAR + 3  # projection, projection_a, projection_bias
-_SCALING, _NUM_INPUTS = 13, 23
 
-torch.library.define(
-    "modxfer::lora_projection_loss_fwd",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? residual, "
-    "Tensor? projection, Tensor? projection_a, Tensor? projection_bias, Tensor teacher_hidden, "
-    "Tensor? mask, Tensor row_weights, Tensor? seed, float scaling, float dropout, "
-    "Tensor numbers, str loss, str norm, SymInt? num_valid, "
-    "int workspace_mb, str backend, bool need_dhidden, bool[] need_dprojection) "
-    "-> (Tensor hidden, Tensor loss, Tensor s, Tensor bits, Tensor dhidden, "
-    "Tensor dprojection, Tensor dprojection_a, Tensor dprojection_bias)",
-    tags=READS_NUMBERS,
-)
+class _Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    residual: Tensor | None
+    projection: Tensor | None
+    projection_a: Tensor | None
+    projection_bias: Tensor | None
+    teacher_hidden: Tensor
+    mask: Tensor | None
+    row_weights: Tensor
+    seed: Tensor | None
+    scaling: float
+    dropout: float
+    numbers: Tensor
+    names: str  # of a ProjectionSpec
+    num_valid: torch.SymInt | None
+    workspace_mb: int
+    backend: str
+    need_dhidden: bool
+    need_dprojection: list[bool]
+
+
+# inputs whose gradient goes through hidden, and those of the projection
+_OF_HIDDEN = _Inputs._fields[:6]
+_OF_PROJECTION = _Inputs._fields[6:9]
 
 
 class LoraProjectionLoss(NamedTuple):
@@ -148,7 +161,7 @@ def lora_projection_loss(
             f"projection_bias: expected shape {tuple(teacher_hidden.shape[-1:])}, "
             f"got {tuple(projection_bias.shape)}"
         )
-    arguments = prepare(
+    projected = prepare(
         x.new_empty(()).expand(*lead, width),  # stands for h: what is checked is its shape
         teacher_hidden,
         projection,
@@ -163,161 +176,130 @@ def lora_projection_loss(
         backend=backend,
     )
     # one backend runs both rooms; the automatic choices differ where a dtype is beyond one of them
-    backend = linear_backend if linear_backend == arguments.backend else "reference"
-    inputs = (
+    backend = linear_backend if linear_backend == projected.backend else "reference"
+    of_projection = (projected.projection, projected.projection_a, projected.bias)
+    of_hidden = (
         x.reshape(math.prod(lead), x.shape[-1]),
         target.weight,
         target.bias,
         target.lora_a,
         target.lora_b,
         residual,
-        *(*arguments.factors, None, None)[:2],
-        arguments.bias,
-        arguments.teacher_hidden,
-        arguments.mask,
-        arguments.row_weights,
+    )
+    needs = [wants_gradient(tensor) for tensor in (*of_hidden, *of_projection)]
+    hidden, value, *_ = _op(
+        *of_hidden,
+        *of_projection,
+        projected.teacher_hidden,
+        projected.mask,
+        projected.row_weights,
         seed,
         float(target.scaling),
         float(target.dropout),
-        arguments.spec.numbers(),
-        arguments.spec.loss,
-        arguments.spec.norm,
+        projected.numbers,
+        projected.names,
         num_valid,
         workspace_mb,
         backend,
-    )
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in inputs[:_NUM_DIFFERENTIABLE]
-    ]
-    hidden, value, *_ = torch.ops.modxfer.lora_projection_loss_fwd(
-        *inputs, any(needs[:_NUM_LINEAR]), needs[_NUM_LINEAR:]
+        any(needs[: len(of_hidden)]),
+        needs[len(of_hidden) :],
     )
     return LoraProjectionLoss(hidden.reshape(*lead, width), value)
 
 
-def _fwd(
-    x,
-    weight,
-    bias,
-    lora_a,
-    lora_b,
-    residual,
-    projection,
-    projection_a,
-    projection_bias,
-    teacher_hidden,
-    mask,
-    row_weights,
-    seed,
-    scaling,
-    dropout,
-    numbers,
-    loss,
-    norm,
-    num_valid,
-    workspace_mb,
-    backend,
-    need_dhidden,
-    need_dprojection,
-):
-    target = LoraTarget(weight, lora_a, lora_b, scaling, bias, dropout)
-    impl = dispatch.load("lora_projection_loss", backend)
+def _run(inputs: _Inputs):
+    x = inputs.x
+    target = LoraTarget(
+        inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scaling, inputs.bias, inputs.dropout
+    )
+    impl = dispatch.load("lora_projection_loss", inputs.backend)
     with without_autocast(x.device.type):
         hidden, s, bits, u = impl.lora_projection_loss_linear(
-            x, target, seed, projection_a, residual
+            x, target, inputs.seed, inputs.projection_a, inputs.residual
         )
     if bits is None:
         bits = x.new_empty(0, dtype=torch.int32)
-    rows, *grads = run(
+    projected = projection_op.Inputs(
         hidden,
-        projection,
-        projection_a,
-        projection_bias,
-        teacher_hidden,
-        mask,
-        row_weights,
-        numbers,
-        loss,
-        norm,
-        num_valid,
-        workspace_mb,
-        backend,
-        need_dhidden,
-        *need_dprojection,
-        u=u,
+        inputs.projection,
+        inputs.projection_a,
+        inputs.projection_bias,
+        inputs.teacher_hidden,
+        inputs.mask,
+        inputs.row_weights,
+        inputs.numbers,
+        inputs.names,
+        inputs.num_valid,
+        inputs.workspace_mb,
+        inputs.backend,
     )
+    needs = projection_op.Needs(inputs.need_dhidden, *inputs.need_dprojection)
+    rows, _, grads = projection_op.run(projected, needs, u)
+    empty = rows.new_empty
+    grads = [empty(0) if grad is None else grad for grad in grads.values()]
     return hidden, rows.sum(), s, bits, *grads
 
 
-torch.library.impl("modxfer::lora_projection_loss_fwd", "CompositeExplicitAutograd", _fwd)
+def _fake(inputs: _Inputs):
+    x, lora_a, row_weights = inputs.x, inputs.lora_a, inputs.row_weights
+    rows = x.shape[0]
+    hidden = x.new_empty(rows, inputs.lora_b.shape[0])
+    bits = (1, rows, num_words(x.shape[1])) if inputs.dropout else (0,)
 
+    def gradient(tensor: Tensor | None, need: bool) -> Tensor:
+        if not need:
+            return row_weights.new_empty(0)
+        return row_weights.new_empty(tensor.shape, dtype=unscaled_dtype(tensor, hidden))
 
-@torch.library.register_fake("modxfer::lora_projection_loss_fwd")
-def _(x, weight, bias, lora_a, lora_b, residual, *rest):
-    projection, (row_weights, _, _, dropout) = rest[:3], rest[5:9]
-    need_dhidden, need_dprojection = rest[-2:]
-    rows, width = x.shape[0], lora_b.shape[0]
-    hidden = x.new_empty(rows, width)
-    grads = [
-        row_weights.new_empty(tensor.shape, dtype=saved_dtype(tensor, hidden))
-        if need
-        else row_weights.new_empty(0)
-        for tensor, need in zip(projection, need_dprojection, strict=True)
-    ]
-    bits = (1, rows, num_words(x.shape[1])) if dropout else (0,)
+    tensors = (hidden, *[getattr(inputs, name) for name in _OF_PROJECTION])
+    needs = (inputs.need_dhidden, *inputs.need_dprojection)
     return (
         hidden,
         row_weights.new_empty(()),
         lora_a.new_empty(rows, lora_a.shape[0]),
         x.new_empty(bits, dtype=torch.int32),
-        x.new_empty(hidden.shape, dtype=saved_dtype(hidden, hidden))
-        if need_dhidden
-        else row_weights.new_empty(0),
-        *grads,
+        *map(gradient, tensors, needs),
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, _, *projection = inputs[:_NUM_DIFFERENTIABLE]
-    _, _, s, bits, *grads = output
-    needs = ctx.needs_input_grad
-    scaling, dropout, *_, backend, _, _ = inputs[_SCALING:]
-    ctx.options = (scaling, dropout, backend)
-    ctx.dtype = x.dtype
-    ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in projection]
+def _save(ctx, inputs: _Inputs, outputs) -> None:
+    _, _, s, bits, *grads = outputs
+    # torch adds an input of its own behind ours, in the forward alone
+    needs = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+    ctx.options = (inputs.scaling, inputs.dropout, inputs.backend)
+    ctx.dtype = inputs.x.dtype
+    ctx.dtypes = [getattr(getattr(inputs, name), "dtype", None) for name in _OF_PROJECTION]
     ctx.save_for_backward(
-        x if needs[1] or needs[3] else None,
-        s if needs[4] else None,
-        bits if needs[0] or needs[3] else None,
-        weight if needs[0] else None,
-        lora_a,
-        lora_b,
+        inputs.x if needs.weight or needs.lora_a else None,
+        s if needs.lora_b else None,
+        bits if needs.x or needs.lora_a else None,
+        inputs.weight if needs.x else None,
+        inputs.lora_a,
+        inputs.lora_b,
         *grads,
     )
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*outputs[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dhidden, dloss, *_):
-    refuse_double_backward("lora_projection_loss")
     refuse_batched_gradients("lora_projection_loss", dhidden, dloss)
     scaling, dropout, backend = ctx.options
     x, s, bits, weight, lora_a, lora_b, of_loss, *of_projection = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grads = [None] * _NUM_INPUTS
+    needs = _Inputs(*ctx.needs_input_grad)
+    grads = {}
     if dloss is not None:
-        saved = zip(of_projection, ctx.dtypes, strict=True)
-        for position, (grad, dtype) in enumerate(saved, start=_NUM_LINEAR):
-            if needs[position]:
-                grads[position] = scaled(grad, dloss).to(dtype)
-        if any(needs[:_NUM_LINEAR]):
+        saved = zip(_OF_PROJECTION, of_projection, ctx.dtypes, strict=True)
+        for name, grad, dtype in saved:
+            if getattr(needs, name):
+                grads[name] = scaled(grad, dloss).to(dtype)
+        if any(needs[: len(_OF_HIDDEN)]):
             total = scaled(of_loss, dloss)
             # what `scaled` returns is nobody else's
             dhidden = (total if dhidden is None else total.add_(dhidden)).to(ctx.dtype)
     if dhidden is None:
-        return tuple(grads)
-    if needs[0] or needs[3] or needs[4]:
+        return grads
+    if needs.x or needs.lora_a or needs.lora_b:
         dx, (da,), (db,) = torch.ops.modxfer.lora_linear_bwd(
             [dhidden],
             x,
@@ -330,19 +312,27 @@ def _backward(ctx, dhidden, dloss, *_):
             s,
             bits,
             backend,
-            needs[0],
-            [needs[3]],
-            [needs[4]],
+            needs.x,
+            [needs.lora_a],
+            [needs.lora_b],
         )
-        grads[0] = dx if needs[0] else None
-        grads[3] = da if needs[3] else None
-        grads[4] = db if needs[4] else None
-    grads[1] = dhidden.t() @ x if needs[1] else None
-    grads[2] = dhidden.sum(0) if needs[2] else None
-    grads[5] = dhidden if needs[5] else None
-    return tuple(grads)
+        for name, grad in (("x", dx), ("lora_a", da), ("lora_b", db)):
+            grads[name] = grad if getattr(needs, name) else None
+    grads["weight"] = dhidden.t() @ x if needs.weight else None
+    grads["bias"] = dhidden.sum(0) if needs.bias else None
+    grads["residual"] = dhidden if needs.residual else None
+    return grads
 
 
-torch.library.register_autograd(
-    "modxfer::lora_projection_loss_fwd", _backward, setup_context=_setup_context
+_op = define_op(
+    "lora_projection_loss_fwd",
+    _Inputs,
+    (
+        *("hidden", "loss", "s", "bits"),
+        *("dhidden", "dprojection", "dprojection_a", "dprojection_bias"),
+    ),
+    run=_run,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,25 +22,28 @@ from modxfer_fast.kernels.common import (
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Inputs of the ops.
+class Inputs(NamedTuple):
+    """What the ops take.
 
     Attributes:
         student_hidden, teacher_hidden: [N, D_s], [N, D_t].
-        factors: (), (P,) or (P_b, P_a). bias: [D_t] or None.
+        projection, projection_a: P, or P_b and P_a. bias: [D_t].
         mask: [N] bool or None.
         row_weights: [N], the factor of each row in the sum of losses.
-        spec: of a row; "relative" has become "mse" and part of the weights.
+        numbers, names: of a ProjectionSpec; "relative" is "mse", and part of the weights.
     """
 
     student_hidden: Tensor
-    teacher_hidden: Tensor
-    factors: tuple[Tensor, ...]
+    projection: Tensor | None
+    projection_a: Tensor | None
     bias: Tensor | None
+    teacher_hidden: Tensor
     mask: Tensor | None
     row_weights: Tensor
-    spec: ProjectionSpec
+    numbers: Tensor
+    names: str
+    num_valid: torch.SymInt | None
+    workspace_mb: int
     backend: str
 
 
@@ -57,7 +61,7 @@ def prepare(
     workspace_mb: int,
     backend: str | None,
     num_valid: int | None = None,
-) -> Arguments:
+) -> Inputs:
     """Checks the arguments of `projection_loss`, whose docstring describes them.
 
     Raises:
@@ -93,17 +97,30 @@ def prepare(
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     weights = combine_row_weights(mask, token_weights, student_hidden, dtype)
     divisor = denominator(reduction, normalizer, mask, student_hidden, dtype)
+    numbers = spec.numbers()
     if spec.loss == "relative":
         spec = dataclasses.replace(spec, loss="mse")
         energy = torch.ops.modxfer.projection_loss_energy(
-            teacher_hidden, weights, spec.numbers(), spec.norm, backend
+            teacher_hidden, weights, numbers, spec.names(), backend
         )
         energy = energy / denominator("mean", None, mask, student_hidden, dtype)
         energy = torch.where(energy == 0, 1.0, energy)
         divisor = energy if divisor is None else divisor * energy
     if divisor is not None:
         weights = weights / divisor
-    return Arguments(student_hidden, teacher_hidden, factors, bias, mask, weights, spec, backend)
+    return Inputs(
+        student_hidden,
+        *(*factors, None, None)[:2],
+        bias,
+        teacher_hidden,
+        mask,
+        weights,
+        numbers,
+        spec.names(),
+        num_valid,
+        workspace_mb,
+        backend,
+    )
 
 
 def tensors_of(projection: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from modxfer_fast.kernels.common import compiled
 from modxfer_fast.kernels.common.packing import kept_rows, row_major
 from modxfer_fast.kernels.names import NORMS, ROW_LOSSES
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import saved_dtype, stream
+from modxfer_fast.kernels.projection_loss.stream import stream, unscaled_dtype
 
 MAX_RANK = 128  # measured up to here; the pass adds in vectors, a GEMM in tiles
 _CHUNK_ROWS, _MAX_CHUNKS = 128, 32  # rows whose gradients are summed apart, csrc/cpu/row_blocks.h
@@ -73,10 +73,10 @@ def projection_loss_fwd(
     loss = make(len(student_hidden), dtype=torch.float32)
     dhidden = None
     if need_dhidden:
-        dhidden = make(student_hidden.shape, dtype=saved_dtype(student_hidden, student_hidden))
+        dhidden = make(student_hidden.shape, dtype=unscaled_dtype(student_hidden, student_hidden))
 
     def grad(parameter: Tensor) -> Tensor:
-        return torch.empty(parameter.shape, dtype=saved_dtype(parameter, student_hidden))
+        return torch.empty(parameter.shape, dtype=unscaled_dtype(parameter, student_hidden))
 
     dfactors = [
         grad(factor) if need else None
@@ -97,7 +97,7 @@ def projection_loss_fwd(
         dbias,
     )
     if need_dbias:
-        dbias = dbias.to(saved_dtype(bias, student_hidden))
+        dbias = dbias.to(unscaled_dtype(bias, student_hidden))
     return loss, dhidden, dfactors, dbias
 
 

@@ -24,50 +24,35 @@ element: reads 2 N D b, writes N D b.
 Limits: no gradient to the teacher; no double backward.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
-from modxfer_fast.kernels.common import (
-    READS_NUMBERS,
-    debug_check_finite,
-    refuse_double_backward,
-    refuse_transforms,
-    scaled,
-    without_autocast,
-)
+from modxfer_fast.kernels.common import debug_check_finite, refuse_transforms, without_autocast
+from modxfer_fast.kernels.common.streamed_op import StreamedOp, define_op
 from modxfer_fast.kernels.env import debug
-from modxfer_fast.kernels.projection_loss.arguments import prepare, tensors_of
+from modxfer_fast.kernels.projection_loss.arguments import Inputs, prepare, tensors_of
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import saved_dtype
+from modxfer_fast.kernels.projection_loss.stream import unscaled_dtype
 
-_INPUTS = (
-    "Tensor student_hidden, Tensor? projection, Tensor? projection_a, Tensor? bias, "
-    "Tensor teacher_hidden, Tensor? mask, Tensor row_weights, "
-    "Tensor numbers, str loss, str norm, "  # of a ProjectionSpec
-    "SymInt? num_valid, int workspace_mb, str backend"
-)
-_NUM_DIFFERENTIABLE = 4  # student_hidden, projection, projection_a, bias
-_ROW_WEIGHTS = 6
-_NUM_TENSORS = 8
-_NUM_INPUTS = 13
 
-torch.library.define(
-    "modxfer::projection_loss_fwd",
-    f"({_INPUTS}, bool need_dhidden, bool need_dprojection, bool need_dprojection_a, "
-    "bool need_dbias) -> (Tensor loss, Tensor dhidden, Tensor dprojection, Tensor dprojection_a, "
-    "Tensor dbias)",
-    tags=READS_NUMBERS,
-)
-torch.library.define(
-    "modxfer::projection_loss_rows", f"({_INPUTS}) -> Tensor rows", tags=READS_NUMBERS
-)
-torch.library.define(
-    "modxfer::projection_loss_energy",
-    "(Tensor teacher_hidden, Tensor row_weights, Tensor numbers, str norm, str backend) "
-    "-> Tensor energy",
-    tags=READS_NUMBERS,
-)
+class Needs(NamedTuple):
+    """Which gradients are asked for; or what was found of each."""
+
+    student_hidden: Any
+    projection: Any
+    projection_a: Any
+    bias: Any
+
+
+class _EnergyInputs(NamedTuple):
+    teacher_hidden: Tensor
+    row_weights: Tensor
+    numbers: Tensor
+    names: str
+    backend: str
 
 
 def projection_loss(
@@ -139,7 +124,7 @@ def projection_loss(
     tensors = (student_hidden, teacher_hidden, *tensors_of(projection), bias)
     refuse_transforms("projection_loss", *tensors)
     spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
-    arguments = prepare(
+    inputs = prepare(
         student_hidden,
         teacher_hidden,
         projection,
@@ -153,30 +138,8 @@ def projection_loss(
         workspace_mb=workspace_mb,
         backend=backend,
     )
-    inputs = (
-        arguments.student_hidden,
-        *(*arguments.factors, None, None)[:2],
-        arguments.bias,
-        arguments.teacher_hidden,
-        arguments.mask,
-        arguments.row_weights,
-        arguments.spec.numbers(),
-        arguments.spec.loss,
-        arguments.spec.norm,
-        num_valid,
-        workspace_mb,
-        arguments.backend,
-    )
-    if reduction == "none":
-        result = torch.ops.modxfer.projection_loss_rows(*inputs)
-        result = result.reshape(teacher_hidden.shape[:-1])
-    else:
-        needs = [
-            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-            for tensor in inputs[:_NUM_DIFFERENTIABLE]
-        ]
-        result, *_ = torch.ops.modxfer.projection_loss_fwd(*inputs, *needs)
-    return result
+    (result,) = _op(inputs, reduction)
+    return result.reshape(teacher_hidden.shape[:-1]) if reduction == "none" else result
 
 
 def _check_num_valid(num_valid: int | None, mask: Tensor | None) -> None:
@@ -187,80 +150,53 @@ def _check_num_valid(num_valid: int | None, mask: Tensor | None) -> None:
         raise ValueError(f"num_valid: expected {count}, the tokens in mask, got {num_valid}")
 
 
-def _fwd(*args):
-    rows, *grads = run(*args)
-    return rows.sum(), *grads
-
-
-def _rows(*inputs):
-    return run(*inputs, False, False, False, False)[0]
-
-
-def run(
-    student_hidden,
-    projection,
-    projection_a,
-    bias,
-    teacher_hidden,
-    mask,
-    row_weights,
-    numbers,
-    loss,
-    norm,
-    num_valid,
-    workspace_mb,
-    backend,
-    need_dhidden,
-    need_dprojection,
-    need_dprojection_a,
-    need_dbias,
-    u=None,
-):
-    """Rows of loss, weighted, and gradients; u [N, R] is student_hidden P_a^T, where known."""
-    _check_num_valid(num_valid, mask)
+def run(inputs: Inputs, needs: Needs, u: Tensor | None = None):
+    """As `StreamedOp` wants it; u [N, R] is student_hidden P_a^T, where known."""
+    mask, row_weights = inputs.mask, inputs.row_weights
+    _check_num_valid(inputs.num_valid, mask)
     debug_check_finite(
-        student_hidden=student_hidden,
-        projection=projection,
-        projection_a=projection_a,
-        bias=bias,
-        teacher_hidden=teacher_hidden,
+        student_hidden=inputs.student_hidden,
+        projection=inputs.projection,
+        projection_a=inputs.projection_a,
+        bias=inputs.bias,
+        teacher_hidden=inputs.teacher_hidden,
     )
-    factors = [factor for factor in (projection, projection_a) if factor is not None]
-    with without_autocast(student_hidden.device.type):
+    factors = [x for x in (inputs.projection, inputs.projection_a) if x is not None]
+    with without_autocast(inputs.student_hidden.device.type):
         rows, dhidden, dfactors, dbias = dispatch.load(
-            "projection_loss", backend
+            "projection_loss", inputs.backend
         ).projection_loss_fwd(
-            student_hidden,
-            teacher_hidden,
+            inputs.student_hidden,
+            inputs.teacher_hidden,
             factors,
-            bias,
+            inputs.bias,
             mask,
             row_weights,
-            ProjectionSpec.from_numbers(loss, norm, numbers),
-            num_valid=num_valid,
-            workspace_bytes=workspace_mb * 2**20,
-            need_dhidden=need_dhidden,
-            need_dprojection=(need_dprojection, need_dprojection_a)[: len(factors)],
-            need_dbias=need_dbias,
+            ProjectionSpec.read(inputs.names, inputs.numbers),
+            num_valid=inputs.num_valid,
+            workspace_bytes=inputs.workspace_mb * 2**20,
+            need_dhidden=needs.student_hidden,
+            need_dprojection=(needs.projection, needs.projection_a)[: len(factors)],
+            need_dbias=needs.bias,
             **({} if u is None else {"u": u}),
         )
     rows = torch.where(row_weights != 0, row_weights * rows, 0.0)
-    grads = (dhidden, *dfactors, *[None] * (2 - len(factors)), dbias)
-    empty = row_weights.new_empty
-    return rows, *(empty(0) if grad is None else grad for grad in grads)
+    dprojection, dprojection_a = (*dfactors, None, None)[:2]
+    return rows, (), Needs(dhidden, dprojection, dprojection_a, dbias)._asdict()
 
 
-def _energy(teacher_hidden, row_weights, numbers, norm, backend):
+def _energy(inputs: _EnergyInputs) -> Tensor:
     """sum_n w_n mean_d norm(t_n)^2, the "mse" of a student that is 0."""
+    teacher_hidden, row_weights = inputs.teacher_hidden, inputs.row_weights
     zero = row_weights.new_zeros(1, teacher_hidden.shape[1]).expand(teacher_hidden.shape)
-    rows = dispatch.load("projection_loss", backend).projection_loss_fwd(
+    rows = dispatch.load("projection_loss", inputs.backend).projection_loss_fwd(
         zero,
         teacher_hidden,
         [],
         None,
         None,
         row_weights,
-        ProjectionSpec.from_numbers("mse", norm, numbers),
+        ProjectionSpec.read(inputs.names, inputs.numbers),
         num_valid=None,
         workspace_bytes=0,
         need_dhidden=False,
@@ -270,78 +206,17 @@ def _energy(teacher_hidden, row_weights, numbers, norm, backend):
     return torch.where(row_weights != 0, row_weights * rows, 0.0).sum()
 
 
-torch.library.impl("modxfer::projection_loss_fwd", "CompositeExplicitAutograd", _fwd)
-torch.library.impl("modxfer::projection_loss_rows", "CompositeExplicitAutograd", _rows)
-torch.library.impl("modxfer::projection_loss_energy", "CompositeExplicitAutograd", _energy)
-
-
-@torch.library.register_fake("modxfer::projection_loss_energy")
-def _(teacher_hidden, row_weights, *_):
-    return row_weights.new_empty(())
-
-
-@torch.library.register_fake("modxfer::projection_loss_rows")
-def _(*inputs):
-    return torch.empty_like(inputs[_ROW_WEIGHTS])
-
-
-@torch.library.register_fake("modxfer::projection_loss_fwd")
-def _(*args):
-    row_weights, needs = args[_ROW_WEIGHTS], args[_NUM_INPUTS:]
-    hidden, *parameters = args[:_NUM_DIFFERENTIABLE]
-    grads = []
-    for tensor, need in zip((hidden, *parameters), needs, strict=True):
-        dtype = saved_dtype(tensor, hidden) if need else row_weights.dtype
-        shape = tensor.shape if need else (0,)
-        grads.append(row_weights.new_empty(shape, dtype=dtype))
-    return row_weights.new_empty(()), *grads
-
-
-def _fwd_setup_context(ctx, inputs, output):
-    ctx.needs = inputs[_NUM_INPUTS:]
-    ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in inputs[:_NUM_DIFFERENTIABLE]]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _fwd_backward(ctx, dloss, *_):
-    refuse_double_backward("projection_loss")
-    grads = [None] * (_NUM_INPUTS + _NUM_DIFFERENTIABLE)
-    if dloss is None:
-        return tuple(grads)
-    saved = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-    for position, (grad, needed, dtype) in enumerate(saved):
-        if needed:
-            grads[position] = scaled(grad, dloss).to(dtype)
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "modxfer::projection_loss_fwd", _fwd_backward, setup_context=_fwd_setup_context
+_op = StreamedOp(
+    "projection_loss",
+    Inputs,
+    run=run,
+    gradients=Needs._fields,
+    saved_dtype=lambda inputs, name: unscaled_dtype(getattr(inputs, name), inputs.student_hidden),
 )
-
-
-def _rows_setup_context(ctx, inputs, output):
-    ctx.options = inputs[_NUM_TENSORS:]
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
-
-
-def _rows_backward(ctx, drows):
-    refuse_double_backward("projection_loss")
-    *tensors, row_weights, numbers = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:_NUM_DIFFERENTIABLE]
-    # a row without weight may bring any upstream gradient, inf * 0 included
-    row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
-    _, *outputs = torch.ops.modxfer.projection_loss_fwd(
-        *tensors, row_weights, numbers, *ctx.options, *needs
-    )
-    grads = [None] * _NUM_INPUTS
-    for position, (grad, needed) in enumerate(zip(outputs, needs, strict=True)):
-        grads[position] = grad.to(tensors[position].dtype) if needed else None
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "modxfer::projection_loss_rows", _rows_backward, setup_context=_rows_setup_context
+define_op(
+    "projection_loss_energy",
+    _EnergyInputs,
+    ("energy",),
+    run=_energy,
+    fake=lambda inputs: inputs.row_weights.new_empty(()),
 )

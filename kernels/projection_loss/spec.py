@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from torch import Tensor
-
-from modxfer_fast.kernels.common import check_number, is_finite, pack
+from modxfer_fast.kernels.common import check_number, is_finite
+from modxfer_fast.kernels.common.spec import Spec
 from modxfer_fast.kernels.names import LOSSES, NORMS
 
 # A row no longer than this has no direction: it counts as the zero vector, without a gradient.
@@ -12,19 +11,19 @@ MIN_LENGTH = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectionSpec:
+class ProjectionSpec(Spec):
     """Loss of one row and the norm of both sides before it; formulas in `op.py`.
 
     Attributes:
         loss: one of LOSSES; row kernels know ROW_LOSSES.
-        beta: width of the quadratic part of "smooth_l1"; 0 is the absolute value.
         norm: one of NORMS, without an affine part.
+        beta: width of the quadratic part of "smooth_l1"; 0 is the absolute value.
         norm_eps: added to the mean square or the variance.
     """
 
     loss: str = "mse"
-    beta: float = 1.0
     norm: str = "none"
+    beta: float = 1.0
     norm_eps: float = 1e-6
 
     @classmethod
@@ -55,16 +54,7 @@ class ProjectionSpec:
         check_number("norm_eps", norm_eps)
         if not (norm_eps > 0.0 and is_finite(norm_eps)):
             raise ValueError(f"norm_eps: expected a positive number, got {norm_eps}")
-        return cls(loss, float(beta), norm, float(norm_eps))
-
-    def numbers(self) -> Tensor:
-        """What an op takes beside `loss` and `norm`; `from_numbers` reads it."""
-        return pack(self.beta, self.norm_eps)
-
-    @classmethod
-    def from_numbers(cls, loss: str, norm: str, numbers: Tensor) -> "ProjectionSpec":
-        beta, norm_eps = numbers.tolist()
-        return cls(loss, beta, norm, norm_eps)
+        return cls(loss, norm, float(beta), float(norm_eps))
 
     @property
     def is_direction(self) -> bool:

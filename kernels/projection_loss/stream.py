@@ -30,7 +30,7 @@ from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 RowKernel = Callable[[Tensor, Tensor, Tensor, ProjectionSpec, Tensor | None], Tensor]
 
 
-def saved_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
+def unscaled_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
     """Of the gradient of `tensor` before it meets the upstream one: fp32 beside fp16 states."""
     return torch.float32 if hidden.dtype == torch.float16 else tensor.dtype
 
@@ -198,7 +198,7 @@ def _plan(
     size, d_s, d_t = work_dtype.itemsize, hidden.shape[1], teacher.shape[1]
     row_bytes = size * d_t
     if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
-        saved = saved_dtype(hidden, hidden).itemsize
+        saved = unscaled_dtype(hidden, hidden).itemsize
         row_bytes += d_s * (hidden.itemsize + saved) + d_t * teacher.itemsize
     elif teacher.stride(1) != 1:
         row_bytes += d_t * teacher.itemsize
@@ -255,12 +255,12 @@ def stream(
 
     Returns:
         loss [N], unweighted, 0 where the weight is; dhidden [N, D_s], one gradient a factor, and
-        dbias, in the dtypes of `saved_dtype`. Each None where not asked for.
+        dbias, in the dtypes of `unscaled_dtype`. Each None where not asked for.
     """
     n = student_hidden.shape[0]
     work_dtype = row_weights.dtype
     device = student_hidden.device
-    dhidden_dtype = saved_dtype(student_hidden, student_hidden)
+    dhidden_dtype = unscaled_dtype(student_hidden, student_hidden)
     if not projection:
         dhidden = None
         if need_dhidden:

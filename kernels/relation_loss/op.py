@@ -21,6 +21,7 @@ Limits: no gradient to the teacher; no double backward.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,25 +39,24 @@ from modxfer_fast.kernels.common import (
     combine_row_weights,
     debug_check_finite,
     denominator,
-    refuse_double_backward,
     refuse_transforms,
-    scaled,
     without_autocast,
 )
+from modxfer_fast.kernels.common.streamed_op import StreamedOp
 from modxfer_fast.kernels.relation_loss.stream import Relation
 
-_INPUTS = (
-    "Tensor student_a, Tensor? student_b, Tensor teacher_a, Tensor? teacher_b, Tensor? mask, "
-    "Tensor row_weights, int num_heads, bool causal, int workspace_mb, str backend"
-)
-_NUM_INPUTS = 10
-_ROW_WEIGHTS = 5
 
-torch.library.define(
-    "modxfer::relation_loss_fwd",
-    f"({_INPUTS}, bool need_da, bool need_db) -> (Tensor loss, Tensor da, Tensor db)",
-)
-torch.library.define("modxfer::relation_loss_rows", f"({_INPUTS}) -> Tensor")
+class _Inputs(NamedTuple):
+    student_a: Tensor
+    student_b: Tensor | None
+    teacher_a: Tensor
+    teacher_b: Tensor | None
+    mask: Tensor | None
+    row_weights: Tensor  # [B, T]
+    num_heads: int
+    causal: bool
+    workspace_mb: int
+    backend: str
 
 
 def relation_loss(
@@ -138,7 +138,7 @@ def relation_loss(
     if divisor is not None and not late:
         weights = weights / divisor
 
-    inputs = (
+    inputs = _Inputs(
         student_a,
         student_b,
         teacher_a,
@@ -150,13 +150,7 @@ def relation_loss(
         workspace_mb,
         backend,
     )
-    if reduction == "none":
-        return torch.ops.modxfer.relation_loss_rows(*inputs)
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (student_a, student_b)
-    ]
-    loss, *_ = torch.ops.modxfer.relation_loss_fwd(*inputs, *needs)
+    (loss,) = _op(inputs, reduction)
     return loss / divisor if late else loss
 
 
@@ -264,112 +258,28 @@ def _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_we
     check_row_tensor("token_weights", token_weights, rows, "student_a", student_a)
 
 
-def _fwd(*args):
-    rows, da, db = _run(*args)
-    empty = args[_ROW_WEIGHTS].new_empty
-    return rows.sum(), *(empty(0) if grad is None else grad for grad in (da, db))
-
-
-def _rows(*inputs):
-    return _run(*inputs, False, False)[0]
-
-
-def _run(
-    student_a,
-    student_b,
-    teacher_a,
-    teacher_b,
-    mask,
-    row_weights,
-    num_heads,
-    causal,
-    workspace_mb,
-    backend,
-    need_da,
-    need_db,
-):
+def _run(inputs: _Inputs, needs):
+    student_a, row_weights = inputs.student_a, inputs.row_weights
     debug_check_finite(
-        student_a=student_a, student_b=student_b, teacher_a=teacher_a, teacher_b=teacher_b
+        student_a=student_a,
+        student_b=inputs.student_b,
+        teacher_a=inputs.teacher_a,
+        teacher_b=inputs.teacher_b,
     )
-    relation_loss_fwd = dispatch.load("relation_loss", backend).relation_loss_fwd
     with without_autocast(student_a.device.type):
-        kd, da, db = relation_loss_fwd(
+        kd, da, db = dispatch.load("relation_loss", inputs.backend).relation_loss_fwd(
             student_a,
-            student_b,
-            teacher_a,
-            teacher_b,
-            Relation(mask, row_weights, num_heads, causal),
-            workspace_bytes=workspace_mb * 2**20,
-            need_da=need_da,
-            need_db=need_db,
+            inputs.student_b,
+            inputs.teacher_a,
+            inputs.teacher_b,
+            Relation(inputs.mask, row_weights, inputs.num_heads, inputs.causal),
+            workspace_bytes=inputs.workspace_mb * 2**20,
+            need_da=needs.student_a,
+            need_db=needs.student_b,
         )
     # the divergence of padding may be NaN
-    return torch.where(row_weights != 0, row_weights * kd, 0.0), da, db
+    rows = torch.where(row_weights != 0, row_weights * kd, 0.0)
+    return rows, (), {"student_a": da, "student_b": db}
 
 
-torch.library.impl("modxfer::relation_loss_fwd", "CompositeExplicitAutograd", _fwd)
-torch.library.impl("modxfer::relation_loss_rows", "CompositeExplicitAutograd", _rows)
-
-
-@torch.library.register_fake("modxfer::relation_loss_fwd")
-def _(student_a, student_b, *rest):
-    row_weights, needs = rest[_ROW_WEIGHTS - 2], rest[-2:]
-    grads = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need
-        else row_weights.new_empty(0)
-        for tensor, need in zip((student_a, student_b), needs, strict=True)
-    )
-    return row_weights.new_empty(()), *grads
-
-
-@torch.library.register_fake("modxfer::relation_loss_rows")
-def _(student_a, student_b, *rest):
-    return torch.empty_like(rest[_ROW_WEIGHTS - 2])
-
-
-def _fwd_setup_context(ctx, inputs, output):
-    ctx.needs = inputs[_NUM_INPUTS:]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _fwd_backward(ctx, dloss, *_):
-    refuse_double_backward("relation_loss")
-    grads = [None] * (_NUM_INPUTS + 2)
-    for position, (grad, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
-        if needed and dloss is not None:
-            grads[position] = scaled(grad, dloss)
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "modxfer::relation_loss_fwd", _fwd_backward, setup_context=_fwd_setup_context
-)
-
-
-def _rows_setup_context(ctx, inputs, output):
-    ctx.options = inputs[_ROW_WEIGHTS + 1 :]
-    ctx.save_for_backward(*inputs[: _ROW_WEIGHTS + 1])
-    ctx.set_materialize_grads(False)
-
-
-def _rows_backward(ctx, drows):
-    refuse_double_backward("relation_loss")
-    grads = [None] * _NUM_INPUTS
-    if drows is None:
-        return tuple(grads)
-    *tensors, row_weights = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    # a row without weight may bring any upstream gradient, inf * 0 included
-    row_weights = torch.where(row_weights != 0, row_weights * drows, 0.0)
-    _, *found = torch.ops.modxfer.relation_loss_fwd(*tensors, row_weights, *ctx.options, *needs)
-    for position, (grad, needed) in enumerate(zip(found, needs, strict=True)):
-        grads[position] = grad if needed else None
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "modxfer::relation_loss_rows", _rows_backward, setup_context=_rows_setup_context
-)
+_op = StreamedOp("relation_loss", _Inputs, run=_run, gradients=("student_a", "student_b"))

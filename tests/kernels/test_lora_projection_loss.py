@@ -144,7 +144,7 @@ def definition(inputs: Inputs, loss: str, norm: str) -> tuple[Tensor, Tensor]:
         inputs.teacher,
         inputs.projection,
         inputs.bias,
-        ProjectionSpec(loss, 1.0, norm),
+        ProjectionSpec(loss, norm, 1.0),
         residual=inputs.residual,
         kept=kept(inputs),
     )
@@ -168,7 +168,7 @@ def plain(inputs: Inputs, loss: str, norm: str) -> tuple[Tensor, Tensor]:
     hidden = hidden + linear(inputs.x, target.weight, target.bias.float())
     hidden = hidden if inputs.residual is None else hidden + inputs.residual
     tensors = (hidden, inputs.teacher, inputs.projection, inputs.bias)
-    rows = projection_loss_reference(*map(wide, tensors), ProjectionSpec(loss, 1.0, norm))
+    rows = projection_loss_reference(*map(wide, tensors), ProjectionSpec(loss, norm, 1.0))
     return hidden, rows[inputs.mask].mean()
 
 
@@ -746,7 +746,7 @@ def test_opcheck(needs, dtype, projection, backend):
     ]
     arguments = (
         *(*differentiable, inputs.teacher, inputs.mask, inputs.mask / 4.0, torch.tensor(SEED)),
-        *(target.scaling, target.dropout, ProjectionSpec("cosine").numbers(), "cosine", "layer"),
+        *(target.scaling, target.dropout, ProjectionSpec("cosine").numbers(), "cosine layer"),
         *(None, 64, backend),
         *(needs, [needs and tensor is not None for tensor in differentiable[6:]]),
     )

@@ -87,7 +87,7 @@ def test_reference_is_the_definition():
     h, t = _rows()
 
     def rows(loss, beta=1.0, norm="none"):
-        return projection_loss_reference(h, t, None, None, ProjectionSpec(loss, beta, norm))
+        return projection_loss_reference(h, t, None, None, ProjectionSpec(loss, norm, beta))
 
     cosine = F.cosine_similarity(h, t)
     assert torch.allclose(rows("mse"), F.mse_loss(h, t, reduction="none").mean(1), atol=1e-14)
@@ -107,7 +107,7 @@ def test_reference_is_the_definition():
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_gradcheck_of_the_reference(loss, norm):
     h, t = _rows()
-    spec = ProjectionSpec(loss, 0.5, norm)
+    spec = ProjectionSpec(loss, norm, 0.5)
     p_b = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     inputs = (h.requires_grad_(), p_b.requires_grad_(), torch.randn_like(p_b.T).requires_grad_())
     assert torch.autograd.gradcheck(
@@ -119,7 +119,7 @@ def test_gradcheck_of_the_reference(loss, norm):
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_closed_form_is_the_derivative(loss, norm):
     z, t = _rows()
-    spec = ProjectionSpec(loss, 0.5, norm)
+    spec = ProjectionSpec(loss, norm, 0.5)
     weights = torch.linspace(-1.0, 2.5, 7, dtype=torch.float64)
     rows = projection_loss_reference(z.requires_grad_(), t, None, None, spec)
     (expected,) = torch.autograd.grad((weights * rows).sum(), z)
@@ -155,7 +155,7 @@ def test_row_kernel(loss, norm, dtype, backend):
     # more than a tile of 4096 columns and a block of 1024
     for width in (301, 4200):
         rows = close_rows(5, width, dtype)
-        check_row_kernel(row_kernel(backend), *rows, ProjectionSpec(loss, 0.2, norm))
+        check_row_kernel(row_kernel(backend), *rows, ProjectionSpec(loss, norm, 0.2))
 
 
 # one column; every remainder of the 16 lanes; blocks of 1024 that are summed in fp32
@@ -168,7 +168,7 @@ WIDTHS = [*range(1, 34), 63, 64, 65, 127, 1023, 1024, 1025, 2065]
 def test_widths(backend, loss, norm):
     for width in WIDTHS:
         rows = close_rows(3, width)
-        check_row_kernel(row_kernel(backend), *rows, ProjectionSpec(loss, 0.2, norm))
+        check_row_kernel(row_kernel(backend), *rows, ProjectionSpec(loss, norm, 0.2))
 
 
 @pytest.mark.parametrize("width", [1, 3, 127, 128, 129, 4095, 4096, 4097, 8200])
@@ -177,7 +177,7 @@ def test_widths_of_triton_tiles(width):
     if kernel is None or torch.cuda.is_available():
         pytest.skip("triton is not interpreted here")
     for loss, norm in (("mse", "none"), ("cosine", "none"), ("smooth_l1", "layer")):
-        check_row_kernel(kernel, *close_rows(2, width), ProjectionSpec(loss, 0.2, norm))
+        check_row_kernel(kernel, *close_rows(2, width), ProjectionSpec(loss, norm, 0.2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,7 +189,7 @@ def test_dz_over_z(loss, norm, dtype, backend):
     if backend == "cpp" and dtype != torch.float32:
         pytest.skip("a CPU keeps dz in fp32")
     z, t, weights = close_rows(4, 5000)
-    spec = ProjectionSpec(loss, 0.2, norm)
+    spec = ProjectionSpec(loss, norm, 0.2)
     apart = torch.empty_like(z, dtype=dtype)
     row_kernel(backend)(z, t, weights, spec, apart)
     over = z if dtype == torch.float32 else z.view(dtype)[:, : z.shape[1]]
@@ -204,7 +204,7 @@ def test_unaligned_and_strided_rows(dtype, backend):
     wide = torch.full((6, 2003), NAN, dtype=dtype)
     wide[:, 3:704], wide[:, 1001:1702] = z, t
     rows = (wide[:, 3:704], wide[:, 1001:1702], weights)
-    check_row_kernel(row_kernel(backend), *rows, ProjectionSpec("mse", 1.0, "layer"))
+    check_row_kernel(row_kernel(backend), *rows, ProjectionSpec("mse", "layer", 1.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,7 +212,7 @@ def test_unaligned_and_strided_rows(dtype, backend):
 @pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_mixed_dtypes(loss, norm, backend):
     z, t, weights = close_rows(5, 300)
-    spec = ProjectionSpec(loss, 0.2, norm)
+    spec = ProjectionSpec(loss, norm, 0.2)
     check_row_kernel(row_kernel(backend), z, t.bfloat16(), weights, spec, torch.bfloat16)
     check_row_kernel(row_kernel(backend), z.half(), t, weights, spec, torch.float32)
 
@@ -223,7 +223,7 @@ def test_mixed_dtypes(loss, norm, backend):
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e4, 1e6], ids=lambda s: f"{s:.0e}")
 def test_magnitudes(scale, loss, norm, backend):
     rows = close_rows(4, 300, scale=scale)
-    check_row_kernel(row_kernel(backend), *rows, ProjectionSpec(loss, 0.2 * scale, norm))
+    check_row_kernel(row_kernel(backend), *rows, ProjectionSpec(loss, norm, 0.2 * scale))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -232,7 +232,7 @@ def test_magnitudes(scale, loss, norm, backend):
 def test_zero_rows_are_finite(loss, norm, backend):
     z, t, _ = close_rows(3, 100)
     z[0], t[1], z[2], t[2] = 0.0, 0.0, 0.0, 0.0
-    spec = ProjectionSpec(loss, 0.2, norm)
+    spec = ProjectionSpec(loss, norm, 0.2)
     check_row_kernel(row_kernel(backend), z, t, torch.ones(3), spec)
     if spec.is_direction:
         dz = torch.empty_like(z)
@@ -248,7 +248,7 @@ def test_zero_rows_are_finite(loss, norm, backend):
 def test_equal_rows_have_no_loss_and_no_gradient(loss, norm, backend):
     z, _, _ = close_rows(4, 1000)
     dz = torch.empty_like(z)
-    spec = ProjectionSpec(loss, 0.0, norm)
+    spec = ProjectionSpec(loss, norm, 0.0)
     rows = row_kernel(backend)(z, z.clone(), torch.ones(4), spec, dz)
     assert (rows == 0).all()
     assert (dz == 0).all()
@@ -260,7 +260,7 @@ def test_absolute_value(backend):
     z, t, weights = close_rows(3, 50)
     z[:, 7] = t[:, 7]
     dz = torch.empty_like(z)
-    rows = row_kernel(backend)(z, t, weights, ProjectionSpec("smooth_l1", 0.0), dz)
+    rows = row_kernel(backend)(z, t, weights, ProjectionSpec("smooth_l1", beta=0.0), dz)
     torch.testing.assert_close(rows, (z - t).abs().mean(1))
     torch.testing.assert_close(dz, weights[:, None] * (z - t).sign() / 50)
 
@@ -270,7 +270,7 @@ def test_nan_is_not_hidden(backend):
     for loss, norm in itertools.product(ROW_LOSSES, NORMS):
         z, t, weights = close_rows(3, 50)
         z[1, 3] = NAN
-        rows = row_kernel(backend)(z, t, weights, ProjectionSpec(loss, 1.0, norm), z)
+        rows = row_kernel(backend)(z, t, weights, ProjectionSpec(loss, norm, 1.0), z)
         assert rows.isnan().tolist() == [False, True, False], (loss, norm)
 
 
@@ -287,7 +287,7 @@ def test_rows_more_than_2_to_the_31_elements_apart():
     far_t = buffer.as_strided((2, 300), (stride, 1), 300)
     far_z.copy_(z)
     far_t.copy_(t)
-    spec = ProjectionSpec("mse", 1.0, "rms")
+    spec = ProjectionSpec("mse", "rms", 1.0)
     apart = torch.empty_like(z)
     rows = row_kernel("cpp")(z, t, weights, spec, apart)
     assert torch.equal(row_kernel("cpp")(far_z, far_t, weights, spec, far_z), rows)
@@ -306,7 +306,7 @@ def test_every_input_and_option(dtype, loss, norm, kind, backend):
     inputs = projection_inputs(
         13, 23, 37, dtype, kind=kind, bias=True, mask=True, token_weights=True
     )
-    spec = ProjectionSpec(loss, 0.2, norm, 1e-5)
+    spec = ProjectionSpec(loss, norm, 0.2, 1e-5)
     check(inputs, spec, upstream=4.0, normalizer=5, backend=backend)
 
 
@@ -317,7 +317,7 @@ def test_every_input_and_option(dtype, loss, norm, kind, backend):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions(reduction, dtype, loss, kind, backend):
     inputs = projection_inputs(10, dtype=dtype, kind=kind, bias=True, token_weights=True, mask=True)
-    check(inputs, ProjectionSpec(loss, 0.2), 0.5, reduction=reduction, backend=backend)
+    check(inputs, ProjectionSpec(loss, beta=0.2), 0.5, reduction=reduction, backend=backend)
 
 
 @pytest.mark.parametrize("loss", ["mse", "relative"])
@@ -351,19 +351,19 @@ def test_fp32_projection_of_half_states(dtype, kind, reduction, backend):
     )
     for loss in LOSSES:
         results = loss_and_grads(
-            inputs, ProjectionSpec(loss, 0.2), backend=backend, reduction=reduction
+            inputs, ProjectionSpec(loss, beta=0.2), backend=backend, reduction=reduction
         )
         for name, result in results.items():
             assert result.dtype == (dtype if name == "student_hidden" else torch.float32)
-        check_projection(results, inputs, ProjectionSpec(loss, 0.2), reduction=reduction)
+        check_projection(results, inputs, ProjectionSpec(loss, beta=0.2), reduction=reduction)
 
 
 def test_fp64():
     inputs = projection_inputs(9, dtype=torch.float64, kind="low-rank", bias=True, mask=True)
     for loss, norm in itertools.product(LOSSES, NORMS):
-        results = loss_and_grads(inputs, ProjectionSpec(loss, 0.2, norm))
+        results = loss_and_grads(inputs, ProjectionSpec(loss, norm, 0.2))
         assert {result.dtype for result in results.values()} == {torch.float64}
-        check_projection(results, inputs, ProjectionSpec(loss, 0.2, norm))
+        check_projection(results, inputs, ProjectionSpec(loss, norm, 0.2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -385,7 +385,7 @@ def test_fp16_gradients_of_a_step_of_a_million_tokens(loss, reduction):
     grads = []
     for leaves in (inputs, wide):
         trainable = [tensor.requires_grad_() for tensor in leaves.trainable().values()]
-        loss_sum = call(leaves, ProjectionSpec(loss, 0.2), reduction=reduction).sum()
+        loss_sum = call(leaves, ProjectionSpec(loss, beta=0.2), reduction=reduction).sum()
         count = 1 if reduction == "none" else 16
         grads.append(torch.autograd.grad(loss_sum * (count * 2.0**16 / 2**20), trainable))
     for grad, expected in zip(*grads, strict=True):
@@ -858,16 +858,15 @@ def test_opcheck(op, dtype, kind):
     args = (
         *(inputs.student_hidden, factors[0], factors[1] if len(factors) == 2 else None),
         *(inputs.bias, inputs.teacher_hidden, inputs.mask, weights_of(inputs).float()),
-        *(ProjectionSpec("cosine").numbers(), "cosine", "layer", 5, 64, "cpp"),
+        *(ProjectionSpec("cosine").numbers(), "cosine layer", 5, 64, "cpp"),
     )
     if op == "projection_loss_fwd":
-        needs = [tensor is not None for tensor in args[:4]]
-        args += tuple(needs)
+        args += ([tensor is not None for tensor in args[:4]],)
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 
 
 def test_opcheck_of_the_energy():
-    args = (torch.randn(6, 20), torch.rand(6), ProjectionSpec().numbers(), "rms", "cpp")
+    args = (torch.randn(6, 20), torch.rand(6), ProjectionSpec().numbers(), "mse rms", "cpp")
     torch.library.opcheck(torch.ops.modxfer.projection_loss_energy.default, args)
 
 

@@ -39,7 +39,7 @@ def test_row_kernel(dtype, loss, norm, device):
     for width in (1, 100, 1024, 4095, 4096, 5120, 9001, 16384):
         rows = close_rows(64 if device == "cuda" else 4, width, dtype, device=device)
         kernel = kernels_on(device, "projection_loss").projection_loss_rows
-        check_row_kernel(kernel, *rows, ProjectionSpec(loss, 0.2, norm))
+        check_row_kernel(kernel, *rows, ProjectionSpec(loss, norm, 0.2))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -50,7 +50,7 @@ def test_dz_over_z(dtype, loss, norm, device):
     size, repeats = {"cpu": ((9, 900), 2), "cuda": ((2048, 9000), 10)}[device]
     kernel = kernels_on(device, "projection_loss").projection_loss_rows
     z, t, weights = close_rows(*size, device=device)
-    spec = ProjectionSpec(loss, 0.2, norm)
+    spec = ProjectionSpec(loss, norm, 0.2)
     apart = torch.empty_like(z, dtype=dtype)
     kernel(z, t, weights, spec, apart)
     for _ in range(repeats):
@@ -82,7 +82,7 @@ def _eager(inputs, spec, dtype):
 def test_as_accurate_as_eager(dtype, loss, norm, kind, workspace_mb, device):
     options = {"kind": kind, "rank": 32, "bias": True, "mask": True}
     inputs = to_device(projection_inputs(*SIZES[device], dtype, **options), device)
-    spec = ProjectionSpec(loss, 0.2, norm)
+    spec = ProjectionSpec(loss, norm, 0.2)
     options = {"loss": loss, "norm": norm, "mask": inputs.mask, "bias": inputs.bias}
     if loss == "smooth_l1":
         options["beta"] = 0.2
@@ -133,7 +133,7 @@ def test_losses_bits_and_waits(dtype, loss, kind, counted, device):
         *SIZES[device], dtype, kind=kind, bias=True, mask=True, token_weights=True
     )
     num_valid = int(inputs.mask.sum()) if counted else None
-    spec = ProjectionSpec(loss, 0.2, "none")
+    spec = ProjectionSpec(loss, "none", 0.2)
     moved = to_device(inputs, device)
     first = loss_and_grads(moved, spec, num_valid=num_valid)
     with no_waiting(device):
@@ -146,7 +146,7 @@ def test_losses_bits_and_waits(dtype, loss, kind, counted, device):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_captured_graph_follows_its_inputs(dtype, kind, device):
-    spec = ProjectionSpec("mse", 1.0, "none")
+    spec = ProjectionSpec("mse", "none", 1.0)
     make = lambda seed: projection_inputs(*SIZES[device], dtype, kind=kind, mask=True, seed=seed)
     static = to_device(make(0), device)
     replay = recorded(lambda: loss_and_grads(static, spec), device)
@@ -165,7 +165,7 @@ def test_masked_rows_may_hold_nan_where_they_cannot_be_packed(kind, device):
     inputs.student_hidden.data[~inputs.mask] = float("nan")
     inputs.teacher_hidden[~inputs.mask] = float("nan")
     num_valid = int(inputs.mask.sum())
-    inputs, spec = to_device(inputs, device), ProjectionSpec("mse", 1.0, "none")
+    inputs, spec = to_device(inputs, device), ProjectionSpec("mse", "none", 1.0)
     whole, packed = (loss_and_grads(inputs, spec, num_valid=count) for count in (None, num_valid))
     for name, result in whole.items():
         assert result.isfinite().all(), name
@@ -177,7 +177,7 @@ def test_masked_rows_may_hold_nan_where_they_cannot_be_packed(kind, device):
 def test_nothing_waits_with_a_normalizer_on_the_device(loss, device):
     inputs = projection_inputs(256, dtype=torch.bfloat16, mask=True, bias=True)
     options = {"num_valid": int(inputs.mask.sum())}
-    inputs, spec = to_device(inputs, device), ProjectionSpec(loss, 1.0, "none")
+    inputs, spec = to_device(inputs, device), ProjectionSpec(loss, "none", 1.0)
     options["normalizer"] = torch.tensor(100.0, device=device)
     loss_and_grads(inputs, spec, **options)  # compiles
     with no_waiting(device):
@@ -193,7 +193,7 @@ def test_peak_memory_is_the_workspace(counted, device):
     workspace_mb = {"cpu": 2, "cuda": 64}[device]
     inputs = projection_inputs(*size, torch.bfloat16, mask=True)
     num_valid = int(inputs.mask.sum()) if counted else None
-    inputs, spec = to_device(inputs, device), ProjectionSpec("mse", 1.0, "none")
+    inputs, spec = to_device(inputs, device), ProjectionSpec("mse", "none", 1.0)
     step = lambda: loss_and_grads(inputs, spec, num_valid=num_valid, workspace_mb=workspace_mb)
     step()  # cuBLAS keeps a workspace of its own from its first product on
     assert peak_mib(step, device) <= 1.01 * workspace_mb
@@ -211,7 +211,7 @@ def test_offsets_past_2_to_the_31(device):
     z[-1], t[-1] = last_z[0], last_t[0]
     weights = torch.zeros(rows, device="cuda")
     weights[-1] = weight[0]
-    spec = ProjectionSpec("mse", 1.0, "layer")
+    spec = ProjectionSpec("mse", "layer", 1.0)
     alone = torch.empty_like(last_z)
     expected = triton_impl.projection_loss_rows(last_z, last_t, weight, spec, alone)
     loss = triton_impl.projection_loss_rows(z, t, weights, spec, z)

@@ -30,7 +30,7 @@ def test_products_on_a_gpu_are_summed_in_fp32_and_wait_for_nothing(
             make(d_t, dtype=dtype),
             make(n, dtype=torch.bool),
             make(n),
-            ProjectionSpec("mse", 1.0, "rms", 1e-6),
+            ProjectionSpec("mse", "rms", 1.0, 1e-6),
             num_valid=num_valid,
             workspace_bytes=workspace_mb * 2**20,
             need_dhidden=True,

@@ -594,7 +594,7 @@ def test_opcheck(op, layout, is_self, mask):
     args = (*tensors, inputs.teacher_a, inputs.teacher_b, inputs.mask, inputs.weights().float())
     args += (3, True, 64, "cpp")
     if op == "relation_loss_fwd":
-        args += (True, not is_self)
+        args += ([True, not is_self],)
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 
 
