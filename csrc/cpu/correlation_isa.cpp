@@ -3,13 +3,10 @@
 #include "modxfer/correlation.h"
 #include "modxfer/isa.h"
 
-// The same bits for every instruction set, and in the rest of a vectorised loop.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off")
-#endif
-
 namespace modxfer {
 
+// The same bits for every instruction set, and in the rest of a vectorised loop.
+#define MODXFER_ROUNDS_PRODUCTS
 #define MODXFER_ROWS "correlation_rows.h"
 #include "each_isa.h"
 

@@ -2,7 +2,12 @@
 // registers, and the choice among them.
 //
 // Included inside namespace modxfer, after modxfer/isa.h; no include guard and no includes of its
-// own outside a set's namespace. MODXFER_ROWS ends with kKernels, what a room calls.
+// own outside a set's namespace. MODXFER_ROWS ends with kKernels, what a room calls. With
+// MODXFER_ROUNDS_PRODUCTS no product goes unrounded into a fused addition.
+
+#if defined(MODXFER_ROUNDS_PRODUCTS) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 
 namespace baseline {
 constexpr const char* kIsaName = "baseline";

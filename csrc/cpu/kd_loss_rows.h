@@ -10,8 +10,6 @@
 // Sums run in float over kBlock elements and in double across blocks: the loss of a close student
 // is a small difference of large sums.
 
-constexpr int64_t kBlock = 64 * kLanes;
-
 struct Terms {
   vf f;  // addend of the divergence
   vf u;  // q dD/dq, up to a multiple of q

@@ -3,13 +3,10 @@
 #include "modxfer/isa.h"
 #include "modxfer/projection_loss.h"
 
-// z * s - t * s of two equal rows is 0 only if neither product stays unrounded in a fused multiply
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off")
-#endif
-
 namespace modxfer {
 
+// z * s - t * s of two equal rows is 0 only if neither product stays unrounded in a fused multiply
+#define MODXFER_ROUNDS_PRODUCTS
 #define MODXFER_ROWS "projection_loss_rows.h"
 #include "each_isa.h"
 

@@ -7,8 +7,6 @@
 // A row of a few thousand floats stays in the first cache between two passes. Sums run in float
 // over kBlock elements and in double across blocks.
 
-constexpr int64_t kBlock = 64 * kLanes;
-
 constexpr bool is_direction(ProjectionLoss loss) {
   return loss == ProjectionLoss::kNormalizedMse || loss == ProjectionLoss::kCosine;
 }

@@ -20,7 +20,7 @@ SHARED_KIB_HIP = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class Gpu:
     """Attributes: backend "cuda" or "hip"; capability 80, 90, ..., 0 for hip."""
 
     backend: str
@@ -82,7 +82,7 @@ def product_config(
     columns: int,
     rank: int,
     itemsize: int,
-    architecture: Architecture,
+    gpu: Gpu,
     *,
     is_exact: bool = False,
     is_masked_sum: bool = False,
@@ -105,7 +105,7 @@ def product_config(
     if is_exact:
         return ProductConfig(64, 64, 16, 16, 8, 8, 2)
     tiles = rows * columns / (128 * 128)
-    is_large = architecture.shared_kib > SHARED_KIB_OTHER
+    is_large = gpu.shared_kib > SHARED_KIB_OTHER
     if is_crowded and is_large:
         block_m, block_n, num_warps = 64, 128, 8
     elif is_crowded:
@@ -115,57 +115,53 @@ def product_config(
     elif tiles < 2 * MULTIPROCESSORS or is_masked_sum or is_scattered or itemsize == 4:
         block_m, block_n, num_warps = 128, 128, 8
     else:
-        block_m, block_n, num_warps = 128, 256 if architecture.has_wide_products else 128, 8
+        block_m, block_n, num_warps = 128, 256 if gpu.has_wide_products else 128, 8
     # 128 bytes of a row, a line of the cache, are a step
     step_bytes = 128 * (block_m + block_n)
     rank_bytes = 4 * block_r * (block_m + block_n)
-    stages = (1024 * architecture.shared_kib - rank_bytes) // step_bytes
-    most = 2 if architecture.backend == "hip" else 4
+    stages = (1024 * gpu.shared_kib - rank_bytes) // step_bytes
+    most = 2 if gpu.backend == "hip" else 4
     return ProductConfig(
         block_m, block_n, 128 // itemsize, block_r, 8, num_warps, max(2, min(stages, most))
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def shrink_config(
-    rows: int, rank: int, num_targets: int, itemsize: int, architecture: Architecture
-) -> SkinnyConfig:
+def shrink_config(rows: int, rank: int, num_targets: int, itemsize: int, gpu: Gpu) -> SkinnyConfig:
     """Launch of the pass over x [M, K] that sums over K: a program has all of K."""
     block_m = 64
     while block_m > 16 and rows < block_m * MULTIPROCESSORS:
         block_m //= 2
     block_r = _rank_block(rank, 256 // num_targets)
-    stages = 2 if architecture.backend == "hip" else 3
+    stages = 2 if gpu.backend == "hip" else 3
     num_warps = 4 if num_targets * block_r < 48 else 8
     return SkinnyConfig(block_m, 128 // itemsize, block_r, 0, num_warps, stages)
 
 
 @functools.lru_cache(maxsize=1024)
-def ds_db_config(
-    rows: int, columns: int, rank: int, itemsize: int, architecture: Architecture
-) -> SkinnyConfig:
+def ds_db_config(rows: int, columns: int, rank: int, itemsize: int, gpu: Gpu) -> SkinnyConfig:
     """Launch of the pass over all dys [M, N]; `columns` is the sum of their widths.
 
     ds leaves as one partial sum for each tile of columns, so the tile is wide: at rank 16, 256 bf16
     columns and fp32 partials, writing and reading them adds a quarter to the bytes of dy.
     """
     block_r = _rank_block(rank, 64)
-    is_large = block_r <= 32 and itemsize == 2 and architecture.shared_kib > SHARED_KIB_OTHER
+    is_large = block_r <= 32 and itemsize == 2 and gpu.shared_kib > SHARED_KIB_OTHER
     block_n = 256 if is_large else 128
     block_m = 64 if is_large else 32
-    stages = 2 if architecture.backend == "hip" else 3
+    stages = 2 if gpu.backend == "hip" else 3
     split_rows = _split_rows(rows, -(-columns // block_n), block_m)
     return SkinnyConfig(block_m, block_n, block_r, split_rows, 8, stages)
 
 
 @functools.lru_cache(maxsize=1024)
 def da_config(
-    rows: int, columns: int, rank: int, num_targets: int, itemsize: int, architecture: Architecture
+    rows: int, columns: int, rank: int, num_targets: int, itemsize: int, gpu: Gpu
 ) -> SkinnyConfig:
     """Launch of the pass over x [M, K] that sums over rows, for all targets."""
     block_r = _rank_block(rank, 128 // num_targets)
     block_m, block_n = 64, 128 // itemsize
-    stages = 2 if architecture.backend == "hip" else 3
+    stages = 2 if gpu.backend == "hip" else 3
     split_rows = _split_rows(rows, -(-columns // block_n), block_m)
     num_warps = 4 if num_targets * block_r <= 48 else 8
     return SkinnyConfig(block_m, block_n, block_r, split_rows, num_warps, stages)

@@ -11,7 +11,7 @@ _MAX_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class RowConfig:
+class StateRowConfig:
     """Launch of one kernel whose program walks along one row.
 
     Attributes:
@@ -23,11 +23,11 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(width: int, warp_size: int = 32) -> RowConfig:
+def state_row_config(width: int, warp_size: int = 32) -> StateRowConfig:
     """Launch for rows of `width` columns.
 
     Args:
         warp_size: lanes of a warp: 32, or 64 on CDNA GPUs.
     """
     block_d = min(_MAX_BLOCK, max(128, 1 << (width - 1).bit_length()))
-    return RowConfig(block_d, num_warps=max(1, block_d // (_PER_THREAD * warp_size)))
+    return StateRowConfig(block_d, num_warps=max(1, block_d // (_PER_THREAD * warp_size)))

@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import triton_device
-from modxfer_fast.kernels.projection_loss.config import row_config
+from modxfer_fast.kernels.projection_loss.config import state_row_config
 from modxfer_fast.kernels.projection_loss.spec import MIN_LENGTH, ProjectionSpec
 from modxfer_fast.kernels.projection_loss.stream import stream
 
@@ -177,7 +177,7 @@ def projection_loss_rows(
     loss = z.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return loss
-    config = row_config(width, warp_size=64 if torch.version.hip else 32)
+    config = state_row_config(width, warp_size=64 if torch.version.hip else 32)
     per_column = 1.0 / width
     f_factor, g_factor = {
         "mse": (per_column, 2.0 * per_column),

@@ -12,9 +12,15 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from modxfer_fast.kernels import env
-from modxfer_fast.kernels.lora_linear import triton_impl
+from modxfer_fast.kernels.lora_linear import (
+    triton_backward,
+    triton_expand,
+    triton_impl,
+    triton_reduce,
+    triton_shrink,
+)
 from modxfer_fast.kernels.lora_linear.config import (
-    Architecture,
+    Gpu,
     da_config,
     ds_db_config,
     padded_rank,
@@ -32,11 +38,16 @@ pytestmark = [
 interpreted = pytest.mark.skipif(
     not env.triton_interpreted(), reason="a GPU is present: test_lora_linear_gpu.py runs there"
 )
-ARCHITECTURES = [
-    *(Architecture("cuda", capability) for capability in (80, 89, 90, 100, 120)),
-    Architecture("hip", 0),
+GPUS = [
+    *(Gpu("cuda", capability) for capability in (80, 89, 90, 100, 120)),
+    Gpu("hip", 0),
 ]
-KERNELS = ("shrink", "expand", "ds_db", "dx", "da", "reduce")
+KERNELS = {
+    triton_shrink: ("shrink",),
+    triton_expand: ("expand",),
+    triton_backward: ("ds_db", "dx", "da"),
+    triton_reduce: ("reduce",),
+}
 
 
 @interpreted
@@ -62,7 +73,7 @@ def test_ranks_of_several_blocks(rank, num_targets):
 @interpreted
 def test_programs_of_higher_ranks_agree_on_the_mask():
     inputs = lora_inputs(40, 130, (24, 8, 8, 8), ranks=(130,), dropouts=(0.3, 0.0, 0.9, 1.0))
-    config = shrink_config(40, 130, 4, 4, Architecture("cuda", 80))
+    config = shrink_config(40, 130, 4, 4, Gpu("cuda", 80))
     assert config.block_r < 130
     _, bits = triton_impl.shrink(inputs.x.detach(), inputs.targets, inputs.seed)
     expected = dropout_bits(inputs.seed, 40, 130, [0.3, 0.0, 0.9, 1.0])
@@ -107,9 +118,10 @@ def launches(monkeypatch):
             names.append(self.name)
             return self.kernel[grid]
 
-    for name in KERNELS:
-        kernel = getattr(triton_impl, f"_{name}_kernel")
-        monkeypatch.setattr(triton_impl, f"_{name}_kernel", Counted(name, kernel))
+    for module, kernels in KERNELS.items():
+        for name in kernels:
+            kernel = getattr(module, f"_{name}_kernel")
+            monkeypatch.setattr(module, f"_{name}_kernel", Counted(name, kernel))
     return names
 
 
@@ -162,9 +174,9 @@ def test_nothing_to_do(rows, width):
 # --- configurations
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_launches_are_within_hardware_limits(architecture):
-    warp_size = 64 if architecture.backend == "hip" else 32
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_launches_are_within_hardware_limits(gpu):
+    warp_size = 64 if gpu.backend == "hip" else 32
     for rows, columns, rank, itemsize in itertools.product(
         (1, 100, 2048, 8192, 2**20), (1, 1000, 4096, 28672), (1, 16, 24, 64, 1000), (2, 4)
     ):
@@ -174,7 +186,7 @@ def test_launches_are_within_hardware_limits(architecture):
                 columns,
                 rank,
                 itemsize,
-                architecture,
+                gpu,
                 is_exact=is_exact,
                 is_masked_sum=second,
                 is_crowded=crowded,
@@ -185,25 +197,25 @@ def test_launches_are_within_hardware_limits(architecture):
             assert tile <= 128 * config.num_warps * warp_size
             assert not (second and tile > 128 * 128)
             step = (config.block_m + config.block_n) * config.block_l * itemsize
-            buffers = config.num_stages - (architecture.backend == "hip")
+            buffers = config.num_stages - (gpu.backend == "hip")
             ranks = 4 * config.block_r * (config.block_m + config.block_n)
-            assert step * buffers + ranks <= 1024 * architecture.shared_kib
+            assert step * buffers + ranks <= 1024 * gpu.shared_kib
         for config in (
-            shrink_config(rows, rank, 3, itemsize, architecture),
-            ds_db_config(rows, columns, rank, itemsize, architecture),
-            da_config(rows, columns, rank, 3, itemsize, architecture),
+            shrink_config(rows, rank, 3, itemsize, gpu),
+            ds_db_config(rows, columns, rank, itemsize, gpu),
+            da_config(rows, columns, rank, 3, itemsize, gpu),
         ):
             assert 16 <= config.block_r <= padded_rank(rank)
             assert config.block_n % 32 == 0  # whole words of the mask
             step = config.block_m * config.block_n * itemsize
-            assert step * config.num_stages <= 1024 * architecture.shared_kib
+            assert step * config.num_stages <= 1024 * gpu.shared_kib
             for number in (config.block_m, config.block_n, config.block_r, config.num_warps):
                 assert number & (number - 1) == 0
 
 
 def test_rows_are_split_for_two_programs_a_multiprocessor():
     for rows, columns in ((8192, 4096), (2048, 1536), (100, 4096), (2**20, 256)):
-        config = ds_db_config(rows, columns, 16, 2, Architecture("cuda", 90))
+        config = ds_db_config(rows, columns, 16, 2, Gpu("cuda", 90))
         assert config.split_rows % config.block_m == 0
         programs = -(-columns // config.block_n) * -(-rows // config.split_rows)
         assert programs <= 264 or config.split_rows == config.block_m
@@ -213,13 +225,11 @@ def test_rows_are_split_for_two_programs_a_multiprocessor():
 
 
 def test_a_small_product_gets_small_tiles():
-    architecture = Architecture("cuda", 90)
-    small, medium, large = (
-        product_config(rows, 4096, 16, 2, architecture) for rows in (256, 1024, 8192)
-    )
+    gpu = Gpu("cuda", 90)
+    small, medium, large = (product_config(rows, 4096, 16, 2, gpu) for rows in (256, 1024, 8192))
     assert small.block_m * small.block_n <= medium.block_m * medium.block_n
     assert (large.block_m, large.block_n) == (128, 256)
-    assert product_config(8192, 4096, 16, 2, Architecture("cuda", 120)).block_n == 128
+    assert product_config(8192, 4096, 16, 2, Gpu("cuda", 120)).block_n == 128
 
 
 @pytest.mark.parametrize(("rank", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128)])

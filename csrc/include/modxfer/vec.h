@@ -8,6 +8,8 @@ typedef float vf __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
 typedef int vi __attribute__((vector_size(MODXFER_VECTOR_BYTES)));
 
 constexpr int kLanes = MODXFER_VECTOR_BYTES / sizeof(float);
+// Elements whose sum runs in float, before it goes on in double.
+constexpr int64_t kBlock = 64 * kLanes;
 
 #define MODXFER_INLINE static inline __attribute__((always_inline))
 
