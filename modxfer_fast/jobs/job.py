@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel
-
 from modxfer_fast import __version__
 from modxfer_fast.config import ConfigError, as_dict, dump_config
 from modxfer_fast.files import new_folder, read_json, write_json, write_text
@@ -26,7 +24,7 @@ class Job:
     """What a command does, as stages; a kind of job says the rest.
 
     Args:
-        config: a whole job file, with `output_dir` and `overwrite`.
+        config: sections of a whole job file, with `output_dir` and `overwrite`.
         console: told which stages run and which are there already.
         store: where they are; jobs of one grid share it.
     Attributes:
@@ -36,7 +34,7 @@ class Job:
     command: ClassVar[str]
 
     def __init__(
-        self, config: BaseModel, console: JobConsole | None = None, store: Store | None = None
+        self, config: Any, console: JobConsole | None = None, store: Store | None = None
     ) -> None:
         self.config = config
         self.console = console or JobConsole(is_main=is_main())
@@ -74,9 +72,9 @@ class Job:
 
     # ---- what all of them do ----
 
-    def get(self, stage: Stage | None) -> Path | None:
-        """The folder of a stage, which is made where it is not there; None of none."""
-        return stage and self.store.get(stage, self.console)
+    def get(self, stage: Stage) -> Path:
+        """The folder of a stage, which is made where it is not there."""
+        return self.store.get(stage, self.console)
 
     def plan(self) -> dict[str, str]:
         """What `run` would do: {stage: "in the cache", "to run", or "to run after ..."}.
@@ -147,7 +145,10 @@ class Job:
         stages = self.stages()
         if name not in stages:
             raise ConfigError(f"--stage: expected one of {', '.join(stages)}, got {name}")
-        folder = self.get(stages[name]())
-        if folder is not None:
-            self.inspect(name, folder)
-        self.console.say(f"{name}: {folder or 'not needed by this method'}")
+        stage = stages[name]()
+        if stage is None:
+            self.console.say(f"{name}: not needed by this method")
+            return
+        folder = self.get(stage)
+        self.inspect(name, folder)
+        self.console.say(f"{name}: {folder}")

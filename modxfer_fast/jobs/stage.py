@@ -176,8 +176,9 @@ def _files_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def _is_frozen(options: Any) -> bool:
-    if dataclasses.is_dataclass(options):
-        return options.__dataclass_params__.frozen
+    params = getattr(options, "__dataclass_params__", None)
+    if params is not None:
+        return params.frozen
     return bool(getattr(options, "model_config", {}).get("frozen"))
 
 

@@ -63,7 +63,7 @@ def fastest(threads: int, seconds: Callable[[int], float]) -> tuple[int, float]:
         if spent > _BUDGET_S:
             break
     medians = {count: statistics.median(values) for count, values in times.items()}
-    best = min(candidates, key=medians.get)
+    best = min(candidates, key=lambda count: medians[count])
     gain = medians[threads] / medians[best]
     return (best, gain) if gain > _GAIN else (threads, 1.0)
 

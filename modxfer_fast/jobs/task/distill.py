@@ -17,7 +17,7 @@ from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.job import Job
 from modxfer_fast.jobs.stage import Stage, StageContext
-from modxfer_fast.jobs.task.models import Examples, TaskModel, device_of, task_collator
+from modxfer_fast.jobs.task.models import Examples, TaskModel, task_collator
 from modxfer_fast.jobs.task.stages import (
     RESULT,
     TrainingOptions,
@@ -62,29 +62,20 @@ class TaskDistillJob(Job):
 
     @cached_property
     def teacher(self) -> Stage:
-        return teacher_stage(
-            self._model(self.config.teacher, self.config.teacher.seed), self.examples
-        )
+        return teacher_stage(self.config.teacher, self.examples, self.config.training)
 
     def student(self, name: str, seed: int) -> Stage:
         """A student that was trained on labels alone, or distilled, and its scores."""
-        config = self.config
-        options = {
-            "model": self._model(config.student, seed),
-            "examples": self.examples,
-            "training": config.training,
-            "peft": config.student.peft,
-            "fused_lora": config.student.fuses_lora,
-        }
+        config, section, training = self.config, self.config.student, self.config.training
+        model = TaskModel.for_task(section, self.examples, seed=seed, training=training)
+        options = TrainingOptions(model, self.examples, training, section.peft, section.fuses_lora)
         if name == CE_ONLY:
-            return Stage("student", train_student, TrainingOptions(**options))
+            return Stage("student", train_student, options)
         teacher = self.teacher
-        options |= {"teacher": teacher.options.model, "loss": config.loss}
-        return Stage("distilled", distil, DistillingOptions(**options), {"teacher": teacher})
-
-    def _model(self, section, seed: int) -> TaskModel:
-        device = device_of(self.config.training)
-        return TaskModel(section, self.config.task.kind, self.examples.data.labels, seed, device)
+        distilling = DistillingOptions(
+            **vars(options), teacher=teacher.options.model, loss=config.loss
+        )
+        return Stage("distilled", distil, distilling, {"teacher": teacher})
 
     @property
     def _names(self) -> list[str]:
@@ -115,7 +106,7 @@ class TaskDistillJob(Job):
     def write(self, folder: Path, report: dict[str, Any]) -> None:
         for seed in self.config.seeds:
             trained = TaskModel.trained_in(self.get(self.student(DISTILLED, seed)))
-            shutil.copytree(trained, folder / f"seed-{seed}")
+            shutil.copytree(str(trained), folder / f"seed-{seed}")
 
     def summarise(self, report: dict[str, Any], output: Path) -> None:
         rows = [["teacher", f"{report['teacher']:.3f}", ""]]

@@ -64,7 +64,7 @@ def _digest_of(section_json: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(path: str, kind: str, revision: str | None, trust: bool):
+def _tokenizer(path: str, kind: TaskKind, revision: str | None, trust: bool):
     return load_task_tokenizer(path, kind, revision=revision, trust_remote_code=trust)
 
 
@@ -83,6 +83,19 @@ class TaskModel:
     labels: tuple[str, ...]
     seed: int
     device: torch.device
+
+    @classmethod
+    def for_task(
+        cls,
+        section: PretrainedSection,
+        examples: Examples,
+        *,
+        seed: int,
+        training: dict[str, Any],
+    ) -> "TaskModel":
+        """A model for the labels of some examples, where a training section runs."""
+        kind, labels = examples.section.kind, examples.data.labels
+        return cls(section, kind, labels, seed, device_of(training))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -206,6 +219,5 @@ def task_collator(student: TaskModel, teacher: TaskModel, max_length: int) -> Ta
 
 def device_of(training: dict) -> torch.device:
     """Where a training section runs: the accelerator, unless it says `use_cpu`."""
-    if training.get("use_cpu") or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None or training.get("use_cpu") else found

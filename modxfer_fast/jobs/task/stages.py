@@ -32,7 +32,7 @@ class TrainingOptions:
     examples: Examples
     training: Mapping[str, Any]
     peft: Mapping[str, Any] | None = None
-    fused_lora: bool = False
+    fused_lora: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class ScoringOptions:
     adapter: OutsideFolder | None
 
 
-def teacher_stage(model: TaskModel, examples: Examples) -> Stage:
+def teacher_stage(section: TeacherSection, examples: Examples, training: dict[str, Any]) -> Stage:
     """A teacher with a head for the task: trained here, or scored as somebody trained it.
 
     Its folder has what was trained, if anything, and `result.json` with its scores.
 
     Args:
-        model: its base model, of a TeacherSection.
         examples: of the job; the teacher is trained on its own fraction of them.
+        training: of its student, which says where both run.
     """
-    section: TeacherSection = model.section
+    model = TaskModel.for_task(section, examples, seed=section.seed, training=training)
     if section.adapter is None and (section.peft is not None or section.training):
         examples = examples.with_fraction(section.train_fraction)
         options = TrainingOptions(model, examples, section.training, section.peft)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from datasets import Dataset
 from peft import PeftConfig, PeftType
@@ -35,6 +37,7 @@ from modxfer_fast.transfer import (
 from modxfer_fast.transfer.heads import rewrite_head
 from modxfer_fast.transfer.kept import warnings
 
+Loaded = TypeVar("Loaded")
 CONTENT = "content"  # of a stage's folder: statistics or maps
 
 
@@ -100,8 +103,8 @@ def collect(context: StageContext) -> None:
     statistics.save(context.folder / CONTENT, checksums=False)
 
 
-def load_statistics(folder: Path | None) -> Statistics | None:
-    return folder and Statistics.load(folder / CONTENT, checksums=False)
+def load_statistics(folder: Path) -> Statistics:
+    return Statistics.load(folder / CONTENT, checksums=False)
 
 
 # ---- maps: from the features of one model to those of the other
@@ -135,7 +138,7 @@ def fit(context: StageContext) -> None:
     )
     with context.console.progress(None) as progress:
         maps = fit_maps(
-            load_statistics(context.inputs.get("statistics")),
+            _if_there(load_statistics, context.inputs.get("statistics")),
             options.layer_map,
             options.method,
             teacher=teacher,
@@ -150,8 +153,8 @@ def fit(context: StageContext) -> None:
     maps.save(context.folder / CONTENT, checksums=False)
 
 
-def load_maps(folder: Path | None) -> Maps | None:
-    return folder and Maps.load(folder / CONTENT, checksums=False)
+def load_maps(folder: Path) -> Maps:
+    return Maps.load(folder / CONTENT, checksums=False)
 
 
 # ---- module: the student's before it is trained
@@ -177,9 +180,9 @@ def move(context: StageContext) -> None:
         load_maps(inputs["maps"]),
         layer_map,
         student,
-        statistics=load_statistics(inputs.get("statistics")),
+        statistics=_if_there(load_statistics, inputs.get("statistics")),
         head=options.head,
-        head_maps=load_maps(inputs.get("head_maps")),
+        head_maps=_if_there(load_maps, inputs.get("head_maps")),
     )
     for line in [*warnings(module.facts["kept"]), *module.facts["notes"]]:
         console.say(line)
@@ -204,11 +207,16 @@ def draw(context: StageContext) -> None:
     """A module as PEFT initialises it, with the teacher's head where there are head_maps."""
     options, side = context.options, context.options.student
     module = load_module(context.inputs["teacher"], options.teacher)
-    head_maps = load_maps(context.inputs.get("head_maps"))
-    head = head_maps and rewrite_head(module, head_maps, side.architecture)
+    head = None
+    if "head_maps" in context.inputs:
+        head = rewrite_head(module, load_maps(context.inputs["head_maps"]), side.architecture)
     config = fresh_config(module, side.skeleton, options.layer_map)
     side.save(fresh_module(config, side.load(), seed=side.seed, head=head), context.folder)
     verify_module(side, context.folder, context.console)
+
+
+def _if_there(load: Callable[[Path], Loaded], folder: Path | None) -> Loaded | None:
+    return None if folder is None else load(folder)
 
 
 def load_module(folder: Path, teacher: TaskModel) -> PeftModuleState:
@@ -289,7 +297,6 @@ class StudentOptions(TrainingOptions):
     test_steps: after which the test split is scored too. fused_lora: None fuses every LoRA.
     """
 
-    fused_lora: bool | None
     fresh: PeftConfig | None
     test_steps: tuple[int, ...]
 

@@ -16,11 +16,12 @@ earlier one is there.
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
 from modxfer_fast.jobs.stage import OutsideFolder, Stage
-from modxfer_fast.jobs.task.models import Examples, TaskModel, device_of
+from modxfer_fast.jobs.task.models import Examples, TaskModel
 from modxfer_fast.jobs.task.stages import teacher_stage
 from modxfer_fast.jobs.transfer import builds
 from modxfer_fast.transfer import (
@@ -79,17 +80,14 @@ class TransferGraph:
             )
         return builds.Texts(unseen)
 
-    @cached_property
+    @property
     def teacher_model(self) -> TaskModel:
-        return self._model(self.config.teacher, self.config.teacher.seed)
+        return self.teacher.options.model
 
     @cached_property
     def student_model(self) -> TaskModel:
-        return self._model(self.config.student, self.config.seed)
-
-    def _model(self, section, seed: int) -> TaskModel:
-        device = device_of(self.config.student.training)
-        return TaskModel(section, self.config.task.kind, self.examples.data.labels, seed, device)
+        section, seed = self.config.student, self.config.seed
+        return TaskModel.for_task(section, self.examples, seed=seed, training=section.training)
 
     @property
     def _both_models(self) -> dict[str, TaskModel]:
@@ -131,14 +129,12 @@ class TransferGraph:
         section = self.section
         if section.preset == "reference":
             return reference_options(self.module_state.config.peft_type)
-        chosen = {} if section.measured_at is None else {"measured_at": section.measured_at}
-        return MapOptions(
-            scope=section.scope,
-            head_aware=section.head_aware,
-            scale=section.scale,
-            write=section.write,
-            **chosen,
+        fields: dict[str, Any] = section.model_dump(
+            include={"scope", "head_aware", "scale", "write", "measured_at"}
         )
+        if section.measured_at is None:
+            del fields["measured_at"]
+        return MapOptions(**fields)
 
     @property
     def _head_is_apart(self) -> bool:
@@ -155,7 +151,8 @@ class TransferGraph:
     @cached_property
     def teacher(self) -> Stage:
         """The teacher's module and its scores."""
-        return teacher_stage(self.teacher_model, self.examples)
+        config = self.config
+        return teacher_stage(config.teacher, self.examples, config.student.training)
 
     @cached_property
     def statistics(self) -> Stage | None:
@@ -173,8 +170,8 @@ class TransferGraph:
             pairs += self.output_map.pairs
         if section.head == "transport":
             spaces.append("layer_out")
-            parts = self.student_model.architecture, self.teacher_model.architecture
-            pairs.append(tuple(each.num_layers - 1 for each in parts))
+            student, teacher = self.student_model.architecture, self.teacher_model.architecture
+            pairs.append((student.num_layers - 1, teacher.num_layers - 1))
         return self._collect(tuple(dict.fromkeys(spaces)), tuple(sorted(set(pairs))))
 
     def _collect(self, spaces: tuple[str, ...], pairs: tuple[tuple[int, int], ...] | str) -> Stage:
@@ -203,7 +200,8 @@ class TransferGraph:
     @cached_property
     def head_maps(self) -> Stage | None:
         """The maps of the block outputs for the head, None where `maps` has them."""
-        return self._fit_outputs(self.section.map_of_head) if self._head_is_apart else None
+        method = self.section.map_of_head
+        return self._fit_outputs(method) if method and self._head_is_apart else None
 
     @cached_property
     def output_maps(self) -> Stage | None:
@@ -284,9 +282,9 @@ class TransferGraph:
 
     def _train(self, *, scratch: bool) -> Stage:
         section, before = self.config.student, self.config.steps_before(scratch=scratch)
-        training, steps = section.training, ()
-        if section.total_steps is not None:
-            steps = tuple(step - before for step in section.total_steps)
+        training = section.training
+        steps = tuple(step - before for step in section.total_steps or ())
+        if steps:
             training = {**training, "max_steps": steps[-1]}
         fresh = None
         if scratch:

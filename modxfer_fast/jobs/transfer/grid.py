@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 from modxfer_fast.config import ConfigError
@@ -113,12 +114,10 @@ def _group(cell: Cell) -> tuple[str, ...]:
 
 
 def _write_tables(results: list[CellResult], grid: Grid, metric: str, output: Path) -> None:
-    options = {"repeats": grid.repeats, "choose": grid.choose}
-    groups = group_results(results, SCRATCH, **options)
+    grouped = partial(group_results, scratch=SCRATCH, repeats=grid.repeats, choose=grid.choose)
+    groups = grouped(results)
     if steps := steps_of(results):
-        by_step = {
-            step: group_results(after_step(results, step), SCRATCH, **options) for step in steps
-        }
+        by_step = {step: grouped(after_step(results, step)) for step in steps}
         write_text(output / "steps.md", markdown_by_steps(by_step))
     write_text(output / "table.md", markdown(groups, SCRATCH))
     plot_scores(groups, SCRATCH, metric, output / "scores.png")

@@ -149,7 +149,8 @@ class TransferJob(Job):
         return report
 
     def _transfer_facts(self) -> dict[str, Any]:
-        graph, facts = self.graph, {}
+        graph = self.graph
+        facts: dict[str, Any] = {}
         if graph.maps is not None:
             facts["layers"] = graph.layer_map.facts()
         if graph.statistics is not None:
