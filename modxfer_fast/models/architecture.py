@@ -159,7 +159,8 @@ class Architecture:
             )
         if space in _RESIDUAL:
             return self.hidden_size
-        return self.intermediate_size if space in _INNER else self.heads(space) * self.head_dim
+        heads = self.heads(space)
+        return self.intermediate_size if heads is None else heads * self.head_dim
 
     def heads(self, space: str) -> int | None:
         """Attention heads that share a space, each with `head_dim` features; None elsewhere."""

@@ -81,7 +81,8 @@ def take_from_teacher(
         if origin is not None:
             tensor.copy_(_fitting(source.get(origin), tensor, origin, where))
             copied.add(name)
-    projected, energy = set(), None
+    projected: set[str] = set()
+    energy = None
     if embeddings == "pca":
         projected, energy = _project_embeddings(student, teacher, where)
     fresh = [name for name in state if name not in copied and name not in projected]

@@ -125,7 +125,7 @@ def loading_options(section: CheckpointSection) -> dict[str, Any]:
 
 
 def _from_pretrained(
-    auto: type, path: str, section: CheckpointSection, **options: Any
+    auto: Any, path: str, section: CheckpointSection, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and transformers' report of missing and unexpected weights."""
     with _errors(path):
@@ -140,7 +140,7 @@ def _from_pretrained(
 
 def _task_parts(
     section: PretrainedSection, kind: TaskKind, labels: Sequence[str]
-) -> tuple[type, PreTrainedConfig]:
+) -> tuple[Any, PreTrainedConfig]:
     """The auto class of a kind of task, and the configuration with the task's labels."""
     config = load_model_config(section.path, section)
     check_head(config, kind, labels, f"model {section.path}")

@@ -83,7 +83,7 @@ def check_tensors(
     """
     missing = [name for name in expected if name not in found]
     if fresh_head:
-        missing = [name for name in missing if _is_adapter(name)]
+        missing = [name for name in missing if _is_of_module(name)]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         raise TransferError(
@@ -98,7 +98,7 @@ def check_tensors(
             )
 
 
-def _is_adapter(name: str) -> bool:
+def _is_of_module(name: str) -> bool:
     return any(f".{kind}_" in name for kind in KINDS)
 
 

@@ -6,7 +6,7 @@ Each is reduced to rows as soon as it is there, so that of every place only rows
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,9 @@ class FeatureTaps:
                 f"max_length: the {self.role} reads at most {self._max_tokens} tokens, "
                 f"got {shape[1]}"
             )
-        known = {name: value for name, value in inputs.items() if name in self._accepted}
+        known: dict[str, Any] = {
+            name: value for name, value in inputs.items() if name in self._accepted
+        }
         if "use_cache" in self._accepted:
             known["use_cache"] = False
         taken: dict[Site, Tensor] = {}

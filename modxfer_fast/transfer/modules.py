@@ -103,7 +103,7 @@ class PeftModuleState:
         for name, tensor in state.items():
             match = pattern.fullmatch(name)
             slot = kind.slot(config, architecture, match[1]) if match else None
-            if slot is not None:
+            if match and slot:
                 slots.setdefault(slot, {})[match[2]] = tensor
             elif match is None and _is_saved_module(config, name):
                 head[name.removeprefix(PREFIX)] = tensor

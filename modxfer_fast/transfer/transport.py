@@ -66,7 +66,7 @@ def transport(
         raise TransferError(
             f"rank: expected a positive number for a LoRA, got {rank} for a {kind} module"
         )
-    slots: dict[Slot, Mapping[str, Tensor]] = {}
+    rewritten: dict[Slot, dict[str, Tensor]] = {}
     scaling: dict[Slot, float] = {}
     kept: list[tuple[Slot, int, tuple[float, float]]] = []
     for slot, teachers in slot_sources(module, layer_map, student).items():
@@ -77,16 +77,16 @@ def transport(
         for teacher, source in zip(teachers, sources, strict=True):
             if (power := power_kept(kind, source)) is not None:
                 kept.append((slot, teacher.layer, power))
-        slots[slot] = kind.rewrite(
+        rewritten[slot] = kind.rewrite(
             sources,
             layer_map.combine,
             rank=rank,
             on_features=maps.method == "reduced_rank",
-            seed=len(slots),  # each slot its own
+            seed=len(rewritten),  # each slot its own
         )
         scaling[slot] = sources[0].scaling
-    slots, residuals = kind.factored(module.config, slots)
-    slots = {slot: _finished(module, tensors) for slot, tensors in slots.items()}
+    factored, residuals = kind.factored(module.config, rewritten)
+    slots = {slot: _finished(module, tensors) for slot, tensors in factored.items()}
     if maps.method == "random_matched":
         slots = _redrawn(slots, int(maps.facts.get("seed") or 0))
     result = PeftModuleState(

@@ -98,6 +98,7 @@ class BottleneckConfig(PeftConfig):
         """
         if self.bottleneck_size is not None:
             return self.bottleneck_size
+        assert self.reduction_factor is not None  # one of the two is given
         width = int(hidden_size // self.reduction_factor)
         if width < 1:
             raise ModelError(

@@ -42,7 +42,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """
 
     prefix = "bottleneck_"
-    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    adapter_layer_names: tuple[str, ...] = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("adapter_activation", "adapter_dropout", "scaling")
 
     def __init__(
@@ -68,6 +68,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         getattr(self, f"{self.prefix}up")[adapter_name] = up
         self.adapter_activation[adapter_name] = ACT2FN[config.non_linearity]
         self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout)
+        assert config.scaling is not None  # the configuration has set it
         self.scaling[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

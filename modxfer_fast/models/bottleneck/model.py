@@ -1,6 +1,7 @@
 """A transformer with bottleneck adapters, as PEFT's tuner."""
 
 import re
+from collections.abc import Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 
@@ -24,8 +25,8 @@ class BottleneckModel(BaseTuner):
     """
 
     prefix = "bottleneck_"
-    tuner_layer_cls = BottleneckLayer
-    target_module_mapping = MappingProxyType({})
+    tuner_layer_cls: type[BottleneckLayer] = BottleneckLayer
+    target_module_mapping: Mapping[str, str] = MappingProxyType({})
 
     def _check_new_adapter_config(self, config: BottleneckConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -35,7 +36,7 @@ class BottleneckModel(BaseTuner):
         if "parallel" in placements and len(placements) > 1:
             # the parallel site holds the others, whose tensors would be renamed
             raise ModelError(
-                "placement: adapters of one model are all parallel or none is, "
+                "placement: bottleneck adapters of one model are all parallel or none is, "
                 f"got {', '.join(sorted(placements))}"
             )
 
@@ -75,12 +76,13 @@ class BottleneckModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         architecture = Architecture.of(self.model)
-        layer, site = find_site(architecture, peft_config.placement, current_key)
+        found = find_site(architecture, peft_config.placement, current_key)
+        assert found is not None  # as `_check_target_module_exists` has seen
         wrapped = self._make_layer(
             target,
-            site=site,
+            site=found[1],
             hidden_size=architecture.hidden_size,
-            block=architecture.layer_module(self.model, layer),
+            block=architecture.layer_module(self.model, found[0]),
         )
         wrapped.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, wrapped, target)

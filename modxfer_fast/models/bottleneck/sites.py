@@ -1,4 +1,4 @@
-"""The modules of a block that an adapter is put around, for each placement and family.
+"""The modules of a block that a bottleneck adapter is put around, for each placement and family.
 
     pfeiffer  x = norm(h + res), y = h + adapter(x), layer output norm(y + res)      post-norm
               y = h + adapter(h)                                                     pre-norm
@@ -29,7 +29,8 @@ def bottleneck_sites(architecture: Architecture, placement: str) -> tuple[Bottle
     if not sites:
         known = ", ".join(name for name, family in FAMILIES.items() if family.bottlenecks)
         raise ModelError(
-            f"model: adapters are known for the families {known}, got {architecture.family}"
+            f"model: bottleneck adapters are known for the families {known}, "
+            f"got {architecture.family}"
         )
     return sites[placement]
 

@@ -10,6 +10,8 @@ State-dict keys below the wrapped module, which `save_pretrained` writes without
     compacter_down.<adapter>.rule, compacter_up.<adapter>.rule    [n, n, n], without a shared one
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from modxfer_fast.models.bottleneck.layer import BottleneckLayer
@@ -41,13 +43,13 @@ class CompacterLayer(BottleneckLayer):
 
     def _make_projections(self, config: CompacterConfig) -> tuple[nn.Module, nn.Module]:
         width = config.width(self.hidden_size)
-        options = {
-            "phm_dim": config.phm_dim,
-            "rank": config.phm_rank,
-            "rule_std": None if config.shared_phm_rule else config.phm_init_range,
-        }
-        down = PhmLinear(self.hidden_size, width, **options)
-        up = PhmLinear(width, self.hidden_size, **options)
+        make = partial(
+            PhmLinear,
+            phm_dim=config.phm_dim,
+            rank=config.phm_rank,
+            rule_std=None if config.shared_phm_rule else config.phm_init_range,
+        )
+        down, up = make(self.hidden_size, width), make(width, self.hidden_size)
         if config.init_weights == "zero_up":
             nn.init.zeros_(up.right)
         return down, up

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
 from modxfer_fast.models.errors import ModelError
-from modxfer_fast.models.fused_lora.eligibility import kernel_reason, read_branch
+from modxfer_fast.models.fused_lora.eligibility import Branch, kernel_reason, read_branch
 from modxfer_fast.models.fused_lora.group import apart_reason, find_groups, groups_of, set_groups
 from modxfer_fast.models.fused_lora.layer import FusedForward, fused_class, plain_class
 from modxfer_fast.models.fused_lora.report import FusedLoraReport
@@ -104,7 +104,7 @@ def _regroup(ref: weakref.ref, groups: list[tuple[str, ...]]) -> None:
 
 
 def _wanted_groups(model: nn.Module) -> dict[nn.Module, list[tuple[str, ...]]]:
-    wanted = {}
+    wanted: dict[nn.Module, list[tuple[str, ...]]] = {}
     for path, parent, names in find_groups(model):
         if not apart_reason(path, parent, names):
             wanted.setdefault(parent, []).append(names)
@@ -117,20 +117,20 @@ def _report(
     parts: set[str],
     undo: list[Callable[[], None]],
 ) -> FusedLoraReport:
-    declined, plain, branches = [], [], []
+    declined: list[tuple[str, str]] = []
+    plain: list[str] = []
+    branches: list[str] = []
     for name, layer in layers.items():
-        reason = _PART_REASON if name in parts else _reason(layer)
-        if reason:
+        branch, reason = (None, _PART_REASON) if name in parts else _running(layer)
+        if branch is None:
             declined.append((name, reason))
-        elif read_branch(layer)[0].plain_base:
-            plain.append(name)
         else:
-            branches.append(name)
+            (plain if branch.plain_base else branches).append(name)
     paths = {module: name for name, module in model.named_modules()}
     groups, apart = [], []
     for path, parent, names in find_groups(model):
-        members = [paths[getattr(parent, name)] for name in names]
-        members = tuple(name for name in members if name in plain)
+        all_paths = (paths[getattr(parent, name)] for name in names)
+        members = tuple(path for path in all_paths if path in plain)
         if len(members) < 2:
             continue
         if names in groups_of(parent):
@@ -149,17 +149,19 @@ def _report(
     )
 
 
-def _reason(layer: nn.Module) -> str:
-    """Why PEFT's own forward runs the layer at present, as far as it can be told without input."""
+def _running(layer: nn.Module) -> tuple[Branch | None, str]:
+    """What the op runs of a layer at present; or None and why PEFT's own forward does, as far as it
+    can be told without input."""
     if not isinstance(layer, FusedForward):
         if "forward" in layer.__dict__:
-            return "its forward has been replaced"
-        return f"{type(layer).__name__} is no linear that the op knows"
+            return None, "its forward has been replaced"
+        return None, f"{type(layer).__name__} is no linear that the op knows"
     branch, reason = read_branch(layer)
     if branch is None:
-        return reason
+        return None, reason
     if hasattr(branch.lora_a, "_fsdp_flattened"):
-        return "FSDP1 puts views in the place of its parameters while it runs; FSDP2 does not"
+        return None, "FSDP1 puts views in the place of its parameters while it runs; FSDP2 does not"
     # the input has the dtype of a plain base, or that of the adapters where the base is quantised
     dtype = (branch.lora_a if branch.weight is None else branch.weight).dtype
-    return kernel_reason(branch, branch.lora_a.device.type, dtype, dtype)
+    reason = kernel_reason(branch, branch.lora_a.device.type, dtype, dtype)
+    return None if reason else branch, reason

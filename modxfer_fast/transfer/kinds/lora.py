@@ -179,12 +179,13 @@ def _mapped(source: Source, scaling: float) -> dict[str, Tensor]:
 
 def _gram(source: Source) -> Tensor:
     """Second moments of the student's own features about 0: a LoRA sees them with their mean."""
-    if source.moments is None or source.moments.cov_xx is None:
+    gram = None if source.moments is None else uncentred(source.moments).cov_xx
+    if gram is None:
         raise TransferError(
             "statistics: expected with the method 'reduced_rank', with the Gram matrices of the "
             "student's features; got none"
         )
-    return uncentred(source.moments).cov_xx
+    return gram
 
 
 def _sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
