@@ -152,6 +152,12 @@ def test_backends_of_a_room_do_not_import_one_another():
             assert not imported.startswith(f"{PACKAGE}.kernels.{room}.{backend}")
 
 
+def test_files_of_kernels_can_be_read_at_one_sitting():
+    files = [path for name, path in modules() if layer(name) == "kernels"]
+    files += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert not [path.name for path in files if len(path.read_text().splitlines()) > 600]
+
+
 # --- rooms
 
 
