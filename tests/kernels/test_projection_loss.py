@@ -865,6 +865,12 @@ def test_opcheck(op, dtype, kind):
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 
 
+def test_a_spec_crosses_the_op_as_itself():
+    spec = ProjectionSpec("smooth_l1", "layer", 0.1, 1e-5)
+    assert spec.names() == "smooth_l1 layer"
+    assert ProjectionSpec.read(spec.names(), spec.numbers()) == spec
+
+
 def test_opcheck_of_the_energy():
     args = (torch.randn(6, 20), torch.rand(6), ProjectionSpec().numbers(), "mse rms", "cpp")
     torch.library.opcheck(torch.ops.modxfer.projection_loss_energy.default, args)
