@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         TaskDistillJob(config).run(resume=args.resume)
         return 0
 
-    from modxfer_fast.jobs.distill.job import run_job
+    from modxfer_fast.jobs.distill.job import DistillJob
 
-    run_job(config, resume=args.resume)
+    DistillJob(config).run(resume=args.resume)
     return 0

@@ -121,24 +121,30 @@ class Job:
         if until is None:
             check_output(output, config.overwrite)
         self.check()
-        start = time.perf_counter()
-        settle_threads(console.say)
         if until is not None:
+            settle_threads(console.say)
             self._run_until(until)
             return None
-        report = {
-            "modxfer_fast": __version__,
-            "environment": environment(),
-            "config": as_dict(config),
-            **self.report(),
-        }
-        report["seconds"] = time.perf_counter() - start
+        report = self.whole_report()
         check_output(output, config.overwrite)  # another job may have been faster
         with new_folder(output) as folder:
             write_text(folder / CONFIG_FILE, dump_config(config))
             write_json(folder / REPORT_FILE, report)
             self.write(folder, report)
         self.summarise(report, output)
+        return report
+
+    def whole_report(self) -> dict[str, Any]:
+        """Runs the stages; what `report.json` holds."""
+        start = time.perf_counter()
+        settle_threads(self.console.say)
+        report = {
+            "modxfer_fast": __version__,
+            "environment": environment(),
+            "config": as_dict(self.config),
+            **self.report(),
+        }
+        report["seconds"] = time.perf_counter() - start
         return report
 
     def _run_until(self, name: str) -> None:

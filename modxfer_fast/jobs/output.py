@@ -18,11 +18,14 @@ from modxfer_fast.files import (
 )
 from modxfer_fast.jobs.distill.continuation import changes, describe, is_longer
 from modxfer_fast.jobs.ranks import world_size
+from modxfer_fast.jobs.stage import Stage
+from modxfer_fast.jobs.store import Store
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.txt"
+_STAGES = "stages"
 _LOCK_FILE = "job.lock"
 
 
@@ -36,6 +39,26 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"output_dir: {output} exists; set overwrite: true or name another folder"
         )
+
+
+class OutputStore(Store):
+    """Results of stages in the unfinished output of a job, named as in the finished one.
+
+    A name has one result: `WorkFolder` keeps to one configuration, one set of rows and one number
+    of processes. Checkpoints stay, for a run that is to train longer.
+    """
+
+    reused = "finished before the interruption"
+    hint = None  # `WorkFolder.leave` says how to go on
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work / _STAGES)
+
+    def folder(self, stage: Stage) -> Path:
+        return self.root / stage.name
+
+    def checkpoints(self, stage: Stage, scratch: Path) -> Path:
+        return self.root.with_name(CHECKPOINTS) / stage.name
 
 
 class WorkFolder:
@@ -145,10 +168,8 @@ class WorkFolder:
 
     def _has_progress(self) -> bool:
         """Whether a run could go on from what is there."""
-        return bool(self._results() or _markers(self.path))
-
-    def _results(self) -> list[Path]:
-        return sorted(self.path.glob("seed-*/*.json"))
+        has_results = any(self.path.glob(f"{_STAGES}/*/*/{MARKER}"))
+        return has_results or bool(_markers(self.path))
 
     def _begin(self) -> None:
         for path in self.path.iterdir():
@@ -172,8 +193,7 @@ class WorkFolder:
             )
         _check_processes(self.path)
         if differing:  # what has ended goes on from its last checkpoint
-            for seed in self.path.glob("seed-*"):
-                shutil.rmtree(seed)
+            shutil.rmtree(self.path / _STAGES, ignore_errors=True)
             write_text(self.path / CONFIG_FILE, dump_config(self._config))
         for folder in (self.path / CHECKPOINTS).rglob("checkpoint-*"):
             if folder.is_dir() and not (folder / MARKER).is_file():  # half of one

@@ -52,13 +52,14 @@ class Stage:
     """A step whose result is a folder.
 
     Attributes:
-        name: of its kind, such as "teacher"; a folder of the store, and its title on the console.
+        name: of its kind, such as "teacher"; a folder of the store.
         build: a function of a module, no method and no closure.
         options: a frozen section or dataclass, whose values `facts_of` can tell apart.
         inputs: the stages whose folders `build` reads, each by the name that it reads it under.
         resumable: `build` goes on from what an interrupted run left in `checkpoints`.
         on_all_ranks: every process of the job calls `build`, which is then collective and writes on
             the main process; otherwise the main process does alone, and the others wait.
+        title: on the console; the name where it is empty.
         versions: distributions whose version changes the result; ours always does.
     Raises:
         TypeError: options that are not frozen, or a build function that could see something else.
@@ -70,6 +71,7 @@ class Stage:
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     resumable: bool = False
     on_all_ranks: bool = False
+    title: str = ""
     versions: tuple[str, ...] = ("torch", "transformers", "peft")
 
     def __post_init__(self) -> None:

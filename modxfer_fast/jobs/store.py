@@ -52,6 +52,9 @@ class Store:
         builds: whether what is not there is made; otherwise `get` raises `NotMade`.
     """
 
+    reused = "from the cache"  # what a person reads of a result that is there
+    hint: str | None = "finished stages are in the cache; the same command goes on"
+
     def __init__(self, root: Path | None = None, *, builds: bool = True) -> None:
         self.root = cache_root() if root is None else root
         self.builds = builds
@@ -61,6 +64,10 @@ class Store:
     def folder(self, stage: Stage) -> Path:
         """Where the result of a stage is, or will be."""
         return self.root / stage.name / stage.fingerprint
+
+    def checkpoints(self, stage: Stage, scratch: Path) -> Path:
+        """Where a stage that is made in `scratch` keeps its checkpoints."""
+        return scratch / "checkpoints"
 
     def has(self, stage: Stage, tell: Callable[[str], None]) -> bool:
         """Whether the result is there and whole.
@@ -89,19 +96,20 @@ class Store:
         if from_main(folder in self._diverged):
             raise self._diverged.get(folder) or ToldByMain
         if self.has(stage, console.say):
-            console.say(f"{stage.name}: from the cache")
+            console.say(f"{stage.name}: {self.reused}")
             return folder
         if not self.builds:
             raise NotMade(stage)
         inputs = {name: self.get(each, console) for name, each in stage.inputs.items()}
-        with console.phase(stage.name.capitalize()):
+        with console.phase(stage.title or stage.name.capitalize()):
             try:
                 self._make(stage, folder, inputs, console)
             except NonFiniteError as error:
                 self._diverged[folder] = error
                 raise
             except KeyboardInterrupt as error:
-                error.add_note("finished stages are in the cache; the same command goes on")
+                if self.hint is not None:
+                    error.add_note(self.hint)
                 raise
         self._whole.add(folder)
         return folder
@@ -117,7 +125,7 @@ class Store:
                 (scratch / "result").mkdir()
 
             def build() -> None:
-                paths = scratch / "result", scratch / "checkpoints"
+                paths = scratch / "result", self.checkpoints(stage, scratch)
                 stage.build(StageContext(*paths, inputs, stage.options, console))
 
             def finish() -> None:

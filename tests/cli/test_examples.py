@@ -11,7 +11,7 @@ from modxfer_fast.config.grid import Grid, load_transfer
 from modxfer_fast.config.task import TaskSection
 from modxfer_fast.config.task_distill import TaskDistillConfig, load_distill
 from modxfer_fast.data.tasks import load_task
-from modxfer_fast.jobs.distill.job import check_open_sections
+from modxfer_fast.jobs.distill.job import DistillJob
 from modxfer_fast.jobs.task.distill import TaskDistillJob
 from modxfer_fast.jobs.transfer.job import TransferJob
 from modxfer_fast.report import JobConsole
@@ -31,7 +31,7 @@ def test_example_is_valid(path):
     if isinstance(job, TaskDistillConfig):
         TaskDistillJob(job, JobConsole(is_main=False)).check()
     else:
-        check_open_sections(job)
+        DistillJob(job).check()
 
 
 def unlike(jobs):

@@ -38,6 +38,7 @@ from modxfer_fast.models import (
     take_from_teacher,
     weights_digest,
 )
+from modxfer_fast.report import JobConsole
 
 CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
 _RECORD = "modxfer_pretrain.json"
@@ -56,6 +57,17 @@ class ModelSource:
     pretrain: dict[str, Any] | None = None
     from_teacher: dict[str, Any] | None = None
     cached: bool = False
+
+    @classmethod
+    def of(
+        cls, section: ModelSection, stage: Stage | None, store: Store, console: JobConsole
+    ) -> "ModelSource":
+        """Where the model of a section is, made if its stage was not run before."""
+        if stage is None:
+            return cls(section.path)
+        cached = store.has(stage, console.say)
+        folder = store.get(stage, console)
+        return cls(str(folder), _read(folder / _RECORD), _read(folder / _TAKEN), cached)
 
 
 def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedTokenizerBase:
@@ -125,20 +137,18 @@ def planned_configs(
     return planned
 
 
-def prepare_model(
+def model_stage(
     section: ModelSection,
     role: str,
     material: Material,
-    store: Store,
     *,
     seed: int,
     vocab_size: int | None = None,
     teacher: PreTrainedModel | None = None,
-) -> ModelSource:
-    """Where the model of `section` is; built, and pretrained if asked for, when nobody did before.
+) -> Stage | None:
+    """The stage that builds, and pretrains if asked for, the model of a `config` block.
 
-    A model from a `config` block is a stage of its configuration, seed and versions, and with
-    `pretrain` also of the training rows and arguments.
+    None where the section names a model that is there.
 
     Args:
         seed: of the fresh weights; a `pretrain` section has a seed of its own, 0 if it names none.
@@ -146,7 +156,7 @@ def prepare_model(
         teacher: what a student's `from_teacher` takes from.
     """
     if not section.is_built:
-        return ModelSource(section.path)
+        return None
     taken = section.from_teacher if section.inherits else None
     config = make_config(
         _student_fields(section, teacher.config) if taken is not None else section.config,
@@ -159,7 +169,7 @@ def prepare_model(
     pretrain = section.pretrain
     if pretrain is not None:
         seed = pretrain.get("seed", 0)
-    stage = Stage(
+    return Stage(
         role,
         _make_model,
         NewModel(
@@ -178,11 +188,9 @@ def prepare_model(
         ),
         resumable=pretrain is not None,
         on_all_ranks=pretrain is not None,
+        title=f"{role.capitalize()}, {'built' if pretrain is None else 'pretrained'}",
         versions=("torch", "transformers"),
     )
-    cached = store.has(stage, material.console.say)
-    folder = store.get(stage, material.console)
-    return ModelSource(str(folder), _read(folder / _RECORD), _read(folder / _TAKEN), cached)
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ class NewModel:
 
     Attributes:
         role: whose section in the job file says so, for messages.
-        config, tokenizer, teacher, pretrain, material: see `prepare_model`; the last two are None
+        config, tokenizer, teacher, pretrain, material: see `model_stage`; the last two are None
             without pretraining.
         processes: that train.
     """

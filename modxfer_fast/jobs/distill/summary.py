@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from modxfer_fast.config import JobConfig, LossSection
 from modxfer_fast.report import STEP_LABELS, JobConsole
 
 # Of each kind of job: keys of the held-out figures, their columns and formats in the table.
@@ -26,17 +27,17 @@ _ROLES = {
 }
 
 
-def summarise(report: dict[str, Any]) -> dict[str, Any]:
+def summarise(config: JobConfig, report: dict[str, Any]) -> dict[str, Any]:
     """Mean, least and most over the seeds of each figure of each role, of an encoder also by pair.
 
     With `compare.ce_only` also in how many seeds the distilled student has the lower perplexity;
     with `compare.parts` also what each part changes, on average over the seeds.
     """
-    runs, is_encoder = report["runs"], report["config"]["kind"] == "encoder"
+    runs, is_encoder = report["runs"], config.kind == "encoder"
     summary: dict[str, Any] = {}
     for role in _ROLES:
         if role in runs[0]:
-            keys = [key for key, *_ in _FIGURES[report["config"]["kind"]]]
+            keys = [key for key, *_ in _FIGURES[config.kind]]
             if is_encoder:  # and of each pair of layers
                 keys = [key for key in runs[0][role] if key.startswith(_INSIDE)]
             summary[role] = {key: _spread([run[role][key] for run in runs]) for key in keys}
@@ -45,19 +46,18 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
             run["student"]["eval_perplexity"] < run["ce_only"]["eval_perplexity"] for run in runs
         )
     if "parts" in report:
-        summary["parts"] = _quality_of_parts(report, summary)
+        summary["parts"] = _quality_of_parts(config.loss, summary)
     return summary
 
 
-def _quality_of_parts(report: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, Any]]:
+def _quality_of_parts(loss: LossSection, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs in the order in which parts are added, each with its change from the one before."""
-    loss = report["config"]["loss"]
     inside = [
         name
         for key, name in (("hidden_states", "hidden states"), ("relations", "attention relations"))
-        if loss[key] is not None
+        if getattr(loss, key) is not None
     ]
-    added = [] if "logit_kd" in summary or not loss["kd_weight"] else ["logit KD"]
+    added = [] if "logit_kd" in summary or not loss.kd_weight else ["logit KD"]
     names = {
         "ce_only": "CE alone",
         "logit_kd": "+ logit KD",

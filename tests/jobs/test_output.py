@@ -190,11 +190,12 @@ def test_resume_needs_as_many_processes(tmp_path, monkeypatch):
 
 def test_an_interrupted_run_may_become_longer(tmp_path):
     kept = interrupted(tmp_path, training={"max_steps": 8})
-    (kept / "seed-0").mkdir()
-    (kept / "seed-0" / "ce_only.json").write_text("{}")
+    done = kept / "stages" / "seed-0" / "ce_only"
+    done.mkdir(parents=True)
+    seal(done)
     longer = folder_of(tmp_path, training={"max_steps": 12})
     longer.open(resume=True)
-    assert not (kept / "seed-0").exists()  # ends at 12 steps as well
+    assert not done.exists()  # ends at 12 steps as well
     assert (kept / "checkpoints/seed-0/student/checkpoint-4").is_dir()
     longer.leave()
     with pytest.raises(ConfigError, match="max_steps: 8 instead of 12"):
