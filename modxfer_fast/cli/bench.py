@@ -25,6 +25,11 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and rows")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the variants that an interrupted run with the same FILE has measured here",
+    )
     parser.add_argument("--quick", action="store_true", help="three rounds: a look, not a result")
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="of timing a variant, beyond the least rounds"
@@ -65,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
     parser.parse_args(args.of_room, args)
     return run_bench(
         args.room,
-        module,
         device=args.device,
         dtype=args.dtype,
         shape=args.shape,
@@ -76,4 +80,5 @@ def run(args: argparse.Namespace) -> int:
         quick=args.quick,
         json=args.json,
         csv=args.csv,
+        resume=args.resume,
     )

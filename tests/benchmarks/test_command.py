@@ -129,9 +129,55 @@ def test_rows_before_an_interruption_are_kept(tmp_path, monkeypatch):
     assert rows[1].time_ms is not None
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_sweep_goes_on_only_where_that_is_asked_for(resume, tmp_path, monkeypatch, capsys):
+    measured, stop = [], True
+
+    def lineup(case):
+        def step():
+            if stop and case.variant == "jsd":
+                raise KeyboardInterrupt
+            measured.append(case.variant)
+            return {"loss": torch.ones(())}
+
+        return lineup_of(("ours cpp", step))(case)
+
+    monkeypatch.setattr(bench_linear_kd_loss, "lineup", lineup)
+    path = tmp_path / "r.json"
+    command = ["bench", "linear_kd_loss", *SMALL, "--json", str(path)]
+    command += ["--divergence", "forward_kl", "jsd"]
+    assert main(command) == 130
+    assert "--resume keeps the variants that are measured" in capsys.readouterr().err
+    first = results.read(path)[1]
+    assert set(measured) == {"forward_kl"}
+    measured.clear()
+    stop = False
+    assert main([*command, *(["--resume"] if resume else [])]) == 0
+    assert set(measured) == ({"jsd"} if resume else {"forward_kl", "jsd"})
+    rows = results.read(path)[1]
+    assert [row.impl for row in rows] == ["floor", "ours cpp"] * 2
+    assert (rows[:2] == first[:2]) is resume
+    told = "linear_kd_loss forward_kl: measured before the interruption" in capsys.readouterr().err
+    assert told is resume
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_after_another_measures_again(tmp_path, monkeypatch):
+    calls = []
+    step = lambda: calls.append(1) or {"loss": torch.ones(())}
+    monkeypatch.setattr(bench_linear_kd_loss, "lineup", lineup_of(("ours cpp", step)))
+    counts = []
+    for _ in range(2):
+        calls.clear()
+        assert main(["bench", "linear_kd_loss", *SMALL, "--csv", str(tmp_path / "r.csv")]) == 0
+        counts.append(len(calls))
+    assert min(counts) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["kd_loss", "--resume"], ["--resume: expected the --json or --csv of the sweep"]),
         (
             ["lora"],
             ["room: expected one of correlation, kd_loss, linear_kd_loss, lora_block", "'lora'"],

@@ -1,21 +1,34 @@
-"""The variants of a room, one after another: environment, roof, rows, tables."""
+"""A sweep over the variants of a room: the roof of the machine, then a stage for each variant.
+
+A sweep measures: nothing is taken from a cache. Its stages stand beside the file that it writes,
+where an interrupted one is taken up only if a person asks for that, and are gone when it ends.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from modxfer_fast.errors import UserError
-from modxfer_fast.jobs.bench.load import load_benchmarks
+from modxfer_fast.files import MARKER, read_json, write_json
+from modxfer_fast.jobs.bench.load import load_benchmarks, load_room
+from modxfer_fast.jobs.stage import Stage, StageContext
+from modxfer_fast.jobs.store import Store
 from modxfer_fast.measure import environment, roofline, timing
+
+_ROOF_STAGE = "roof"
+_ROOF, _ROWS = "roof.json", "rows.json"  # what stages leave
 
 
 def run_bench(
     name: str,
-    module: ModuleType,
     *,
     device: str | None,
     dtype: str | None,
@@ -27,52 +40,150 @@ def run_bench(
     quick: bool,
     json: Path | None,
     csv: Path | None,
+    resume: bool,
 ) -> int:
     """Measure and show every variant; files have each row as soon as it is there.
 
     Args:
-        name, module: of the room.
+        name: of the room.
         device, dtype, shape: None for what the machine and the room have.
         sizes: in place of the shape's, where not None.
         seconds: of timing a variant, beyond the least rounds.
+        resume: keep the variants that an interrupted sweep of the same file has measured on this
+            machine, with these versions and this commit.
     Returns:
         0 when our backends pass their check, 1 when one of them does not.
     Raises:
         UserError: a value that the room or this machine does not have.
     """
-    benchmarks = load_benchmarks()
+    benchmarks, room = load_benchmarks(), load_room(name).ROOM
     console, results = benchmarks("console"), benchmarks("results")
     device = _device(device)
     with _user_errors():
         for variant in variants:
-            module.ROOM.check_variant(variant)
-        of_shape = module.ROOM.shape(shape or module.ROOM.default_shape[device])
+            room.check_variant(variant)
         given = {size: value for size, value in sizes.items() if value is not None}
-        of_shape = dataclasses.replace(of_shape, **given)
+        of_shape = dataclasses.replace(room.shape(shape or room.default_shape[device]), **given)
     effort = _effort(seconds, timing.QUICK if quick else timing.Effort())
-    precision = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+    described = environment.describe(device)
+    same = {key: value for key, value in described.items() if key != "date"}
+    machine = Machine(device, dtype or ("bfloat16" if device == "cuda" else "float32"), same)
 
-    with console.progress() as say:
-        say("roof of this machine: a copy and a matrix product")
-        roof = roofline.measure_roof(device, precision)
-    described = environment.describe(device) | roof.described()
-    print(environment.header(described))
-    rows = {}
-    with console.progress() as say:
-        for variant in variants:
-            case = benchmarks("rooms").Case(of_shape, precision, device, variant, options)
-            with _user_errors():
-                lineup = module.lineup(case)
-            tell = lambda text, variant=variant: say(f"{name} {variant}: {text}")
-            for row in benchmarks("harness").measure(name, case, lineup, effort, roof, tell):
-                rows[variant, row.impl] = row
-                # after each row: an interruption loses the one it meets
-                if json:
-                    results.write_json(json, described, list(rows.values()))
-                if csv:
-                    results.write_csv(csv, described, list(rows.values()))
+    rows: dict[tuple[str, str], Any] = {}
+
+    def keep(variant: str, *measured: Any) -> None:
+        rows.update({(variant, row.impl): row for row in measured})
+        if json:
+            results.write_json(json, described, list(rows.values()))
+        if csv:
+            results.write_csv(csv, described, list(rows.values()))
+
+    with _sweep(json or csv, resume) as store:
+        roof = Stage(_ROOF_STAGE, _measure_roof, machine, versions=())
+        with console.progress() as say:
+            described |= _read_roof(store.get(roof, _Progress(say))).described()
+        print(environment.header(described))
+        with console.progress() as say:
+            for variant in variants:
+                measurement = Measurement(machine, name, variant, of_shape, options, effort)
+                inputs, title = {"roof": roof}, f"{name} {variant}"
+                stage = Stage(title, _measure, measurement, inputs, title=title, versions=())
+                folder = store.get(stage, _Progress(say, partial(keep, variant)))
+                keep(variant, *results.read(folder / _ROWS)[1])
     console.print_tables(rows.values())
     return int(any(row.is_ours and not row.check.startswith("pass") for row in rows.values()))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the roof depends on.
+
+    Attributes:
+        described: names, versions and commit, without the date.
+    """
+
+    device: str
+    dtype: str
+    described: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant of a room; `shape` is one of its own sizes."""
+
+    machine: Machine
+    room: str
+    variant: str
+    shape: Any
+    options: Mapping[str, float]
+    effort: timing.Effort
+
+
+class _Progress:
+    """The console of stages: a line of progress, and rows as they come."""
+
+    def __init__(
+        self, say: Callable[[str], None], keep: Callable[[Any], None] = lambda row: None
+    ) -> None:
+        self.say, self.keep = say, keep
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        self.say(name)
+        return contextlib.nullcontext()
+
+
+def _measure_roof(context: StageContext) -> None:
+    context.console.say("roof of this machine: a copy and a matrix product")
+    machine: Machine = context.options
+    roof = roofline.measure_roof(machine.device, getattr(torch, machine.dtype))
+    write_json(context.folder / _ROOF, dataclasses.asdict(roof))
+
+
+def _read_roof(folder: Path) -> roofline.Roof:
+    return roofline.Roof(**read_json(folder / _ROOF))
+
+
+def _measure(context: StageContext) -> None:
+    this: Measurement = context.options
+    benchmarks, room, machine = load_benchmarks(), load_room(this.room), this.machine
+    dtype = getattr(torch, machine.dtype)
+    case = benchmarks("rooms").Case(this.shape, dtype, machine.device, this.variant, this.options)
+    with _user_errors():
+        lineup = room.lineup(case)
+    roof, rows = _read_roof(context.inputs["roof"]), {}
+    say = lambda text: context.console.say(f"{this.room} {this.variant}: {text}")
+    for row in benchmarks("harness").measure(this.room, case, lineup, this.effort, roof, say):
+        rows[row.impl] = row
+        context.console.keep(row)  # an interruption loses the row that it meets
+    benchmarks("results").write_json(
+        context.folder / _ROWS, dict(machine.described), list(rows.values())
+    )
+
+
+@contextlib.contextmanager
+def _sweep(file: Path | None, resume: bool) -> Iterator[Store]:
+    """Where the stages of a sweep are until it ends well."""
+    if file is None:
+        if resume:
+            raise UserError("--resume: expected the --json or --csv of the sweep to go on with")
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store(Path(folder))
+            store.hint = None
+            yield store
+        return
+    root = file.with_name(f".{file.name}.sweep")
+    if root.exists() and not resume:
+        shutil.rmtree(root)
+    store = Store(root)
+    store.reused = "measured before the interruption"
+    store.hint = "--resume keeps the variants that are measured"
+    try:
+        yield store
+    except BaseException:
+        if not any(marker.parts[-3] != _ROOF_STAGE for marker in root.glob(f"*/*/{MARKER}")):
+            shutil.rmtree(root, ignore_errors=True)
+        raise
+    shutil.rmtree(root)
 
 
 def _device(asked: str | None) -> str:
