@@ -83,9 +83,13 @@ def marked_checkpoints(output_dir: str | Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
+class WholeCheckpoint(str):
+    """Path of a checkpoint whose files were all read and compared just now."""
+
+
 def last_complete_checkpoint(
     output_dir: str | Path, tell: Callable[[str], None] = logger.warning
-) -> str | None:
+) -> WholeCheckpoint | None:
     """The newest whole `checkpoint-<step>` in `output_dir`, whose files were all read and compared.
 
     Half-written ones are passed over, damaged ones too.
@@ -104,7 +108,7 @@ def last_complete_checkpoint(
     instead = "the first step" if whole is None else whole.name
     for folder, bad in damaged.items():
         tell(f"{folder} is damaged ({', '.join(bad)}): training goes on from {instead}")
-    return None if whole is None else str(whole)
+    return None if whole is None else WholeCheckpoint(whole)
 
 
 @contextlib.contextmanager

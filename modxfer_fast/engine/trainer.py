@@ -153,7 +153,9 @@ class DistillTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}"
                 )
-        elif resume_from_checkpoint:
+        elif resume_from_checkpoint and not isinstance(
+            resume_from_checkpoint, checkpoint.WholeCheckpoint
+        ):
             checkpoint.read_marker(resume_from_checkpoint)
             self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
         if resume_from_checkpoint:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import transformers
 
 from modxfer_fast.jobs.ranks import world_size
+from modxfer_fast.measure.environment import describe
 
 
 def quieten_libraries() -> None:
@@ -27,13 +27,6 @@ def quieten_libraries() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for a report."""
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "processes": world_size(),
-    }
+    """Versions and hardware, for a report; described as in the header of a benchmark."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**describe(device), "processes": world_size()}

@@ -1,6 +1,5 @@
-"""What a job tells: console, `report.json`, picture of the curves, atomic folders."""
+"""What a job tells: console, tables, pictures of curves and scores."""
 
-from modxfer_fast.files import new_folder, replace_folder, write_json, write_text
 from modxfer_fast.report.callback import ConsoleCallback
 from modxfer_fast.report.console import JobConsole
 from modxfer_fast.report.curves import STEP_LABELS, plot_curves
@@ -11,9 +10,5 @@ __all__ = [
     "STEP_LABELS",
     "ConsoleCallback",
     "JobConsole",
-    "new_folder",
     "plot_curves",
-    "replace_folder",
-    "write_json",
-    "write_text",
 ]

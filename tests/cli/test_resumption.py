@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from modxfer_fast.cli.main import main
 from modxfer_fast.engine import DistillTrainer
+from modxfer_fast.files import sealed
 from modxfer_fast.report import ConsoleCallback
 from tests.cli.conftest import job_file, merged
 
@@ -83,6 +84,19 @@ def test_sigterm_writes_a_checkpoint_and_resume_goes_on(write, whole, monkeypatc
     capsys.readouterr()
     assert main(["distill", str(path), "--resume"]) == 0
     assert told(capsys.readouterr().out) == told(f"finished already: {out}")
+
+
+def test_a_checkpoint_is_read_once_before_it_is_resumed(write, monkeypatch):
+    path, _ = write()
+    with monkeypatch.context() as patch:
+        stop = at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(ConsoleCallback, "on_step_end", stop)
+        assert main(["distill", str(path)]) == 143
+    read, original = [], sealed.sha256_of
+    monkeypatch.setattr(sealed, "sha256_of", lambda file: read.append(str(file)) or original(file))
+    assert main(["distill", str(path), "--resume"]) == 0
+    compared = [file for file in read if "checkpoint-7/" in file]
+    assert len(compared) == len(set(compared)) > 0
 
 
 def test_sigterm_while_it_evaluates(write, whole, monkeypatch, capsys):

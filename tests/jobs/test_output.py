@@ -1,5 +1,7 @@
 """The output folder appears whole, replaces only what it may, and an interrupted run is kept."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,7 +11,8 @@ import pytest
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import damaged_files, seal
-from modxfer_fast.jobs.output import WorkFolder
+from modxfer_fast.jobs.output import OutputStore, WorkFolder
+from modxfer_fast.jobs.stage import Stage
 
 
 def folder_of(tmp_path, **changes):
@@ -287,3 +290,66 @@ def test_nothing_stays_after_an_early_failure(tmp_path):
     (folder.path / "checkpoints" / "weights").touch()
     folder.leave()
     assert folder.path.exists()
+
+
+# ---- results in an unfinished output ----
+
+
+class Quiet:
+    """Stands for the console of a job."""
+
+    def __init__(self):
+        self.said, self.phases = [], []
+
+    def say(self, message):
+        self.said.append(message)
+
+    def phase(self, name):
+        self.phases.append(name)
+        return contextlib.nullcontext()
+
+
+def train(context):
+    context.checkpoints.mkdir(parents=True, exist_ok=True)
+    (context.checkpoints / "step").write_text("2")
+    (context.folder / "weights").write_text("trained")
+    if context.options.fails:
+        raise KeyboardInterrupt
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    fails: bool = False
+
+
+def run(**options):
+    return Stage("seed-0/student", train, Options(**options), title="Student, distilled")
+
+
+def test_a_run_is_at_its_name_and_its_checkpoints_stay(tmp_path):
+    console = Quiet()
+    folder = OutputStore(tmp_path).get(run(), console)
+    assert folder == tmp_path / "stages" / "seed-0" / "student"
+    assert (folder / "weights").read_text() == "trained"
+    assert (tmp_path / "checkpoints" / "seed-0" / "student" / "step").exists()
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["student"]
+    OutputStore(tmp_path).get(run(), console)  # as after an interruption
+    assert console.phases == ["Student, distilled"]
+    assert console.said == ["seed-0/student: finished before the interruption"]
+
+
+def test_an_interrupted_run_leaves_its_checkpoints_and_nothing_that_misleads(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        OutputStore(tmp_path).get(run(fails=True), Quiet())
+    assert not hasattr(caught.value, "__notes__")  # `WorkFolder.leave` says how to go on
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["step"]
+
+
+def test_a_finished_run_is_progress_without_any_checkpoint(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    OutputStore(folder.path).get(run(), Quiet())
+    shutil.rmtree(folder.path / "checkpoints")
+    assert "--resume goes on from there" in folder.leave()
+    with pytest.raises(ConfigError, match="holds an interrupted run"):
+        folder_of(tmp_path).open(resume=False)

@@ -8,8 +8,17 @@ import sys
 
 import pytest
 
-from modxfer_fast.files import FileLock, LockedError, damaged_files, seal, sealed_facts
-from modxfer_fast.report import new_folder, replace_folder, write_json, write_text
+from modxfer_fast.files import (
+    FileLock,
+    LockedError,
+    damaged_files,
+    new_folder,
+    replace_folder,
+    seal,
+    sealed_facts,
+    write_json,
+    write_text,
+)
 
 
 def test_text_replaces_the_old(tmp_path):

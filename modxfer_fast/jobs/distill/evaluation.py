@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import LossSection
-from modxfer_fast.config.loading import without_secrets
 from modxfer_fast.engine import DistillConfig, Teacher, load_projections
 from modxfer_fast.jobs.distill.arguments import evaluation_args
 from modxfer_fast.jobs.distill.material import Material
@@ -31,7 +30,7 @@ class Evaluation:
 
     @property
     def identity(self) -> list[Any]:
-        return [self.material.digest, without_secrets(self.training), self.loss]
+        return [self.material.digest, self.training, self.loss]
 
     def args(self, loss: LossSection | None = None, seed: int = 0) -> DistillConfig:
         """Precision and batch size of training, unsharded; None for the loss that figures mean."""
