@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modxfer_fast.cli.main import main
+from modxfer_fast.config import load_config
+from modxfer_fast.jobs.distill.job import DistillJob
 from modxfer_fast.models import load_adapter
 from modxfer_fast.report import ConsoleCallback
 from tests.cli.command import run_command
@@ -114,6 +116,14 @@ def test_same_job_gives_the_same_student_from_the_cached_teacher(finished, tmp_p
     assert "loss" not in repeated
     assert "ce_only" not in repeated["runs"][0]
     assert_same(weights(again / "seed-0" / "student"), weights(out / "seed-0" / "student"))
+
+
+def test_the_plan_of_a_job_runs_nothing(finished, tmp_path, write_job, monkeypatch):
+    path, _ = write_job(tmp_path)
+    assert DistillJob(load_config(path)).plan() == {"teacher": "in the cache"}
+    monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
+    assert DistillJob(load_config(path)).plan() == {"teacher": "to run"}
+    assert [file.name for file in tmp_path.iterdir()] == ["job.yaml"]
 
 
 def test_resume_ends_where_the_uninterrupted_run_did(
