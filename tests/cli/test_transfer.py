@@ -275,14 +275,12 @@ def test_refinement_and_training_share_their_steps(write):
     job_text["student"]["training"] = training
     path.write_text(yaml.safe_dump(job_text))
     job = quiet_job(path)
-    run = job.student_run(scratch=False)
-    refined = job.cell(run, {"method": "fresh", "seed": "0"})
-    assert run.result.steps == 6
+    refined = job.cell(job.graph.student, {"method": "fresh", "seed": "0"})
+    assert job.result(job.graph.student).steps == 6
     assert [point.step for point in refined.checkpoints] == [5, 9]
     assert [step for step, _ in refined.curve][:2] == [3, 5]
-    run = job.student_run(scratch=True)
-    assert run.result.steps == 9
-    scratch = job.cell(run, {"method": "scratch", "seed": "0"})
+    assert job.result(job.graph.scratch).steps == 9
+    scratch = job.cell(job.graph.scratch, {"method": "scratch", "seed": "0"})
     assert [point.step for point in scratch.checkpoints] == [5, 9]
     assert scratch.curve[0][0] == 0
 

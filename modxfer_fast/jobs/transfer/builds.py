@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +38,6 @@ from modxfer_fast.transfer.heads import rewrite_head
 from modxfer_fast.transfer.kept import warnings
 
 Loaded = TypeVar("Loaded")
-CONTENT = "content"  # of a stage's folder: statistics or maps
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,10 @@ def collect(context: StageContext) -> None:
         f"{facts['tokens']:,} rows and {facts['held_out_tokens']:,} held out, "
         f"{facts['kept_fraction']:.1%} of the student's tokens"
     )
-    statistics.save(context.folder / CONTENT, checksums=False)
+    statistics.save(context.folder, checksums=False)
 
 
-def load_statistics(folder: Path) -> Statistics:
-    return Statistics.load(folder / CONTENT, checksums=False)
+load_statistics = partial(Statistics.load, checksums=False)  # the store has compared the folder
 
 
 # ---- maps: from the features of one model to those of the other
@@ -150,11 +148,10 @@ def fit(context: StageContext) -> None:
             seed=options.seed,
             progress=progress,
         )
-    maps.save(context.folder / CONTENT, checksums=False)
+    maps.save(context.folder, checksums=False)
 
 
-def load_maps(folder: Path) -> Maps:
-    return Maps.load(folder / CONTENT, checksums=False)
+load_maps = partial(Maps.load, checksums=False)
 
 
 # ---- module: the student's before it is trained

@@ -101,7 +101,8 @@ def _check_table(output: Path, grid: Grid) -> None:
 
 def _run_cell(cell: Cell, store: Store) -> CellResult:
     job = TransferJob(cell.job, JobConsole(is_main=False), store)
-    return job.cell(job.student_run(scratch=cell.job.transfer is None), cell.labels)
+    student = job.graph.scratch if cell.job.transfer is None else job.graph.student
+    return job.cell(student, cell.labels)
 
 
 def _is_due(cell: Cell, following: Cell, drawn: float) -> bool:

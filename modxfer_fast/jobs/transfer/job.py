@@ -1,7 +1,6 @@
 """One `modxfer transfer` job: its stages, and the folder with module, student, report, picture."""
 
 import shutil
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import read_json
 from modxfer_fast.jobs.job import Job
+from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.task.models import ADAPTER
 from modxfer_fast.jobs.task.stages import RESULT, check_teacher, score_of, split_steps
 from modxfer_fast.jobs.transfer.builds import (
@@ -24,22 +24,8 @@ from modxfer_fast.jobs.transfer.builds import (
 from modxfer_fast.jobs.transfer.graph import TransferGraph
 from modxfer_fast.report import METRIC_NAMES
 from modxfer_fast.report.transfer_plots import plot_learning
-from modxfer_fast.report.transfer_table import CellResult, Checkpoint, group_results
+from modxfer_fast.report.transfer_table import CellResult, Checkpoint, Group, group_results
 from modxfer_fast.transfer.kept import share_kept
-
-
-@dataclass(frozen=True)
-class StudentRun:
-    """A trained student.
-
-    folder: in the store. result: its scores. steps_before: of refinement, which count before those
-    of `result`. module: folder of the module that it started from, None from scratch.
-    """
-
-    folder: Path
-    result: TaskResult
-    steps_before: int
-    module: Path | None
 
 
 class TransferJob(Job):
@@ -91,29 +77,24 @@ class TransferJob(Job):
         """The teacher's test score."""
         return score_of(self.get(self.graph.teacher), self.config.task.kind)
 
-    def student_run(self, *, scratch: bool) -> StudentRun:
-        """The student from scratch or with the moved module, trained unless it was before."""
-        folder = self.get(self.graph.scratch if scratch else self.graph.student)
-        return StudentRun(
-            folder,
-            TaskResult.from_dict(read_json(folder / RESULT)),
-            self.config.steps_before(scratch=scratch),
-            None if scratch else self.get(self.graph.module),
-        )
-
     @cached_property
-    def runs(self) -> dict[str, StudentRun]:
-        """The students that the job asks for, by method."""
-        section, runs = self.config.transfer, {}
+    def students(self) -> dict[str, Stage]:
+        """What the job asks for, by method."""
+        section, students = self.config.transfer, {}
         if self.config.scratch or section is None:
-            runs[SCRATCH] = self.student_run(scratch=True)
+            students[SCRATCH] = self.graph.scratch
         if section is not None:
-            runs[section.method] = self.student_run(scratch=False)
-        return runs
+            students[section.method] = self.graph.student
+        return students
 
-    def cell(self, run: StudentRun, labels: dict[str, str]) -> CellResult:
-        """The figures of one student for a table."""
-        result, before = run.result, run.steps_before
+    def result(self, student: Stage) -> TaskResult:
+        """The scores of a student, which is trained unless it was before."""
+        return TaskResult.from_dict(read_json(self.get(student) / RESULT))
+
+    def cell(self, student: Stage, labels: dict[str, str]) -> CellResult:
+        """The figures of one student for a table; the steps of its refinement count as its own."""
+        result, module = self.result(student), student.inputs.get("module")
+        before = self.config.steps_before(scratch=module is None)
         return CellResult(
             labels,
             teacher=self.teacher_score,
@@ -127,22 +108,22 @@ class TransferJob(Job):
                 Checkpoint(before + int(point["step"]), point["validation"], point["test"])
                 for point in result.checkpoints
             ),
-            kept=None if run.module is None else _kept(run.module),
+            kept=None if module is None else _kept(self.get(module)),
         )
 
     @cached_property
-    def _group(self):
+    def _groups(self) -> list[Group]:
         seed = str(self.config.seed)
-        cells = [self.cell(run, {"method": m, "seed": seed}) for m, run in self.runs.items()]
+        cells = [self.cell(run, {"method": m, "seed": seed}) for m, run in self.students.items()]
         return group_results(cells, SCRATCH)
 
     def report(self) -> dict[str, Any]:
-        runs = self.runs
+        students = self.students
         report = {
             "task": self.graph.examples.data.facts(),
             "metric": PRIMARY_METRIC[self.config.task.kind],
             "teacher": self.teacher_score,
-            "students": {method: run.result.to_dict() for method, run in runs.items()},
+            "students": {m: self.result(student).to_dict() for m, student in students.items()},
         }
         if self.config.transfer is not None:
             report["transfer"] = self._transfer_facts()
@@ -161,15 +142,15 @@ class TransferJob(Job):
         return facts if provenance is None else {**facts, "provenance": provenance}
 
     def write(self, folder: Path, report: dict[str, Any]) -> None:
-        plot_learning(self._group, SCRATCH, METRIC_NAMES[report["metric"]], folder / "curves.png")
-        for method, run in self.runs.items():
+        plot_learning(self._groups, SCRATCH, METRIC_NAMES[report["metric"]], folder / "curves.png")
+        for method, student in self.students.items():
             name = SCRATCH if method == SCRATCH else "student"
-            shutil.copytree(run.folder / ADAPTER, folder / name)
+            shutil.copytree(self.get(student) / ADAPTER, folder / name)
         if self.config.transfer is not None:
             shutil.copytree(self.get(self.graph.module) / ADAPTER, folder / "module")
 
     def summarise(self, report: dict[str, Any], output: Path) -> None:
-        (group,) = self._group
+        (group,) = self._groups
         rows = [["teacher", f"{report['teacher']:.3f}", "", "", ""]]
         for method in group.methods:
             gap, steps = method.gap_recovered, method.steps_to_scratch
