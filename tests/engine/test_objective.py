@@ -1,0 +1,40 @@
+"""The objective, fused and dense, for every divergence."""
+
+import pytest
+import torch
+
+from modxfer_fast.engine import DistillConfig, Objective
+from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS
+from tests.inputs import linear_inputs
+
+CASES = [(name, None) for name in DIVERGENCES]
+CASES += [
+    (name, b) for name in DIVERGENCES if DIVERGENCES[name].reads_beta for b in (0.0, 0.3, 1.0)
+]
+
+
+@pytest.mark.parametrize(("divergence", "beta"), CASES)
+def test_dense_is_the_fused_loss_written_out(divergence, beta):
+    inputs = linear_inputs(9, 50, delta=1.0, labels=True, bias=True)
+    terms, grads = [], []
+    for impl in ("fused", "dense"):
+        objective = Objective(divergence, beta, 2.0, 0.7, 0.4, True, impl=impl)
+        terms.append(
+            objective.terms(
+                inputs.student_hidden[None],
+                (inputs.student_weight, inputs.student_bias),
+                inputs.teacher_hidden[None],
+                (inputs.teacher_weight, inputs.teacher_bias),
+                inputs.labels[None],
+                normalizer=5,
+                num_valid=None,
+            )
+        )
+        grads.append(torch.autograd.grad(terms[-1].loss, list(inputs.trainable().values())))
+    torch.testing.assert_close(*terms)
+    torch.testing.assert_close(*grads)
+
+
+def test_help_has_every_formula():
+    field = DistillConfig.__dataclass_fields__["divergence"]
+    assert FORMULAS in field.metadata["help"]
