@@ -26,7 +26,7 @@ _OUTPUTS = ("loss", "dlogits")
 def lineup(case: Case) -> Lineup:
     student, teacher = logits_inputs(case.shape, case.dtype, case.device)
     divergence = divergence_columns(case)
-    spec = KDSpec.checked(case.variant, divergence.get("beta"), 1.0, 1.0, 0.0, False)
+    spec = KDSpec(case.variant, divergence.get("beta")).checked()
     compiled = torch.compile(dense_kd_loss, dynamic=False)
 
     def candidate(name: str, function, **options) -> Candidate:

@@ -30,7 +30,7 @@ _OUTPUTS = ("loss", "dhidden", "dweight")
 def lineup(case: Case) -> Lineup:
     inputs = linear_inputs(case.shape, case.dtype, case.device)
     divergence = divergence_columns(case)
-    spec = KDSpec.checked(case.variant, divergence.get("beta"), 1.0, 1.0, 0.0, False)
+    spec = KDSpec(case.variant, divergence.get("beta")).checked()
     candidates = [
         *_ours(case, inputs),
         _eager(case, inputs),

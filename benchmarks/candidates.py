@@ -68,7 +68,7 @@ def forward_backward(
 def dense_divergence(case: Case) -> dict[str, str | float]:
     """Arguments of the dense losses: at an end of beta, the divergence that is there."""
     beta = divergence_columns(case).get("beta")
-    spec = KDSpec.checked(case.variant, beta, 1.0, 1.0, 0.0, False)
+    spec = KDSpec(case.variant, beta).checked()
     return {"divergence": spec.divergence, "beta": spec.beta}
 
 

@@ -32,6 +32,6 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """No autocast on `device` inside the block."""
-    if has_autocast(device):
+    if has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

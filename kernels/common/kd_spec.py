@@ -9,41 +9,39 @@ from modxfer_fast.kernels.divergences import DIVERGENCES, WITH_BETA
 
 @dataclasses.dataclass(frozen=True)
 class KDSpec(Spec):
-    """Divergence and weights of one KD loss; p is the teacher, q the student.
+    """Divergence and weights of one KD loss, from a job file to the row kernels; p is the teacher.
 
     Attributes:
         divergence: a name of `kernels.divergences`, where its formula stands.
-        beta: weight of the teacher in a mixture of p and q, strictly inside (0, 1) here.
+        beta: weight of the teacher in a mixture of p and q; None is 0.5.
         temperature: divides both rows of logits before the softmax of the divergence.
-        kd_weight: factor of the divergence, temperature squared included where wanted.
+        kd_weight: factor of the divergence.
         ce_weight: factor of the cross entropy with the label, always at temperature 1.
+        scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
+
+    Row kernels take one that is `checked`.
     """
 
-    divergence: str
-    beta: float
-    temperature: float
-    kd_weight: float
-    ce_weight: float
+    divergence: str = "forward_kl"
+    beta: float | None = None
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    scale_by_temperature_squared: bool = False
 
-    @classmethod
-    def checked(
-        cls,
-        divergence: str,
-        beta: float | None,
-        temperature: float,
-        kd_weight: float,
-        ce_weight: float,
-        scale_by_temperature_squared: bool,
-    ) -> "KDSpec":
-        """Validates what a user passed. A divergence at an end of beta becomes what it is there.
+    def checked(self) -> "KDSpec":
+        """Validates what a user passed, and resolves it to what the row kernels read.
 
-        Args:
-            beta: None is 0.5. Given beside another divergence, which does not read it, it is an
-                error: libraries in which beta alone chooses the divergence would mean a JSD.
+        A divergence at an end of beta becomes what it is there, beta is a number strictly inside
+        (0, 1), and kd_weight holds temperature squared where it is wanted.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was expected and what came.
+            ValueError, TypeError: naming the argument, what was expected and what came. A beta
+                beside another divergence, which does not read it, is an error: libraries in which
+                beta alone chooses the divergence would mean a JSD.
         """
+        divergence, beta, temperature = self.divergence, self.beta, self.temperature
+        kd_weight, ce_weight = self.kd_weight, self.ce_weight
         if divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
@@ -69,6 +67,8 @@ class KDSpec(Spec):
         ends = DIVERGENCES[divergence].ends
         if ends is not None and beta in (0.0, 1.0):
             divergence = ends[int(beta)]
-        if scale_by_temperature_squared:
+        if self.scale_by_temperature_squared:
             kd_weight *= temperature**2
-        return cls(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight))
+        return KDSpec(
+            divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight)
+        )

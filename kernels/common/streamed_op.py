@@ -11,6 +11,7 @@ loss whose gradient is computed beside it:
 
 from collections import namedtuple
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 import torch
@@ -23,6 +24,7 @@ _SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     str: "str",
+    str | None: "str?",
     bool: "bool",
     list[bool]: "bool[]",
     int: "int",
@@ -91,10 +93,11 @@ class StreamedOp(Generic[Inputs]):
         inputs: as of `define_op`. One field is `row_weights` [N], the factor of each row; where it
             is 0 the row does not count, whatever comes out of it.
         run: from (inputs, needs) to (rows, terms, gradients): rows [N], weighted; a tuple of
-            further tensors [N] without a gradient; and the gradients of the sum of rows that needs,
-            a NamedTuple of bools with the fields `gradients`, asks for.
+            further tensors [N] without a gradient; and those gradients of the sum of rows for which
+            there is a True in needs.
         gradients: names of the inputs that are differentiated.
         terms: names of the further tensors.
+        needs: the NamedTuple that holds a bool for each gradient; without it, one with their names.
         saved_dtype: from (inputs, name) to the dtype in which that gradient waits for the upstream
             one; without it, the input's.
     """
@@ -107,17 +110,22 @@ class StreamedOp(Generic[Inputs]):
         run: Callable[[Inputs, Any], tuple[Tensor, tuple[Tensor, ...], Gradients]],
         gradients: tuple[str, ...],
         terms: tuple[str, ...] = (),
+        needs: type | None = None,
         saved_dtype: Callable[[Inputs, str], torch.dtype] | None = None,
     ):
-        self._inputs, self._run, self._gradients, self._terms = inputs, run, gradients, terms
+        self.inputs, self._run, self._gradients, self._terms = inputs, run, gradients, terms
         self._num_results = 1 + len(terms)
         self._saved_dtype = saved_dtype or (lambda values, name: getattr(values, name).dtype)
         kinds = inputs.__annotations__
-        self._needs = namedtuple("Needs", gradients)
+        self._needs = needs or namedtuple("Needs", gradients)
         self._tensors = tuple(
             field for field, kind in kinds.items() if Tensor in (kind, *get_args(kind))
         )
         self._constants = tuple(field for field in kinds if field not in self._tensors)
+        self._tensors_of, self._constants_of = (
+            attrgetter(*self._tensors),
+            attrgetter(*self._constants),
+        )
         self._fwd = define_op(
             f"{name}_fwd",
             NamedTuple("WithNeeds", [*kinds.items(), ("needs", list[bool])]),
@@ -184,8 +192,8 @@ class StreamedOp(Generic[Inputs]):
         return {} if dloss is None else scaled_gradients(ctx.dtypes, ctx.saved_tensors, dloss)
 
     def _save_rows(self, ctx, inputs, outputs):
-        ctx.constants = {name: getattr(inputs, name) for name in self._constants}
-        ctx.save_for_backward(*[getattr(inputs, name) for name in self._tensors])
+        ctx.constants = dict(zip(self._constants, self._constants_of(inputs), strict=True))
+        ctx.save_for_backward(*self._tensors_of(inputs))
         ctx.mark_non_differentiable(*_as_tuple(outputs)[1:])
         ctx.set_materialize_grads(False)
 
@@ -196,8 +204,8 @@ class StreamedOp(Generic[Inputs]):
         weights = tensors.pop("row_weights")
         # a row without weight may bring any upstream gradient, inf * 0 included
         weights = torch.where(weights != 0, weights * drows, 0.0)
-        inputs = self._inputs(**tensors, **ctx.constants, row_weights=weights)
-        wanted = self._inputs(*ctx.needs_input_grad)
+        inputs = self.inputs(**tensors, **ctx.constants, row_weights=weights)
+        wanted = self.inputs(*ctx.needs_input_grad)
         needs = [getattr(wanted, name) for name in self._gradients]
         grads = self._fwd(*inputs, needs)[self._num_results :]
         return {

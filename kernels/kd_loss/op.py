@@ -102,9 +102,9 @@ def kd_loss(
         BackendError: the backend asked for cannot run these inputs.
     """
     refuse_transforms("kd_loss", student_logits, teacher_logits)
-    spec = KDSpec.checked(
+    spec = KDSpec(
         divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
-    )
+    ).checked()
     check_reduction(reduction, normalizer)
     check_labels(labels, spec.ce_weight, ignore_index)
     _check(student_logits, teacher_logits, labels, token_weights)

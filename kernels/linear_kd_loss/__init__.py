@@ -1,4 +1,15 @@
 from modxfer_fast.kernels.common.scratch import release_workspace
-from modxfer_fast.kernels.linear_kd_loss.op import KDTerms, linear_kd_loss, linear_kd_loss_terms
+from modxfer_fast.kernels.linear_kd_loss.op import (
+    KDTerms,
+    linear_kd_loss,
+    linear_kd_loss_terms,
+    loss_of_heads,
+)
 
-__all__ = ["KDTerms", "linear_kd_loss", "linear_kd_loss_terms", "release_workspace"]
+__all__ = [
+    "KDTerms",
+    "linear_kd_loss",
+    "linear_kd_loss_terms",
+    "loss_of_heads",
+    "release_workspace",
+]

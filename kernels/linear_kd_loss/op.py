@@ -16,7 +16,8 @@ Limits: equal vocabularies; no gradient to the teacher; no double backward.
 """
 
 import math
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +25,10 @@ from torch import Tensor
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
     KDSpec,
-    cast_for_autocast,
-    check_float,
     check_label_values,
-    check_labels,
     check_num_valid,
     check_reduction,
-    check_row_tensor,
-    check_same_device,
-    check_tensors,
+    check_tensor,
     check_workspace,
     combine_row_weights,
     debug_check_finite,
@@ -42,24 +38,9 @@ from modxfer_fast.kernels.common import (
     valid_rows,
     without_autocast,
 )
+from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp
-
-
-class _Inputs(NamedTuple):
-    student_hidden: Tensor
-    student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    student_bias: Tensor | None
-    teacher_bias: Tensor | None
-    labels: Tensor | None
-    row_weights: Tensor
-    numbers: Tensor
-    names: str  # of a KDSpec
-    ignore_index: int
-    num_valid: torch.SymInt | None
-    workspace_mb: int
-    backend: str
 
 
 class KDTerms(NamedTuple):
@@ -146,27 +127,12 @@ def linear_kd_loss(
 
     Under `torch.autocast` the student's hidden states and head are cast as `F.linear` would.
     """
-    return linear_kd_loss_terms(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        labels=labels,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        ignore_index=ignore_index,
-        token_weights=token_weights,
-        normalizer=normalizer,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        workspace_mb=workspace_mb,
-        num_valid=num_valid,
-        backend=backend,
+    return loss_of_heads(
+        Head(student_hidden, student_weight, student_bias),
+        Head(teacher_hidden, teacher_weight, teacher_bias),
+        KDSpec(divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared),
+        Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
+        Launch(workspace_mb, backend),
     ).loss
 
 
@@ -176,190 +142,132 @@ def linear_kd_loss_terms(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
-    labels: Tensor | None = None,
-    divergence: str = "forward_kl",
-    beta: float | None = None,
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    token_weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    reduction: str = "mean",
-    scale_by_temperature_squared: bool = False,
-    workspace_mb: int = 512,
-    num_valid: int | None = None,
-    backend: str | None = None,
+    **options: Any,
 ) -> KDTerms:
     """`linear_kd_loss` with its two parts beside it; same arguments and errors."""
-    tensors = {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-        "student_bias": student_bias,
-        "teacher_bias": teacher_bias,
-    }
-    check_tensors(**tensors)
-    refuse_transforms("linear_kd_loss", *tensors.values())
-    spec = KDSpec.checked(
-        divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
-    )
+    student = Head(student_hidden, student_weight, student_bias)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
+    parts = []
+    for kind in (KDSpec, Tokens, Launch):
+        names = [name for name in kind.__annotations__ if name in options]
+        parts.append(kind(**{name: options.pop(name) for name in names}))
+    if options:
+        raise TypeError(
+            f"linear_kd_loss_terms: expected options of linear_kd_loss, got {', '.join(options)}"
+        )
+    return loss_of_heads(student, teacher, *parts)
+
+
+def loss_of_heads(
+    student: Head, teacher: Head, spec: KDSpec, tokens: Tokens, launch: Launch
+) -> KDTerms:
+    """`linear_kd_loss_terms` of what its arguments make.
+
+    A student or teacher of another kind than `Head` is one that `streamed` has registered.
+    """
+    for role, head in (("student", student), ("teacher", teacher)):
+        for name, tensor in zip(head._fields, head, strict=True):
+            if tensor is not None:
+                check_tensor(f"{role}_{name}", tensor)
+    refuse_transforms("linear_kd_loss", *student, *teacher)
+    spec = spec.checked()
+    labels, token_weights, normalizer, reduction, ignore_index, num_valid = tokens
     check_reduction(reduction, normalizer)
-    student_hidden, student_weight, student_bias = cast_for_autocast(
-        student_hidden, student_weight, student_bias
-    )
-    teacher_hidden, teacher_weight, teacher_bias = cast_for_autocast(
-        teacher_hidden.detach(), teacher_weight.detach(), _detach(teacher_bias)
-    )
-    _check_head("student", student_hidden, student_weight, student_bias)
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    lead = student_hidden.shape[:-1]
-    check_labels(labels, spec.ce_weight, ignore_index)
-    check_row_tensor("labels", labels, lead, "student_hidden", student_hidden)
-    check_row_tensor("token_weights", token_weights, lead, "student_hidden", student_hidden)
-    check_workspace(workspace_mb)
-    if num_valid is not None and labels is None:
-        raise ValueError(f"num_valid: expected labels to count, got num_valid={num_valid} alone")
+    student, teacher = student.cast(), teacher.detach().cast()
+    student.check("student")
+    teacher.check("teacher")
+    teacher.check_teacher(student)
+    tokens.check(spec.ce_weight, "student_hidden", student.hidden)
+    check_workspace(launch.workspace_mb)
     backend = dispatch.resolve(
-        "linear_kd_loss", student_hidden, student_weight, teacher_hidden, backend=backend
+        "linear_kd_loss", student.hidden, teacher.hidden, backend=launch.backend
     )
 
-    # the number of rows is spelt out: a teacher of no width (cross entropy alone) has no elements
-    rows = math.prod(lead)
-    student_hidden = student_hidden.reshape(rows, student_hidden.shape[-1])
-    teacher_hidden = teacher_hidden.reshape(rows, teacher_hidden.shape[-1])
+    lead = student.hidden.shape[:-1]
+    student, teacher = student.flat(math.prod(lead)), teacher.flat(math.prod(lead))
     labels = None if labels is None else labels.reshape(-1)
     valid = valid_rows(labels, ignore_index)
-    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    weights = combine_row_weights(valid, token_weights, student_hidden, dtype)
-    divisor = denominator(reduction, normalizer, valid, student_hidden, dtype)
+    dtype = torch.promote_types(student.hidden.dtype, torch.float32)
+    weights = combine_row_weights(valid, token_weights, student.hidden, dtype)
+    divisor = denominator(reduction, normalizer, valid, student.hidden, dtype)
     # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient, and
     # the parameters' sums over all tokens stay in fp32 until it has come
-    late = divisor is not None and student_hidden.dtype == torch.float16
+    late = divisor is not None and student.hidden.dtype == torch.float16
     if divisor is not None and not late:
         weights = weights / divisor
 
-    inputs = _Inputs(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias,
-        teacher_bias,
-        labels,
-        weights,
-        spec.numbers(),
-        spec.names(),
-        ignore_index,
-        num_valid,
-        workspace_mb,
-        backend,
+    op = _OPS[type(student), type(teacher)]
+    inputs = op.inputs(
+        *(*student, *teacher, labels, weights, ignore_index, num_valid),
+        *(spec.numbers(), spec.names(), launch.workspace_mb, backend),
     )
-    loss, kd, ce = _op(inputs, reduction)
+    loss, kd, ce = op(inputs, reduction)
     if reduction == "none":
         loss = loss.reshape(lead)
     elif late:
         loss = loss / divisor
-    count = denominator("mean", None, valid, student_hidden, dtype)
+    count = denominator("mean", None, valid, student.hidden, dtype)
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
 
-def _detach(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _kinds(role: str, head: type[Head]) -> dict[str, Any]:
+    return {f"{role}_{name}": kind for name, kind in head.__annotations__.items()}
 
 
-def _check_head(role: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_float(f"{role}_hidden", hidden)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(
-            f"{role}_weight: expected shape [V, D] with V > 0, got {tuple(weight.shape)}"
-        )
-    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{role}_hidden: expected shape [..., {weight.shape[1]}], the width of {role}_weight, "
-            f"got {tuple(hidden.shape)}"
-        )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"{role}_weight: expected {hidden.dtype}, the dtype of {role}_hidden, "
-            f"got {weight.dtype}"
-        )
-    check_same_device(f"{role}_weight", weight, f"{role}_hidden", hidden)
-    if bias is None:
-        return
-    if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
-        raise ValueError(
-            f"{role}_bias: expected {weight.dtype} of shape {tuple(weight.shape[:1])}, "
-            f"got {bias.dtype} of shape {tuple(bias.shape)}"
-        )
-    check_same_device(f"{role}_bias", bias, f"{role}_hidden", hidden)
+_OPS: dict[tuple[type, type], StreamedOp] = {}
 
 
-def _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight) -> None:
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            "teacher_hidden: expected the leading dimensions of student_hidden, "
-            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}"
-        )
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight: expected the student's vocabulary of {student_weight.shape[0]}, "
-            f"got {teacher_weight.shape[0]}"
-        )
-    check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> None:
+    """Defines the op `name` of a student and a teacher of these kinds, which have Head's methods.
 
+    Args:
+        student_kind, teacher_kind: NamedTuples of tensors, which become inputs of the op. All of
+            the student's may be trained; `HeadGradient` finds their gradients.
+    """
+    of_student, of_teacher = _kinds("student", student_kind), _kinds("teacher", teacher_kind)
+    kinds = {**of_student, **of_teacher, **Rows.__annotations__, "numbers": Tensor, "names": str}
+    kinds |= Launch.__annotations__
+    names = (*of_student, *of_teacher)
+    student_of, teacher_of = attrgetter(*of_student), attrgetter(*of_teacher)
+    rows_of = attrgetter(*Rows._fields)
 
-def _run(inputs: _Inputs, needs):
-    spec = KDSpec.read(inputs.names, inputs.numbers)
-    labels, ignore_index, row_weights = inputs.labels, inputs.ignore_index, inputs.row_weights
-    check_label_values(labels, ignore_index, inputs.student_weight.shape[0])
-    check_num_valid(inputs.num_valid, labels, ignore_index)
-    debug_check_finite(
-        student_hidden=inputs.student_hidden,
-        student_weight=inputs.student_weight,
-        teacher_hidden=inputs.teacher_hidden,
-        teacher_weight=inputs.teacher_weight,
-        student_bias=inputs.student_bias,
-        teacher_bias=inputs.teacher_bias,
+    def run(inputs, wanted):
+        student = student_kind(*student_of(inputs))
+        teacher = teacher_kind(*teacher_of(inputs))
+        rows = Rows(*rows_of(inputs))
+        spec = KDSpec.read(inputs.names, inputs.numbers)
+        check_label_values(rows.labels, rows.ignore_index, student.vocab_size)
+        check_num_valid(rows.num_valid, rows.labels, rows.ignore_index)
+        debug_check_finite(**dict(zip(names, (*student, *teacher), strict=True)))
+        with without_autocast(rows.row_weights.device.type):
+            kd, ce, grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
+                student,
+                teacher,
+                rows,
+                spec,
+                wanted=wanted,
+                workspace_bytes=inputs.workspace_mb * 2**20,
+            )
+        valid, weights = rows.valid(), rows.row_weights
+        if valid is not None:  # padding may hold anything, NaN included
+            kd, ce = kd.masked_fill(~valid, 0.0), ce.masked_fill(~valid, 0.0)
+        losses = spec.kd_weight * kd + spec.ce_weight * ce
+        losses = torch.where(weights != 0, weights * losses, 0.0)
+        return losses, (kd, ce), dict(zip(of_student, grads, strict=True))
+
+    _OPS[student_kind, teacher_kind] = StreamedOp(
+        name,
+        NamedTuple("Inputs", list(kinds.items())),
+        run=run,
+        gradients=tuple(of_student),
+        terms=("kd", "ce"),
+        needs=student_kind,
+        saved_dtype=lambda inputs, field: saved_dtype(
+            getattr(inputs, field), inputs.student_hidden, inputs.row_weights
+        ),
     )
-    with without_autocast(inputs.student_hidden.device.type):
-        kd, ce, *grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
-            inputs.student_hidden,
-            inputs.student_weight,
-            inputs.teacher_hidden,
-            inputs.teacher_weight,
-            inputs.student_bias,
-            inputs.teacher_bias,
-            labels,
-            row_weights,
-            spec,
-            ignore_index=ignore_index,
-            num_valid=inputs.num_valid,
-            workspace_bytes=inputs.workspace_mb * 2**20,
-            need_dhidden=needs.student_hidden,
-            need_dweight=needs.student_weight,
-            need_dbias=needs.student_bias,
-        )
-    if labels is not None:  # padding may hold anything, NaN included
-        ignored = ~valid_rows(labels, ignore_index)
-        kd, ce = kd.masked_fill(ignored, 0.0), ce.masked_fill(ignored, 0.0)
-    rows = spec.kd_weight * kd + spec.ce_weight * ce
-    rows = torch.where(row_weights != 0, row_weights * rows, 0.0)
-    return rows, (kd, ce), dict(zip(_DIFFERENTIABLE, grads, strict=True))
 
 
-_DIFFERENTIABLE = ("student_hidden", "student_weight", "student_bias")
-_op = StreamedOp(
-    "linear_kd_loss",
-    _Inputs,
-    run=_run,
-    gradients=_DIFFERENTIABLE,
-    terms=("kd", "ce"),
-    saved_dtype=lambda inputs, name: saved_dtype(
-        getattr(inputs, name), inputs.student_hidden, inputs.row_weights
-    ),
-)
+streamed("linear_kd_loss", Head, Head)

@@ -7,8 +7,8 @@
         dweight += dz^T h_s,  dbias += sum(dz)              one fp32 accumulator, rounded once
 
 Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. Rows that
-are ignored are packed away before the first GEMM where their number is known (packing.py). The
-chunk comes from a budget in bytes (workspace.py).
+are ignored are packed away before the first GEMM where their number is known (packing.py). What
+the logits come from and go back to is a head's (head.py); the chunk comes from a budget in bytes.
 """
 
 from types import ModuleType
@@ -16,129 +16,103 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import KDSpec, gemm, packing, saved_dtype, valid_rows
-from modxfer_fast.kernels.common.packing import kept_rows, put, take
-from modxfer_fast.kernels.common.scratch import logits_buffers
-from modxfer_fast.kernels.linear_kd_loss.workspace import Plan
+from modxfer_fast.kernels.common import KDSpec, gemm, packing
+from modxfer_fast.kernels.common.chunks import ChunkPlan
+from modxfer_fast.kernels.common.head import Head, HeadGradient
+from modxfer_fast.kernels.common.rows import Rows
+from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
 
 
 def stream(
-    rows: ModuleType,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    row_weights: Tensor,
+    kernels: ModuleType,
+    student: Head,
+    teacher: Head,
+    rows: Rows,
     spec: KDSpec,
     *,
-    ignore_index: int,
-    num_valid: int | None,
+    wanted: Head,
     workspace_bytes: int,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Losses of all rows and the gradients asked for.
 
     Args:
-        rows: backend module of the `kd_loss` room.
-        student_hidden, teacher_hidden: [N, D_s], [N, D_t].
-        row_weights: [N], the factor of each row's loss in the gradient; 0 where it is ignored.
+        kernels: backend module of the `kd_loss` room.
+        student, teacher: of all rows, [N, D_s] and [N, D_t].
+        wanted: a flag for each tensor of `student`.
 
     Returns:
-        kd, ce: [N], unweighted, 0 where packed away; dhidden [N, D_s], dweight [V, D_s],
-        dbias [V], or None; dhidden in its input's dtype, the others in that of `saved_dtype`.
+        kd, ce: [N], unweighted, 0 where packed away; and a gradient or None for each tensor of
+        `student`, in the dtypes of `saved_dtype`.
     """
-    n, vocab_size = student_hidden.shape[0], student_weight.shape[0]
-    work_dtype = row_weights.dtype
-    device = student_hidden.device
-    need_grad = need_dhidden or need_dweight or need_dbias
-    valid = valid_rows(labels, ignore_index)
-    kept = kept_rows(valid, num_valid)
-    count = n if kept is None else kept.shape[0]
-    is_blanked = need_dweight and packing.runs_ignored_rows(valid, num_valid)
-
-    plan = Plan(
-        count,
-        student_weight,
-        teacher_weight,
-        work_dtype,
-        copies_rows=kept is not None or is_blanked,
-        need_dweight=need_dweight,
-        budget=workspace_bytes,
+    weights = rows.row_weights
+    dtype, device = weights.dtype, weights.device
+    valid = rows.valid()
+    kept = packing.kept_rows(valid, rows.num_valid)
+    count = weights.shape[0] if kept is None else kept.shape[0]
+    is_blanked = wanted.weight and packing.runs_ignored_rows(valid, rows.num_valid)
+    plan = _plan(
+        count, student, teacher, wanted, dtype, kept is not None or is_blanked, workspace_bytes
     )
-
-    kd = torch.zeros(n, device=device, dtype=work_dtype)
-    ce = torch.zeros_like(kd)
-    dhidden = dweight = dbias = None
-    if need_dhidden:
-        # contiguous whatever the layout of the input; rows packed away stay 0
-        make = torch.empty if kept is None else torch.zeros
-        dhidden = make(student_hidden.shape, device=device, dtype=student_hidden.dtype)
-    if need_dweight:
-        # several chunks are summed in fp32; a single one is rounded by its GEMM
-        dweight_dtype = saved_dtype(student_weight, student_hidden, row_weights)
-        dtype = dweight_dtype if plan.is_single else work_dtype
-        dweight = torch.empty(student_weight.shape, device=device, dtype=dtype)
-        if count == 0:
-            dweight.zero_()
-    if need_dbias:
-        dbias = torch.zeros(vocab_size, device=device, dtype=work_dtype)
+    kd = torch.zeros_like(weights)
+    ce = torch.zeros_like(weights)
+    gradient = None
+    if any(wanted):
+        gradient = HeadGradient(
+            student,
+            wanted,
+            weights,
+            is_single=plan.is_single,
+            is_packed=kept is not None,
+            tile=plan.tile,
+        )
 
     def run(span: slice, z_s: Tensor, z_t: Tensor) -> None:  # its rows are freed before the next's
         index = None if kept is None else kept[span]
-        h_s, h_t = take(student_hidden, span, index), take(teacher_hidden, span, index)
+        head = student.take(span, index)
+        labels, row_weights = rows.take(span, index)
         if is_blanked:
-            h_s = h_s.masked_fill(~valid[span, None], 0.0)
-        chunk_labels = None if labels is None else take(labels, span, index)
-        chunk_weights = take(row_weights, span, index)
-        logits_s, logits_t = z_s[: h_s.shape[0]], z_t[: h_s.shape[0]]
-        gemm.project(h_s, student_weight, student_bias, logits_s, plan.tile)
-        gemm.project(h_t, teacher_weight, teacher_bias, logits_t, plan.tile)
-
-        if not need_grad:
-            kd_rows, ce_rows, _ = rows.kd_loss_fwd(logits_s, logits_t, chunk_labels, spec)
-            put(kd, span, index, kd_rows)
-            put(ce, span, index, ce_rows)
-            return
-
-        dlogits = _dlogits_buffer(logits_s, student_weight)
-        kd_rows, ce_rows = rows.kd_loss_fwd_bwd(
-            logits_s, logits_t, chunk_labels, chunk_weights, spec, dlogits
-        )
-        put(kd, span, index, kd_rows)
-        put(ce, span, index, ce_rows)
-        if need_dhidden and index is None:
-            gemm.dhidden(dlogits, student_weight, dhidden[span], plan.tile)
-        elif need_dhidden:
-            packed = torch.empty_like(h_s)
-            gemm.dhidden(dlogits, student_weight, packed, plan.tile)
-            dhidden.index_copy_(0, index, packed)
-        if need_dweight:
-            gemm.dweight(dlogits, h_s, dweight, accumulate=span.start > 0)
-        if need_dbias:
-            dbias.add_(dlogits.sum(0, dtype=work_dtype))
+            head = head.blanked(valid[span])
+        logits = head.logits(z_s, plan.tile)
+        signal = teacher.take(span, index).signal(z_t, plan.tile)
+        if gradient is None:
+            kd_rows, ce_rows, _ = kernels.kd_loss_fwd(logits, signal, labels, spec)
+        else:
+            dlogits = head.dlogits(logits)
+            kd_rows, ce_rows = kernels.kd_loss_fwd_bwd(
+                logits, signal, labels, row_weights, spec, dlogits
+            )
+            gradient.add(dlogits, head, span, index)
+        packing.put(kd, span, index, kd_rows)
+        packing.put(ce, span, index, ce_rows)
 
     with (
-        logits_buffers(plan.chunk, vocab_size, work_dtype, device) as buffers,
-        gemm.fp32_sums(student_hidden),
+        logits_buffers(plan.rows, student.vocab_size, dtype, device) as buffers,
+        gemm.fp32_sums(weights),
     ):
-        for start in range(0, count, plan.chunk):
-            run(slice(start, min(start + plan.chunk, count)), *buffers)
+        for start in range(0, count, plan.rows):
+            run(slice(start, min(start + plan.rows, count)), *buffers)
     del buffers  # a gradient that is rounded takes their place
-
-    if need_dweight:
-        dweight = dweight.to(dweight_dtype)
-    if need_dbias:
-        dbias = dbias.to(saved_dtype(student_bias, student_hidden, row_weights))
-    return kd, ce, dhidden, dweight, dbias
+    return kd, ce, (None, None, None) if gradient is None else gradient.result()
 
 
-def _dlogits_buffer(logits: Tensor, weight: Tensor) -> Tensor:
-    """dlogits overwrites the student's logits, or the first half of each row's bytes."""
-    if weight.dtype == logits.dtype or gemm.is_widened(weight, logits.dtype):
-        return logits
-    return logits.view(weight.dtype)[:, : logits.shape[1]]
+def _plan(
+    count: int,
+    student: Head,
+    teacher: Head,
+    wanted: Head,
+    dtype: torch.dtype,
+    copies_rows: bool,
+    budget: int,
+) -> ChunkPlan:
+    row_bytes = 2 * dtype.itemsize * pitch(student.vocab_size)
+    if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
+        row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
+    of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
+    return ChunkPlan.of(
+        count,
+        row_bytes + max(2 * of_student, of_teacher),
+        budget,
+        widened_bytes=max(of_student, of_teacher),
+        sums=student.sum_bytes(wanted, dtype),
+        rounds_single=student.rounds_single,
+    )

@@ -6,27 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modxfer_fast import KDTerms, linear_kd_loss_terms
+from modxfer_fast import KDTerms
 from modxfer_fast.config.loss import LOSS_IMPLS
 from modxfer_fast.engine.metrics import IGNORE_INDEX
-from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common import KDSpec, check_workspace
+from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(KDSpec):
     """loss = kd_weight * divergence(p, q) [* temperature^2] + ce_weight * cross entropy.
 
     Options have the names and meaning of `linear_kd_loss`. impl "dense" keeps the logits [N, V] of
     both models whole and leaves the gradient to autograd; it exists to be compared with.
     """
 
-    divergence: str = "forward_kl"
-    beta: float | None = None
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    ce_weight: float = 0.0
-    scale_by_temperature_squared: bool = False
     workspace_mb: int = 512
     backend: str | None = None
     impl: str = "fused"
@@ -36,19 +33,8 @@ class Objective:
             raise ValueError(
                 f"loss_impl: expected one of {', '.join(LOSS_IMPLS)}, got {self.impl!r}"
             )
-        if not self.workspace_mb > 0:
-            raise ValueError(f"workspace_mb: expected a positive number, got {self.workspace_mb}")
-        self._spec()
-
-    def _spec(self) -> KDSpec:
-        return KDSpec.checked(
-            self.divergence,
-            self.beta,
-            self.temperature,
-            self.kd_weight,
-            self.ce_weight,
-            self.scale_by_temperature_squared,
-        )
+        check_workspace(self.workspace_mb)
+        self.checked()
 
     def measured(self, has_teacher: bool) -> "Objective":
         """The objective that reports both terms, whatever their weight in training."""
@@ -56,7 +42,7 @@ class Objective:
 
     def combine(self, kd: float, ce: float) -> float:
         """The loss whose unweighted terms are `kd` and `ce`."""
-        spec = self._spec()
+        spec = self.checked()
         return spec.kd_weight * kd + spec.ce_weight * ce
 
     def terms(
@@ -82,28 +68,16 @@ class Objective:
         )
 
     def _fused(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> KDTerms:
-        return linear_kd_loss_terms(
-            s_hidden,
-            s_head[0],
-            t_hidden,
-            t_head[0],
-            labels=labels,
-            divergence=self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            student_bias=s_head[1],
-            teacher_bias=t_head[1],
-            normalizer=normalizer,
-            scale_by_temperature_squared=self.scale_by_temperature_squared,
-            workspace_mb=self.workspace_mb,
-            num_valid=num_valid,
-            backend=self.backend,
+        return loss_of_heads(
+            Head(s_hidden, *s_head),
+            Head(t_hidden, *t_head),
+            self,
+            Tokens(labels, normalizer=normalizer, num_valid=num_valid),
+            Launch(self.workspace_mb, self.backend),
         )
 
     def _dense(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> KDTerms:
-        spec = self._spec()
+        spec = self.checked()
         valid = labels != IGNORE_INDEX
         count = valid.sum().clamp(min=1)
         student = F.linear(s_hidden, *s_head).float()

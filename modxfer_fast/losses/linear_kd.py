@@ -1,11 +1,16 @@
 """`linear_kd_loss` as a module that holds its options."""
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction, check_workspace
+from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.dispatch import check_name
-from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss
+from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 
 
 class LinearKDLoss(nn.Module):
@@ -33,25 +38,16 @@ class LinearKDLoss(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        KDSpec.checked(
+        self.spec = KDSpec(
             divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
         )
+        self.tokens = Tokens(reduction=reduction, ignore_index=ignore_index)
+        self.launch = Launch(workspace_mb, backend)
+        self.spec.checked()
         check_integer("ignore_index", ignore_index)
         check_reduction(reduction, None)
         check_workspace(workspace_mb)
         check_name(backend)
-        self.options = {
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "kd_weight": kd_weight,
-            "ce_weight": ce_weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "scale_by_temperature_squared": scale_by_temperature_squared,
-            "workspace_mb": workspace_mb,
-            "backend": backend,
-        }
 
     def forward(
         self,
@@ -67,19 +63,22 @@ class LinearKDLoss(nn.Module):
         normalizer: float | torch.Tensor | None = None,
         num_valid: int | None = None,
     ) -> Tensor:
-        return linear_kd_loss(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            labels=labels,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            token_weights=token_weights,
-            normalizer=normalizer,
-            num_valid=num_valid,
-            **self.options,
+        tokens = self.tokens._replace(
+            labels=labels, token_weights=token_weights, normalizer=normalizer, num_valid=num_valid
         )
+        return loss_of_heads(
+            Head(student_hidden, student_weight, student_bias),
+            Head(teacher_hidden, teacher_weight, teacher_bias),
+            self.spec,
+            tokens,
+            self.launch,
+        ).loss
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the module was built with, by name."""
+        tokens = {"ignore_index": self.tokens.ignore_index, "reduction": self.tokens.reduction}
+        return {**dataclasses.asdict(self.spec), **tokens, **self.launch._asdict()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

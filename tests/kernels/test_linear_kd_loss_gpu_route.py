@@ -12,6 +12,8 @@ import torch
 
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import KDSpec, gemm, packing, scratch
+from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.linear_kd_loss.stream import stream
 from modxfer_fast.measure.memory import peak_mib
@@ -121,18 +123,16 @@ def test_products_on_a_gpu_are_summed_in_fp32_and_wait_for_nothing(dtype, worksp
     n, v, d_s, d_t = 1000, 50257, 8, 16
     make = OnGPU.make
     with Products() as products:
-        kd, ce, dhidden, dweight, dbias = stream(
+        kd, ce, (dhidden, dweight, dbias) = stream(
             SimpleNamespace(kd_loss_fwd_bwd=fwd_bwd),
-            *(make(*shape, dtype=dtype) for shape in ((n, d_s), (v, d_s), (n, d_t), (v, d_t))),
-            *(make(v, dtype=dtype), make(v, dtype=dtype), make(n, dtype=torch.int64)),
-            make(n),
+            *(
+                Head(make(n, d, dtype=dtype), make(v, d, dtype=dtype), make(v, dtype=dtype))
+                for d in (d_s, d_t)
+            ),
+            Rows(make(n, dtype=torch.int64), make(n), -100, num_valid),
             KDSpec("jsd", 0.5, 1.0, 1.0, 0.5),
-            ignore_index=-100,
-            num_valid=num_valid,
+            wanted=Head(True, True, True),
             workspace_bytes=workspace_mb * 2**20,
-            need_dhidden=True,
-            need_dweight=True,
-            need_dbias=True,
         )
     assert kd.shape == ce.shape == (n,)
     assert dhidden.dtype == dtype

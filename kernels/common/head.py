@@ -1,0 +1,207 @@
+"""An output head: the logits of rows from their hidden states, and the way back for a gradient.
+
+A head of a student offers `Head` and, where something of it is trained, `HeadGradient`. A head of a
+teacher offers `check_teacher`, `take` and `signal`, which is what the row kernels read.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.kernels.common import gemm, packing
+from modxfer_fast.kernels.common.autocast import cast_for_autocast
+from modxfer_fast.kernels.common.backward import saved_dtype
+from modxfer_fast.kernels.common.checks import check_float, check_same_device
+
+
+class Head(NamedTuple):
+    """z = hidden weight^T + bias. A span of its rows, or of its classes, is a head again.
+
+    Also, with what is asked of them in place of a tensor, flags: which gradients are wanted.
+
+    Attributes:
+        hidden: [N, D]; [..., D] before `flat`.
+        weight: [V, D], dtype of hidden.
+        bias: [V], dtype of hidden, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    # --- a user's tensors
+
+    def cast(self) -> "Head":
+        """As `F.linear` would under autocast."""
+        cast = cast_for_autocast(self.hidden, self.weight, self.bias)
+        return self if cast[0] is self.hidden and cast[1] is self.weight else Head(*cast)
+
+    def detach(self) -> "Head":
+        hidden, weight, bias = self
+        return Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+
+    def flat(self, rows: int) -> "Head":
+        """[rows, D]; their number is spelt out because a teacher of no width has no elements."""
+        hidden, weight, bias = self
+        return (
+            self
+            if hidden.dim() == 2
+            else Head(hidden.reshape(rows, hidden.shape[-1]), weight, bias)
+        )
+
+    def check(self, role: str) -> None:
+        """Raises ValueError or TypeError that names `<role>_hidden`, `_weight` or `_bias`."""
+        hidden, weight, bias = self
+        check_float(f"{role}_hidden", hidden)
+        if weight.dim() != 2 or weight.shape[0] == 0:
+            raise ValueError(
+                f"{role}_weight: expected shape [V, D] with V > 0, got {tuple(weight.shape)}"
+            )
+        if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{role}_hidden: expected shape [..., {weight.shape[1]}], the width of "
+                f"{role}_weight, got {tuple(hidden.shape)}"
+            )
+        if weight.dtype != hidden.dtype:
+            raise TypeError(
+                f"{role}_weight: expected {hidden.dtype}, the dtype of {role}_hidden, "
+                f"got {weight.dtype}"
+            )
+        check_same_device(f"{role}_weight", weight, f"{role}_hidden", hidden)
+        if bias is None:
+            return
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise ValueError(
+                f"{role}_bias: expected {weight.dtype} of shape {tuple(weight.shape[:1])}, "
+                f"got {bias.dtype} of shape {tuple(bias.shape)}"
+            )
+        check_same_device(f"{role}_bias", bias, f"{role}_hidden", hidden)
+
+    def check_teacher(self, student: "Head") -> None:
+        """Raises ValueError where this head cannot teach `student`."""
+        lead = student.hidden.shape[:-1]
+        if self.hidden.shape[:-1] != lead:
+            raise ValueError(
+                "teacher_hidden: expected the leading dimensions of student_hidden, "
+                f"{tuple(lead)}, got {tuple(self.hidden.shape[:-1])}"
+            )
+        if self.vocab_size != student.vocab_size:
+            raise ValueError(
+                f"teacher_weight: expected the student's vocabulary of {student.vocab_size}, "
+                f"got {self.vocab_size}"
+            )
+        check_same_device("teacher_hidden", self.hidden, "student_hidden", student.hidden)
+
+    # --- a chunk of rows
+
+    def take(self, span: slice, index: Tensor | None) -> "Head":
+        """The head of some rows; arguments as of `packing.take`."""
+        hidden, weight, bias = self
+        return Head(packing.take(hidden, span, index), weight, bias)
+
+    def blanked(self, valid: Tensor) -> "Head":
+        """Rows that do not count have states of 0, because 0 * NaN would reach the weight."""
+        return self._replace(hidden=self.hidden.masked_fill(~valid[:, None], 0.0))
+
+    def logits(self, out: Tensor, tile: int) -> Tensor:
+        """[m, V], written to the first m rows of `out`, whose dtype they have."""
+        out = out[: self.hidden.shape[0]]
+        gemm.project(self.hidden, self.weight, self.bias, out, tile)
+        return out
+
+    def signal(self, out: Tensor, tile: int) -> Tensor:
+        """What the row kernels read of a teacher: its logits, for which `out` has room."""
+        return self.logits(out, tile)
+
+    def dlogits(self, logits: Tensor) -> Tensor:
+        """Room for their gradient: over the logits, or the first half of each row's bytes."""
+        if self.weight.dtype == logits.dtype or gemm.is_widened(self.weight, logits.dtype):
+            return logits
+        return logits.view(self.weight.dtype)[:, : logits.shape[1]]
+
+    # --- bytes
+
+    def row_bytes(self) -> int:
+        return self.hidden.shape[1] * self.hidden.itemsize
+
+    def widened_bytes(self, dtype: torch.dtype) -> int:
+        """Of a row, of hidden or of weight, in `dtype` where a CPU widens them; else 0."""
+        return self.hidden.shape[1] * dtype.itemsize if gemm.is_widened(self.weight, dtype) else 0
+
+    def sum_bytes(self, wanted: "Head", dtype: torch.dtype) -> int:
+        """Of what is summed over chunks beside the gradients that leave."""
+        is_beside = wanted.weight and self.weight.dtype != dtype
+        return self.weight.numel() * dtype.itemsize if is_beside else 0
+
+    @property
+    def rounds_single(self) -> bool:
+        """A single chunk's product is rounded on tensor cores; fp16 waits for what unscales it."""
+        return self.weight.is_cuda and self.weight.dtype != torch.float16
+
+
+class HeadGradient:
+    """Takes dlogits, chunk after chunk, to the gradients of a head.
+
+    Args:
+        head: of all rows.
+        wanted: a flag for each of its tensors.
+        row_weights: [N]; their dtype is that of the sums over chunks.
+        is_single: there will be one chunk, so dweight is rounded by its GEMM instead of summed.
+        is_packed: some rows will not come, and their dhidden is 0.
+        tile: rows of the weight that a CPU widens at once.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        wanted: Head,
+        row_weights: Tensor,
+        *,
+        is_single: bool,
+        is_packed: bool,
+        tile: int,
+    ):
+        hidden, weight, bias = head
+        self._tile, self._started = tile, False
+        self._dtypes = [
+            None if tensor is None else saved_dtype(tensor, hidden, row_weights) for tensor in head
+        ]
+        self._dhidden = self._dweight = self._dbias = None
+        if wanted.hidden:
+            # contiguous whatever the layout of the input
+            make = torch.zeros if is_packed else torch.empty
+            self._dhidden = make(hidden.shape, device=hidden.device, dtype=hidden.dtype)
+        if wanted.weight:
+            dtype = self._dtypes[1] if is_single else row_weights.dtype
+            self._dweight = torch.empty(weight.shape, device=weight.device, dtype=dtype)
+        if wanted.bias:
+            self._dbias = torch.zeros(bias.shape, device=bias.device, dtype=row_weights.dtype)
+
+    def add(self, dlogits: Tensor, rows: Head, span: slice, index: Tensor | None) -> None:
+        """dlogits [m, V] of `rows`, which `head.take(span, index)` gave."""
+        if self._dhidden is not None and index is None:
+            gemm.dhidden(dlogits, rows.weight, self._dhidden[span], self._tile)
+        elif self._dhidden is not None:
+            packed = torch.empty_like(rows.hidden)
+            gemm.dhidden(dlogits, rows.weight, packed, self._tile)
+            self._dhidden.index_copy_(0, index, packed)
+        if self._dweight is not None:
+            gemm.dweight(dlogits, rows.hidden, self._dweight, accumulate=self._started)
+        if self._dbias is not None:
+            self._dbias.add_(dlogits.sum(0, dtype=self._dbias.dtype))
+        self._started = True
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dhidden [N, D], dweight [V, D], dbias [V] in the dtypes of `saved_dtype`, or None."""
+        if self._dweight is not None and not self._started:
+            self._dweight.zero_()
+        found = (self._dhidden, self._dweight, self._dbias)
+        return tuple(
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(found, self._dtypes, strict=True)
+        )

@@ -1,0 +1,67 @@
+"""What belongs to the rows of a call, and how it is to run: what travels together through an op."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.kernels.common import packing
+from modxfer_fast.kernels.common.checks import check_labels, check_row_tensor
+from modxfer_fast.kernels.common.reduction import valid_rows
+
+
+class Tokens(NamedTuple):
+    """What a user says of the tokens of a batch and of their mean; as `linear_kd_loss` has it."""
+
+    labels: Tensor | None = None
+    token_weights: Tensor | None = None
+    normalizer: float | Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int = -100
+    num_valid: int | None = None
+
+    def check(self, ce_weight: float, name: str, like: Tensor) -> None:
+        """Raises ValueError or TypeError beside states `like` [..., D], the argument `name`."""
+        lead = like.shape[:-1]
+        check_labels(self.labels, ce_weight, self.ignore_index)
+        check_row_tensor("labels", self.labels, lead, name, like)
+        check_row_tensor("token_weights", self.token_weights, lead, name, like)
+        if self.num_valid is not None and self.labels is None:
+            raise ValueError(
+                f"num_valid: expected labels to count, got num_valid={self.num_valid} alone"
+            )
+
+
+class Rows(NamedTuple):
+    """The rows of a loss of logits.
+
+    Attributes:
+        labels: [N] int64, or None where every row counts and there is no cross entropy.
+        row_weights: [N] fp32 or fp64, the factor of each row's loss; 0 where it does not count.
+        ignore_index: the label of rows that do not count.
+        num_valid: how many do, where the host knows it.
+    """
+
+    labels: Tensor | None
+    row_weights: Tensor
+    ignore_index: int
+    num_valid: torch.SymInt | None
+
+    def valid(self) -> Tensor | None:
+        """[N] bool: rows that count; None when every row does."""
+        return valid_rows(self.labels, self.ignore_index)
+
+    def take(self, span: slice, index: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """(labels, row_weights) of a chunk; arguments as of `packing.take`."""
+        labels = self.labels
+        return (
+            None if labels is None else packing.take(labels, span, index),
+            packing.take(self.row_weights, span, index),
+        )
+
+
+class Launch(NamedTuple):
+    """workspace_mb: MiB for the logits in flight. backend: None takes the best available."""
+
+    workspace_mb: int = 512
+    backend: str | None = None
