@@ -148,7 +148,7 @@ def _warn_of_reference(missing: str, reason: str) -> None:
 
 
 # What torch.compiler.assume_constant_result sets; calling it imports torch._dynamo, two seconds.
-_choose._dynamo_marked_constant = True
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def table() -> dict[str, dict[str, dict[str, bool | str]]]:

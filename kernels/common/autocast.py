@@ -12,7 +12,7 @@ def has_autocast(device: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets; the dynamo of torch 2.11 cannot trace the call.
-has_autocast._dynamo_marked_constant = True
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -20,7 +20,7 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     Unchanged without autocast; fp64 and None are left alone.
     """
-    device = tensors[0].device.type
+    device = tensors[0].device.type  # type: ignore[union-attr]  # the first is never None
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -99,9 +99,9 @@ def debug_check_finite(**tensors: Tensor | None) -> None:
 
 def check_num_valid(num_valid: int | None, labels: Tensor | None, ignore_index: int) -> None:
     """num_valid counts the labels that are not ignored; checked where counting costs no wait."""
-    if num_valid is None or not (labels.device.type == "cpu" or env.debug()):
+    if num_valid is None or labels is None or not (labels.device.type == "cpu" or env.debug()):
         return
-    count = int((labels != ignore_index).sum())
+    count = int(labels.ne(ignore_index).sum())
     if num_valid != count:
         raise ValueError(
             f"num_valid: expected {count}, the labels other than ignore_index={ignore_index}, "

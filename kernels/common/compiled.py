@@ -28,8 +28,9 @@ def available() -> tuple[bool, str]:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         return False, f"csrc cannot be loaded with torch {torch.__version__}: {error}"
-    if env.cpu_isa() is not None:
-        instruction_sets.use(env.cpu_isa(), "MODXFER_CPU_ISA")
+    isa = env.cpu_isa()
+    if isa is not None:
+        instruction_sets.use(isa, "MODXFER_CPU_ISA")
     return True, ""
 
 

@@ -7,6 +7,7 @@ correlation_gram     the same by blocks of columns, each from the first row to i
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def correlation_gram(x: Tensor, gram: Tensor) -> None:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """torch.set_float32_matmul_precision lets oneDNN multiply in bf16; the other BLAS does not."""
-    mkldnn = torch.backends.mkldnn
+    mkldnn: Any = torch.backends.mkldnn  # its `matmul` is put there at run time
     if mkldnn.matmul.fp32_precision in ("none", "ieee"):
         yield
         return

@@ -35,8 +35,11 @@ def _reduce_kernel(
 
 def reduce(parts: Sequence[Tensor | None], outs: Sequence[Tensor | None]) -> None:
     """outs[i] = parts[i].sum(0), rounded once; None is left alone."""
-    jobs = [(part, out) for part, out in zip(parts, outs, strict=True) if part is not None]
-    jobs = [(part, out) for part, out in jobs if out.numel() > 0]
+    jobs = [
+        (part, out)
+        for part, out in zip(parts, outs, strict=True)
+        if part is not None and out is not None and out.numel() > 0
+    ]
     if not jobs:
         return
     sizes = tuple(out.numel() for _, out in jobs)

@@ -157,7 +157,8 @@ def _agreement(input_ids: Tensor, labels: Tensor) -> tuple[float, float]:
     ids, following, labels = input_ids[:, :-1], input_ids[:, 1:], labels[:, :-1]
     valid = labels != IGNORE_INDEX
     count = max(int(valid.sum()), 1)
-    return tuple(int(((labels == tokens) & valid).sum()) / count for tokens in (ids, following))
+    own, after = (int(((labels == tokens) & valid).sum()) / count for tokens in (ids, following))
+    return own, after
 
 
 def _check_aligned(input_ids: Tensor, labels: Tensor, who: str) -> None:

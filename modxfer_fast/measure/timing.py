@@ -7,7 +7,7 @@ between the events is the GPU's work, and Python's time is a figure of its own.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Timing:
 
 
 def interleave(
-    steps: dict[str, Step],
+    steps: Mapping[str, Step],
     device: str,
     effort: Effort,
     on_round: Callable[[int], None] = lambda _: None,

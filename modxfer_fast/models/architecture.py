@@ -38,7 +38,6 @@ ROLES: Mapping[str, Role] = MappingProxyType(
 )
 
 _RESIDUAL = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
-_INNER = ("ffn_gate", "ffn_up", "ffn_inner")
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,9 @@ def _spans(text: Text, encoding: Encoding) -> list[Span | None]:
         if sequence is None:
             spans.append(None)
             continue
-        read, base = (text.first, 0) if sequence == 0 else (text.second, len(text.first) + 1)
+        read, base = text.first, 0
+        if sequence == 1 and text.second is not None:
+            read, base = text.second, len(text.first) + 1
         end = max(start + len(read[start:end].rstrip()), start)
         start = len(read) - len(read[start:].lstrip())
         # the mark of a word's start, as SentencePiece's, is a token of the word also on its own

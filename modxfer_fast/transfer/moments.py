@@ -320,7 +320,7 @@ class StreamingMoments:
         waiting = slice(self._filled)
         mask = None if self._mask is None else self._mask[waiting]
         with torch.inference_mode(False), torch.no_grad(), without_autocast(self.device.type):
-            self._take([site.buffer[waiting] for site in self._sites()], mask)
+            self._take([self._buffer(site)[waiting] for site in self._sites()], mask)
         self._filled = 0
 
     def _take(self, blocks: list[Tensor], mask: Tensor | None) -> None:
@@ -338,8 +338,14 @@ class StreamingMoments:
                 if site.shift is None:
                     site.shift = _mean(block, mask, self._work_dtype)
                 centred[index] = self._buffer(site)[:rows]
-                options = {"mask": mask, "backend": self._backend}
-                correlation_centre(block, site.shift, centred[index], site.sums, **options)
+                correlation_centre(
+                    block,
+                    site.shift,
+                    centred[index],
+                    site.sums,
+                    mask=mask,
+                    backend=self._backend,
+                )
                 if site.gram is not None:
                     correlation_gram(centred[index], site.gram, backend=self._backend)
             return centred[index]
@@ -397,6 +403,7 @@ class _Site:
         offset, square = self.sums / count
         var = square - offset.square()
         # the mean of equal fp64 numbers may be the number next to them
+        assert self.shift is not None  # rows have come: `count` divides
         rounding = 4 * torch.finfo(torch.float64).eps * self.shift
         var = var.masked_fill(var <= rounding.square(), 0.0)
         if self.gram is None:
@@ -407,9 +414,10 @@ class _Site:
 
     def symmetric_gram(self) -> Tensor:
         """`gram` with its lower triangle filled."""
-        upper = self.gram.triu(1)
-        self.gram.triu_().add_(upper.t())
-        return self.gram
+        gram = self.gram
+        assert gram is not None  # who asks has seen it
+        upper = gram.triu(1)
+        return gram.triu_().add_(upper.t())
 
     def shift_or_zero(self) -> Tensor:
         return torch.zeros_like(self.sums[0]) if self.shift is None else self.shift
@@ -419,6 +427,7 @@ class _Site:
             _merge_products(self.gram, other.symmetric_gram(), self, self, other, other, count)
         if other.shift is None:
             return
+        assert self.shift is not None  # of all merged sites, which the caller has centred
         step = other.shift - self.shift
         self.sums[1] += other.sums[1] + 2 * step * other.sums[0] + count * step.square()
         self.sums[0] += other.sums[0] + count * step
@@ -431,8 +440,8 @@ def _merge_products(
 
     sum (u + p)(v + q) = sum u v + p sum v + q sum u + n p q, with p and q the steps between shifts.
     """
-    if more_x.shift is None:
-        return
+    if more_x.shift is None or more_y.shift is None or x.shift is None or y.shift is None:
+        return  # no row of `more` has counted
     step_x, step_y = more_x.shift - x.shift, more_y.shift - y.shift
     product += more
     product += torch.outer(step_x, more_y.sums[0] + count * step_y)

@@ -197,7 +197,7 @@ class PairedBatches(Sequence[PairedBatch]):
     def __len__(self) -> int:
         return -(-len(self._texts) // self._pairing.batch_size)
 
-    def __getitem__(self, index: int) -> PairedBatch:
+    def __getitem__(self, index: int) -> PairedBatch:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         size = self._pairing.batch_size

@@ -96,7 +96,8 @@ class Statistics:
         for name, tensor in tensors.items():
             part, _, entry = name.partition(".")
             states[part][entry] = tensor
-        return cls(*map(StreamingMoments.from_state_dict, states.values()), facts)
+        fit, held_out = map(StreamingMoments.from_state_dict, states.values())
+        return cls(fit, held_out, facts)
 
 
 def collect_statistics(
@@ -200,7 +201,8 @@ def collect_statistics(
             **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         },
     }
-    statistics = Statistics(*streams, facts)
+    fit, held_out = streams
+    statistics = Statistics(fit, held_out, facts)
     facts["widths"] = {space: _width_facts(statistics, space) for space in spaces}
     return statistics
 

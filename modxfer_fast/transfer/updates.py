@@ -69,6 +69,8 @@ def _weight(tensors, scaling: float) -> tuple[Tensor, Tensor]:
 
 def _numbers(mine, theirs, write: Tensor, features: Moments, at_output: Moments | None) -> dict:
     (a_s, b_s), (a_t, b_t) = mine, theirs
+    assert features.cov_xx is not None
+    assert features.cov_yy is not None
     mapped = write.T @ b_t
     power_s = _power(a_s, b_s, features.cov_xx)
     power_t = _power(a_t, b_t, features.cov_yy)

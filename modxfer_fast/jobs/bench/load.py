@@ -28,6 +28,8 @@ def load_benchmarks() -> Callable[[str], ModuleType]:
             spec = importlib.util.spec_from_file_location(
                 "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
             )
+            assert spec is not None  # of a file that is there
+            assert spec.loader is not None
             sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules["benchmarks"])
     if "benchmarks" not in sys.modules:

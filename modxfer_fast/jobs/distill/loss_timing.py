@@ -1,7 +1,7 @@
 """What the fused loss costs on a job's models: beside the dense loss, and with the head frozen."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.measure.counting import gemms
 from modxfer_fast.measure.memory import peak_mib
-from modxfer_fast.measure.timing import Effort, interleave
+from modxfer_fast.measure.timing import Effort, Step, interleave
 
 _ONE_CHUNK = 16  # tokens, which the loss never splits
 
@@ -118,9 +118,7 @@ def time_head(
     return result
 
 
-def median_ms(
-    steps: dict[str, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[str, float]:
+def median_ms(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
     """Median time of each step over `repeats` rounds, in which they take turns.
 
     On a GPU that of Python's launches where it takes longer than the GPU does.

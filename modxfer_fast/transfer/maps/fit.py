@@ -185,7 +185,7 @@ def fit_maps(
     if (module is None) == (spaces is None):
         both = "none" if module is None else "both"
         raise TransferError(f"module, spaces: expected exactly one of them, got {both}")
-    spaces = module.spaces if spaces is None else spaces
+    spaces = module.spaces if module is not None else tuple(spaces or ())
     options = (options or MapOptions()).resolved(module)
     teacher_parts, student_parts = _architecture(teacher), _architecture(student)
     _check(method, statistics, layer_map, teacher_parts, student_parts, spaces)
@@ -303,7 +303,7 @@ class _Fitter:
 
     def held_out(self, space: str, s: int, t: int) -> Moments | None:
         """Moments of the held-out tokens, None where they are too few."""
-        if self.statistics.facts["held_out_tokens"] < 2:
+        if self.statistics is None or self.statistics.facts["held_out_tokens"] < 2:
             return None
         with self._lock:
             return on_cpu(self.statistics.moments(space, s, t, held_out=True))
@@ -333,14 +333,15 @@ class _Fitter:
     def _fit_together(
         self, keys: list[Key], view: Callable[[Moments], Moments]
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        def together(moments: Callable[[str, int, int], Moments]) -> Moments:
+        def together(moments: Callable[[str, int, int], Moments | None]) -> Moments:
             return pooled(
-                in_units(view(moments(self._site(space), s, t)), *self._units[space, s, t])
+                in_units(view(found), *self._units[space, s, t])
                 for space, s, t in keys
+                if (found := moments(self._site(space), s, t)) is not None
             )
 
         held_out = None
-        if self.statistics.facts["held_out_tokens"] >= 2:
+        if self.statistics is not None and self.statistics.facts["held_out_tokens"] >= 2:
             held_out = together(self.held_out)
         return self._dense(together(self.moments), held_out, "layer_out", 0, 0)
 
@@ -352,9 +353,9 @@ class _Fitter:
             moments = self.moments_if_collected(site, s, t)
             read, write, numbers = self._data_free(site)
             mean_s, mean_t = read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
-        elif self._is_projected(site):
+        elif (projections := self._projections(site)) is not None:
             moments = self.moments_if_collected(site, s, t)
-            read, write, mean_s, mean_t = self.projection_maps.fit(site, s, t)
+            read, write, mean_s, mean_t = projections.fit(site, s, t)
             numbers = {}
         else:
             moments = self.moments(site, s, t)
@@ -380,15 +381,16 @@ class _Fitter:
     def _is_collected(self, site: str) -> bool:
         return self.statistics is not None and site in self.statistics.spaces
 
-    def _is_projected(self, site: str) -> bool:
-        """Whether the projections of a distillation give the map, and all of it."""
+    def _projections(self, site: str) -> ProjectionMaps | None:
+        """Those of a distillation where they give the map, and all of it."""
         if self.projection_maps is None or not self.projection_maps.covers(site):
-            return False
+            return None
         apart = {*self.teacher.norms_behind, *self.student.norms_behind}
         measured = site in apart or self._is_wide(site)
-        return not (measured and self._is_collected(site))
+        return None if measured and self._is_collected(site) else self.projection_maps
 
     def _pooled_map(self, key: Key) -> tuple[Tensor, Tensor, dict[str, float]]:
+        assert self._global is not None  # keys have units once it is there
         read, write, numbers = self._global
         if self.scale == "none" and self.method not in _REGRESSIONS:
             return read, write, numbers
@@ -402,7 +404,7 @@ class _Fitter:
         aware = self.options.head_aware
         if aware is None:
             aware = self.method not in _REGRESSIONS or self._is_wide(site)
-        if heads_s is not None and aware:
+        if heads_s is not None and heads_t is not None and aware:
             pairs = self._head_pairs(s, t)[site]
             fitted = fit_by_heads(self._on_moments, moments, held, heads_s, heads_t, pairs)
         else:
@@ -450,7 +452,7 @@ class _Fitter:
             moments,
             held,
             self.options.ridge,
-            means=self.options.means,
+            means=bool(self.options.means),
             write=self.options.write,
             span=span,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,10 @@ def block(moments: Moments, x: slice, y: slice) -> Moments:
 
 def on_cpu(moments: Moments) -> Moments:
     """The same numbers on the host, where assignments and decompositions run."""
-    return replace(
-        moments,
-        **{
-            field.name: value.cpu()
-            for field in fields(moments)
-            if isinstance(value := getattr(moments, field.name), Tensor)
-        },
-    )
+    moved: dict[str, Any] = {
+        name: value.cpu() for name, value in vars(moments).items() if isinstance(value, Tensor)
+    }
+    return replace(moments, **moved)
 
 
 def about(moments: Moments, x: Tensor, y: Tensor) -> Moments:
@@ -110,7 +107,7 @@ def pooled(several: Iterable[Moments]) -> Moments:
 
 
 def _sum(a: Moments, b: Moments) -> Moments:
-    def added(name: str) -> Tensor | int | None:
+    def added(name: str) -> Any:
         left, right = getattr(a, name), getattr(b, name)
         return None if left is None or right is None else left + right
 

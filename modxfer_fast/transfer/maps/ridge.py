@@ -69,6 +69,7 @@ def regress(
         held_out: moments of other tokens, or None: then the penalty is 1e-3.
         grid: of penalties.
     """
+    assert moments.cov_xx is not None  # `fit_maps` has asked for it
     problem = Regression(moments.cov_xx, moments.cov_xy)
     if held_out is None:
         penalty = _WITHOUT_HELD_OUT

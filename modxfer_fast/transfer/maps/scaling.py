@@ -21,11 +21,11 @@ def scaled(z: Tensor, moments: Moments, scale: str) -> tuple[Tensor, Tensor]:
     if scale == "feature":
         s, t = deviations(moments.var_x), deviations(moments.var_y)
         return z * ratios(t, s), z.T * ratios(s, t)
-    s = _power(z, moments.cov_xx, moments.var_x)
-    t = _power(z.T, moments.cov_yy, moments.var_y)
-    if s == 0 or t == 0:
+    power_s = _power(z, moments.cov_xx, moments.var_x)
+    power_t = _power(z.T, moments.cov_yy, moments.var_y)
+    if power_s == 0 or power_t == 0:
         return torch.zeros_like(z), torch.zeros_like(z.T)
-    ratio = (t / s) ** 0.5
+    ratio = (power_t / power_s) ** 0.5
     return z * ratio, z.T / ratio
 
 

@@ -148,6 +148,6 @@ class Maps(Mapping[Key, SpaceMap]):
         for row in facts["fits"]:
             key = row.pop("space"), row.pop("student"), row.pop("teacher")
             name = ".".join(map(str, key))
-            parts = (tensors[f"{name}.{part}"] for part in _PARTS)
-            maps[key] = SpaceMap(*parts, row)
+            parts = {part: tensors[f"{name}.{part}"] for part in _PARTS}
+            maps[key] = SpaceMap(**parts, fit=row)
         return cls(maps, facts["method"], options=facts["options"], facts=facts["facts"])
