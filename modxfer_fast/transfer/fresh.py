@@ -22,7 +22,7 @@ def fresh_config(module: PeftModuleState, student: nn.Module, layer_map: LayerMa
         TransferError: a place of the module that the student lacks, or its head.
     """
     parts, slots, scaling = Architecture.of(student), {}, {}
-    for slot, (first, *_) in slot_sources(module, layer_map, parts).items():
+    for slot, ((first, _), *_) in slot_sources(module, layer_map, parts).items():
         slots[slot], scaling[slot] = module.slots[first], module.scaling(first)
     config = module.kind.student_config(module.config, parts, slots, scaling)
     return config_for(replace(module, config=config, head={}), student)

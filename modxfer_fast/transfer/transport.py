@@ -7,7 +7,7 @@ compacter    as bottleneck, all refactored    as ridge
 ia3          vectors                          as ridge
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,20 +70,13 @@ def transport(
     scaling: dict[Slot, float] = {}
     kept: list[tuple[Slot, int, tuple[float, float]]] = []
     for slot, teachers in slot_sources(module, layer_map, student).items():
-        sources = [
-            _source(module, maps, statistics, slot, teacher, weight)
-            for teacher, weight in teachers.items()
-        ]
-        for teacher, source in zip(teachers, sources, strict=True):
+        sources = [_source(module, maps, statistics, slot, *teacher) for teacher in teachers]
+        for (teacher, _), source in zip(teachers, sources, strict=True):
             if (power := power_kept(kind, source)) is not None:
                 kept.append((slot, teacher.layer, power))
-        rewritten[slot] = kind.rewrite(
-            sources,
-            layer_map.combine,
-            rank=rank,
-            on_features=maps.method == "reduced_rank",
-            seed=len(rewritten),  # each slot its own
-        )
+        options = {"rank": rank, "on_features": maps.method == "reduced_rank"}
+        seed = len(rewritten)  # each slot its own
+        rewritten[slot] = kind.rewrite(sources, layer_map.combine, seed=seed, **options)
         scaling[slot] = sources[0].scaling
     factored, residuals = kind.factored(module.config, rewritten)
     slots = {slot: _finished(module, tensors) for slot, tensors in factored.items()}
@@ -119,7 +112,7 @@ def transport(
 
 def slot_sources(
     module: PeftModuleState, layer_map: LayerMap, student: Architecture
-) -> dict[Slot, dict[Slot, float]]:
+) -> dict[Slot, list[tuple[Slot, float]]]:
     """The student's slots, and for each the teacher's slots that it is made of with their weights.
 
     Raises:
@@ -130,16 +123,13 @@ def slot_sources(
     layer_map.check_fits(student, module.architecture)
     found = {}
     for s, teachers in enumerate(layer_map.sources):
-        weights = dict(zip(teachers, layer_map.weights(s), strict=True))
         for place in module.kind.places(module.config, module.architecture):
-            there = {
-                Slot(t, place): weight
-                for t, weight in weights.items()
-                if Slot(t, place) in module.slots
-            }
+            slots = [Slot(t, place) for t in teachers]
+            pairs = zip(slots, layer_map.weights(s), strict=True)
+            there = [(slot, weight) for slot, weight in pairs if slot in module.slots]
             if there:
                 found[Slot(s, place)] = there
-                _check_counted(there, layer_map, Slot(s, place))
+                _check_counted([weight for _, weight in there], layer_map, Slot(s, place))
     if not found:
         raise TransferError(
             "layer_map: the module has no tensors in any of the teacher layers "
@@ -189,8 +179,8 @@ def _check_places(module: PeftModuleState, student: Architecture) -> None:
             )
 
 
-def _check_counted(sources: Mapping[Slot, float], layer_map: LayerMap, slot: Slot) -> None:
-    if not any(sources.values()):
+def _check_counted(weights: Sequence[float], layer_map: LayerMap, slot: Slot) -> None:
+    if not any(weights):
         raise TransferError(
             f"layer_map: {layer_map.combine!r} leaves out the last of the teacher layers "
             f"{list(layer_map.sources[slot.layer])} of student layer {slot.layer}, the only one "

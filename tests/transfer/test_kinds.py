@@ -1,6 +1,7 @@
 """Types of PEFT modules as objects: each answers alone for all that transfer asks."""
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 
 from modxfer_fast.models import BottleneckConfig, CompacterConfig
@@ -70,3 +71,15 @@ def test_a_layer_map_of_other_depths_is_refused():
     module = PeftModuleState.from_model(trained(original("bert"), CONFIGS["lora"]))
     with pytest.raises(TransferError, match="layer_map: expected 2 student layers, got 3"):
         fresh_config(module, original("bert", num_layers=2), make_layer_map("skip", 3, 2))
+
+
+def test_a_layer_named_twice_counts_twice():
+    teacher = original("bert", num_layers=2)
+    module = PeftModuleState.from_model(trained(teacher, CONFIGS["lora"]))
+    layer_map = make_layer_map("explicit", 1, 2, layers=[[0, 0, 1]])
+    student = original("bert", num_layers=1)
+    maps = fit_maps(None, layer_map, "truncate", teacher=teacher, student=student, module=module)
+    moved = transport(module, maps, layer_map, student)
+    first, second = (module.slots[t, "query"]["lora_A.weight"] for t in (0, 1))
+    expected = (2 * first + second) / 3
+    torch.testing.assert_close(moved.slots[0, "query"]["lora_A.weight"], expected)

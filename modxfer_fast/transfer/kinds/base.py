@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from peft import PeftConfig
 from torch import Tensor
@@ -49,6 +49,7 @@ class Source(NamedTuple):
 
 
 Slots = Mapping[Slot, Mapping[str, Tensor]]
+Scaling = Mapping[Slot, float]
 
 
 class PeftKind(ABC):
@@ -100,10 +101,7 @@ class PeftKind(ABC):
         return f"{architecture.layers}.{slot.layer}.{there[slot.place].path}"
 
     def spaces(self, role: Role, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """The spaces that maps are needed for: of what a slot with these tensors reads and writes.
-
-        The first is the one it reads and the last the one it writes.
-        """
+        """The spaces that maps are needed for: first the one it reads, last the one it writes."""
         return tuple(role)
 
     def takes_means(self, config: PeftConfig) -> bool:
@@ -119,24 +117,12 @@ class PeftKind(ABC):
         return 1.0
 
     @abstractmethod
-    def rewrite(
-        self,
-        sources: Sequence[Source],
-        combine: str,
-        *,
-        rank: int | None = None,
-        on_features: bool = False,
-        seed: int = 0,
-    ) -> dict[str, Tensor]:
+    def rewrite(self, sources: Sequence[Source], combine: str, **options: Any) -> dict[str, Tensor]:
         """The tensors of a student's slot, fp64, without the prefix.
 
         Args:
             combine: what becomes of several sources, one of `layer_maps.COMBINE`.
-            rank: of a low-rank result, to which the combined update is factored again; None: that
-                of the first source.
-            on_features: of all updates of that rank take the one whose output on the student's own
-                features comes closest to the (weighted) sum of the mapped updates.
-            seed: of the rows of A in directions that say nothing.
+            options: rank, on_features and seed, which count for a low rank: see `LoRA.rewrite`.
 
         Raises:
             TransferError: sources that cannot be combined, or moments that are missing.
@@ -145,11 +131,7 @@ class PeftKind(ABC):
     def factored(
         self, config: PeftConfig, slots: Slots
     ) -> tuple[Slots, Mapping[Slot, Mapping[str, float]]]:
-        """All slots together in the form that PEFT saves, and the residuals of bringing them there.
-
-        Args:
-            slots: as `rewrite` makes them.
-        """
+        """All slots of `rewrite` together as PEFT saves them, and what fitting them left over."""
         return slots, {}
 
     def update(self, source: Source) -> tuple[Tensor, Tensor | None] | None:
@@ -158,11 +140,7 @@ class PeftKind(ABC):
         return None
 
     def student_config(
-        self,
-        config: PeftConfig,
-        student: Architecture,
-        slots: Slots,
-        scaling: Mapping[Slot, float],
+        self, config: PeftConfig, student: Architecture, slots: Slots, scaling: Scaling
     ) -> PeftConfig:
         """A copy of the teacher's configuration with the student's names, widths and layers.
 
@@ -181,11 +159,7 @@ class PeftKind(ABC):
 
     @abstractmethod
     def set_sizes(
-        self,
-        config: PeftConfig,
-        student: Architecture,
-        slots: Slots,
-        scaling: Mapping[Slot, float],
+        self, config: PeftConfig, student: Architecture, slots: Slots, scaling: Scaling
     ) -> None:
         """Writes into a configuration what it says about the tensors of these slots."""
 

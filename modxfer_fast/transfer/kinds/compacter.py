@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modxfer_fast.models.compacter import phm_dense, phm_refit_rule
 from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.kinds.base import Slot, Slots
+from modxfer_fast.transfer.kinds.base import Slot
 from modxfer_fast.transfer.kinds.bottleneck import UP, Bottleneck
 
 _PARTS = ("down", "up")
@@ -32,43 +32,33 @@ class Compacter(Bottleneck):
         return {**super().rewrite(dense, combine), **rules}
 
     def factored(self, config, slots):
-        return _factored(slots, config.phm_rank)
+        """left, right, bias and rule of both projections, and relative residuals of the fits.
+
+        Raises:
+            TransferError: a width that the number of terms does not divide.
+        """
+        places = [(slot, part) for slot in slots for part in _PARTS]
+        is_shared = "rule" in next(iter(slots.values()))
+        result: dict[Slot, dict[str, Tensor]] = {slot: {} for slot in slots}
+        residuals: dict[Slot, dict[str, float]] = {slot: {} for slot in slots}
+        for together in [places] if is_shared else [[place] for place in places]:
+            weights = [slots[slot][f"{part}.weight"].T for slot, part in together]
+            slot, part = together[0]
+            rule = _rule(slots[slot], part)
+            _check_widths(weights, len(rule))
+            rule, fits = phm_refit_rule(weights, rule, config.phm_rank)
+            for (slot, part), fit in zip(together, fits, strict=True):
+                result[slot] |= {
+                    f"{part}.left": fit.left,
+                    f"{part}.right": fit.right,
+                    f"{part}.bias": slots[slot][f"{part}.bias"],
+                    "rule" if is_shared else f"{part}.rule": rule,
+                }
+                residuals[slot][f"residual_{part}"] = fit.residual
+        return result, residuals
 
     def update(self, source):
         return _dense(source.tensors)[UP].double(), None
-
-
-def _factored(
-    slots: Slots, rank: int
-) -> tuple[dict[Slot, dict[str, Tensor]], dict[Slot, dict[str, float]]]:
-    """left, right, bias and rule of both projections of every slot; relative residuals of the fits.
-
-    Args:
-        slots: as `rewrite` makes them.
-        rank: of the factors.
-
-    Raises:
-        TransferError: a width that the number of terms does not divide.
-    """
-    places = [(slot, part) for slot in slots for part in _PARTS]
-    is_shared = "rule" in next(iter(slots.values()))
-    result: dict[Slot, dict[str, Tensor]] = {slot: {} for slot in slots}
-    residuals: dict[Slot, dict[str, float]] = {slot: {} for slot in slots}
-    for together in [places] if is_shared else [[place] for place in places]:
-        weights = [slots[slot][f"{part}.weight"].T for slot, part in together]
-        slot, part = together[0]
-        rule = _rule(slots[slot], part)
-        _check_widths(weights, len(rule))
-        rule, fits = phm_refit_rule(weights, rule, rank)
-        for (slot, part), fit in zip(together, fits, strict=True):
-            result[slot] |= {
-                f"{part}.left": fit.left,
-                f"{part}.right": fit.right,
-                f"{part}.bias": slots[slot][f"{part}.bias"],
-                "rule" if is_shared else f"{part}.rule": rule,
-            }
-            residuals[slot][f"residual_{part}"] = fit.residual
-    return result, residuals
 
 
 def _check_widths(weights: Sequence[Tensor], terms: int) -> None:

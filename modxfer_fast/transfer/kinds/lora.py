@@ -78,8 +78,17 @@ class LoRA(PeftKind):
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def rewrite(self, sources, combine, *, rank=None, on_features=False, seed=0):
-        """A and B, to be scaled as the first source is: "single", "mean" and "reference_avg" add
-        factors, "mean_product" adds products and factors them again."""
+        """A and B, to be scaled as the first source is.
+
+        "single", "mean" and "reference_avg" add factors; "mean_product" adds products and factors
+        them again.
+
+        Args:
+            rank: to which the combined update is factored again; None: that of the first source.
+            on_features: of all updates of that rank take the one whose output on the student's own
+                features comes closest to the (weighted) sum of the mapped updates.
+            seed: of the rows of A in directions that say nothing.
+        """
         factors = [_mapped(source, sources[0].scaling) for source in sources]
         weights = [source.weight for source in sources]
         wanted = factors[0][A].shape[0] if rank is None else rank
