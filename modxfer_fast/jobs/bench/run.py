@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -80,15 +80,18 @@ def run_bench(
 
     with _sweep(json or csv, resume) as store:
         roof = Stage(_ROOF_STAGE, _measure_roof, machine, versions=())
+        progress: Any  # stands for the console of a job
         with console.progress() as say:
-            described |= _read_roof(store.get(roof, _Progress(say))).described()
+            progress = _Progress(say)
+            described |= _read_roof(store.get(roof, progress)).described()
         print(environment.header(described))
         with console.progress() as say:
             for variant in variants:
                 measurement = Measurement(machine, name, variant, of_shape, options, effort)
                 inputs, title = {"roof": roof}, f"{name} {variant}"
                 stage = Stage(title, _measure, measurement, inputs, title=title, versions=())
-                folder = store.get(stage, _Progress(say, partial(keep, variant)))
+                progress = _Progress(say, partial(keep, variant))
+                folder = store.get(stage, progress)
                 keep(variant, *results.read(folder / _ROWS)[1])
     console.print_tables(rows.values())
     return int(any(row.is_ours and not row.check.startswith("pass") for row in rows.values()))
@@ -150,11 +153,11 @@ def _measure(context: StageContext) -> None:
     case = benchmarks("rooms").Case(this.shape, dtype, machine.device, this.variant, this.options)
     with _user_errors():
         lineup = room.lineup(case)
-    roof, rows = _read_roof(context.inputs["roof"]), {}
-    say = lambda text: context.console.say(f"{this.room} {this.variant}: {text}")
+    roof, rows, progress = _read_roof(context.inputs["roof"]), {}, cast(_Progress, context.console)
+    say = lambda text: progress.say(f"{this.room} {this.variant}: {text}")
     for row in benchmarks("harness").measure(this.room, case, lineup, this.effort, roof, say):
         rows[row.impl] = row
-        context.console.keep(row)  # an interruption loses the row that it meets
+        progress.keep(row)  # an interruption loses the row that it meets
     benchmarks("results").write_json(
         context.folder / _ROWS, dict(machine.described), list(rows.values())
     )

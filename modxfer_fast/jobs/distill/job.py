@@ -219,7 +219,7 @@ class DistillJob(Job):
     # ---- the runs of a seed ----
 
     def _run_seed(self, seed: int, teacher: Live) -> tuple[Student, dict[str, Any]]:
-        console, run = self.console, {"seed": seed}
+        console, run = self.console, dict[str, Any](seed=seed)
         label = f" (seed {seed})" if len(self.config.seeds) > 1 else ""
         with console.phase(f"Student before training{label}"):
             student, run["start"] = self._start(seed, teacher.value)

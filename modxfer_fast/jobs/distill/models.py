@@ -22,7 +22,7 @@ from modxfer_fast.data import (
     tokenizer_digest,
     train_tokenizer,
 )
-from modxfer_fast.files import without_secrets, write_json
+from modxfer_fast.files import write_json
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import is_main, world_size
@@ -181,9 +181,9 @@ def model_stage(
             attn_implementation=section.attn_implementation,
             tokenizer=Live(material.tokenizer, tokenizer_digest(material.tokenizer)),
             from_teacher=taken,
-            teacher=taken and Live(teacher, weights_digest(teacher)),
-            pretrain=pretrain and Live(pretrain, without_secrets(pretrain)),
-            material=pretrain and Live(material, material.digest),
+            teacher=None if taken is None else Live(teacher, weights_digest(teacher)),
+            pretrain=None if pretrain is None else Live(pretrain, pretrain),
+            material=None if pretrain is None else Live(material, material.digest),
             processes=world_size() if pretrain is not None else 1,
         ),
         resumable=pretrain is not None,

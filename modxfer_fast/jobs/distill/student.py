@@ -49,8 +49,9 @@ class Student:
                 model.peft_config[model.active_adapter].base_model_name_or_path = str(self.base)
         if self.section.fuses_lora and fuse_lora:
             report = patch_peft_model(model)
-            for line in str(report).splitlines() if tell is not None else ():
-                tell(line)
+            if tell is not None:
+                for line in str(report).splitlines():
+                    tell(line)
         return model
 
     def load_trained(self, folder: Path) -> PreTrainedModel:
