@@ -404,24 +404,9 @@ def kd_loss_fwd(
     Returns:
         kd, ce: [M] fp32, unweighted. stats: [M, 6] fp32 as `reference.kd_loss_fwd` documents them.
     """
-    rows = student_logits.shape[0]
     kd, ce = _row_outputs(student_logits)
-    stats = kd.new_empty(rows, 6)
-    if rows == 0:
-        return kd, ce, stats
-    with torch.cuda.device_of(student_logits):
-        _kd_loss_fwd_kernel[(rows,)](
-            student_logits,
-            teacher_logits,
-            labels,
-            kd,
-            ce,
-            stats,
-            stride_sm=student_logits.stride(0),
-            stride_tm=teacher_logits.stride(0),
-            stride_lm=0 if labels is None else labels.stride(0),
-            **_spec_args(student_logits, teacher_logits, labels, spec),
-        )
+    stats = kd.new_empty(len(kd), 6)
+    _launch(_kd_loss_fwd_kernel, (student_logits, teacher_logits, labels, kd, ce, stats), spec)
     return kd, ce, stats
 
 
@@ -441,19 +426,8 @@ def kd_loss_bwd(
         dlogits: [M, V], last stride 1; may be `student_logits`, or a half-precision view of its
             buffer in which every row begins where the row of logits begins.
     """
-    rows = student_logits.shape[0]
-    if rows == 0:
-        return
-    with torch.cuda.device_of(student_logits):
-        _kd_loss_bwd_kernel[(rows,)](
-            student_logits,
-            teacher_logits,
-            labels,
-            row_weights,
-            stats,
-            dlogits,
-            **_gradient_args(student_logits, teacher_logits, labels, row_weights, spec, dlogits),
-        )
+    tensors = (student_logits, teacher_logits, labels, row_weights, stats, dlogits)
+    _launch(_kd_loss_bwd_kernel, tensors, spec, **_gradient_args(row_weights, spec, dlogits))
 
 
 def kd_loss_fwd_bwd(
@@ -465,21 +439,9 @@ def kd_loss_fwd_bwd(
     dlogits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Both in one launch; returns kd, ce [M] fp32 and writes dlogits as `kd_loss_bwd` does."""
-    rows = student_logits.shape[0]
     kd, ce = _row_outputs(student_logits)
-    if rows == 0:
-        return kd, ce
-    with torch.cuda.device_of(student_logits):
-        _kd_loss_fwd_bwd_kernel[(rows,)](
-            student_logits,
-            teacher_logits,
-            labels,
-            row_weights,
-            kd,
-            ce,
-            dlogits,
-            **_gradient_args(student_logits, teacher_logits, labels, row_weights, spec, dlogits),
-        )
+    tensors = (student_logits, teacher_logits, labels, row_weights, kd, ce, dlogits)
+    _launch(_kd_loss_fwd_bwd_kernel, tensors, spec, **_gradient_args(row_weights, spec, dlogits))
     return kd, ce
 
 
@@ -488,20 +450,44 @@ def _row_outputs(student_logits: Tensor) -> tuple[Tensor, Tensor]:
     return kd, torch.empty_like(kd)
 
 
-def _spec_args(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
-) -> dict:
-    """What every kernel is launched with: sizes, scalars of the spec, constants, warps."""
+def _launch(kernel, tensors: tuple[Tensor | None, ...], spec: KDSpec, **gradient) -> None:
+    """A program for each row.
+
+    Args:
+        tensors: the kernel's, which begin with student and teacher logits and labels.
+        gradient: `_gradient_args`, of the kernels that write dlogits.
+    """
+    student_logits, teacher_logits, labels, *_ = tensors
     rows, vocab_size = student_logits.shape
+    if rows == 0:
+        return
     config = row_config(
         vocab_size,
         rows,
         (student_logits.dtype, teacher_logits.dtype),
         warp_size=64 if torch.version.hip else 32,
     )
+    with torch.cuda.device_of(student_logits):
+        kernel[(rows,)](
+            *tensors,
+            V=vocab_size,
+            stride_sm=student_logits.stride(0),
+            stride_tm=teacher_logits.stride(0),
+            stride_lm=0 if labels is None else labels.stride(0),
+            HAS_CE=labels is not None and spec.ce_weight != 0.0,
+            BLOCK_V=config.block_v,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+            # said here because the default differs between Triton releases
+            enable_fp_fusion=True,
+            **_spec_args(spec),
+            **gradient,
+        )
+
+
+def _spec_args(spec: KDSpec) -> dict:
     divergence = DIVERGENCES[spec.divergence]
     return {
-        "V": vocab_size,
         "scale": math.log2(math.e) / spec.temperature,
         "inv_temperature": 1.0 / spec.temperature,
         "beta": spec.beta,
@@ -510,30 +496,14 @@ def _spec_args(
         "log2_2_rest": math.log2(2.0 * (1.0 - spec.beta)) if divergence.reads_beta else 0.0,
         "DIVERGENCE": divergence.name,
         "ROW_SUMS": divergence.row_sums,
-        "HAS_CE": labels is not None and spec.ce_weight != 0.0,
         "UNIT_TEMPERATURE": spec.temperature == 1.0,
-        "BLOCK_V": config.block_v,
-        "VECTOR": config.vector,
-        "num_warps": config.num_warps,
-        "enable_fp_fusion": True,  # said here because the default differs between Triton releases
     }
 
 
-def _gradient_args(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    row_weights: Tensor,
-    spec: KDSpec,
-    dlogits: Tensor,
-) -> dict:
+def _gradient_args(row_weights: Tensor, spec: KDSpec, dlogits: Tensor) -> dict:
     return {
-        "stride_sm": student_logits.stride(0),
-        "stride_tm": teacher_logits.stride(0),
-        "stride_lm": 0 if labels is None else labels.stride(0),
         "stride_wm": row_weights.stride(0),
         "stride_dm": dlogits.stride(0),
         "kd_weight": spec.kd_weight,
         "ce_weight": spec.ce_weight,
-        **_spec_args(student_logits, teacher_logits, labels, spec),
     }
