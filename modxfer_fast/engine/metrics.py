@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from modxfer_fast import KDTerms
-
-IGNORE_INDEX = -100
+from modxfer_fast.data.collator import IGNORE_INDEX as IGNORE_INDEX
 
 
 class LossMeter:

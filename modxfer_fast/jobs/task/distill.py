@@ -17,7 +17,7 @@ from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.job import Job
 from modxfer_fast.jobs.stage import Stage, StageContext
-from modxfer_fast.jobs.task.models import Examples, TaskModel, task_collator
+from modxfer_fast.jobs.task.models import Examples, TaskModel, text_collator
 from modxfer_fast.jobs.task.stages import (
     RESULT,
     TrainingOptions,
@@ -129,7 +129,7 @@ def distil(context: StageContext) -> None:
         model,
         options.teacher.load_trained(context.inputs["teacher"]),
         data.train,
-        task_collator(side, options.teacher, data.max_length),
+        text_collator(side, options.teacher, data.max_length),
         training,
         seed=side.seed,
         output_dir=context.checkpoints,

@@ -207,7 +207,7 @@ class TaskModel:
             )
 
 
-def task_collator(student: TaskModel, teacher: TaskModel, max_length: int) -> TaskTextCollator:
+def text_collator(student: TaskModel, teacher: TaskModel, max_length: int) -> TaskTextCollator:
     """Batches for both models; one encoding serves both where their tokenizers read alike."""
     ours, theirs = student.tokenizer, teacher.tokenizer
     alike = (

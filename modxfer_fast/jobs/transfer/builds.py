@@ -15,7 +15,7 @@ from modxfer_fast.config.transfer import RefineSection, StatisticsSection
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.files import write_json
 from modxfer_fast.jobs.stage import OutsideFolder, StageContext
-from modxfer_fast.jobs.task.models import ADAPTER, TaskModel, task_collator
+from modxfer_fast.jobs.task.models import ADAPTER, TaskModel, text_collator
 from modxfer_fast.jobs.task.stages import TrainingOptions, fuse_lora, train
 from modxfer_fast.report import ConsoleCallback, JobConsole
 from modxfer_fast.transfer import (
@@ -260,7 +260,7 @@ def refine(context: StageContext) -> None:
         model,
         options.teacher.load_trained(context.inputs["teacher"]),
         options.texts.rows,
-        task_collator(side, options.teacher, options.max_length),
+        text_collator(side, options.teacher, options.max_length),
         section.training,
         seed=side.seed,
         output_dir=context.checkpoints,
