@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from modxfer_fast import __version__
 from modxfer_fast.config import ConfigError, as_dict, dump_config
 from modxfer_fast.files import new_folder, read_json, write_json, write_text
-from modxfer_fast.jobs.distill.continuation import changes
+from modxfer_fast.jobs.continuation import changes
 from modxfer_fast.jobs.environment import environment, quieten_libraries
 from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, check_output
 from modxfer_fast.jobs.ranks import is_main, single_process

@@ -16,7 +16,7 @@ from modxfer_fast.files import (
     sync_tree,
     write_text,
 )
-from modxfer_fast.jobs.distill.continuation import changes, describe, is_longer
+from modxfer_fast.jobs.continuation import changes, describe, is_longer
 from modxfer_fast.jobs.ranks import world_size
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import Store

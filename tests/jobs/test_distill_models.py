@@ -10,14 +10,9 @@ from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.distill.models import model_stage
 from modxfer_fast.jobs.stage import Live
 from modxfer_fast.report import JobConsole
+from tests.cli.conftest import TINY
 
-SIZES = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+SIZES = TINY["student"]["config"]
 
 
 @pytest.fixture(scope="module")
