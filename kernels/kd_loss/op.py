@@ -33,6 +33,7 @@ from modxfer_fast.kernels.common import (
     refuse_transforms,
     valid_rows,
 )
+from modxfer_fast.kernels.common.packing import row_major
 
 _SPEC = "Tensor numbers, str divergence"  # of a KDSpec
 
@@ -164,7 +165,7 @@ def _fwd(
     debug_check_finite(student_logits=student_logits, teacher_logits=teacher_logits)
     spec = KDSpec.read(divergence, numbers)
     kd, ce, stats = dispatch.load("kd_loss", backend).kd_loss_fwd(
-        _row_major(student_logits), _row_major(teacher_logits), labels, spec
+        row_major(student_logits), row_major(teacher_logits), labels, spec
     )
     rows = spec.kd_weight * kd + spec.ce_weight * ce
     if labels is not None:  # padding may hold anything, NaN included
@@ -185,8 +186,8 @@ def _bwd(
     spec = KDSpec.read(divergence, numbers)
     dlogits = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
     dispatch.load("kd_loss", backend).kd_loss_bwd(
-        _row_major(student_logits),
-        _row_major(teacher_logits),
+        row_major(student_logits),
+        row_major(teacher_logits),
         labels,
         drows.contiguous(),  # the gradient of a sum arrives with stride 0
         stats,
@@ -194,11 +195,6 @@ def _bwd(
         dlogits,
     )
     return dlogits
-
-
-def _row_major(logits: Tensor) -> Tensor:
-    """Kernels take any row stride but contiguous rows."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
 torch.library.impl("modxfer::kd_loss_fwd", "CompositeExplicitAutograd", _fwd)
