@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -294,7 +295,9 @@ def test_everything_works_without_triton(bare):
 
 
 def test_what_the_engine_needs_is_named(bare):
-    assert "DistillTrainer: transformers is not installed; pip install" in bare["trainer"]
+    # several are missing; the first that is imported is named
+    told = re.match(r"DistillTrainer: (\w+) is not installed; pip install", bare["trainer"])
+    assert told[1] in ("datasets", "transformers")
 
 
 def test_names_that_are_loaded_lazily_are_listed():

@@ -1,17 +1,14 @@
 """Distillation on Hugging Face Trainer and DeepSpeed: needs `pip install modxfer-fast[engine]`."""
 
+from modxfer_fast.data.tasks.collator import TaskTextCollator
 from modxfer_fast.engine.checkpoint import last_complete_checkpoint
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import load_projections
 from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.objective import Objective
-from modxfer_fast.engine.tasks.distillation import (
-    TaskDistillTrainer,
-    TaskHiddenOptions,
-    TaskTextCollator,
-    distil_task,
-)
+from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
+from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher, TeacherPlan
 from modxfer_fast.engine.trainer import DistillTrainer
 
@@ -21,11 +18,11 @@ __all__ = [
     "DistillTrainer",
     "NonFiniteError",
     "Objective",
-    "TaskDistillTrainer",
     "TaskHiddenOptions",
     "TaskTextCollator",
     "Teacher",
     "TeacherPlan",
+    "TeacherProtocol",
     "distil_task",
     "last_complete_checkpoint",
     "load_projections",

@@ -7,11 +7,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from modxfer_fast.config.loss import check_encoder_loss
 from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
 from modxfer_fast.engine.objective import Objective
-from modxfer_fast.engine.teachers.replica import checked_kind
+from modxfer_fast.engine.students.kinds import student_of_kind
 from modxfer_fast.kernels.divergences import FORMULAS, WITH_BETA
 
 logger = logging.get_logger(__name__)
@@ -31,7 +30,10 @@ class DistillConfig(TrainingArguments):
 
     kind: str = field(
         default="causal_lm",
-        metadata={"help": "causal_lm, or encoder: no logits, learned by hidden_states."},
+        metadata={
+            "help": "causal_lm; encoder: no logits, learned by hidden_states; or classifier, of "
+            "tokens or sequences."
+        },
     )
     divergence: str = field(
         default="forward_kl",
@@ -80,14 +82,11 @@ class DistillConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See max_skipped_steps."})
 
     def __post_init__(self):
-        checked_kind(self.kind)
-        if self.kd_weight is None:
-            self.kd_weight = 0.0 if self.kind == "encoder" else 1.0
+        student = student_of_kind(self.kind)
+        self.relation_options()
+        student.settle(self)
         self.objective()
         self.hidden_state_options()
-        self.relation_options()
-        if self.kind == "encoder":
-            check_encoder_loss(self.kd_weight, self.ce_weight, self.hidden_state_options())
         self._refuse_unsupported()
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -113,7 +112,7 @@ class DistillConfig(TrainingArguments):
 
     def objective(self) -> Objective | None:
         """The loss of the logits that the options describe; None for encoders, which have none."""
-        if self.kind == "encoder":
+        if not student_of_kind(self.kind).has_logits:
             return None
         return Objective(
             divergence=self.divergence,

@@ -130,12 +130,11 @@ class StepGuard(TrainerCallback):
         if not sums["nonfinite"]:
             return "the gradient was not finite though every loss was"
         # pairs of layers only where one is to blame, since there may be many
-        features = [
+        terms = [
             name
-            for name in self._module.meter.features
-            if name.endswith("_loss") or sums[f"nonfinite_{name}"]
+            for name in self._module.meter.names
+            if name in ("kd", "ce") or name.endswith("_loss") or sums[f"nonfinite_{name}"]
         ]
-        terms = ["kd", "ce", *features]
         parts = ", ".join(f"{name} in {sums[f'nonfinite_{name}']:.0f}" for name in terms)
         return (
             f"the loss was not finite in {sums['nonfinite']:.0f} micro-batches since the last "
@@ -145,9 +144,7 @@ class StepGuard(TrainerCallback):
     def _broken_parameters(self) -> str:
         names = nonfinite_parameters(self._module)
         if self._module.teacher is not None:
-            names += [
-                f"teacher.{name}" for name in nonfinite_parameters(self._module.teacher.model)
-            ]
+            names += [f"teacher.{name}" for name in self._module.teacher.nonfinite_parameters()]
         return f"; parameters that are not finite: {listed(names)}" if names else ""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modxfer_fast.engine.metrics import IGNORE_INDEX
+from modxfer_fast.data.collator import IGNORE_INDEX
 
 _CLAIM = "labels_are_aligned"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")

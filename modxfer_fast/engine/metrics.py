@@ -2,15 +2,13 @@
 
 import resource
 import time
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from modxfer_fast import KDTerms
-from modxfer_fast.data.collator import IGNORE_INDEX as IGNORE_INDEX
+from modxfer_fast.engine.batch import Terms
 
 
 class LossMeter:
@@ -19,73 +17,45 @@ class LossMeter:
     A micro-batch whose loss is not finite is counted, and left out of every other sum.
 
     Args:
-        features: names of further terms; each gets a sum under its name, the tokens it is a sum
-            over under `num_<name>`, and the micro-batches in which it was not finite under
-            `nonfinite_<name>`.
+        names: of the terms; each gets a sum under its name, the tokens it is a sum over under
+            `num_<name>`, and the micro-batches in which it was not finite under `nonfinite_<name>`.
     """
 
-    FIELDS = (
-        *("kd", "ce", "num_valid", "num_tokens"),
-        *("nonfinite_kd", "nonfinite_ce", "nonfinite", "nonfinite_teacher"),
-    )
-
-    def __init__(self, features: tuple[str, ...] = ()):
-        self.features = features
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
         self._sums: Tensor | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Keys of `totals`."""
-        prefixes = ("", "num_", "nonfinite_")
-        return (*self.FIELDS, *(prefix + name for prefix in prefixes for name in self.features))
+        of_terms = [prefix + name for prefix in ("", "num_") for name in self.names]
+        nonfinite = [f"nonfinite_{name}" for name in (*self.names, "teacher")]
+        return (*of_terms, "num_tokens", *nonfinite, "nonfinite")
 
     @torch.no_grad()
     def add(
-        self,
-        terms: KDTerms,
-        num_valid: Tensor | int,
-        num_tokens: Tensor | int,
-        features: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
-        teacher_is_finite: Tensor | None = None,
+        self, terms: Terms, num_tokens: Tensor | int, teacher_is_finite: Tensor | None = None
     ) -> None:
         """Adds one micro-batch.
 
         Args:
-            terms: its mean terms, and its whole loss. num_valid: the labels they are means over.
+            terms: its whole loss, and its sums; those without a place here are left out, and those
+                that are missing are 0.
             num_tokens: the tokens that are no padding.
-            features: {name: (sum over tokens, number of tokens)} of the further terms; those
-                without a place here are left out.
             teacher_is_finite: bool scalar, whether what the teacher answered with is.
         """
-        device = terms.loss.device
-        # zeros + value: a host number reaches the device as a kernel argument, without a copy
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        counted = torch.stack(
-            [
-                terms.kd * num_valid + zero,
-                terms.ce * num_valid + zero,
-                zero + num_valid,
-                zero + num_tokens,
-            ]
-        )
         loss = terms.loss.detach()
+        # a host number reaches the device as a kernel argument, without a copy
+        zero = torch.zeros((), dtype=torch.float64, device=loss.device)
+        pairs = [terms.sums.get(name, (zero, zero)) for name in self.names]
+        sums, counts = zip(*pairs, strict=True)
+        counted = torch.stack([*sums, *counts, zero + num_tokens])
         if teacher_is_finite is None:
             teacher_is_finite = loss.new_ones((), dtype=torch.bool)
         # a loss that hides a broken teacher is no loss
-        nonfinite = ~torch.stack(
-            [
-                terms.kd.isfinite(),
-                terms.ce.isfinite(),
-                loss.isfinite() & teacher_is_finite,
-                teacher_is_finite,
-            ]
-        )
-        further = counted[:0]
-        if self.features:
-            further = torch.stack([features[name][i] for i in (0, 1) for name in self.features])
-        broken = ~further[: len(self.features)].isfinite()
-        counted, further = (torch.where(nonfinite[2], 0.0, x) for x in (counted, further))
-        row = torch.cat([counted, nonfinite.double(), further, broken.double()])
+        whole = torch.stack([teacher_is_finite, loss.isfinite() & teacher_is_finite])
+        nonfinite = ~torch.cat([counted[: len(sums)].isfinite(), whole])
+        row = torch.cat([torch.where(whole[1], counted, 0.0), nonfinite.double()])
         self._sums = row if self._sums is None else self._sums + row
 
     def totals(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
@@ -101,6 +71,11 @@ class LossMeter:
 
     def restart(self) -> None:
         self._sums = None
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """The mean of each term of `LossMeter.totals` over its tokens, where there are any."""
+    return {name: sums[name] / sums[f"num_{name}"] for name in sums if sums.get(f"num_{name}")}
 
 
 class TrainingClock(TrainerCallback):

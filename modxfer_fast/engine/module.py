@@ -5,19 +5,22 @@ DeepSpeed wrap: gradients are reduced, and ZeRO-3 gathers the head while the los
 """
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast import KDTerms
+from modxfer_fast.engine.batch import Answer, Batch, Terms
 from modxfer_fast.engine.deepspeed import gathered
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.engine.features.taps import LayerTaps
-from modxfer_fast.engine.features.terms import FeatureLosses, TokenSet
-from modxfer_fast.engine.metrics import IGNORE_INDEX, LossMeter
+from modxfer_fast.engine.features.terms import FeatureLosses
+from modxfer_fast.engine.metrics import LossMeter
 from modxfer_fast.engine.objective import Objective
-from modxfer_fast.engine.students.causal_lm import base_model
-from modxfer_fast.engine.teachers.replica import PARTS, Teacher
+from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.teachers.protocol import TeacherProtocol
+from modxfer_fast.models.architecture import without_peft
 
 
 class DistillModule(nn.Module):
@@ -31,6 +34,8 @@ class DistillModule(nn.Module):
             parameters that they do not reach, such as a pooler, are frozen.
         hidden_states, relations: options of losses inside the networks, None for none.
         seed: of the projections' start.
+        kind: of the student; without it an encoder where there is no objective, else a causal
+            language model.
 
     Attributes:
         meter: where `forward` leaves its unweighted terms, as device tensors.
@@ -46,14 +51,15 @@ class DistillModule(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | None,
+        teacher: TeacherProtocol | None,
         objective: Objective | None,
         hidden_states: HiddenStateOptions | None = None,
         relations: RelationOptions | None = None,
         seed: int = 0,
+        kind: str | None = None,
     ):
         super().__init__()
-        kind = "encoder" if objective is None else "causal_lm"
+        parts = student_of_kind(kind or ("encoder" if objective is None else "causal_lm"))
         if teacher is None and objective is not None and objective.kd_weight != 0.0:
             raise ValueError(
                 f"teacher: expected a model because kd_weight is {objective.kd_weight}, got None"
@@ -65,19 +71,19 @@ class DistillModule(nn.Module):
             raise ValueError(
                 "teacher: expected a model because hidden_states or relations are given, got None"
             )
-        if teacher is not None and teacher.model is student:
+        if teacher is not None and getattr(teacher, "model", None) is student:
             raise ValueError(
                 "teacher: expected a model of its own, got the student, frozen by that"
             )
-        if teacher is not None and teacher.kind != kind:
-            raise ValueError(f"teacher: expected one of kind {kind!r}, got {teacher.kind!r}")
+        if teacher is not None and teacher.kind != parts.kind:
+            raise ValueError(f"teacher: expected one of kind {parts.kind!r}, got {teacher.kind!r}")
         self.student = student
         self.teacher = teacher
         self.objective = objective
-        self._parts = PARTS[kind].of(student, "student")
+        self._parts = parts.of(student, "student")
         # a head padded further than the other one has classes that no token is
-        self._num_classes = None if teacher is None else teacher.common_classes(self._parts)
-        self.features = None
+        self._num_classes = None if teacher is None else self._parts.common_classes(teacher)
+        self.features = self._student_taps = self._teacher_taps = None
         if has_features:
             self._student_taps = LayerTaps(self._parts.backbone, "student")
             self._teacher_taps = teacher.taps()
@@ -86,49 +92,36 @@ class DistillModule(nn.Module):
                 relations,
                 self._student_taps,
                 self._teacher_taps,
-                causal=objective is not None,
+                causal=parts.is_causal,
                 generator=torch.Generator().manual_seed(seed),
             )
             if objective is None:
-                self._freeze_what_no_loss_reaches()
+                self._parts.freeze_unreached(
+                    student, self._student_taps.blocks, self.features.hidden.student_layers
+                )
         self.meter = self.new_meter()
-
-    def _freeze_what_no_loss_reaches(self) -> None:
-        """DDP waits for the gradient of every trainable parameter."""
-        blocks = self._student_taps.blocks
-        if len(blocks) not in self.features.hidden.student_layers:
-            raise ValueError(
-                f"hidden_states.layers: expected the student's last block, {len(blocks)}, among "
-                "its layers, because the blocks above the last one that learns would learn nothing"
-            )
-        reached = {id(param) for param in self._parts.backbone.parameters()}
-        reached -= {id(param) for param in self._parts.parameters_behind(blocks)}
-        for param in self.student.parameters():
-            if id(param) not in reached:
-                param.requires_grad_(False)
 
     def new_meter(self, *, evaluation: bool = False) -> LossMeter:
         """A meter for the terms of this module, or for those that it has in eval mode."""
-        if self.features is None:
-            return LossMeter()
-        return LossMeter(self.features.measured_names if evaluation else self.features.names)
+        names = () if self.objective is None else ("kd", "ce")
+        if self.features is not None:
+            names += self.features.measured_names if evaluation else self.features.names
+        return LossMeter(names)
 
     @property
     def config(self):
-        return base_model(self.student, "student").config
+        return without_peft(self.student).config
 
     @property
     def _keys_to_ignore_on_save(self):
-        return base_model(self.student, "student")._keys_to_ignore_on_save
+        return without_peft(self.student)._keys_to_ignore_on_save
 
     def gathered_head(self) -> contextlib.AbstractContextManager:
         """Keeps the head whole, which `forward` reads but does not call. Collective."""
-        if self.objective is None:
-            return contextlib.nullcontext()
-        return gathered(self._parts.head.parameters(recurse=False))
+        return gathered(self._parts.uncalled_parameters())
 
     def tie_weights(self) -> None:
-        base_model(self.student, "student").tie_weights()
+        without_peft(self.student).tie_weights()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.student.get_input_embeddings()
@@ -142,7 +135,7 @@ class DistillModule(nn.Module):
             ValueError: reentrant, with relations: queries, keys and values inside a block have no
                 gradient then, while what leaves the block has one.
         """
-        base = base_model(self.student, "student")
+        base = without_peft(self.student)
         if self.features is not None and self.features.relation is not None:
             asked = activation_checkpointing_kwargs or {}
             if asked.get("use_reentrant"):
@@ -164,107 +157,64 @@ class DistillModule(nn.Module):
         """The same under the name that Trainer calls in transformers 5.17."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        num_valid: int | None = None,
-        token_mask: Tensor | None = None,
-        num_tokens: int | None = None,
-        num_tokens_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+        """What divides the sums over a collator's batch, by name; of a whole step it is handed to
+        `forward` as num_<name>_in_batch."""
+        all_tokens = self.features is not None and self.features.needs_all_tokens
+        return self._parts.counts(batch, all_tokens)
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Loss of one micro-batch.
 
         Args:
-            input_ids: [B, T].
-            labels: [B, T], labels[t] is the target of position t, unshifted; -100 masks. Encoders
-                take none.
-            attention_mask: [B, T]; says where padding is when `position_ids` is not given.
-            position_ids: [B, T], restarting at every packed document.
-            num_items_in_batch: number of labels of the optimiser step, over all ranks and
-                micro-batches, that divides the sum over this one. Without it the loss is the mean.
-            num_valid: number of labels other than -100 here, known on the host.
-            token_mask: [B, T] bool, the tokens that hidden states and relations are compared on.
-                Without it those of `attention_mask`, or all.
-            num_tokens: number of those tokens here, known on the host.
-            num_tokens_in_batch: number of those tokens of the optimiser step, as
-                `num_items_in_batch` is of labels.
+            batch: what `read` of the kind of student takes (students/). Of text models:
+                input_ids, attention_mask, position_ids: [B, T], see `read_tokens`.
+                labels: [B, T], labels[t] is the target of position t, unshifted; -100 masks.
+                num_items_in_batch: number of labels of the optimiser step, over all ranks and
+                    micro-batches, that divides the sum over this one. Without it the loss is the
+                    mean.
+                num_valid: number of labels other than -100 here, known on the host.
+                token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
+                    states and relations are compared on, by default those that are no padding.
         """
-        inputs = (input_ids, attention_mask, position_ids)
+        batch = self._parts.read(**batch)
         objective = self.objective
         if objective is not None and not self.training:
-            objective = objective.measured(self.teacher is not None)
-        if self.features is not None:
-            if position_ids is not None and self.features.relation is not None:
-                raise ValueError(
-                    "relations: expected rows of one document each, because a relation spans a "
-                    "row; use a collator that neither packs nor emits position_ids"
-                )
+            objective = objective.measured(self.teacher is not None, batch.labels is not None)
+        target = None
+        if self.features is not None or objective.kd_weight != 0.0:
             # first, while no activations of the student are kept
-            teacher_hidden, teacher_states = self.teacher.hidden_and_states(
-                self._teacher_taps, *inputs
-            )
-            student_hidden, student_states = self._student_taps.run(self._parts, *inputs)
-        else:
-            student_hidden = self._parts.hidden(*inputs)
-            teacher_hidden = None
-            if objective.kd_weight != 0.0:
-                teacher_hidden = self.teacher.hidden(*inputs)
-        if objective is None:
-            zero = torch.zeros((), device=input_ids.device)
-            terms, labelled, num_valid = KDTerms(zero, zero, zero), None, 0
-        else:
-            valid = labels != IGNORE_INDEX
-            labelled = TokenSet(valid, num_valid, num_items_in_batch)
-            terms = self._logit_terms(objective, student_hidden, teacher_hidden, labels, labelled)
-            num_valid = valid.sum() if num_valid is None else num_valid
-        sums = {}
+            self._check_compared(batch)
+            target = self.teacher.answer(batch, self._teacher_taps)
+        answer = self._parts.answer(batch.inputs, batch.rows, self._student_taps)
+        terms = []
+        if objective is not None:
+            terms.append(self._parts.terms(objective, answer, target, batch, self._num_classes))
         if self.features is not None:
-            if token_mask is None and attention_mask is not None:
-                token_mask = attention_mask.bool()
-            features = self.features(
-                student_states,
-                teacher_states,
-                TokenSet(token_mask, num_tokens, num_tokens_in_batch),
-                labelled,
-                input_ids,
-            )
-            terms = terms._replace(loss=terms.loss + features.loss)
-            sums = features.sums
-        teacher_is_finite = None
-        if teacher_hidden is not None:  # where it counts: padding may hold anything
-            counted = token_mask if labelled is None else labelled.mask
-            broken = ~teacher_hidden.isfinite().all(-1)
-            teacher_is_finite = ~(broken if counted is None else broken & counted).any()
-        present = input_ids.numel() if attention_mask is None else attention_mask.sum()
-        self.meter.add(terms, num_valid, present, sums, teacher_is_finite)
-        return {"loss": terms.loss}
+            terms.append(self.features(answer.states, target.states, batch.tokens, batch.labelled))
+        loss = sum((each.loss for each in terms[1:]), start=terms[0].loss)
+        sums = {name: value for each in terms for name, value in each.sums.items()}
+        self.meter.add(Terms(loss, sums), batch.num_tokens, _is_finite(target, batch))
+        return {"loss": loss}
 
-    def _logit_terms(
-        self,
-        objective: Objective,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor | None,
-        labels: Tensor,
-        labelled: TokenSet,
-    ) -> KDTerms:
-        """Terms of the logits, from last hidden states [B, T, D] and the heads."""
-        student_head = self._parts.weight_and_bias(self._num_classes)
-        if objective.kd_weight != 0.0:
-            teacher_head = self.teacher.head(self._num_classes)
-        else:
-            # of no width, so that its GEMM costs nothing; its divergence has weight 0
-            teacher_hidden = student_hidden.detach()[..., :0]
-            teacher_head = student_head[0].detach()[:, :0], None
-        return objective.terms(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            labels,
-            labelled.normalizer,
-            labelled.num_valid,
-        )
+    def _check_compared(self, batch: Batch) -> None:
+        if self.features is None:
+            return
+        if self.features.relation is not None and batch.inputs.get("position_ids") is not None:
+            raise ValueError(
+                "relations: expected rows of one document each, because a relation spans a "
+                "row; use a collator that neither packs nor emits position_ids"
+            )
+        if batch.teacher_inputs is not None and batch.teacher_rows is None:
+            raise ValueError(
+                "hidden: expected teacher_rows beside teacher_inputs, which say the tokens to "
+                "compare; texts of sequence classifiers have them with one tokenizer only"
+            )
+
+
+def _is_finite(target: Answer | None, batch: Batch) -> Tensor | None:
+    """Whether a teacher's output is finite where it counts: padding may hold anything."""
+    if target is None:
+        return None
+    broken, counted = ~target.output.isfinite().all(-1), batch.compared.mask
+    return ~(broken if counted is None else broken & counted).any()

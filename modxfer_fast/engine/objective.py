@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modxfer_fast import KDTerms
 from modxfer_fast.config.loss import LOSS_IMPLS
-from modxfer_fast.engine.metrics import IGNORE_INDEX
+from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.kernels.common import KDSpec, check_workspace
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
@@ -36,9 +36,9 @@ class Objective(KDSpec):
         check_workspace(self.workspace_mb)
         self.checked()
 
-    def measured(self, has_teacher: bool) -> "Objective":
+    def measured(self, has_teacher: bool, has_labels: bool = True) -> "Objective":
         """The objective that reports both terms, whatever their weight in training."""
-        return replace(self, kd_weight=1.0 if has_teacher else 0.0, ce_weight=1.0)
+        return replace(self, kd_weight=float(has_teacher), ce_weight=float(has_labels))
 
     def combine(self, kd: float, ce: float) -> float:
         """The loss whose unweighted terms are `kd` and `ce`."""

@@ -1,30 +1,34 @@
 """Hugging Face's Trainer, with its loop, launchers, logging and checkpoints, on the fused loss."""
 
-import contextlib
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 
-from modxfer_fast.engine import checkpoint, deepspeed
+from modxfer_fast.engine import checkpoint, deepspeed, saving
+from modxfer_fast.engine.checkpoint import atomic_folder
 from modxfer_fast.engine.config import DistillConfig
-from modxfer_fast.engine.features.projections import load_projections, save_projections
-from modxfer_fast.engine.guard import NonFiniteError, StepGuard
-from modxfer_fast.engine.labels import AlignedLabels, sample_start
-from modxfer_fast.engine.metrics import IGNORE_INDEX, TrainingClock, peak_mem_mib
+from modxfer_fast.engine.evaluation import (
+    evaluating,
+    evaluation_metrics,
+    without_repeated_samples,
+)
+from modxfer_fast.engine.features.projections import group_projections, load_projections
+from modxfer_fast.engine.guard import StepGuard
+from modxfer_fast.engine.metrics import TrainingClock, means, peak_mem_mib
 from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
-from modxfer_fast.models.checks import check_finite
+from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
 
 class DistillTrainer(Trainer):
@@ -44,13 +48,15 @@ class DistillTrainer(Trainer):
     then tell the int "num_tokens", the tokens that are no padding.
 
     With args.kind "encoder" there are no logits: batches need no "labels", and the student learns
-    from hidden states, and relations, of all tokens that are no padding.
+    from hidden states, and relations, of all tokens that are no padding. With "classifier" batches
+    are those of students/classifier.py.
 
     Args:
         model: student, PreTrainedModel or PeftModel.
         args: configuration; under ZeRO-3 made before `model` was loaded.
-        teacher: frozen model, or a Teacher with its plan, or None for cross entropy alone. With
-            kd_weight=0 it takes part in evaluation only.
+        teacher: frozen model, or a Teacher with its plan, or what answers as one does
+            (teachers/protocol.py), or None for cross entropy alone. With kd_weight=0 it takes part
+            in evaluation only.
         data_collator: see above.
         processing_class: tokenizer, saved with the student. It lets vocabularies of the two models
             be padded to different sizes: the classes that both have count.
@@ -63,7 +69,7 @@ class DistillTrainer(Trainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: DistillConfig,
-        teacher: PreTrainedModel | PeftModel | Teacher | None = None,
+        teacher: PreTrainedModel | PeftModel | TeacherProtocol | None = None,
         train_dataset=None,
         eval_dataset=None,
         data_collator=None,
@@ -75,8 +81,7 @@ class DistillTrainer(Trainer):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
         if data_collator is None:
             raise TypeError("data_collator: expected a collator of input_ids and labels, got None")
-        if args.kind != "encoder":
-            data_collator = AlignedLabels(data_collator)
+        data_collator = student_of_kind(args.kind).collator(data_collator)
         # a processor of several modalities has a tokenizer and no length
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         num_tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
@@ -88,6 +93,7 @@ class DistillTrainer(Trainer):
             args.hidden_state_options(),
             args.relation_options(),
             seed=args.seed,
+            kind=args.kind,
         )
         with deepspeed.contained_launch_flag():
             super().__init__(
@@ -113,7 +119,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self.clock)
         self.add_callback(self.guard)
         self._num_tokens = 0
-        self._num_tokens_in_batch = None
+        self._in_batch: dict[str, Tensor] = {}
         self._resumed: checkpoint.CheckpointInfo | None = None
         self._teacher_is_checked = False
 
@@ -159,16 +165,9 @@ class DistillTrainer(Trainer):
             checkpoint.read_marker(resume_from_checkpoint)
             self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
         if resume_from_checkpoint:
-            info = checkpoint.read_marker(resume_from_checkpoint)
-            written = (info.world_size, info.zero_stage)
-            if written != (self.args.world_size, self.zero_stage):
-                raise ValueError(
-                    f"resume_from_checkpoint: written by {info.world_size} ranks with "
-                    f"zero_stage={info.zero_stage}, this run has {self.args.world_size} ranks with "
-                    f"zero_stage={self.zero_stage}"
-                )
-            self._num_tokens = info.num_tokens
-            self._resumed = info
+            self._resumed = checkpoint.read_marker(resume_from_checkpoint)
+            saving.check_resumable(self._resumed, self.args.world_size, self.zero_stage)
+            self._num_tokens = self._resumed.num_tokens
         self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)
         self._check_teacher()
         check_finite(self.student, "student")
@@ -178,7 +177,7 @@ class DistillTrainer(Trainer):
     def _check_teacher(self) -> None:
         """Looks once, when it is on its device, at whether a frozen teacher is finite."""
         if self.model.teacher is not None and not self._teacher_is_checked:
-            check_finite(self.model.teacher.model, "teacher")
+            refuse_nonfinite(self.model.teacher.nonfinite_parameters(), "teacher")
             self._teacher_is_checked = True
 
     def _on_main(self, compute: Callable[[], Any]) -> Any:
@@ -218,28 +217,13 @@ class DistillTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created:
-            self._group_projections(optimizer)
+            options = self.args.hidden_state_options()
+            if options is not None:
+                projections = list(self.model.features.parameters())
+                group_projections(optimizer, projections, options, self.args.weight_decay)
             # DeepSpeed drops an empty group (LoRA has no biases or norms), schedulers then miscount
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
         return optimizer
-
-    def _group_projections(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives projections a group of their own where they have options of their own."""
-        options = self.args.hidden_state_options()
-        if options is None or (options.learning_rate is None and options.weight_decay is None):
-            return
-        projections = list(self.model.features.parameters())
-        if not projections:
-            return
-        own = {id(param) for param in projections}
-        for group in optimizer.param_groups:
-            group["params"] = [param for param in group["params"] if id(param) not in own]
-        group = {"params": projections}
-        if options.learning_rate is not None:
-            group["lr"] = options.learning_rate
-        weight_decay = options.weight_decay
-        group["weight_decay"] = self.args.weight_decay if weight_decay is None else weight_decay
-        optimizer.add_param_group(group)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # resumed below: Trainer loads a DeepSpeed checkpoint strictly unless `self.model` is a
@@ -247,31 +231,34 @@ class DistillTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
-                self._load_deepspeed_checkpoint(resume_from_checkpoint)
+                saving.load_engine(self.model_wrapped, resume_from_checkpoint, self.student)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
-            _follow_schedule(self.lr_scheduler)
+            saving.follow_schedule(self.lr_scheduler)
         self.guard.engine = self.deepspeed
         if not self.zero_stage:
             self.guard.watch(self.optimizer)
         return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        features = self.model.features
-        self._num_tokens_in_batch = None
-        if features is not None and features.needs_all_tokens and batch_samples:
-            count = sum(_num_tokens(batch) for batch in batch_samples)
-            count = torch.as_tensor(count, dtype=torch.float32).to(device)
-            self._num_tokens_in_batch = self._sum_over_ranks(count)
-        if self.args.kind == "encoder":  # no labels to count; None would divide the loss once more
-            return self._num_tokens_in_batch
-        return super()._get_num_items_in_batch(batch_samples, device)
+        counts = [self.model.counts(batch) for batch in batch_samples]
+        self._in_batch = {}
+        if counts:
+            totals = [_total([each[name] for each in counts], device) for name in counts[0]]
+            totals = self._sum_over_ranks(torch.stack(totals)).unbind()
+            self._in_batch = {
+                f"num_{name}_in_batch": total for name, total in zip(counts[0], totals, strict=True)
+            }
+        # Trainer only asks whether there is one: without, it would divide the loss once more
+        return next(iter(self._in_batch.values()), None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "num_samples"}
-        if self._num_tokens_in_batch is not None:
-            inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, **self._in_batch)
+        loss = outputs["loss"]
+        if self._in_batch:  # DDP and DeepSpeed average over ranks what is here a sum over them
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -297,22 +284,17 @@ class DistillTrainer(Trainer):
         self.model.meter.restart()
         seconds = self.clock.lap()
         self._num_tokens += int(sums["num_tokens"])
-        measured = {}
-        if sums["num_valid"]:
-            if self.args.kd_weight:
-                measured["kd_loss"] = sums["kd"] / sums["num_valid"]
-            if self.args.ce_weight:
-                measured["ce_loss"] = sums["ce"] / sums["num_valid"]
-        measured |= self._feature_means(sums)
+        measured = means(sums)
+        for name in ("kd", "ce"):
+            value = measured.pop(name, None)
+            if value is not None and getattr(self.args, f"{name}_weight"):
+                measured[f"{name}_loss"] = value
         measured["num_tokens"] = self._num_tokens
         measured["tokens_per_s"] = round(sums["num_tokens"] / seconds, 1)
         measured["peak_mem_mib"] = round(peak_mem_mib(self.args.device), 1)
         if self.guard.skipped:
             measured["skipped_steps"] = self.guard.skipped
         return measured
-
-    def _feature_means(self, sums: dict[str, float]) -> dict[str, float]:
-        return {name: sums[name] / sums[f"num_{name}"] for name in sums if sums.get(f"num_{name}")}
 
     # ---- evaluation ----
 
@@ -342,26 +324,22 @@ class DistillTrainer(Trainer):
             raise ValueError(
                 "eval_dataset: expected one with a length, which tells what samples ranks repeat"
             )
+        has_features, state = self.model.features is not None, self.accelerator.gradient_state
         paused = self.clock.pause()
-        training_meter = self.model.meter
-        self.model.meter = self.model.new_meter(evaluation=True)
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with self._evaluated_model() as model:
+            with evaluating(self.model, self.deepspeed, self.args.device) as model:
                 for inputs in dataloader:
-                    inputs = self._prepare_inputs(self._without_repeated_samples(inputs))
+                    inputs = without_repeated_samples(inputs, self.args, state, has_features)
+                    inputs = self._prepare_inputs(inputs)
                     with torch.no_grad(), self.accelerator.autocast():
                         model(**inputs)
                     self.control = self.callback_handler.on_prediction_step(
                         self.args, self.state, self.control
                     )
-            sums = self.model.meter.totals(self._sum_over_ranks, self.args.device)
+                sums = self.model.meter.totals(self._sum_over_ranks, self.args.device)
         finally:
-            self.model.meter = training_meter
-            self.model.train(was_training)
             self.clock.resume(paused)
-        metrics = self._evaluation_metrics(sums)
+        metrics = evaluation_metrics(self.model, sums)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
@@ -369,136 +347,43 @@ class DistillTrainer(Trainer):
             num_samples=self.num_examples(dataloader),
         )
 
-    def _evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        if sums["nonfinite_teacher"]:
-            raise NonFiniteError(
-                "teacher: expected hidden states that are finite, got NaN or inf in "
-                f"{sums['nonfinite_teacher']:.0f} batches of the evaluation though its weights are "
-                "finite; a half-precision teacher may need bfloat16 or float32"
-            )
-        features = self._feature_means(sums)
-        if sums["nonfinite"]:
-            features = dict.fromkeys(features, math.nan)
-        inside = sum(value for name, value in features.items() if name.endswith("_loss"))
-        if self.model.objective is None:
-            if not sums["num_tokens"]:
-                raise ValueError("eval_dataset: expected at least one token, got none")
-            return {"loss": inside, **features}
-        if sums["nonfinite"]:
-            kd = ce = math.nan
-        elif not sums["num_valid"]:
-            raise ValueError("eval_dataset: expected at least one label other than -100, got none")
-        else:
-            kd, ce = sums["kd"] / sums["num_valid"], sums["ce"] / sums["num_valid"]
-        perplexity = math.exp(ce) if not ce > 700 else math.inf
-        loss = self.model.objective.combine(kd, ce) + inside
-        metrics = {"loss": loss, "ce": ce, "perplexity": perplexity, **features}
-        if self.model.teacher is not None:
-            metrics["kd"] = kd
-        return metrics
-
-    @contextlib.contextmanager
-    def _evaluated_model(self) -> Iterator[nn.Module]:
-        """What to call for evaluation, also before training, when there is no engine yet."""
-        if self.deepspeed is not None:
-            yield self.deepspeed
-            return
-        self.model.to(self.args.device)
-        with deepspeed.gathered_on_call(self.model), self.model.gathered_head():
-            yield self.model
-
-    def _without_repeated_samples(self, inputs: dict) -> dict:
-        inputs = dict(inputs)
-        num_rows = inputs["input_ids"].shape[0]
-        num_samples = inputs.pop("num_samples", num_rows)
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        # of the last batches of all ranks, laid end to end, the first `remainder` samples are new
-        num_new = max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0)
-        if num_new >= num_samples:
-            return inputs
-        if num_samples == num_rows or num_new == 0:
-            repeated = slice(num_new, None)
-        else:
-            start = sample_start(inputs.get("position_ids"), num_new, num_samples)
-            repeated = (slice(None), slice(start, None))
-        if "labels" in inputs:
-            labels = inputs["labels"].clone()
-            labels[repeated] = IGNORE_INDEX
-            inputs |= {"labels": labels, "num_valid": None}
-        if self.model.features is not None:
-            mask = inputs.get("attention_mask")
-            mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask.clone()
-            mask[repeated] = 0
-            inputs |= {"token_mask": mask.bool(), "num_tokens": None}
-        return inputs
-
     # ---- saving and loading ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the student as its Auto class or PeftModel reads it. All ranks must call."""
         output_dir = output_dir or self.args.output_dir
-        state = projections = None
+        states = (None, None)
         if self.zero_stage == 3:
-            keep = self.args.should_save
-            state = deepspeed.whole_state_dict(
-                self.student, keep, only_trainable=isinstance(self.student, PeftModel)
-            )
-            if self.model.features is not None:
-                projections = deepspeed.whole_state_dict(
-                    self.model.features, keep, only_trainable=False
-                )
+            states = saving.gathered_states(self.model, self.args.should_save)
         if self.args.should_save:
-            if _internal_call:  # inside a checkpoint, which gets its marker when it is whole
-                self._save(output_dir, state, projections)
-            else:
-                with checkpoint.atomic_folder(output_dir) as folder:
-                    self._save(str(folder), state, projections)
+            # a checkpoint that it is part of gets its marker when it is whole
+            whole = nullcontext(output_dir) if _internal_call else atomic_folder(output_dir)
+            with whole as folder:
+                saving.write_student(folder, self.model, self.processing_class, states)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(
-        self,
-        output_dir: str | None = None,
-        state_dict: dict | None = None,
-        projections: dict | None = None,
-    ) -> None:
-        self.student.save_pretrained(output_dir, state_dict=state_dict)
-        if self.model.features is not None:
-            save_projections(output_dir, self.model.features, projections)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         paused = self.clock.pause()
         run_dir = self._get_output_dir(trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():  # damaged, or of an interrupted run
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
-        # older checkpoints go only once this one is whole
         pending = self.model.meter.totals(self._sum_over_ranks, self.args.device)
-        num_tokens = self._num_tokens + int(pending["num_tokens"])
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         info = checkpoint.CheckpointInfo(
             self.state.global_step,
             self.args.world_size,
             self.zero_stage,
-            num_tokens,
+            self._num_tokens + int(pending["num_tokens"]),
             self._loss_sum(),
             self.clock.since_begin() + (self._resumed.seconds if self._resumed else 0.0),
             self.guard.skipped,
         )
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        # older checkpoints go only once this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.mark_complete(folder, info)
-        except BaseException:  # a full disk
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+            with saving.whole_checkpoint(
+                folder, info, self.args.should_save, self.accelerator.wait_for_everyone
+            ):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -512,47 +397,28 @@ class DistillTrainer(Trainer):
         self.clock.resume(paused)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not (self.is_deepspeed_enabled and isinstance(self.student, PeftModel)):
+        if self.is_deepspeed_enabled and isinstance(self.student, PeftModel):
+            # Trainer would write the frozen base model too, since `self.model` is no PeftModel
+            engine, scheduler = self.model_wrapped, self.lr_scheduler
+            saving.save_engine(engine, scheduler, output_dir, self.args.should_save)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # Trainer would write the frozen base model too, since `self.model` is no PeftModel
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model or self.student)
         if self.model.features is not None:
             load_projections(resume_from_checkpoint, self.model.features)
 
-    def _load_deepspeed_checkpoint(self, folder: str) -> None:
-        is_peft = isinstance(self.student, PeftModel)
-        deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=not is_peft)
-
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
-            self._load_deepspeed_checkpoint(self.state.best_model_checkpoint)
+            folder = self.state.best_model_checkpoint
+            saving.load_engine(self.model_wrapped, folder, self.student)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _follow_schedule(scheduler) -> None:
-    """Gives the optimiser the learning rate of its schedule, which a longer run has changed.
-
-    The optimiser's own state holds the one of the run that wrote it, often 0 at its end.
-    """
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return
-    groups = scheduler.optimizer.param_groups
-    pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in pairs]
-    for group, rate in zip(groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate
-
-
-def _num_tokens(batch: dict) -> Tensor | int:
-    """Tokens of a micro-batch that are no padding."""
-    if batch.get("num_tokens") is not None:
-        return batch["num_tokens"]
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else mask.sum()
+def _total(counts: list[Tensor | int], device: torch.device) -> Tensor:
+    """The sum of counts, some known on the host, without a copy from there; int64."""
+    on_host = sum(count for count in counts if not isinstance(count, Tensor))
+    total = torch.full((), on_host, dtype=torch.int64, device=device)
+    return sum((count for count in counts if isinstance(count, Tensor)), start=total)

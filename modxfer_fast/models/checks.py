@@ -78,7 +78,11 @@ def listed(names: list[str]) -> str:
 
 def check_finite(model: nn.Module, role: str) -> None:
     """Raise when a weight is not finite."""
-    names = nonfinite_parameters(model)
+    refuse_nonfinite(nonfinite_parameters(model), role)
+
+
+def refuse_nonfinite(names: list[str], role: str) -> None:
+    """Raise when there are names of weights that are not finite."""
     if names:
         raise ModelError(
             f"{role}: expected weights that are finite, got NaN or inf in {listed(names)}; the "

@@ -15,18 +15,14 @@ from modxfer_fast.config.loss import HiddenStatesSection, RelationsSection
 from modxfer_fast.config.task_distill import TaskDistillConfig, TaskLossSection, TaskStudentSection
 from modxfer_fast.config.transfer import RefineSection, TransferSection, TransferStudentSection
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
-from modxfer_fast.engine.tasks.distillation import (
-    TaskDistillTrainer,
-    TaskHiddenOptions,
-    distil_task,
-)
+from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, LinearKDLoss
 from modxfer_fast.transfer import MapOptions
 
 DOORS = {
     "logits": (
         *(LossSection, TaskLossSection, RefineSection, DistillConfig, LinearKDLoss),
-        *(kd_loss, linear_kd_loss, TaskDistillTrainer, distil_task),
+        *(kd_loss, linear_kd_loss, distil_task),
     ),
     "hidden states": (
         *(HiddenStatesSection, HiddenStateOptions, HiddenStateLoss, TaskHiddenOptions),

@@ -197,7 +197,10 @@ def test_student_and_projections_are_saved_and_resumed(tmp_path):
         ({"ce_weight": 0.5}, "ce_weight: expected 0 or nothing with kind: encoder"),
         ({"hidden_states": None}, "hidden_states: expected a section with kind: encoder"),
         ({"hidden_states": {**PAIRS, "tokens": "labels"}}, "hidden_states.tokens: expected all"),
-        ({"kind": "decoder"}, "kind: expected one of causal_lm, encoder, got 'decoder'"),
+        (
+            {"kind": "decoder"},
+            "kind: expected one of causal_lm, encoder, classifier, got",
+        ),
     ],
 )
 def test_options_that_an_encoder_cannot_have(tmp_path, options, message):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
+from modxfer_fast.engine.batch import Batch
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
 from tests.feature_reference import evaluate_dense_features, train_dense_features
@@ -253,12 +254,12 @@ def test_only_mapped_layers_are_taken_and_nothing_is_kept():
     options = HiddenStateOptions(layers={1: 2})
     module = DistillModule(student, teacher, Objective(), options)
     batch = align_collate([DATA[0], DATA[1]])
-    inputs = batch["input_ids"], batch["attention_mask"], None
-    _, states = module._student_taps.run(module._parts, *inputs)
-    assert list(states.hidden) == [1]
-    _, states = teacher.hidden_and_states(module._teacher_taps, *inputs)
-    assert list(states.hidden) == [2]
-    assert not states.hidden[2].requires_grad
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    answer = module._parts.answer(inputs, taps=module._student_taps)
+    assert list(answer.states.hidden) == [1]
+    answer = teacher.answer(Batch(inputs), module._teacher_taps)
+    assert list(answer.states.hidden) == [2]
+    assert not answer.states.hidden[2].requires_grad
     module(**batch)["loss"].backward()
     for model in (student, teacher.model):
         for block in model.model.layers:

@@ -13,6 +13,7 @@ from transformers import (
 
 from modxfer_fast.data import CausalCollator, train_tokenizer
 from modxfer_fast.engine import DistillConfig, DistillTrainer
+from modxfer_fast.engine.evaluation import without_repeated_samples
 from modxfer_fast.engine.labels import AlignedLabels, shifted
 from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
 
@@ -192,12 +193,13 @@ def test_the_student_learns_the_next_token_and_not_its_input(tmp_path, tokenizer
 # ---- samples that ranks repeat in an evaluation ----
 
 
-def as_last_batches(run, monkeypatch, rank, remainder):
+def last_batch(run, batch, monkeypatch, rank, remainder):
     """As though the trainer were one of two ranks, at the last batch of an evaluation."""
     monkeypatch.setattr(DistillConfig, "world_size", 2)
     monkeypatch.setattr(DistillConfig, "process_index", rank)
     state = SimpleNamespace(end_of_dataloader=True, remainder=remainder)
-    monkeypatch.setattr(run.accelerator, "gradient_state", state)
+    has_features = run.model.features is not None
+    return without_repeated_samples(batch, run.args, state, has_features)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +220,8 @@ def test_each_sample_counts_once_over_ranks(tmp_path, monkeypatch, collate, rema
     laid = [*rows, *rows * 4][:8]  # as the sampler goes on from the beginning
     predicted, tokens = [], []
     for rank in (0, 1):
-        as_last_batches(run, monkeypatch, rank, remainder)
-        batch = run._without_repeated_samples(run.data_collator(laid[4 * rank :][:4]))
+        batch = run.data_collator(laid[4 * rank :][:4])
+        batch = last_batch(run, batch, monkeypatch, rank, remainder)
         assert "num_samples" not in batch
         predicted += batch["labels"][batch["labels"] != _].tolist()
         mask = batch.get("token_mask")
@@ -239,14 +241,12 @@ def test_repeated_samples_that_cannot_be_told_are_named(tmp_path, monkeypatch):
     packed_twice.labels_are_aligned = True
     run = trainer(tmp_path, packed_twice, per_device_eval_batch_size=4, max_steps=1)
     batch = run.data_collator([run.eval_dataset[i] for i in range(4)])
-    as_last_batches(run, monkeypatch, 1, 6)
     with pytest.raises(
         ValueError, match=r"data_collator: expected a row for each sample.* of the 4"
     ):
-        run._without_repeated_samples(batch)
-    as_last_batches(run, monkeypatch, 1, 4)  # all of this rank's are repeated
-    assert (run._without_repeated_samples(batch)["labels"] == _).all()
+        last_batch(run, batch, monkeypatch, 1, 6)
+    # all of this rank's are repeated
+    assert (last_batch(run, batch, monkeypatch, 1, 4)["labels"] == _).all()
     del batch["position_ids"]
-    as_last_batches(run, monkeypatch, 1, 6)
     with pytest.raises(ValueError, match="got none: which samples ranks repeat"):
-        run._without_repeated_samples(batch)
+        last_batch(run, batch, monkeypatch, 1, 6)

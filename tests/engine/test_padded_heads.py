@@ -116,7 +116,7 @@ def test_the_gradient_of_padding_is_zero():
     student, teacher = models("student", tied=False)
     student.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(PADDED))
     split = SplitCausalLM.of(student, "student")
-    weight, bias = split.weight_and_bias(Teacher(teacher, num_tokens=TOKENS).common_classes(split))
+    weight, bias = split.weight_and_bias(split.common_classes(Teacher(teacher, num_tokens=TOKENS)))
     assert weight.shape[0] == bias.shape[0] == COMMON
     assert weight.data_ptr() == split.head.weight.data_ptr()
     (weight.sum() + bias.sum()).backward()
@@ -150,7 +150,7 @@ def test_vocabularies_that_do_not_hold_every_token(vocabularies, num_tokens, mes
     student, teacher = (tiny_llama(vocab_size=size) for size in vocabularies)
     split = SplitCausalLM.of(student, "student")
     with pytest.raises(ValueError, match=message):
-        Teacher(teacher, num_tokens=num_tokens).common_classes(split)
+        split.common_classes(Teacher(teacher, num_tokens=num_tokens))
 
 
 def test_the_trainer_tells_the_teacher_the_number_of_tokens(tmp_path):

@@ -15,7 +15,13 @@ from transformers import (
 )
 
 from modxfer_fast.config import ConfigError
-from modxfer_fast.engine import TaskHiddenOptions, TaskTextCollator, distil_task
+from modxfer_fast.engine import (
+    DistillConfig,
+    DistillTrainer,
+    TaskHiddenOptions,
+    TaskTextCollator,
+    distil_task,
+)
 from tests.encoder_models import tiny_encoder, word_tokenizer
 
 WORDS = ["paris", "is", "old", "anna", "went", "home", "rivers", "cold", "x", "by"]
@@ -333,3 +339,65 @@ def test_what_does_not_fit_is_told(tmp_path, tokenizers):
         run(tokens(), broken)
     with pytest.raises(ValueError, match="expected a task model"):
         run(model(AutoModel, tokenizers[0]), tokens())
+
+
+@pytest.mark.parametrize("task", ["tokens", "sequences"])
+def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch, tokenizers, task):
+    # tensors on the meta device have no values: whoever asks for one, or for how many there are
+    # of some kind, as a GPU would have to tell the host, raises
+    def on_meta(value):
+        if isinstance(value, dict):
+            return {name: on_meta(each) for name, each in value.items()}
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    # transformers itself asks whether a mask is all ones
+    ask = "transformers.masking_utils._ignore_bidirectional_mask_sdpa"
+    monkeypatch.setattr(ask, lambda *args, **kwargs: False)
+    auto_class, texts = {
+        "tokens": (AutoModelForTokenClassification, sentences(3)),
+        "sequences": (AutoModelForSequenceClassification, pairs(3)),
+    }[task]
+    labelled = [
+        text | ({"tags": [1] * len(text["words"])} if task == "tokens" else {"label": 2})
+        for text in texts
+    ]
+    theirs = tokenizers[1] if task == "tokens" else None
+    run = DistillTrainer(
+        model(auto_class, tokenizers[0]),
+        DistillConfig(
+            output_dir=str(tmp_path),
+            report_to="none",
+            kind="classifier",
+            ce_weight=0.5,
+            hidden_states={"layers": {1: 2}},
+        ),
+        model(auto_class, theirs or tokenizers[0], 48, 3, seed=1),
+        texts,
+        data_collator=TaskTextCollator(tokenizers[0], theirs),
+    )
+    batch = on_meta(run.data_collator(labelled))
+    module = run.model.to("meta").train()
+    run.model.teacher.to("meta")
+    run._get_num_items_in_batch([batch, batch], torch.device("meta"))
+    assert set(run._in_batch) == {f"num_{name}_in_batch" for name in ("rows", "items", "tokens")}
+    loss = run.compute_loss(module, batch)
+    loss.backward()
+    assert all(param.grad is not None for param in module.parameters())
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        loss.item()
+
+
+def test_updates_that_are_not_finite_are_left_out(tmp_path, tokenizers):
+    student = model(AutoModelForTokenClassification, tokenizers[0])
+    teacher = model(AutoModelForTokenClassification, tokenizers[0], seed=1)
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(0)
+        return output * float("nan") if len(calls) == 2 else output
+
+    student.classifier.register_forward_hook(poison)
+    collator = TaskTextCollator(tokenizers[0])
+    log = distil_task(student, teacher, sentences(12), collator, ARGS, seed=0, output_dir=tmp_path)
+    assert [entry.get("skipped_steps") for entry in log if "loss" in entry] == [None, 1, 1, 1]
+    assert all(param.isfinite().all() for param in student.parameters())

@@ -3,6 +3,7 @@
 A section -> examples in three splits -> rows and labels -> scores.
 """
 
+from modxfer_fast.data.tasks.collator import TaskTextCollator
 from modxfer_fast.data.tasks.encoding import EncodedTask, encode_task, task_collator
 from modxfer_fast.data.tasks.load import TaskData, load_task
 from modxfer_fast.data.tasks.metrics import (
@@ -17,6 +18,7 @@ __all__ = [
     "PRIMARY_METRIC",
     "EncodedTask",
     "TaskData",
+    "TaskTextCollator",
     "check_task_tokenizer",
     "class_scores",
     "encode_task",

@@ -5,11 +5,15 @@ projections.json names the layers and the shapes; projections.safetensors holds 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from modxfer_fast.engine.features.options import HiddenStateOptions
 from modxfer_fast.engine.features.terms import FeatureLosses
 
 TENSORS = "projections.safetensors"
@@ -80,3 +84,60 @@ def load_projections(folder: str | Path, features: FeatureLosses) -> None:
             f"resume_from_checkpoint: {path} holds the projections {found}, expected {expected}"
         )
     features.load_state_dict(state)
+
+
+@torch.no_grad()
+def set_projections(features: FeatureLosses, maps: Mapping[int, Any]) -> None:
+    """Puts given maps in place of full projections with a bias, which then do not train.
+
+    Args:
+        maps: {student layer: map} for each pair, a matrix [d_s, d_t], or an object with `read`
+            [d_s, d_t] and `offset` [d_t].
+
+    Raises:
+        ValueError: other layers than those of the pairs, or a map of another shape.
+    """
+    behind_last = features.num_student_layers + 1
+    given = {layer if layer >= 0 else layer + behind_last: maps[layer] for layer in maps}
+    pairs = {pair[0]: pair for pair in features.hidden.pairs}
+    if set(given) != set(pairs):
+        raise ValueError(
+            f"hidden.maps: expected one for each student layer {', '.join(map(str, pairs))}, "
+            f"got {', '.join(map(str, maps))}"
+        )
+    for layer, pair in pairs.items():
+        projection, value = features.hidden.projection_of(pair), given[layer]
+        read = value if isinstance(value, Tensor) else value.read
+        if tuple(read.T.shape) != tuple(projection.weight.shape):
+            expected = tuple(reversed(projection.weight.shape))
+            raise ValueError(
+                f"hidden.maps: expected shape {expected} for layer {layer}, got {tuple(read.shape)}"
+            )
+        projection.weight.copy_(read.T)
+        if not isinstance(value, Tensor):
+            projection.bias.copy_(value.offset)
+        projection.requires_grad_(False)
+
+
+def group_projections(
+    optimizer: torch.optim.Optimizer,
+    projections: list[nn.Parameter],
+    options: HiddenStateOptions,
+    weight_decay: float,
+) -> None:
+    """Gives projections a group of their own where they have options of their own.
+
+    Args:
+        weight_decay: where the options name none.
+    """
+    if not projections or (options.learning_rate is None and options.weight_decay is None):
+        return
+    own = {id(param) for param in projections}
+    for group in optimizer.param_groups:
+        group["params"] = [param for param in group["params"] if id(param) not in own]
+    group = {"params": projections}
+    if options.learning_rate is not None:
+        group["lr"] = options.learning_rate
+    given = options.weight_decay
+    group["weight_decay"] = weight_decay if given is None else given
+    optimizer.add_param_group(group)

@@ -4,14 +4,17 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from modxfer_fast.engine.deepspeed import true_shape
-from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-from modxfer_fast.engine.students.encoder import EncoderBackbone
 from modxfer_fast.models.architecture import linear_names
 from modxfer_fast.models.taps import Tap, tapped
+
+if TYPE_CHECKING:
+    from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+    from modxfer_fast.engine.students.encoder import EncoderBackbone
 
 _QKV_NAMES = linear_names("query", "key", "value")
 
@@ -66,10 +69,10 @@ class LayerTaps:
 
     def run(
         self,
-        parts: SplitCausalLM | EncoderBackbone,
+        parts: "SplitCausalLM | EncoderBackbone",
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, LayerStates]:
         """Last hidden states [B, T, D] of the model whose backbone this taps, and the others."""
         with self.recording() as states:

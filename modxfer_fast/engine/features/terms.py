@@ -4,47 +4,14 @@ Their mean is over the tokens of a whole optimiser step, like that of the other 
 another set of them: all that are no padding, unless `tokens` says that those with labels count.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.engine.batch import Terms, TokenSet
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, HiddenTerms
 from modxfer_fast.losses.layer_pairs import pair_name
-
-
-class TokenSet(NamedTuple):
-    """Which tokens of a micro-batch count.
-
-    Attributes:
-        mask: [B, T] bool, True where a token counts; None for all.
-        num_valid: number of them, if known on the host.
-        normalizer: number of them in the optimiser step, over all ranks; None for the mean here.
-    """
-
-    mask: Tensor | None
-    num_valid: int | None
-    normalizer: Tensor | float | None
-
-    def count(self, like: Tensor) -> Tensor:
-        """Number of tokens that count here, fp64 on the device of `like` [B, T]."""
-        if self.mask is not None:
-            return self.mask.sum().double()
-        return torch.full((), like.numel(), dtype=torch.float64, device=like.device)
-
-
-class FeatureTerms(NamedTuple):
-    """What the losses of one micro-batch came to.
-
-    Attributes:
-        loss: scalar, sum of the terms.
-        sums: {name in the logs: (sum over tokens, number of tokens)}, detached.
-    """
-
-    loss: Tensor
-    sums: dict[str, tuple[Tensor, Tensor]]
 
 
 class FeatureLosses(nn.Module):
@@ -78,6 +45,7 @@ class FeatureLosses(nn.Module):
             "num_teacher_layers": teacher_taps.num_layers,
         }
         self.hidden = self.relation = None
+        self.num_student_layers = student_taps.num_layers
         self.hidden_options = hidden_options
         if hidden_options is not None:
             with _named("hidden_states"):
@@ -101,7 +69,7 @@ class FeatureLosses(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Keys of `FeatureTerms.sums`, which are the names in the logs."""
+        """Keys of `Terms.sums`, which are the names in the logs."""
         terms = (("hidden", self.hidden), ("relation", self.relation))
         return tuple(
             name
@@ -128,10 +96,9 @@ class FeatureLosses(nn.Module):
         student: LayerStates,
         teacher: LayerStates,
         all_tokens: TokenSet,
-        labelled: TokenSet,
-        like: Tensor,
-    ) -> FeatureTerms:
-        """Terms of one micro-batch; `like` is any [B, T] tensor on its device.
+        labelled: TokenSet | None,
+    ) -> Terms:
+        """Terms of one micro-batch.
 
         In eval mode also the cosine of projected state and teacher's state, after the norm of the
         loss: hidden_cosine, a mean over the pairs, and each pair's.
@@ -147,12 +114,12 @@ class FeatureLosses(nn.Module):
                 num_valid=tokens.num_valid,
             )
             losses.append(terms.loss)
-            sums.update(_sums("hidden", self.hidden.pairs, terms, tokens, like))
+            sums.update(_sums("hidden", self.hidden.pairs, terms, tokens))
             if not self.training:
                 cosines = self.hidden.cosines(
                     student.hidden, teacher.hidden, mask=tokens.mask, num_valid=tokens.num_valid
                 )
-                count = tokens.count(like)
+                count = tokens.count(cosines.device)
                 cosines = cosines.double() * count
                 sums["hidden_cosine"] = (cosines.mean(), count)
                 for pair, cosine in zip(self.hidden.pairs, cosines, strict=True):
@@ -165,19 +132,19 @@ class FeatureLosses(nn.Module):
                 normalizer=all_tokens.normalizer,
             )
             losses.append(terms.loss)
-            sums.update(_sums("relation", self.relation.pairs, terms, all_tokens, like))
-        return FeatureTerms(sum(losses[1:], start=losses[0]), sums)
+            sums.update(_sums("relation", self.relation.pairs, terms, all_tokens))
+        return Terms(sum(losses[1:], start=losses[0]), sums)
 
 
 def _sums(
-    kind: str, pairs, terms: HiddenTerms, tokens: TokenSet, like: Tensor
+    kind: str, pairs, terms: HiddenTerms, tokens: TokenSet
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums over tokens: the weighted term under `<kind>_loss`, and each pair unweighted."""
-    count = tokens.count(like)
-    divisor = count if tokens.normalizer is None else tokens.normalizer
-    sums = {f"{kind}_loss": (terms.loss.detach().double() * divisor, count)}
+    count = tokens.count(terms.loss.device)
+    normalizer = count if tokens.normalizer is None else tokens.normalizer
+    sums = {f"{kind}_loss": (terms.loss.detach().double() * normalizer, count)}
     for pair, value in zip(pairs, terms.pairs, strict=True):
-        sums[f"{kind}_{pair_name(pair)}"] = (value.double() * divisor, count)
+        sums[f"{kind}_{pair_name(pair)}"] = (value.double() * normalizer, count)
     return sums
 
 

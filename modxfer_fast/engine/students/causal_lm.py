@@ -7,7 +7,9 @@ the backbone, and the logits of the model's real `forward` are compared with the
 """
 
 import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
 from modxfer_fast.engine.deepspeed import gathered, true_shape
+from modxfer_fast.engine.features.taps import LayerTaps
+from modxfer_fast.engine.labels import AlignedLabels
+from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.students.text import common_rows, count_tokens, read_tokens
 from modxfer_fast.models.architecture import without_peft
 
 # Configuration entries that multiply or divide the logits (Cohere, Granite, Falcon-H1, ...).
@@ -35,6 +43,10 @@ class SplitCausalLM:
         head: linear map to the vocabulary, weight [V, D], bias [V] or None.
         logit_scale: constant factor of the logits, folded into hidden states and bias.
     """
+
+    kind: ClassVar[str] = "causal_lm"
+    has_logits: ClassVar[bool] = True
+    is_causal: ClassVar[bool] = True
 
     backbone: nn.Module
     head: nn.Linear
@@ -62,12 +74,91 @@ class SplitCausalLM:
         head = _linear_head(base, role)
         return cls(backbone, head, _logit_scale(base, backbone, head, role))
 
+    @staticmethod
+    def settle(config) -> None:
+        if config.kd_weight is None:
+            config.kd_weight = 1.0
+
+    @staticmethod
+    def collator(collator: Callable[[list], dict]) -> AlignedLabels:
+        return AlignedLabels(collator)
+
+    def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
+        num_valid = batch.get("num_valid")
+        if num_valid is None:
+            num_valid = (batch["labels"] != IGNORE_INDEX).sum()
+        return {"items": num_valid, **(count_tokens(batch) if all_tokens else {})}
+
+    def read(
+        self,
+        labels: Tensor,
+        num_valid: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **tokens: Any,
+    ) -> Batch:
+        """Labels [B, T] beside what `read_tokens` takes; labels[t] is the target of position t.
+
+        Args:
+            num_valid: number of labels other than -100, known on the host.
+        """
+        labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
+        batch = read_tokens(**tokens)
+        return batch._replace(compared=labelled, labelled=labelled, labels=labels)
+
     @property
-    def vocab_size(self) -> int:
+    def classes(self) -> int:
         return true_shape(self.head.weight)[0]
 
+    def common_classes(self, teacher) -> int:
+        return common_rows(self.classes, teacher, "output classes")
+
+    def answer(
+        self,
+        inputs: Mapping[str, Tensor | None],
+        rows: Tensor | None = None,
+        taps: LayerTaps | None = None,
+    ) -> Answer:
+        if taps is None:
+            return Answer(self.hidden(**inputs), self.weight_and_bias())
+        hidden, states = taps.run(self, **inputs)
+        return Answer(hidden, self.weight_and_bias(), states)
+
+    def terms(
+        self,
+        objective: Objective,
+        answer: Answer,
+        target: Answer | None,
+        batch: Batch,
+        num_classes: int | None,
+    ) -> Terms:
+        head = leading_classes(answer.head, num_classes)
+        if objective.kd_weight != 0.0:
+            teacher_hidden, teacher_head = target.output, leading_classes(target.head, num_classes)
+        else:
+            # of no width, so that its GEMM costs nothing; its divergence has weight 0
+            teacher_hidden = answer.output.detach()[..., :0]
+            teacher_head = head[0].detach()[:, :0], None
+        labelled = batch.labelled
+        loss, kd, ce = objective.terms(
+            answer.output,
+            head,
+            teacher_hidden,
+            teacher_head,
+            batch.labels,
+            labelled.normalizer,
+            labelled.num_valid,
+        )
+        count = labelled.count(loss.device)
+        return Terms(loss, {"kd": (kd * count, count), "ce": (ce * count, count)})
+
+    def uncalled_parameters(self) -> Iterable[nn.Parameter]:
+        return self.head.parameters(recurse=False)
+
     def hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states [B, T, D], `logit_scale` included.
 
@@ -99,12 +190,20 @@ class SplitCausalLM:
             num_classes: leading rows to take, a view; the gradient of the others is then zero.
         """
         weight, bias = self.head.weight, self.head.bias
-        if num_classes is not None and num_classes < weight.shape[0]:
-            weight, bias = weight[:num_classes], None if bias is None else bias[:num_classes]
-        return weight, bias if bias is None or self.logit_scale == 1.0 else bias * self.logit_scale
+        return leading_classes((weight, None if bias is None else self._scaled(bias)), num_classes)
 
-    def _scaled(self, hidden: Tensor) -> Tensor:
-        return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
+    def _scaled(self, values: Tensor) -> Tensor:
+        return values if self.logit_scale == 1.0 else values * self.logit_scale
+
+
+def leading_classes(
+    head: tuple[Tensor, Tensor | None], num_classes: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the first classes, views; all without a number."""
+    weight, bias = head
+    if num_classes is None or num_classes >= weight.shape[0]:
+        return head
+    return weight[:num_classes], None if bias is None else bias[:num_classes]
 
 
 def base_model(model: nn.Module, role: str) -> PreTrainedModel:

@@ -1,12 +1,17 @@
 """An encoder as losses inside the networks need it: its backbone, without any head."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from modxfer_fast.config.loss import check_encoder_loss
+from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.deepspeed import true_shape
+from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import base_model
+from modxfer_fast.engine.students.text import common_rows, count_tokens, read_tokens
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,10 @@ class EncoderBackbone:
     Attributes:
         backbone: the transformers base model, e.g. BertModel.
     """
+
+    kind: ClassVar[str] = "encoder"
+    has_logits: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = False
 
     backbone: nn.Module
 
@@ -31,12 +40,55 @@ class EncoderBackbone:
         """
         return cls(base_model(model, role).base_model)
 
+    @staticmethod
+    def settle(config) -> None:
+        if config.kd_weight is None:
+            config.kd_weight = 0.0
+        check_encoder_loss(config.kd_weight, config.ce_weight, config.hidden_state_options())
+
+    @staticmethod
+    def collator(collator: Callable[[list], dict]) -> Callable[[list], dict]:
+        return collator
+
+    def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
+        return count_tokens(batch)
+
+    def read(
+        self,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **tokens: Any,
+    ) -> Batch:
+        """What `read_tokens` takes; labels and their number are not looked at."""
+        batch = read_tokens(**tokens)
+        return batch._replace(compared=batch.tokens)
+
     @property
-    def vocab_size(self) -> int:
+    def classes(self) -> int:
         return true_shape(self.backbone.get_input_embeddings().weight)[0]
 
+    def common_classes(self, teacher) -> int:
+        return common_rows(self.classes, teacher, "rows of the embeddings")
+
+    def answer(
+        self,
+        inputs: Mapping[str, Tensor | None],
+        rows: Tensor | None = None,
+        taps: LayerTaps | None = None,
+    ) -> Answer:
+        if taps is None:
+            return Answer(self.hidden(**inputs))
+        hidden, states = taps.run(self, **inputs)
+        return Answer(hidden, states=states)
+
+    def uncalled_parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
     def hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states [B, T, D].
 
@@ -50,10 +102,28 @@ class EncoderBackbone:
             )
         return self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
 
-    def parameters_behind(self, blocks: nn.ModuleList) -> Iterator[nn.Parameter]:
-        """Parameters of what the backbone runs after its blocks: a pooler, a last norm."""
+    def freeze_unreached(
+        self, model: nn.Module, blocks: nn.ModuleList, layers: Collection[int]
+    ) -> None:
+        """Freezes what no loss of hidden states reaches: DDP waits for every trainable parameter.
+
+        Args:
+            model: around the backbone. blocks: of the backbone. layers: whose states are compared.
+
+        Raises:
+            ValueError: the last block is not among `layers`.
+        """
+        if len(blocks) not in layers:
+            raise ValueError(
+                f"hidden_states.layers: expected the student's last block, {len(blocks)}, among "
+                "its layers, because the blocks above the last one that learns would learn nothing"
+            )
+        reached = {id(param) for param in self.backbone.parameters()}
         behind = False
         for child in self.backbone.children():
-            if behind:
-                yield from child.parameters()
+            if behind:  # a pooler, a last norm
+                reached -= {id(param) for param in child.parameters()}
             behind = behind or any(module is blocks for module in child.modules())
+        for param in model.parameters():
+            if id(param) not in reached:
+                param.requires_grad_(False)

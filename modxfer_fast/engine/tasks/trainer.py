@@ -167,15 +167,20 @@ def task_arguments(args: dict[str, Any], where: str, **fields: Any) -> TrainingA
     Raises:
         ConfigError: values that TrainingArguments refuses.
     """
-    quiet = {
+    try:
+        return TrainingArguments(**with_defaults(args), label_names=["labels"], **fields)
+    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def with_defaults(args: dict[str, Any]) -> dict[str, Any]:
+    """`args`, and the defaults of small quiet runs where they have none."""
+    return {
         **_DEFAULTS,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # bf16 asks for one of the two
+        **args,
     }
-    try:
-        return TrainingArguments(**{**quiet, **args}, label_names=["labels"], **fields)
-    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 class TaskTrainer(Trainer):

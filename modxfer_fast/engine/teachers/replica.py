@@ -4,22 +4,14 @@ import enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.deepspeed import materialise
-from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
-from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-from modxfer_fast.engine.students.encoder import EncoderBackbone
-
-# What is taken of a model of each kind.
-PARTS = {"causal_lm": SplitCausalLM, "encoder": EncoderBackbone}
-
-
-def checked_kind(kind: str) -> str:
-    """`kind` if it is one of PARTS, else a ValueError."""
-    if kind not in PARTS:
-        raise ValueError(f"kind: expected one of {', '.join(PARTS)}, got {kind!r}")
-    return kind
+from modxfer_fast.engine.features.taps import LayerTaps
+from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.teachers.protocol import TeacherProtocol
+from modxfer_fast.models.checks import nonfinite_parameters
 
 
 class TeacherPlan(enum.Enum):
@@ -39,7 +31,7 @@ class Teacher:
             loaded under ZeRO-3, and thus partitioned, is gathered; all ranks must then construct
             the teacher together.
         plan: a TeacherPlan or its name.
-        kind: "causal_lm", which also answers with its head, or "encoder".
+        kind: of its answers, among the kinds of students.
         num_tokens: of the tokenizer that it shares with its student, where known. Vocabularies may
             then be padded to different sizes: the classes that both have count, the others do not.
     """
@@ -56,14 +48,15 @@ class Teacher:
         except ValueError:
             known = ", ".join(p.value for p in TeacherPlan)
             raise ValueError(f"plan: expected one of {known}, got {plan!r}") from None
+        parts = student_of_kind(kind)
         self.model = model.eval().requires_grad_(False)
         materialise(self.model)
-        self.kind = checked_kind(kind)
+        self.kind = kind
         self.num_tokens = num_tokens
-        self._parts = PARTS[kind].of(model, "teacher")
+        self._parts = parts.of(model, "teacher")
 
     @classmethod
-    def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> "Teacher | None":
+    def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> TeacherProtocol | None:
         """A Teacher from a model, or as it is, told the number of tokens where it knows none.
 
         Raises:
@@ -71,7 +64,7 @@ class Teacher:
         """
         if teacher is None:
             return None
-        if isinstance(teacher, Teacher):
+        if not isinstance(teacher, nn.Module) and isinstance(teacher, TeacherProtocol):
             if teacher.num_tokens is None:
                 teacher.num_tokens = num_tokens
             return teacher
@@ -83,67 +76,26 @@ class Teacher:
         return cls(teacher, kind=kind, num_tokens=num_tokens)
 
     @property
-    def vocab_size(self) -> int:
-        return self._parts.vocab_size
-
-    def common_classes(self, student: SplitCausalLM | EncoderBackbone) -> int:
-        """Leading rows of the vocabularies that both have.
-
-        Raises:
-            ValueError: they differ in size, and are not known to hold every token.
-        """
-        ours, theirs = student.vocab_size, self.vocab_size
-        common = min(ours, theirs)
-        if ours == theirs or (self.num_tokens is not None and common >= self.num_tokens):
-            return common
-        what = "output classes" if self.kind == "causal_lm" else "rows of the embeddings"
-        if self.num_tokens is None:
-            raise ValueError(
-                f"teacher: expected the student's {ours} {what}, got {theirs}; where both are "
-                "padded for one tokenizer, give it as processing_class"
-            )
-        role = "student" if ours < theirs else "teacher"
-        raise ValueError(
-            f"{role}: expected at least {self.num_tokens} {what}, one per token, got {common}"
-        )
-
-    def head(self, num_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Output weight [V, D_t] and bias [V] or None of a causal language model, constants.
-
-        Args:
-            num_classes: leading classes to take; all without it.
-        """
-        return self._parts.weight_and_bias(num_classes)
+    def classes(self) -> Any:
+        return self._parts.classes
 
     def to(self, device: torch.device) -> "Teacher":
         self.model.to(device)
         return self
 
-    @torch.no_grad()
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Last hidden states [B, T, D_t] for ids [B, T]."""
-        if self.model.training:
-            self.model.eval()
-        return self._parts.hidden(input_ids, attention_mask, position_ids)
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters with a NaN or an infinity."""
+        return nonfinite_parameters(self.model)
 
     def taps(self) -> LayerTaps:
-        """New taps on the blocks, for `hidden_and_states`."""
+        """New taps on the blocks, for `answer`."""
         return LayerTaps(self._parts.backbone, "teacher")
 
     @torch.no_grad()
-    def hidden_and_states(
-        self,
-        taps: LayerTaps,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, LayerStates]:
-        """Last hidden states [B, T, D_t], and what `taps` take on the way."""
+    def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
+        """Runs the model; the answer's head holds its own tensors."""
         if self.model.training:
             self.model.eval()
-        return taps.run(self._parts, input_ids, attention_mask, position_ids)
+        inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+        rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
+        return self._parts.answer(inputs, rows, taps)

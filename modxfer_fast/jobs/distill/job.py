@@ -238,7 +238,7 @@ class DistillJob(Job):
             "student",
             self.material,
             seed=seed,
-            vocab_size=teacher.vocab_size,
+            vocab_size=teacher.classes,
             teacher=teacher.model,
         )
         source = ModelSource.of(config.student, stage, self.store, self.console)

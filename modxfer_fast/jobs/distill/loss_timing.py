@@ -10,7 +10,7 @@ from torch import nn
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
-from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM, leading_classes
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.measure.counting import gemms
 from modxfer_fast.measure.memory import peak_mib
@@ -81,13 +81,13 @@ def time_head(
         matrix products of forward and backward per chunk. frozen_speedup: ratio of the two times.
     """
     parts = SplitCausalLM.of(student, "student")
-    inputs = (batch["input_ids"], batch["attention_mask"], batch.get("position_ids"))
+    read = parts.read(**batch)
+    common = parts.common_classes(teacher)
     with torch.no_grad():
-        student_hidden = parts.hidden(*inputs)
-        teacher_hidden = teacher.hidden(*inputs)
-    common = teacher.common_classes(parts)
+        student_hidden = parts.hidden(**read.inputs)
+        teacher_hidden, teacher_head, _ = teacher.answer(read)
     weight, bias = parts.weight_and_bias(common)
-    teacher_weight, teacher_bias = teacher.head(common)
+    teacher_weight, teacher_bias = leading_classes(teacher_head, common)
     result: dict[str, Any] = {"requires_grad": weight.requires_grad}
 
     student_hidden, teacher_hidden = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)

@@ -13,8 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.config.task import TaskKind, TaskSection
 from modxfer_fast.data import tokenizer_digest
-from modxfer_fast.data.tasks import TaskData, load_task, load_task_tokenizer
-from modxfer_fast.engine.tasks.distillation import TaskTextCollator
+from modxfer_fast.data.tasks import (
+    TaskData,
+    TaskTextCollator,
+    load_task,
+    load_task_tokenizer,
+)
 from modxfer_fast.files import write_json
 from modxfer_fast.jobs.stage import folder_digest
 from modxfer_fast.models import (

@@ -1,0 +1,86 @@
+"""One micro-batch on its way through the engine: what is read, what a model answers, what it costs.
+
+A kind of student (students/) reads what a collator made into a `Batch`; student and teacher each
+turn it into an `Answer`; the losses turn two answers into `Terms`.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.engine.features.taps import LayerStates
+
+
+class TokenSet(NamedTuple):
+    """Which tokens of a micro-batch count; one of `mask` and `num_valid` is given.
+
+    Attributes:
+        mask: bool, True where a token counts; None for all.
+        num_valid: number of them, if known on the host.
+        normalizer: number of them in the optimiser step, over all ranks; None for the mean here.
+    """
+
+    mask: Tensor | None
+    num_valid: int | None
+    normalizer: Tensor | float | None = None
+
+    def count(self, device: torch.device) -> Tensor:
+        """Number of tokens that count here, an fp64 scalar."""
+        if self.num_valid is None:
+            return self.mask.sum().double()
+        return torch.full((), self.num_valid, dtype=torch.float64, device=device)
+
+
+class Batch(NamedTuple):
+    """A micro-batch, as a kind of student reads it.
+
+    Attributes:
+        inputs: of the student's model, input_ids [B, T] among them.
+        compared: what the outputs of the two models are compared on.
+        tokens: what their hidden states and relations are compared on.
+        labelled: what has a label; None for kinds without logits.
+        labels: of each row of the student's output, -100 where there is none.
+        num_tokens: tokens that are no padding.
+        teacher_inputs: of the teacher's model; None where they are the student's.
+        rows, teacher_rows: [n] int64 indices b * T + t of the tokens that are compared; None for
+            all, and those of the student where the teacher has none of its own.
+    """
+
+    inputs: Mapping[str, Tensor | None]
+    compared: TokenSet | None = None
+    tokens: TokenSet | None = None
+    labelled: TokenSet | None = None
+    labels: Tensor | None = None
+    num_tokens: Tensor | int = 0
+    teacher_inputs: Mapping[str, Tensor] | None = None
+    rows: Tensor | None = None
+    teacher_rows: Tensor | None = None
+
+
+class Answer(NamedTuple):
+    """What a model answers to a micro-batch.
+
+    Attributes:
+        output: last hidden states [B, T, D], or the logits [n, C] of a classifier.
+        head: weight [V, D] and bias [V] or None, which make logits of hidden states; None where
+            there is no head, or where `output` is logits already.
+        states: of the layers that were asked for.
+    """
+
+    output: Tensor
+    head: tuple[Tensor, Tensor | None] | None = None
+    states: LayerStates = LayerStates()
+
+
+class Terms(NamedTuple):
+    """What losses of a micro-batch came to.
+
+    Attributes:
+        loss: scalar, their weighted sum.
+        sums: {name in the logs: (sum over tokens, number of tokens)}, fp64 scalars, detached.
+    """
+
+    loss: Tensor
+    sums: dict[str, tuple[Tensor, Tensor]]

@@ -1,0 +1,107 @@
+"""What a run writes and reads back: the student, its projections, checkpoints that are whole."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from modxfer_fast.engine import checkpoint, deepspeed
+from modxfer_fast.engine.features.projections import save_projections
+from modxfer_fast.engine.module import DistillModule
+
+State = dict[str, Tensor] | None
+
+
+def gathered_states(module: DistillModule, keep: bool) -> tuple[State, State]:
+    """States of a partitioned student and of its projections. Collective; see `whole_state_dict`.
+
+    Args:
+        keep: whether this rank wants the values.
+    """
+    is_peft = isinstance(module.student, PeftModel)
+    student = deepspeed.whole_state_dict(module.student, keep, only_trainable=is_peft)
+    if module.features is None:
+        return student, None
+    return student, deepspeed.whole_state_dict(module.features, keep, only_trainable=False)
+
+
+def write_student(
+    folder: str | Path,
+    module: DistillModule,
+    processing_class: PreTrainedTokenizerBase | None,
+    states: tuple[State, State] = (None, None),
+) -> None:
+    """Writes the student as its Auto class or PeftModel reads it, its projections and tokenizer."""
+    student, projections = states
+    module.student.save_pretrained(folder, state_dict=student)
+    if module.features is not None:
+        save_projections(folder, module.features, projections)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def whole_checkpoint(
+    folder: Path, info: checkpoint.CheckpointInfo, is_writer: bool, wait_for_everyone
+) -> Iterator[None]:
+    """Files that all ranks write into `folder` inside the block are a checkpoint after it.
+
+    Where one fails, a full disk, nothing is left.
+    """
+    if is_writer and folder.exists():  # damaged, or of an interrupted run
+        shutil.rmtree(folder)
+    wait_for_everyone()
+    try:
+        yield
+        wait_for_everyone()
+        if is_writer:
+            checkpoint.mark_complete(folder, info)
+    except BaseException:
+        if is_writer:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_resumable(info: checkpoint.CheckpointInfo, world_size: int, zero_stage: int | None):
+    """Raise a ValueError unless a run of these ranks and stage can go on from a checkpoint."""
+    if (info.world_size, info.zero_stage) != (world_size, zero_stage):
+        raise ValueError(
+            f"resume_from_checkpoint: written by {info.world_size} ranks with "
+            f"zero_stage={info.zero_stage}, this run has {world_size} ranks with "
+            f"zero_stage={zero_stage}"
+        )
+
+
+def save_engine(engine: nn.Module, scheduler, folder: str, is_writer: bool) -> None:
+    """Writes what DeepSpeed trains of a PEFT student, whose frozen base model stays out of it."""
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    if is_writer and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
+        torch.save(scheduler.state_dict(), os.path.join(folder, "scheduler.pt"))
+
+
+def load_engine(engine: nn.Module, folder: str, student: nn.Module) -> None:
+    """Reads what `save_engine`, or Trainer, wrote; a PEFT student has its base model already."""
+    is_peft = isinstance(student, PeftModel)
+    deepspeed_load_checkpoint(engine, folder, load_module_strict=not is_peft)
+
+
+def follow_schedule(scheduler) -> None:
+    """Gives the optimiser the learning rate of its schedule, which a longer run has changed.
+
+    The optimiser's own state holds the one of the run that wrote it, often 0 at its end.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return
+    groups = scheduler.optimizer.param_groups
+    pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in pairs]
+    for group, rate in zip(groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,239 @@
+"""A classifier of tokens or sequences, as student or as teacher: rows of logits, compared.
+
+Rows are what both models answer: a sequence, or the first sub-token of each word. Hidden states
+beside them are those of the tokens that are compared.
+
+    loss = mean over rows of kd_weight * divergence(p, q) [* temperature^2]
+         + ce_weight * mean over labelled rows of the cross entropy
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
+from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
+from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.students.encoder import EncoderBackbone
+from modxfer_fast.kernels.kd_loss import kd_loss
+from modxfer_fast.models.architecture import without_peft
+from modxfer_fast.models.task import label_names, same_labels
+
+
+class Classes(NamedTuple):
+    """What a classifier tells apart: labels of each token, or of the whole sequence."""
+
+    per_token: bool
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class TaskClassifier:
+    """A model for token or sequence classification, with or without PEFT.
+
+    Attributes:
+        model: maps inputs to logits [B, T, C] or [B, C].
+        classes: what they tell apart.
+        role: "student" or "teacher", the name that errors use.
+    """
+
+    kind: ClassVar[str] = "classifier"
+    has_logits: ClassVar[bool] = True
+    is_causal: ClassVar[bool] = False
+
+    model: nn.Module
+    classes: Classes
+    role: str
+
+    @classmethod
+    def of(cls, model: nn.Module, role: str) -> "TaskClassifier":
+        base = without_peft(model)
+        name = type(base).__name__
+        if not name.endswith(("ForTokenClassification", "ForSequenceClassification")):
+            raise ValueError(
+                f"{role}: expected a task model, a classifier of tokens or sequences, got {name}"
+            )
+        per_token = name.endswith("ForTokenClassification")
+        return cls(model, Classes(per_token, label_names(base.config)), role)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return EncoderBackbone.of(self.model, self.role).backbone
+
+    @staticmethod
+    def settle(config) -> None:
+        if config.kd_weight is None:
+            config.kd_weight = 1.0
+        for name in ("kd_weight", "ce_weight"):
+            if not getattr(config, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(config, name)}")
+        hidden = config.hidden_state_options()
+        has_logit_terms = config.kd_weight or config.ce_weight
+        if not has_logit_terms and hidden is None:
+            raise ValueError("kd_weight: expected a positive number where there is no other term")
+        if hidden is not None and hidden.tokens != "all":
+            raise ValueError(
+                "hidden_states.tokens: expected all with kind 'classifier', whose batches say "
+                f"which tokens are compared, got {hidden.tokens!r}"
+            )
+        if config.relations is not None:
+            raise ValueError(
+                "relations: expected None with kind 'classifier', which compares some tokens of a "
+                "row, while a relation spans all of them"
+            )
+        if config.ddp_find_unused_parameters is None and not has_logit_terms:
+            # hidden states reach neither the head nor what lies above their layers
+            config.ddp_find_unused_parameters = True
+
+    @staticmethod
+    def collator(collator: Callable[[list], dict]) -> "CountedRows":
+        return CountedRows(collator)
+
+    def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
+        tokens = len(batch["rows"])
+        rows = tokens if self.classes.per_token else len(batch["input_ids"])
+        return {"rows": rows, "items": batch["num_valid"], "tokens": tokens}
+
+    def read(
+        self,
+        rows: Tensor,
+        labels: Tensor | None = None,
+        teacher_rows: Tensor | None = None,
+        teacher_inputs: Mapping[str, Tensor] | None = None,
+        num_valid: int | None = None,
+        num_tokens: int = 0,
+        num_rows_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_tokens_in_batch: Tensor | int | None = None,
+        **inputs: Tensor,
+    ) -> Batch:
+        """A batch of `CountedRows`.
+
+        Args:
+            num_rows_in_batch, num_items_in_batch, num_tokens_in_batch: numbers of the optimiser
+                step, over all ranks: of rows, of those with a label, and of the tokens whose
+                hidden states are compared.
+            inputs: of the student's model.
+        """
+        if labels is not None and self.classes.per_token:
+            labels = labels.flatten().index_select(0, rows)
+        num_rows = len(rows) if self.classes.per_token else len(inputs["input_ids"])
+        labelled = None
+        if labels is not None:
+            labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
+        return Batch(
+            inputs,
+            compared=TokenSet(None, num_rows, num_rows_in_batch),
+            tokens=TokenSet(None, len(rows), num_tokens_in_batch),
+            labelled=labelled,
+            labels=labels,
+            num_tokens=num_tokens,
+            teacher_inputs=teacher_inputs,
+            rows=rows,
+            teacher_rows=teacher_rows,
+        )
+
+    def common_classes(self, teacher) -> None:
+        ours, theirs = self.classes, teacher.classes
+        if not same_labels(ours.labels, theirs.labels):
+            raise ValueError(
+                f"teacher: expected the student's labels {', '.join(map(str, ours.labels))}, "
+                f"got {', '.join(map(str, theirs.labels))}"
+            )
+        if ours.per_token != theirs.per_token:
+            kinds = ["tokens" if side.per_token else "sequences" for side in (ours, theirs)]
+            raise ValueError(f"teacher: expected a classifier of {kinds[0]}, got one of {kinds[1]}")
+
+    def answer(
+        self, inputs: Mapping[str, Tensor], rows: Tensor | None, taps: LayerTaps | None = None
+    ) -> Answer:
+        recording = contextlib.nullcontext(LayerStates()) if taps is None else taps.recording()
+        with recording as states:
+            logits = self.model(**inputs).logits
+        hidden = {layer: _take(x, rows) for layer, x in states.hidden.items()}
+        logits = _take(logits, rows) if self.classes.per_token else logits
+        return Answer(logits, states=LayerStates(hidden))
+
+    def terms(
+        self,
+        objective: Objective,
+        answer: Answer,
+        target: Answer | None,
+        batch: Batch,
+        num_classes: int | None,
+    ) -> Terms:
+        logits = answer.output
+        loss, sums = logits.new_zeros((), dtype=torch.float32), {}
+        if objective.kd_weight:
+            kd = kd_loss(
+                logits,
+                target.output.to(logits.dtype),
+                divergence=objective.divergence,
+                beta=objective.beta,
+                temperature=objective.temperature,
+                scale_by_temperature_squared=objective.scale_by_temperature_squared,
+                reduction="sum",
+                backend=objective.backend,
+            )
+            loss = loss + objective.kd_weight * _mean(kd, batch.compared)
+            sums["kd"] = (kd.detach().double(), batch.compared.count(loss.device))
+        if objective.ce_weight:
+            if batch.labels is None:
+                raise ValueError(
+                    f"labels: expected in every batch because ce_weight is {objective.ce_weight}"
+                )
+            ce = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+            loss = loss + objective.ce_weight * _mean(ce, batch.labelled)
+            sums["ce"] = (ce.detach().double(), batch.labelled.count(loss.device))
+        return Terms(loss, sums)
+
+    def uncalled_parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
+
+class CountedRows:
+    """A collator of classifiers whose batches say on the host what counts, and how much of it.
+
+    Args:
+        collator: gives {inputs of the student, "labels", "rows", "teacher_rows", "teacher_inputs"}:
+            labels          [B, T] or [B] int64, -100 where there is none; optional without CE
+            rows            [n] int64, b * T + t of the tokens that are compared; without it those
+                            with a label, or without labels those that are no padding
+            teacher_rows    [n] int64, the same tokens on the teacher's side; without it `rows`
+            teacher_inputs  inputs of the teacher; without it those of the student
+        Of sequence classifiers each sequence is a row, and `rows` concerns hidden states alone.
+    """
+
+    def __init__(self, collator: Callable[[list], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        """The batch with `rows`, the ints num_valid (of rows with a label) and num_tokens."""
+        batch = dict(self.collator(features))
+        batch.pop("length", None)  # by which batches are grouped
+        ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+        is_per_token = labels is not None and labels.shape == ids.shape
+        present = torch.ones_like(ids) if mask is None else mask
+        if "rows" not in batch:
+            counted = labels != IGNORE_INDEX if is_per_token else present != 0
+            batch["rows"] = counted.flatten().nonzero().flatten()
+        if is_per_token:
+            labels = labels.flatten()[batch["rows"]]
+        num_valid = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
+        return {**batch, "num_valid": num_valid, "num_tokens": int(present.sum())}
+
+
+def _take(values: Tensor, rows: Tensor) -> Tensor:
+    """[B, T, D] -> [n, D]."""
+    return values.flatten(0, 1).index_select(0, rows)
+
+
+def _mean(total: Tensor, rows: TokenSet) -> Tensor:
+    count = rows.count(total.device) if rows.normalizer is None else rows.normalizer
+    return total / torch.as_tensor(count).clamp(min=1).to(total.dtype)
