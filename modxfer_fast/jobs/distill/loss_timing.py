@@ -36,33 +36,19 @@ def time_losses(
         tokens_per_s, and peak_mib, the most that torch held at once above what it held before the
         step. head: see `time_head`.
     """
-    student.to(device).train()
     teacher.to(device)
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
     tokens = batch["input_ids"].numel()
     weight = student.get_output_embeddings().weight
     backend = dispatch.resolve("linear_kd_loss", weight, backend=loss.backend)
     result: dict[str, Any] = {"backend": backend, "tokens": tokens}
     options = loss.of_logits()
-
-    def step(module: DistillModule) -> None:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss_value = module(**batch)["loss"]
-        loss_value.backward()
-        student.zero_grad(set_to_none=True)
-        module.meter.restart()  # nothing outlives the step
-
-    steps = {}
-    for impl in ("fused", "dense"):
-        module = DistillModule(student, teacher, Objective(**options, impl=impl))
-        steps[impl] = functools.partial(step, module)
-    for impl, step_ms in median_ms(steps, repeats, device).items():
-        result[impl] = {
-            "step_ms": step_ms,
-            "tokens_per_s": tokens / step_ms * 1e3,
-            "peak_mib": peak_mib(steps[impl], device.type),
-        }
-    result["head"] = time_head(student, teacher, batch, options, repeats, device)
+    modules = {
+        impl: DistillModule(student, teacher, Objective(**options, impl=impl))
+        for impl in ("fused", "dense")
+    }
+    for impl, figures in time_steps(modules, batch, repeats, device, autocast).items():
+        result[impl] = {**figures, "tokens_per_s": tokens / figures["step_ms"] * 1e3}
+    result["head"] = time_head(student, teacher, _on(device, batch), options, repeats, device)
     return result
 
 
@@ -116,6 +102,35 @@ def time_head(
         result[name] = {"loss_ms": loss_ms, "gemms": counted}
     result["frozen_speedup"] = result["trainable"]["loss_ms"] / result["frozen"]["loss_ms"]
     return result
+
+
+def time_steps(
+    modules: Mapping[str, DistillModule],
+    batch: dict[str, Any],
+    repeats: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> dict[str, dict[str, float]]:
+    """step_ms (median) and peak_mib of forward and backward of each module, which take turns."""
+    batch = _on(device, batch)
+
+    def step(module: DistillModule) -> None:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            value = module(**batch)["loss"]
+        value.backward()
+        module.zero_grad(set_to_none=True)
+        module.meter.restart()  # nothing outlives the step
+
+    steps = {name: functools.partial(step, m.to(device).train()) for name, m in modules.items()}
+    times = median_ms(steps, repeats, device)
+    return {
+        name: {"step_ms": times[name], "peak_mib": peak_mib(steps[name], device.type)}
+        for name in steps
+    }
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def median_ms(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, float]:

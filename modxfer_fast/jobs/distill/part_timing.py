@@ -1,6 +1,5 @@
 """What a training step costs, and what it would cost without each fused part."""
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +9,7 @@ from torch import nn
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
-from modxfer_fast.jobs.distill.loss_timing import median_ms
-from modxfer_fast.measure.memory import peak_mib
+from modxfer_fast.jobs.distill.loss_timing import time_steps
 
 
 def time_parts(
@@ -36,7 +34,6 @@ def time_parts(
         the step)} of "fused" and of what stands for it: "lora" (PEFT's layers), "logits" (dense
         loss of whole logits), "hidden" (hidden states projected whole), "plain" (all of these).
     """
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
     teacher.to(device)
     objective = Objective(**loss.of_logits())
     fields = loss.model_dump()
@@ -55,22 +52,9 @@ def time_parts(
     if len(variants) > 2:
         variants["plain"] = (plain_student or student, dense, eager)
 
-    def step(module: DistillModule) -> None:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            value = module(**batch)["loss"]
-        value.backward()
-        module.zero_grad(set_to_none=True)
-        module.meter.restart()  # nothing outlives the step
-
-    steps = {}
-    for name, (model, logits, states) in variants.items():
-        module = DistillModule(model, teacher, logits, states, relations).to(device).train()
-        steps[name] = functools.partial(step, module)
-    times = median_ms(steps, repeats, device)
-    return {
-        "tokens": batch["input_ids"].numel(),
-        "steps": {
-            name: {"step_ms": times[name], "peak_mib": peak_mib(steps[name], device.type)}
-            for name in steps
-        },
+    modules = {
+        name: DistillModule(model, teacher, logits, states, relations)
+        for name, (model, logits, states) in variants.items()
     }
+    steps = time_steps(modules, batch, repeats, device, autocast)
+    return {"tokens": batch["input_ids"].numel(), "steps": steps}
