@@ -92,9 +92,9 @@ class StreamedOp(Generic[Inputs]):
     Args:
         inputs: as of `define_op`. One field is `row_weights` [N], the factor of each row; where it
             is 0 the row does not count, whatever comes out of it.
-        run: from (inputs, needs) to (rows, terms, gradients): rows [N], weighted; a tuple of
-            further tensors [N] without a gradient; and those gradients of the sum of rows for which
-            there is a True in needs.
+        run: from (inputs, needs), the inputs to be read by name, to (rows, terms, gradients): rows
+            [N], weighted; a tuple of further tensors [N] without a gradient; and those gradients of
+            the sum of rows for which there is a True in needs.
         gradients: names of the inputs that are differentiated.
         terms: names of the further tensors.
         needs: the NamedTuple that holds a bool for each gradient; without it, one with their names.
@@ -122,10 +122,7 @@ class StreamedOp(Generic[Inputs]):
             field for field, kind in kinds.items() if Tensor in (kind, *get_args(kind))
         )
         self._constants = tuple(field for field in kinds if field not in self._tensors)
-        self._tensors_of, self._constants_of = (
-            attrgetter(*self._tensors),
-            attrgetter(*self._constants),
-        )
+        self._tensors_of = fields_of(self._tensors)
         self._fwd = define_op(
             f"{name}_fwd",
             NamedTuple("WithNeeds", [*kinds.items(), ("needs", list[bool])]),
@@ -192,7 +189,7 @@ class StreamedOp(Generic[Inputs]):
         return {} if dloss is None else scaled_gradients(ctx.dtypes, ctx.saved_tensors, dloss)
 
     def _save_rows(self, ctx, inputs, outputs):
-        ctx.constants = dict(zip(self._constants, self._constants_of(inputs), strict=True))
+        ctx.constants = {name: getattr(inputs, name) for name in self._constants}
         ctx.save_for_backward(*self._tensors_of(inputs))
         ctx.mark_non_differentiable(*_as_tuple(outputs)[1:])
         ctx.set_materialize_grads(False)
@@ -213,6 +210,13 @@ class StreamedOp(Generic[Inputs]):
             for name, grad, need in zip(self._gradients, grads, needs, strict=True)
             if need
         }
+
+
+def fields_of(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """`attrgetter` whose answer is a tuple, of one name too."""
+    names = tuple(names)
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda values: (get(values),)
 
 
 def scaled_gradients(

@@ -16,7 +16,6 @@ Limits: equal vocabularies; no gradient to the teacher; no double backward.
 """
 
 import math
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ from modxfer_fast.kernels.common import (
 )
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
-from modxfer_fast.kernels.common.streamed_op import StreamedOp
+from modxfer_fast.kernels.common.streamed_op import StreamedOp, fields_of
 
 
 class KDTerms(NamedTuple):
@@ -182,7 +181,7 @@ def loss_of_heads(
     tokens.check(spec.ce_weight, "student_hidden", student.hidden)
     check_workspace(launch.workspace_mb)
     backend = dispatch.resolve(
-        "linear_kd_loss", student.hidden, teacher.hidden, backend=launch.backend
+        "linear_kd_loss", student.hidden, *teacher[:1], backend=launch.backend
     )
 
     lead = student.hidden.shape[:-1]
@@ -230,8 +229,8 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
     kinds = {**of_student, **of_teacher, **Rows.__annotations__, "numbers": Tensor, "names": str}
     kinds |= Launch.__annotations__
     names = (*of_student, *of_teacher)
-    student_of, teacher_of = attrgetter(*of_student), attrgetter(*of_teacher)
-    rows_of = attrgetter(*Rows._fields)
+    student_of, teacher_of = fields_of(of_student), fields_of(of_teacher)
+    rows_of = fields_of(Rows._fields)
 
     def run(inputs, wanted):
         student = student_kind(*student_of(inputs))

@@ -1,7 +1,7 @@
 """Options of a distillation run: everything of TrainingArguments, and the loss."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -114,17 +114,8 @@ class DistillConfig(TrainingArguments):
         """The loss of the logits that the options describe; None for encoders, which have none."""
         if not student_of_kind(self.kind).has_logits:
             return None
-        return Objective(
-            divergence=self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            scale_by_temperature_squared=self.scale_by_temperature_squared,
-            workspace_mb=self.workspace_mb,
-            backend=self.backend,
-            impl=self.loss_impl,
-        )
+        names = [option.name for option in fields(Objective) if option.name != "impl"]
+        return Objective(**{name: getattr(self, name) for name in names}, impl=self.loss_impl)
 
     def hidden_state_options(self) -> HiddenStateOptions | None:
         """The loss of hidden states that `hidden_states` describes."""

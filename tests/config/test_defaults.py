@@ -16,6 +16,7 @@ from modxfer_fast.config.task_distill import TaskDistillConfig, TaskLossSection,
 from modxfer_fast.config.transfer import RefineSection, TransferSection, TransferStudentSection
 from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
+from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, LinearKDLoss
 from modxfer_fast.transfer import MapOptions
 
@@ -81,3 +82,13 @@ def test_an_option_has_one_default(doors):
 
 def test_the_trainer_resolves_to_the_same_weight(tmp_path):
     assert DistillConfig(output_dir=str(tmp_path)).kd_weight == LossSection().kd_weight
+
+
+@pytest.mark.parametrize(
+    "door",
+    [LossSection, DistillConfig, LinearKDLoss, kd_loss, linear_kd_loss],
+    ids=lambda door: door.__name__,
+)
+def test_every_option_of_the_objective_is_at_every_door(door):
+    taken = getattr(door, "model_fields", None) or inspect.signature(door).parameters
+    assert {field.name for field in dataclasses.fields(KDSpec)} <= set(taken)
