@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from modxfer_fast.engine import Objective
-from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 
 
@@ -27,7 +26,7 @@ def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, obje
         teacher_logits = teacher(**inputs).logits[valid][:, :common]
     log_p = (teacher_logits / objective.temperature).log_softmax(-1)
     log_q = (student_logits / objective.temperature).log_softmax(-1)
-    spec = KDSpec.checked(objective.divergence, objective.beta, 1.0, 1.0, 0.0, False)
+    spec = objective.checked()
     rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)
     return rows.sum(), ce, valid.sum()
 
