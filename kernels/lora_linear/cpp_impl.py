@@ -72,7 +72,7 @@ def lora_linear_bwd(
     db = [_grad(t.lora_b) if need else None for t, need in zip(targets, need_db, strict=True)]
     compiled.ops().lora_linear_rows_bwd(
         dys,
-        _rows(x) if any(need_da) else None,
+        _rows(x) if x is not None and any(need_da) else None,
         [target.lora_a for target in targets],
         [target.lora_b for target in targets],
         _scales(targets),
@@ -83,7 +83,7 @@ def lora_linear_bwd(
         da,
         db,
     )
-    if need_dx:
+    if dx is not None:
         for dy, target in zip(dys, targets, strict=True):
             if target.weight is not None:
                 dx.addmm_(dy, target.weight)

@@ -57,7 +57,9 @@ def lora_linear_fwd(
     work = _work_dtype(x)
     bits = None
     if uses_dropout(targets):
-        bits = dropout_bits(seed, *x.shape, [target.dropout for target in targets])
+        assert seed is not None
+        rows, width = x.shape
+        bits = dropout_bits(seed, rows, width, [target.dropout for target in targets])
     ys, parts = [], []
     for index, target in enumerate(targets):
         part = target.scaling * (_dropped(x.to(work), target, bits, index) @ _wide(target.lora_a).T)
@@ -97,7 +99,9 @@ def lora_linear_bwd(
         summed in fp32 and rounded once. None where not needed.
     """
     work = _work_dtype(dys[0])
-    dx, das, dbs, start = None, [], [], 0
+    dx, start = None, 0
+    das: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
     for index, (dy, target) in enumerate(zip(dys, targets, strict=True)):
         rank = target.lora_a.shape[0]
         columns, start = slice(start, start + rank), start + rank
@@ -108,8 +112,11 @@ def lora_linear_bwd(
             if target.weight is not None:
                 part += dy @ target.weight.to(work)
             dx = part if dx is None else dx + part
-        da = ds.T @ _dropped(x.to(work), target, bits, index) if need_da[index] else None
-        db = dy.T @ s[:, columns].to(work) if need_db[index] else None
+        da = db = None
+        if x is not None and need_da[index]:
+            da = ds.T @ _dropped(x.to(work), target, bits, index)
+        if s is not None and need_db[index]:
+            db = dy.T @ s[:, columns].to(work)
         das.append(None if da is None else da.to(target.lora_a.dtype))
         dbs.append(None if db is None else db.to(target.lora_b.dtype))
     return None if dx is None else dx.to(dys[0].dtype), das, dbs
@@ -127,4 +134,5 @@ def _dropped(values: Tensor, target: LoraTarget, bits: Tensor | None, index: int
     """values [M, K] with the target's mask applied, kept elements scaled up."""
     if target.dropout == 0.0:
         return values
+    assert bits is not None
     return values * unpack(bits[index], values.shape[1]) * keep_scale(target.dropout)

@@ -35,9 +35,13 @@ class LayerStates:
 
     def shaped(self, shape: Iterable[int]) -> "LayerStates":
         """With [B, T] again, where the backbone saw one long row."""
+
+        def whole(x: Tensor) -> Tensor:
+            return x.reshape(*shape, -1)
+
         return LayerStates(
-            {layer: x.reshape(*shape, -1) for layer, x in self.hidden.items()},
-            {b: tuple(x.reshape(*shape, -1) for x in qkv) for b, qkv in self.qkv.items()},
+            {layer: whole(x) for layer, x in self.hidden.items()},
+            {b: (whole(q), whole(k), whole(v)) for b, (q, k, v) in self.qkv.items()},
         )
 
 
@@ -82,7 +86,8 @@ class LayerTaps:
     @contextlib.contextmanager
     def recording(self) -> Iterator[LayerStates]:
         """Yields what is full after the block, in which the backbone runs once."""
-        states, found = LayerStates(), {}
+        states = LayerStates()
+        found: dict[tuple[str, int], Tensor] = {}
         taps: dict[tuple[str, int], Tap] = {
             ("hidden", layer): Tap(self.blocks[max(layer, 1) - 1], of_output=layer > 0)
             for layer in self.hidden_layers
@@ -95,7 +100,7 @@ class LayerTaps:
         for layer in self.hidden_layers:
             states.hidden[layer] = found["hidden", layer]
         for layer in self.qkv_layers:
-            states.qkv[layer] = tuple(found[name, layer] for name in "qkv")
+            states.qkv[layer] = found["q", layer], found["k", layer], found["v", layer]
 
     def qkv_modules(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The projections of block `layer`.
@@ -126,10 +131,11 @@ class LayerTaps:
 
     def qkv_widths(self, layer: int) -> tuple[int, int, int]:
         """Widths of query, key and value in block `layer`."""
-        return tuple(
+        query, key, value = (
             true_shape(getattr(module, "base_layer", module).weight)[0]
             for module in self.qkv_modules(layer)
         )
+        return query, key, value
 
 
 def _find_blocks(backbone: nn.Module, role: str) -> nn.ModuleList:

@@ -125,7 +125,7 @@ def train_task(
         trainer.evaluate()
     if keep_best:
         curve.restore()
-    best_step = max(curve.history, key=lambda point: point[metric])["step"]
+    best_step = int(max(curve.history, key=lambda point: point[metric])["step"])
     return TaskResult(
         metric=metric,
         history=tuple(curve.history),
