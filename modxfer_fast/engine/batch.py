@@ -5,7 +5,7 @@ turn it into an `Answer`; the losses turn two answers into `Terms`.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ class TokenSet(NamedTuple):
     num_valid: int | None
     normalizer: Tensor | float | None = None
 
-    def count(self, device: torch.device) -> Tensor:
+    def number(self, device: torch.device) -> Tensor:
         """Number of tokens that count here, an fp64 scalar."""
-        if self.num_valid is None:
+        if self.num_valid is None and self.mask is not None:
             return self.mask.sum().double()
-        return torch.full((), self.num_valid, dtype=torch.float64, device=device)
+        return torch.full((), self.num_valid or 0, dtype=torch.float64, device=device)
 
 
 class Batch(NamedTuple):
@@ -48,13 +48,13 @@ class Batch(NamedTuple):
             all, and those of the student where the teacher has none of its own.
     """
 
-    inputs: Mapping[str, Tensor | None]
+    inputs: Mapping[str, Any]
     compared: TokenSet | None = None
     tokens: TokenSet | None = None
     labelled: TokenSet | None = None
     labels: Tensor | None = None
     num_tokens: Tensor | int = 0
-    teacher_inputs: Mapping[str, Tensor] | None = None
+    teacher_inputs: Mapping[str, Any] | None = None
     rows: Tensor | None = None
     teacher_rows: Tensor | None = None
 

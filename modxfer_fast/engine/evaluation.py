@@ -65,7 +65,7 @@ def without_repeated_samples(
             "classifiers cannot be left out; or evaluate in one process"
         )
     if num_samples == num_rows or num_new == 0:
-        repeated = slice(num_new, None)
+        repeated: Any = slice(num_new, None)
     else:
         start = sample_start(inputs.get("position_ids"), num_new, num_samples)
         repeated = (slice(None), slice(start, None))
@@ -103,7 +103,7 @@ def evaluation_metrics(module: DistillModule, sums: dict[str, float]) -> dict[st
         raise ValueError("eval_dataset: expected at least one token, got none")
     elif objective is not None and not (sums["num_kd"] or sums["num_ce"]):
         raise ValueError("eval_dataset: expected at least one label other than -100, got none")
-    logits = {name: values.pop(name) for name in ("kd", "ce") if name in values}
+    logits: dict[str, float] = {name: values.pop(name) for name in ("kd", "ce") if name in values}
     loss = sum(value for name, value in values.items() if name.endswith("_loss"))
     if objective is not None:
         loss += objective.combine(logits.get("kd", 0.0), logits.get("ce", 0.0))

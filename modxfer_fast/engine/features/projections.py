@@ -99,14 +99,15 @@ def set_projections(features: FeatureLosses, maps: Mapping[int, Any]) -> None:
     """
     behind_last = features.num_student_layers + 1
     given = {layer if layer >= 0 else layer + behind_last: maps[layer] for layer in maps}
-    pairs = {pair[0]: pair for pair in features.hidden.pairs}
+    loss: Any = features.hidden
+    pairs = {pair[0]: pair for pair in loss.pairs}
     if set(given) != set(pairs):
         raise ValueError(
             f"hidden.maps: expected one for each student layer {', '.join(map(str, pairs))}, "
             f"got {', '.join(map(str, maps))}"
         )
     for layer, pair in pairs.items():
-        projection, value = features.hidden.projection_of(pair), given[layer]
+        projection, value = loss.projection_of(pair), given[layer]
         read = value if isinstance(value, Tensor) else value.read
         if tuple(read.T.shape) != tuple(projection.weight.shape):
             expected = tuple(reversed(projection.weight.shape))

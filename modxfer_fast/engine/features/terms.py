@@ -119,7 +119,7 @@ class FeatureLosses(nn.Module):
                 cosines = self.hidden.cosines(
                     student.hidden, teacher.hidden, mask=tokens.mask, num_valid=tokens.num_valid
                 )
-                count = tokens.count(cosines.device)
+                count = tokens.number(cosines.device)
                 cosines = cosines.double() * count
                 sums["hidden_cosine"] = (cosines.mean(), count)
                 for pair, cosine in zip(self.hidden.pairs, cosines, strict=True):
@@ -140,7 +140,7 @@ def _sums(
     kind: str, pairs, terms: HiddenTerms, tokens: TokenSet
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums over tokens: the weighted term under `<kind>_loss`, and each pair unweighted."""
-    count = tokens.count(terms.loss.device)
+    count = tokens.number(terms.loss.device)
     normalizer = count if tokens.normalizer is None else tokens.normalizer
     sums = {f"{kind}_loss": (terms.loss.detach().double() * normalizer, count)}
     for pair, value in zip(pairs, terms.pairs, strict=True):

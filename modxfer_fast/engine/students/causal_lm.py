@@ -114,7 +114,7 @@ class SplitCausalLM:
 
     def answer(
         self,
-        inputs: Mapping[str, Tensor | None],
+        inputs: Mapping[str, Any],
         rows: Tensor | None = None,
         taps: LayerTaps | None = None,
     ) -> Answer:
@@ -148,7 +148,7 @@ class SplitCausalLM:
             labelled.normalizer,
             labelled.num_valid,
         )
-        count = labelled.count(loss.device)
+        count = labelled.number(loss.device)
         return Terms(loss, {"kd": (kd * count, count), "ce": (ce * count, count)})
 
     def uncalled_parameters(self) -> Iterable[nn.Parameter]:

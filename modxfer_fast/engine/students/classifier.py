@@ -182,7 +182,7 @@ class TaskClassifier:
                 backend=objective.backend,
             )
             loss = loss + objective.kd_weight * _mean(kd, batch.compared)
-            sums["kd"] = (kd.detach().double(), batch.compared.count(loss.device))
+            sums["kd"] = (kd.detach().double(), batch.compared.number(loss.device))
         if objective.ce_weight:
             if batch.labels is None:
                 raise ValueError(
@@ -190,7 +190,7 @@ class TaskClassifier:
                 )
             ce = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
             loss = loss + objective.ce_weight * _mean(ce, batch.labelled)
-            sums["ce"] = (ce.detach().double(), batch.labelled.count(loss.device))
+            sums["ce"] = (ce.detach().double(), batch.labelled.number(loss.device))
         return Terms(loss, sums)
 
     def uncalled_parameters(self) -> Iterable[nn.Parameter]:
@@ -235,5 +235,5 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _mean(total: Tensor, rows: TokenSet) -> Tensor:
-    count = rows.count(total.device) if rows.normalizer is None else rows.normalizer
+    count = rows.number(total.device) if rows.normalizer is None else rows.normalizer
     return total / torch.as_tensor(count).clamp(min=1).to(total.dtype)

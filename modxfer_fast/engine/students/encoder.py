@@ -72,7 +72,7 @@ class EncoderBackbone:
 
     def answer(
         self,
-        inputs: Mapping[str, Tensor | None],
+        inputs: Mapping[str, Any],
         rows: Tensor | None = None,
         taps: LayerTaps | None = None,
     ) -> Answer:

@@ -1,11 +1,13 @@
 """The kinds of students, by their names in configurations."""
 
+from typing import Any
+
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.engine.students.classifier import TaskClassifier
 from modxfer_fast.engine.students.encoder import EncoderBackbone
 from modxfer_fast.engine.students.protocol import Student
 
-STUDENTS: dict[str, type[Student]] = {
+STUDENTS: dict[str, Any] = {
     student.kind: student for student in (SplitCausalLM, EncoderBackbone, TaskClassifier)
 }
 

@@ -25,14 +25,14 @@ def read_tokens(
             those of `attention_mask`, or all.
         num_tokens: number of those tokens, known on the host.
     """
-    present = num_tokens
+    present: Tensor | int = 0 if num_tokens is None else num_tokens
     if attention_mask is None:
         present = input_ids.numel()
     elif num_tokens is None:
         present = attention_mask.sum()
     if token_mask is None:
         if attention_mask is None:
-            num_tokens = present
+            num_tokens = input_ids.numel()
         else:
             token_mask = attention_mask.bool()
     return Batch(

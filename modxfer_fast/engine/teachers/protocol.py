@@ -20,8 +20,10 @@ class TeacherProtocol(Protocol):
     """
 
     kind: str
-    classes: Any
     num_tokens: int | None
+
+    @property
+    def classes(self) -> Any: ...
 
     def to(self, device: torch.device) -> Any:
         """Answers on `device` from now on."""
