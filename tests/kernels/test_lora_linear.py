@@ -598,6 +598,10 @@ def test_peak_memory(dtypes, backend):
         m, k, (512,) * count, dtypes, ranks=(rank,), dropouts=(0.1,), bias=(False,)
     )
     inputs.require("x", "lora_a", "lora_b")
+    x, dx = inputs.x.detach(), torch.empty(m, k, dtype=dtypes[0])
+    own = peak_mib(lambda: (torch.mm(x, inputs.targets[0].weight, out=dx), None)[1], "cpu") * 2**20
+    if own > m * k:  # an fp32 copy of its result, where the processor has no such product
+        pytest.skip(f"torch's own product of {dtypes[0]} takes {own:.0f} bytes of scratch here")
     kept = count * m * (k // 8 + rank * dtypes[1].itemsize)
     spare = 3 * m * k // 4  # oneDNN's own scratch, and less than one byte mask
     peak = peak_mib(lambda: run(inputs, backend=backend), "cpu") * 2**20
