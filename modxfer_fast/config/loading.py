@@ -122,11 +122,12 @@ def apply_override(raw: dict[str, Any], dotted: str, value: Any, where: str) -> 
     keys = dotted.split(".")
     target: Any = raw
     for key in keys[:-1]:
-        if target.get(key) is None:
-            target[key] = {}
-        target = target[key]
-        if not isinstance(target, dict):
+        section = target.get(key)
+        if section is not None and not isinstance(section, dict):
             raise ConfigError(f"{where}: {key} is not a section")
+        # a copy, because an anchor of the file may share the section with others
+        target[key] = dict(section or {})
+        target = target[key]
     target[keys[-1]] = value
 
 

@@ -158,6 +158,16 @@ def test_layer_numbers_survive_a_dump(write):
     assert again.loss.hidden_states.weight == {1: 0.5, -1: 1.0}
 
 
+def test_an_override_leaves_what_an_anchor_shares(write):
+    path = write(
+        "output_dir: o\ndata: {source: s}\nteacher: {config: &tiny {model_type: llama}}\n"
+        "student: {config: *tiny}\n"
+    )
+    config = load_config(path, ["student.config.num_hidden_layers=2"])
+    assert config.student.config == {"model_type": "llama", "num_hidden_layers": 2}
+    assert config.teacher.config == {"model_type": "llama"}
+
+
 def test_layers_can_be_set_by_their_dotted_path(write):
     path = write(changed(loss={"hidden_states": {"layers": {1: 3}}}))
     config = load_config(path, ["loss.hidden_states.layers.2=6", "loss.hidden_states.weight=2"])
