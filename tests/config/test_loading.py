@@ -160,8 +160,8 @@ def test_layer_numbers_survive_a_dump(write):
 
 def test_an_override_leaves_what_an_anchor_shares(write):
     path = write(
-        "output_dir: o\ndata: {source: s}\nteacher: {config: &tiny {model_type: llama}}\n"
-        "student: {config: *tiny}\n"
+        "output_dir: o\ndata: {source: s}\ntokenizer: {vocab_size: 300}\n"
+        "teacher: {config: &tiny {model_type: llama}}\nstudent: {config: *tiny}\n"
     )
     config = load_config(path, ["student.config.num_hidden_layers=2"])
     assert config.student.config == {"model_type": "llama", "num_hidden_layers": 2}
