@@ -11,6 +11,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from modxfer_fast.models.checks import is_partitioned
+
 # From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
 MIN_DEEPSPEED = Version("0.19.6")
 STAGES = (0, 1, 2, 3)
@@ -129,11 +131,6 @@ def contained_launch_flag() -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop(name, None)
-
-
-def is_partitioned(param: nn.Parameter) -> bool:
-    """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
-    return hasattr(param, "ds_id")
 
 
 def _is_available(param: nn.Parameter) -> bool:

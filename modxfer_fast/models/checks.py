@@ -8,6 +8,11 @@ from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
+    return hasattr(parameter, "ds_id")
+
+
 def check_same_tokenizer(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, role: str
 ) -> None:

@@ -51,8 +51,17 @@ _DEFAULTS = {
     "disable_tqdm": True,
     "use_cache": False,
 }
-# What scoring alone needs of the training arguments.
-_FOR_EVALUATION = ("per_device_eval_batch_size", "bf16", "fp16", "tf32", "use_cpu")
+# What scoring alone needs of the training arguments; sharding is for training.
+FOR_EVALUATION = (
+    "per_device_eval_batch_size",
+    "bf16",
+    "fp16",
+    "tf32",
+    "use_cpu",
+    "ddp_backend",
+    "ddp_timeout",
+    "dataloader_num_workers",
+)
 
 
 def check_task_training(args: dict[str, Any], where: str) -> None:
@@ -154,7 +163,7 @@ def evaluate_task(
     Args:
         args: fields of TrainingArguments; precision and evaluation batch size are used.
     """
-    kept = {key: value for key, value in (args or {}).items() if key in _FOR_EVALUATION}
+    kept = {key: value for key, value in (args or {}).items() if key in FOR_EVALUATION}
     encoded = encode_task(data, split, tokenizer).by_length()
     with tempfile.TemporaryDirectory() as folder:  # Trainer makes its folder whatever it writes
         arguments = task_arguments(kept, "training", output_dir=folder)

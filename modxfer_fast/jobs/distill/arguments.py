@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import (
 from modxfer_fast.config import ConfigError, LossSection, check_fields
 from modxfer_fast.config.errors import nearest
 from modxfer_fast.engine import DistillConfig, deepspeed
+from modxfer_fast.engine.tasks.trainer import FOR_EVALUATION
 
 _LOSS_FIELDS = tuple(name for name in LossSection.model_fields if name != "impl")
 _OWNED = {
@@ -20,17 +21,6 @@ _OWNED = {
     "kind": "kind",
     **dict.fromkeys((*_LOSS_FIELDS, "loss_impl"), "the loss section"),
 }
-# What evaluation alone needs of a training section; sharding is for training.
-_FOR_EVALUATION = (
-    "per_device_eval_batch_size",
-    "bf16",
-    "fp16",
-    "tf32",
-    "use_cpu",
-    "ddp_backend",
-    "ddp_timeout",
-    "dataloader_num_workers",
-)
 _SHARDING = ("deepspeed", "zero_stage")
 
 
@@ -108,7 +98,7 @@ def evaluation_args(
 
     seed: that fresh projections start from, as in the training run of that seed.
     """
-    kept = {key: section[key] for key in _FOR_EVALUATION if key in section}
+    kept = {key: section[key] for key in FOR_EVALUATION if key in section}
     return _build(
         "training",
         **kept,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import has_autocast
 from modxfer_fast.kernels.lora_linear import LoraTarget
+from modxfer_fast.models.checks import is_partitioned
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -131,7 +132,7 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def _is_untraceable(parameter: nn.Parameter) -> bool:
-    return torch.compiler.is_compiling() and hasattr(parameter, "ds_id")
+    return torch.compiler.is_compiling() and is_partitioned(parameter)
 
 
 def _call_does_more(module: nn.Module) -> bool:

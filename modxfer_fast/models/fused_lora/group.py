@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from modxfer_fast.models.architecture import linear_names
+from modxfer_fast.models.checks import is_partitioned
 from modxfer_fast.models.fused_lora.layer import FusedForward, when_unloaded
 from modxfer_fast.models.fused_lora.window import Window
 
@@ -105,7 +106,7 @@ def apart_reason(path: str, parent: nn.Module, names: tuple[str, ...]) -> str:
     members = [getattr(parent, name) for name in names]
     if len({member.in_features for member in members}) > 1:
         return "their widths differ"
-    if any(hasattr(p, "ds_id") for member in members for p in member.parameters()):
+    if any(is_partitioned(p) for member in members for p in member.parameters()):
         return "ZeRO-3 gathers the parameters of one module at a time"
     return ""
 

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear_group
+from modxfer_fast.models.checks import is_partitioned
 from modxfer_fast.models.fused_lora.eligibility import lora_target, read_branch
 
 
@@ -57,7 +58,7 @@ class Window:
         """
         if x is self.x or not _sees_the_same(member):
             return False
-        if target.weight is None or hasattr(target.weight, "ds_id"):
+        if target.weight is None or is_partitioned(target.weight):
             return False
         return torch.compiler.is_compiling() or not x.is_inference()
 
