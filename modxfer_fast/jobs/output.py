@@ -206,9 +206,7 @@ class WorkFolder:
                 "); without --resume and with overwrite: true all steps are trained again"
             )
         _check_processes(self.output)
-        shutil.copytree(
-            self.output / CHECKPOINTS, self.path / CHECKPOINTS, copy_function=_link_or_copy
-        )
+        link_tree(self.output / CHECKPOINTS, self.path / CHECKPOINTS)
 
     def leave(self) -> str | None:
         """After a failure: let go, and remove the folder unless it holds something.
@@ -231,6 +229,9 @@ class WorkFolder:
     def finish(self) -> Path:
         """Put the folder in its place, instead of an older one, and return that place.
 
+        Results of stages go last: until the folder is in its place they are what a failed run
+        goes on from.
+
         Raises:
             ConfigError: another process took the folder or the place; what is done stays.
         """
@@ -242,6 +243,7 @@ class WorkFolder:
             raise ConfigError(f"{error}; the finished run is in {self.path}") from None
         sync_tree(self.path)
         replace_folder(self.path, self.output)
+        shutil.rmtree(self.output / _STAGES, ignore_errors=True)
         self._lock.release(self.output / _LOCK_FILE)
         return self.output
 
@@ -262,8 +264,16 @@ def _check_processes(folder: Path) -> None:
         )
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Have the files of `source` in `target` too, instead of what is there.
+
+    Checkpoints and models are never changed, only removed, so that two folders may share them.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+
 def _link_or_copy(source: str, target: str) -> str:
-    """Checkpoints are never changed, only removed, so that two folders may share their files."""
     try:
         os.link(source, target)
     except OSError:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from modxfer_fast.cli.main import main
 from modxfer_fast.engine import DistillTrainer
 from modxfer_fast.files import sealed
+from modxfer_fast.jobs.distill.job import DistillJob
 from modxfer_fast.report import ConsoleCallback
 from tests.cli.conftest import job_file, merged
 
@@ -139,6 +140,22 @@ def test_a_run_stopped_after_its_last_step_trains_no_further(write, whole, monke
     assert_as_whole(out, whole)
     checkpoints = out / "checkpoints" / "seed-0" / "student"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_a_run_stopped_after_it_was_written_is_only_written_again(write, whole, monkeypatch):
+    path, out = write(training={"save_strategy": "no"})
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillJob, "summarise", stopped)
+        assert main(["distill", str(path)]) == 130
+    assert (out.with_name("out.partial") / "report.json").is_file()
+    monkeypatch.setattr(ConsoleCallback, "on_step_end", lambda *a, **k: pytest.fail("it trained"))
+    assert main(["distill", str(path), "--resume"]) == 0
+    assert_as_whole(out, whole)
+    assert not (out / "stages").exists()
 
 
 def test_a_damaged_checkpoint_is_told_and_passed_over(write, whole, monkeypatch, capsys):

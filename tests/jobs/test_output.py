@@ -11,7 +11,7 @@ import pytest
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import damaged_files, seal
-from modxfer_fast.jobs.output import OutputStore, WorkFolder
+from modxfer_fast.jobs.output import OutputStore, WorkFolder, link_tree
 from modxfer_fast.jobs.stage import Stage
 
 
@@ -353,3 +353,32 @@ def test_a_finished_run_is_progress_without_any_checkpoint(tmp_path):
     assert "--resume goes on from there" in folder.leave()
     with pytest.raises(ConfigError, match="holds an interrupted run"):
         folder_of(tmp_path).open(resume=False)
+
+
+def test_a_run_that_cannot_be_put_in_its_place_is_not_lost(tmp_path):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    stage = OutputStore(folder.path).get(run(), Quiet())
+    shutil.rmtree(folder.path / "checkpoints")
+    link_tree(stage, folder.path / "seed-0" / "student")
+    (folder.path / "report.json").write_text("new")
+    finished_by_another = tmp_path / "out"
+    finished_by_another.mkdir()
+    (finished_by_another / "report.json").write_text("other")
+    with pytest.raises(ConfigError, match="the finished run is in"):
+        folder.finish()
+    assert "--resume goes on from there" in folder.leave()
+    shutil.rmtree(finished_by_another)
+
+    again, console = folder_of(tmp_path), Quiet()
+    again.open(resume=True)
+    stage = OutputStore(again.path).get(run(), console)
+    assert console.phases == []
+    link_tree(stage, again.path / "seed-0" / "student")
+    again.finish()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.yaml",
+        "report.json",
+        "seed-0",
+    ]
+    assert (tmp_path / "out" / "seed-0" / "student" / "weights").read_text() == "trained"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.data import Documents, build_rows, load_documents, tokenizer_digest
 from modxfer_fast.engine import DistillModule, Objective, Teacher
-from modxfer_fast.files import new_folder, replace_folder, write_json
+from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
 from modxfer_fast.jobs.distill.evaluation import Evaluation
 from modxfer_fast.jobs.distill.loss_timing import time_losses
@@ -29,7 +29,7 @@ from modxfer_fast.jobs.distill.student import Student
 from modxfer_fast.jobs.distill.summary import print_summary, summarise
 from modxfer_fast.jobs.environment import quieten_libraries
 from modxfer_fast.jobs.job import Job
-from modxfer_fast.jobs.output import REPORT_FILE, OutputStore, WorkFolder
+from modxfer_fast.jobs.output import REPORT_FILE, OutputStore, WorkFolder, link_tree
 from modxfer_fast.jobs.ranks import end_with_launcher, is_main, on_main
 from modxfer_fast.jobs.stage import Live, Stage, fingerprint
 from modxfer_fast.jobs.store import Store
@@ -144,10 +144,7 @@ class DistillJob(Job):
     def write(self, folder: Path, report: dict[str, Any]) -> None:
         plot_curves(report, folder / "curves.png")
         for model in self.runs.root.glob(f"*/*/{MODEL}"):
-            place = folder / model.parent.relative_to(self.runs.root)
-            place.parent.mkdir(exist_ok=True)
-            replace_folder(model, place)
-        shutil.rmtree(self.runs.root)
+            link_tree(model, folder / model.parent.relative_to(self.runs.root))
 
     def summarise(self, report: dict[str, Any], output: Path) -> None:
         print_summary(self.console, report, output)
