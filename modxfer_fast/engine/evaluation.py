@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from accelerate.state import GradientState
 from torch import nn
-from transformers import TrainingArguments
 
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.engine import deepspeed
+from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.labels import sample_start
 from modxfer_fast.engine.metrics import means
 from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.students.kinds import student_of_kind
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def evaluating(
 
 
 def without_repeated_samples(
-    inputs: dict[str, Any], args: TrainingArguments, state: GradientState, has_features: bool
+    inputs: dict[str, Any], args: DistillConfig, state: GradientState, has_features: bool
 ) -> dict[str, Any]:
     """A batch without labels and tokens of samples that the sampler repeats for equal batches.
 
@@ -55,15 +56,15 @@ def without_repeated_samples(
     num_samples = inputs.pop("num_samples", num_rows)
     if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return inputs
-    # of the last batches of all ranks, laid end to end, the first `remainder` samples are new
-    num_new = max(state.remainder - args.process_index * args.eval_batch_size, 0)
-    if num_new >= num_samples:
-        return inputs
-    if "rows" in inputs:
+    if not student_of_kind(args.kind).has_vocabulary:  # on all ranks, also where none is repeated
         raise ValueError(
             "eval_dataset: expected one that the batches of all ranks divide, because rows of "
             "classifiers cannot be left out; or evaluate in one process"
         )
+    # of the last batches of all ranks, laid end to end, the first `remainder` samples are new
+    num_new = max(state.remainder - args.process_index * args.eval_batch_size, 0)
+    if num_new >= num_samples:
+        return inputs
     if num_samples == num_rows or num_new == 0:
         repeated: Any = slice(num_new, None)
     else:
@@ -109,6 +110,6 @@ def evaluation_metrics(module: DistillModule, sums: dict[str, float]) -> dict[st
         loss += objective.combine(logits.get("kd", 0.0), logits.get("ce", 0.0))
     if module.teacher is None:
         logits.pop("kd", None)
-    if "ce" in logits:
+    if "ce" in logits and module.parts.has_vocabulary:
         logits["perplexity"] = math.exp(logits["ce"]) if not logits["ce"] > 700 else math.inf
     return {"loss": loss, **logits, **values}

@@ -39,6 +39,7 @@ class DistillModule(nn.Module):
 
     Attributes:
         meter: where `forward` leaves its unweighted terms, as device tensors.
+        parts: the student, as its kind sees it (students/).
         features: the losses inside the networks and their projections, or None.
 
     Raises:
@@ -80,12 +81,12 @@ class DistillModule(nn.Module):
         self.student = student
         self.teacher = teacher
         self.objective = objective
-        self._parts = parts.of(student, "student")
+        self.parts = parts.of(student, "student")
         # a head padded further than the other one has classes that no token is
-        self._num_classes = None if teacher is None else self._parts.common_classes(teacher)
+        self._num_classes = None if teacher is None else self.parts.common_classes(teacher)
         self.features = self._student_taps = self._teacher_taps = None
         if has_features:
-            self._student_taps = LayerTaps(self._parts.backbone, "student")
+            self._student_taps = LayerTaps(self.parts.backbone, "student")
             self._teacher_taps = teacher.taps()
             self.features = FeatureLosses(
                 hidden_states,
@@ -96,7 +97,7 @@ class DistillModule(nn.Module):
                 generator=torch.Generator().manual_seed(seed),
             )
             if objective is None:
-                self._parts.freeze_unreached(
+                self.parts.freeze_unreached(
                     student, self._student_taps.blocks, self.features.hidden.student_layers
                 )
         self.meter = self.new_meter()
@@ -118,7 +119,7 @@ class DistillModule(nn.Module):
 
     def gathered_head(self) -> contextlib.AbstractContextManager:
         """Keeps the head whole, which `forward` reads but does not call. Collective."""
-        return gathered(self._parts.uncalled_parameters())
+        return gathered(self.parts.uncalled_parameters())
 
     def tie_weights(self) -> None:
         without_peft(self.student).tie_weights()
@@ -161,7 +162,7 @@ class DistillModule(nn.Module):
         """What divides the sums over a collator's batch, by name; of a whole step it is handed to
         `forward` as num_<name>_in_batch."""
         all_tokens = self.features is not None and self.features.needs_all_tokens
-        return self._parts.counts(batch, all_tokens)
+        return self.parts.counts(batch, all_tokens)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Loss of one micro-batch.
@@ -177,7 +178,7 @@ class DistillModule(nn.Module):
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
         """
-        batch = self._parts.read(**batch)
+        batch = self.parts.read(**batch)
         objective = self.objective
         if objective is not None and not self.training:
             objective = objective.measured(self.teacher is not None, batch.labels is not None)
@@ -186,10 +187,10 @@ class DistillModule(nn.Module):
             # first, while no activations of the student are kept
             self._check_compared(batch)
             target = self.teacher.answer(batch, self._teacher_taps)
-        answer = self._parts.answer(batch.inputs, batch.rows, self._student_taps)
+        answer = self.parts.answer(batch.inputs, batch.rows, self._student_taps)
         terms = []
         if objective is not None:
-            terms.append(self._parts.terms(objective, answer, target, batch, self._num_classes))
+            terms.append(self.parts.terms(objective, answer, target, batch, self._num_classes))
         if self.features is not None:
             terms.append(self.features(answer.states, target.states, batch.tokens, batch.labelled))
         loss = sum((each.loss for each in terms[1:]), start=terms[0].loss)

@@ -255,7 +255,7 @@ def test_only_mapped_layers_are_taken_and_nothing_is_kept():
     module = DistillModule(student, teacher, Objective(), options)
     batch = align_collate([DATA[0], DATA[1]])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    answer = module._parts.answer(inputs, taps=module._student_taps)
+    answer = module.parts.answer(inputs, taps=module._student_taps)
     assert list(answer.states.hidden) == [1]
     answer = teacher.answer(Batch(inputs), module._teacher_taps)
     assert list(answer.states.hidden) == [2]
@@ -274,7 +274,7 @@ def test_layers_count_as_in_output_hidden_states():
     )
     batch = align_collate([DATA[0], DATA[1]])
     _, states = module._student_taps.run(
-        module._parts, batch["input_ids"], batch["attention_mask"], None
+        module.parts, batch["input_ids"], batch["attention_mask"], None
     )
     theirs = student(
         input_ids=batch["input_ids"],

@@ -1,6 +1,7 @@
 """Task models that learn from task models: the formula, both kinds, two tokenizers."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from modxfer_fast.config import ConfigError
 from modxfer_fast.engine import (
     DistillConfig,
     DistillTrainer,
+    Objective,
     TaskHiddenOptions,
     TaskTextCollator,
     distil_task,
 )
+from modxfer_fast.engine.evaluation import without_repeated_samples
 from tests.encoder_models import tiny_encoder, word_tokenizer
 
 WORDS = ["paris", "is", "old", "anna", "went", "home", "rivers", "cold", "x", "by"]
@@ -75,10 +78,9 @@ def rows_of(logits, inputs, tokenizer, texts, known):
     return torch.stack(found)
 
 
-def kl(student, teacher, temperature=1.0, scale_by_temperature_squared=False):
+def kl(student, teacher, temperature=1.0):
     p, q = (x.double().div(temperature).log_softmax(-1) for x in (teacher, student))
-    value = (p.exp() * (p - q)).sum(-1).mean()
-    return value * temperature**2 if scale_by_temperature_squared else value
+    return (p.exp() * (p - q)).sum(-1).mean()
 
 
 @pytest.mark.parametrize("options", [{}, SOFT], ids=["default", "soft"])
@@ -106,8 +108,49 @@ def test_first_loss_of_a_token_classifier_is_the_formula(
     log = distil_task(
         student, teacher, texts, collator, args, seed=0, output_dir=tmp_path, **options
     )
-    assert log[0]["kd_loss"] == pytest.approx(kl(*expected, **options).item(), rel=1e-5)
-    assert log[0]["loss"] == pytest.approx(log[0]["kd_loss"], rel=1e-5)
+    temperature = options.get("temperature", 1.0)
+    assert log[0]["kd_loss"] == pytest.approx(kl(*expected, temperature).item(), rel=1e-5)
+    assert log[0]["loss"] == pytest.approx(log[0]["kd_loss"] * temperature**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_temperature_means_what_it_means_to_a_language_model(tmp_path, tokenizers, scaled):
+    options = {"temperature": 2.0, "scale_by_temperature_squared": scaled}
+    options |= {"kd_weight": 0.5, "ce_weight": 0.25}
+    texts = pairs(6).add_column("label", [0, 2, 1, 1, 0, 2])
+    student = model(AutoModelForSequenceClassification, tokenizers[0])
+    teacher = model(AutoModelForSequenceClassification, tokenizers[0], 48, 3, seed=1)
+    config = {**ARGS, "max_steps": 1, "per_device_train_batch_size": 6, "save_strategy": "no"}
+    run = DistillTrainer(
+        student,
+        DistillConfig(output_dir=str(tmp_path), kind="classifier", **config, **options),
+        teacher,
+        texts,
+        texts,
+        data_collator=TaskTextCollator(tokenizers[0]),
+    )
+    before = deepcopy(student).eval()
+    batch = TaskTextCollator(tokenizers[0])(list(texts))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        target = teacher(**batch).logits
+    # a head that passes logits on makes a language model's terms of a classifier's
+    head = torch.eye(3), None
+    logits = before(**batch).logits
+    expected = Objective(**options).terms(logits, head, target, head, labels, None, None)
+    expected.loss.backward()
+    measured = run.evaluate()
+    run.train()
+    logged = next(entry for entry in run.state.log_history if "loss" in entry)
+    for value, name in ((expected.kd, "kd"), (expected.ce, "ce")):
+        assert measured[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-5)
+        assert logged[f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
+    for value in (logged["loss"], measured["eval_loss"]):
+        assert value == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert "eval_perplexity" not in measured
+    for moved, start in zip(student.parameters(), before.parameters(), strict=True):
+        if start.grad is not None:
+            torch.testing.assert_close((start - moved) / 0.2, start.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_words_that_one_side_cuts_off_do_not_count(tokenizers):
@@ -339,6 +382,43 @@ def test_what_does_not_fit_is_told(tmp_path, tokenizers):
         run(tokens(), broken)
     with pytest.raises(ValueError, match="expected a task model"):
         run(model(AutoModel, tokenizers[0]), tokens())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"loss_impl": "dense"}, "loss_impl: expected fused"), ({"workspace_mb": 64}, "workspace_mb")],
+)
+def test_options_of_a_fused_head_are_refused(tmp_path, option, message):
+    with pytest.raises(ValueError, match=f"{message}.* with kind 'classifier'"):
+        DistillConfig(output_dir=str(tmp_path), kind="classifier", **option)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "texts"),
+    [
+        (AutoModelForTokenClassification, sentences(2)),
+        (AutoModelForSequenceClassification, pairs(2)),
+    ],
+    ids=["tokens", "sequences"],
+)
+def test_every_rank_refuses_repeated_samples(tmp_path, monkeypatch, tokenizers, auto_class, texts):
+    # of two ranks the first repeats nothing, and would wait for the other in a collective
+    run = DistillTrainer(
+        model(auto_class, tokenizers[0]),
+        DistillConfig(output_dir=str(tmp_path), kind="classifier", per_device_eval_batch_size=2),
+        model(auto_class, tokenizers[0], seed=1),
+        texts,
+        data_collator=TaskTextCollator(tokenizers[0]),
+    )
+    monkeypatch.setattr(DistillConfig, "world_size", 2)
+    batch = run.data_collator(list(texts))
+    whole = SimpleNamespace(end_of_dataloader=True, remainder=0)
+    assert without_repeated_samples(batch, run.args, whole, False) == batch
+    for rank in (0, 1):
+        monkeypatch.setattr(DistillConfig, "process_index", rank)
+        state = SimpleNamespace(end_of_dataloader=True, remainder=3)
+        with pytest.raises(ValueError, match="rows of classifiers cannot be left out"):
+            without_repeated_samples(batch, run.args, state, False)
 
 
 @pytest.mark.parametrize("task", ["tokens", "sequences"])

@@ -47,6 +47,7 @@ class SplitCausalLM:
     kind: ClassVar[str] = "causal_lm"
     has_logits: ClassVar[bool] = True
     is_causal: ClassVar[bool] = True
+    has_vocabulary: ClassVar[bool] = True
 
     backbone: nn.Module
     head: nn.Linear

@@ -46,6 +46,7 @@ class TaskClassifier:
     kind: ClassVar[str] = "classifier"
     has_logits: ClassVar[bool] = True
     is_causal: ClassVar[bool] = False
+    has_vocabulary: ClassVar[bool] = False
 
     model: nn.Module
     classes: Classes
@@ -73,6 +74,12 @@ class TaskClassifier:
         for name in ("kd_weight", "ce_weight"):
             if not getattr(config, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(config, name)}")
+        for name, only in (("loss_impl", Objective.impl), ("workspace_mb", Objective.workspace_mb)):
+            if getattr(config, name) != only:
+                raise ValueError(
+                    f"{name}: expected {only} with kind 'classifier', whose logits are whole and "
+                    f"have one way to be compared, got {getattr(config, name)}"
+                )
         hidden = config.hidden_state_options()
         has_logit_terms = config.kd_weight or config.ce_weight
         if not has_logit_terms and hidden is None:
@@ -168,28 +175,27 @@ class TaskClassifier:
         batch: Batch,
         num_classes: int | None,
     ) -> Terms:
-        logits = answer.output
+        logits, spec = answer.output, objective.checked()
         loss, sums = logits.new_zeros((), dtype=torch.float32), {}
-        if objective.kd_weight:
+        if spec.kd_weight:
             kd = kd_loss(
                 logits,
                 target.output.to(logits.dtype),
                 divergence=objective.divergence,
                 beta=objective.beta,
                 temperature=objective.temperature,
-                scale_by_temperature_squared=objective.scale_by_temperature_squared,
                 reduction="sum",
                 backend=objective.backend,
             )
-            loss = loss + objective.kd_weight * _mean(kd, batch.compared)
+            loss = loss + spec.kd_weight * _mean(kd, batch.compared)
             sums["kd"] = (kd.detach().double(), batch.compared.number(loss.device))
-        if objective.ce_weight:
+        if spec.ce_weight:
             if batch.labels is None:
                 raise ValueError(
-                    f"labels: expected in every batch because ce_weight is {objective.ce_weight}"
+                    f"labels: expected in every batch because ce_weight is {spec.ce_weight}"
                 )
             ce = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            loss = loss + objective.ce_weight * _mean(ce, batch.labelled)
+            loss = loss + spec.ce_weight * _mean(ce, batch.labelled)
             sums["ce"] = (ce.detach().double(), batch.labelled.number(loss.device))
         return Terms(loss, sums)
 

@@ -25,6 +25,7 @@ class EncoderBackbone:
     kind: ClassVar[str] = "encoder"
     has_logits: ClassVar[bool] = False
     is_causal: ClassVar[bool] = False
+    has_vocabulary: ClassVar[bool] = True
 
     backbone: nn.Module
 

@@ -24,6 +24,8 @@ class Student(Protocol):
         kind: its name in configurations.
         has_logits: whether an `Objective` is computed of its output.
         is_causal: whether a token attends to those before it alone.
+        has_vocabulary: whether what is compared are tokens of a vocabulary, of which labels and a
+            mask leave out any, and not rows of classes.
         backbone: the transformers base model, on whose blocks hidden states are tapped.
         classes: what its output tells apart; `common_classes` compares it with the teacher's.
     """
@@ -31,6 +33,7 @@ class Student(Protocol):
     kind: ClassVar[str]
     has_logits: ClassVar[bool]
     is_causal: ClassVar[bool]
+    has_vocabulary: ClassVar[bool]
 
     @property
     def backbone(self) -> nn.Module: ...
