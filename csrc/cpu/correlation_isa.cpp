@@ -1,4 +1,4 @@
-// The loops of the streaming moments, of each instruction set.
+// The loops of the sums and products of rows, of each instruction set.
 
 #include "modxfer/correlation.h"
 #include "modxfer/isa.h"

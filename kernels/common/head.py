@@ -1,7 +1,7 @@
 """An output head: the logits of rows from their hidden states, and the way back for a gradient.
 
-A head of a student offers `Head` and, where something of it is trained, `HeadGradient`. A head of a
-teacher offers `check_teacher`, `take` and `signal`, which is what the row kernels read.
+A student's head has the methods of `Head`; its `gradient` makes what takes dlogits. A teacher's has
+`check_teacher`, `take` and `signal`, which is what the row kernels read.
 """
 
 from typing import NamedTuple
@@ -38,8 +38,7 @@ class Head(NamedTuple):
 
     def cast(self) -> "Head":
         """As `F.linear` would under autocast."""
-        cast = cast_for_autocast(self.hidden, self.weight, self.bias)
-        return self if cast[0] is self.hidden and cast[1] is self.weight else Head(*cast)
+        return Head(*cast_for_autocast(*self))
 
     def detach(self) -> "Head":
         hidden, weight, bias = self
@@ -124,6 +123,14 @@ class Head(NamedTuple):
             return logits
         return logits.view(self.weight.dtype)[:, : logits.shape[1]]
 
+    def gradient(
+        self, wanted: "Head", row_weights: Tensor, *, is_single: bool, is_packed: bool, tile: int
+    ) -> "HeadGradient":
+        """What takes dlogits; arguments as of `HeadGradient`."""
+        return HeadGradient(
+            self, wanted, row_weights, is_single=is_single, is_packed=is_packed, tile=tile
+        )
+
     # --- bytes
 
     def row_bytes(self) -> int:
@@ -131,7 +138,8 @@ class Head(NamedTuple):
 
     def widened_bytes(self, dtype: torch.dtype) -> int:
         """Of a row, of hidden or of weight, in `dtype` where a CPU widens them; else 0."""
-        return self.hidden.shape[1] * dtype.itemsize if gemm.is_widened(self.weight, dtype) else 0
+        is_widened = gemm.is_widened(self.weight, dtype)
+        return max(self.hidden.shape[1], 1) * dtype.itemsize if is_widened else 0
 
     def sum_bytes(self, wanted: "Head", dtype: torch.dtype) -> int:
         """Of what is summed over chunks beside the gradients that leave."""

@@ -223,7 +223,7 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
 
     Args:
         student_kind, teacher_kind: NamedTuples of tensors, which become inputs of the op. All of
-            the student's may be trained; `HeadGradient` finds their gradients.
+            the student's may be trained; its `gradient` finds their gradients.
     """
     of_student, of_teacher = _kinds("student", student_kind), _kinds("teacher", teacher_kind)
     kinds = {**of_student, **of_teacher, **Rows.__annotations__, "numbers": Tensor, "names": str}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, gemm, packing
 from modxfer_fast.kernels.common.chunks import ChunkPlan
-from modxfer_fast.kernels.common.head import Head, HeadGradient
+from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
 
@@ -57,13 +57,8 @@ def stream(
     ce = torch.zeros_like(weights)
     gradient = None
     if any(wanted):
-        gradient = HeadGradient(
-            student,
-            wanted,
-            weights,
-            is_single=plan.is_single,
-            is_packed=kept is not None,
-            tile=plan.tile,
+        gradient = student.gradient(
+            wanted, weights, is_single=plan.is_single, is_packed=kept is not None, tile=plan.tile
         )
 
     def run(span: slice, z_s: Tensor, z_t: Tensor) -> None:  # its rows are freed before the next's
@@ -92,7 +87,7 @@ def stream(
         for start in range(0, count, plan.rows):
             run(slice(start, min(start + plan.rows, count)), *buffers)
     del buffers  # a gradient that is rounded takes their place
-    return kd, ce, (None, None, None) if gradient is None else gradient.result()
+    return kd, ce, (None,) * len(student) if gradient is None else gradient.result()
 
 
 def _plan(

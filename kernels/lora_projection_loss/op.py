@@ -12,7 +12,7 @@ backward of the linear takes both. h is written once, because the next layer rea
                                 order. Only where 8 R_p bytes a tile, R_p padded to 16 or 32, are
                                 fewer than those of its columns of h; otherwise a product reads h.
                        C++      u, z, loss, du, dP_a, dP_b and dh of a block of rows, one pass over
-                                h that z never leaves; see cpp_impl.py there
+                                h that z never leaves; see projection_loss/cpp_impl.py
     full P, no P       the product, or the row kernel, reads h again
 
 FLOPs: those of the two ops. Bytes saved against them in turn, b per element of h: 3 M N b of adding

@@ -1,6 +1,8 @@
 """`linear_kd_loss` as a module that holds its options."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,10 +77,11 @@ class LinearKDLoss(nn.Module):
         ).loss
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What the module was built with, by name."""
+    def options(self) -> Mapping[str, Any]:
+        """What the module was built with, by name; to change one, replace `spec`, say."""
         tokens = {"ignore_index": self.tokens.ignore_index, "reduction": self.tokens.reduction}
-        return {**dataclasses.asdict(self.spec), **tokens, **self.launch._asdict()}
+        options = {**dataclasses.asdict(self.spec), **tokens, **self.launch._asdict()}
+        return MappingProxyType(options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -607,6 +607,17 @@ def test_autocast_is_the_cast_and_nothing_else(dtype, labels, reduction):
         assert torch.equal(result, expected[name].float()), name
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_autocast_casts_a_bias_alone(role):
+    """Half-precision states and heads beside an fp32 bias, as `F.linear` takes them."""
+    tensors = [torch.randn(size, 8).bfloat16() for size in (5, 7, 5, 7)]
+    bias = {f"{role}_bias": torch.randn(7)}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_kd_loss(*tensors, **bias)
+    cast = {name: tensor.bfloat16() for name, tensor in bias.items()}
+    assert torch.equal(loss, linear_kd_loss(*tensors, **cast))
+
+
 def test_autocast_leaves_fp64_alone():
     inputs = linear_inputs(9, 100, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

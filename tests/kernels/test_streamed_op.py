@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import KDSpec, packing
-from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.head import Head, HeadGradient
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.common.spec import Spec
 from modxfer_fast.kernels.common.streamed_op import StreamedOp
@@ -193,6 +193,77 @@ def test_a_teacher_of_another_kind(labelled, reduction):
         grads.append(torch.autograd.grad(loss.sum(), (h, w)))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Unbiased(NamedTuple):
+    """A student's head of two tensors, which leaves its work to a `Head`."""
+
+    hidden: Tensor
+    weight: Tensor
+
+    vocab_size = property(lambda self: self.weight.shape[0])
+    rounds_single = property(lambda self: Head(*self).rounds_single)
+
+    def cast(self):
+        return Unbiased(*Head(*self).cast()[:2])
+
+    def check(self, role):
+        Head(*self).check(role)
+
+    def flat(self, rows):
+        return Unbiased(*Head(*self).flat(rows)[:2])
+
+    def take(self, span, index):
+        return Unbiased(*Head(*self).take(span, index)[:2])
+
+    def logits(self, out, tile):
+        return Head(*self).logits(out, tile)
+
+    def dlogits(self, logits):
+        return Head(*self).dlogits(logits)
+
+    def gradient(self, wanted, row_weights, **options):
+        gradient = Head(*self).gradient(Head(*wanted, False), row_weights, **options)
+        return Cut(gradient)
+
+    def row_bytes(self):
+        return Head(*self).row_bytes()
+
+    def widened_bytes(self, dtype):
+        return Head(*self).widened_bytes(dtype)
+
+    def sum_bytes(self, wanted, dtype):
+        return Head(*self).sum_bytes(wanted, dtype)
+
+
+class Cut(NamedTuple):
+    whole: HeadGradient
+
+    def add(self, dlogits, rows, span, index):
+        self.whole.add(dlogits, Head(*rows), span, index)
+
+    def result(self):
+        return self.whole.result()[:2]
+
+
+streamed("linear_kd_loss_of_unbiased_test", Unbiased, Head)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_head_of_another_kind(reduction):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((40, 8), (11, 8), (40, 5), (11, 5))
+    hidden, weight, h_t, w_t = (torch.randn(s, generator=generator) for s in shapes)
+    grads = []
+    for kind in (Head, Unbiased):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        terms = loss_of_heads(
+            *(kind(h, w), Head(h_t, w_t), KDSpec("jsd"), Tokens(reduction=reduction)),
+            Launch(1, "reference"),
+        )
+        grads.append(torch.autograd.grad(terms.loss.sum(), (h, w)))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_teacher_of_another_kind_is_checked():

@@ -9,6 +9,7 @@ from tests.gpu import backend_on, no_waiting
 from tests.inputs import DTYPES
 
 # the package that it is in needs what the engine needs; the kernels alone are in tests/kernels
+pytest.importorskip("pydantic")
 pytest.importorskip("peft")
 from modxfer_fast.transfer.moments import StreamingMoments
 

@@ -1,4 +1,4 @@
-// Streaming moments of rows of features: the kernels' signatures. Torch-free.
+// Sums and products of rows of features: the kernels' signatures. Torch-free.
 #pragma once
 
 #include <cstdint>
