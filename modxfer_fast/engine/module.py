@@ -5,7 +5,7 @@ DeepSpeed wrap: gradients are reduced, and ZeRO-3 gathers the head while the los
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -161,8 +161,15 @@ class DistillModule(nn.Module):
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """What divides the sums over a collator's batch, by name; of a whole step it is handed to
         `forward` as num_<name>_in_batch."""
-        all_tokens = self.features is not None and self.features.needs_all_tokens
-        return self.parts.counts(batch, all_tokens)
+        return self.parts.counts(batch, self._needs_all_tokens)
+
+    def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+        """A user's collator, made to give on the host what `forward` wants."""
+        return self.parts.collator(collator, self._needs_all_tokens)
+
+    @property
+    def _needs_all_tokens(self) -> bool:
+        return self.features is not None and self.features.needs_all_tokens
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Loss of one micro-batch.

@@ -25,7 +25,6 @@ from modxfer_fast.engine.features.projections import group_projections, load_pro
 from modxfer_fast.engine.guard import StepGuard
 from modxfer_fast.engine.metrics import TrainingClock, means, peak_mem_mib
 from modxfer_fast.engine.module import DistillModule
-from modxfer_fast.engine.students.kinds import student_of_kind
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
@@ -81,7 +80,6 @@ class DistillTrainer(Trainer):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
         if data_collator is None:
             raise TypeError("data_collator: expected a collator of input_ids and labels, got None")
-        data_collator = student_of_kind(args.kind).collator(data_collator)
         # a processor of several modalities has a tokenizer and no length
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         num_tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
@@ -99,7 +97,7 @@ class DistillTrainer(Trainer):
             super().__init__(
                 model=module,
                 args=args,
-                data_collator=data_collator,
+                data_collator=module.collator(data_collator),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,

@@ -1,14 +1,14 @@
 """Checks that teacher, student, tokenizer and packing fit together, before any training."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.models.architecture import max_tokens
 from modxfer_fast.models.errors import ModelError
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
     return hasattr(parameter, "ds_id")
 

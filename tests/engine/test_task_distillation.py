@@ -467,6 +467,28 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch, tokenizers, ta
         loss.item()
 
 
+@pytest.mark.parametrize("task", ["tokens", "sequences"])
+@pytest.mark.parametrize("hidden", [None, {"layers": {1: 1}}], ids=["logits", "hidden"])
+def test_rows_are_looked_for_where_something_reads_them(tmp_path, tokenizers, task, hidden):
+    auto_class = {
+        "tokens": AutoModelForTokenClassification,
+        "sequences": AutoModelForSequenceClassification,
+    }[task]
+    run = DistillTrainer(
+        model(auto_class, tokenizers[0]),
+        DistillConfig(output_dir=str(tmp_path), kind="classifier", hidden_states=hidden),
+        model(auto_class, tokenizers[0], seed=1),
+        data_collator=lambda texts: dict(tokenizers[0](texts, padding=True, return_tensors="pt")),
+    )
+    batch = run.data_collator(["paris is old", "anna"])
+    assert batch["num_tokens"] == batch["attention_mask"].sum()
+    if task == "tokens" or hidden is not None:
+        assert torch.equal(batch["rows"], batch["attention_mask"].flatten().nonzero().flatten())
+    else:
+        assert "rows" not in batch
+    assert run.model(**batch)["loss"].isfinite()
+
+
 def test_updates_that_are_not_finite_are_left_out(tmp_path, tokenizers):
     student = model(AutoModelForTokenClassification, tokenizers[0])
     teacher = model(AutoModelForTokenClassification, tokenizers[0], seed=1)

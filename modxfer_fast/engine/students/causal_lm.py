@@ -80,8 +80,7 @@ class SplitCausalLM:
         if config.kd_weight is None:
             config.kd_weight = 1.0
 
-    @staticmethod
-    def collator(collator: Callable[[list], dict]) -> AlignedLabels:
+    def collator(self, collator: Callable[[list], dict], all_tokens: bool) -> AlignedLabels:
         return AlignedLabels(collator)
 
     def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:

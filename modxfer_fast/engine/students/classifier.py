@@ -98,18 +98,17 @@ class TaskClassifier:
             # hidden states reach neither the head nor what lies above their layers
             config.ddp_find_unused_parameters = True
 
-    @staticmethod
-    def collator(collator: Callable[[list], dict]) -> "CountedRows":
-        return CountedRows(collator)
+    def collator(self, collator: Callable[[list], dict], all_tokens: bool) -> "CountedRows":
+        return CountedRows(collator, self.classes.per_token or all_tokens)
 
     def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
-        tokens = len(batch["rows"])
+        tokens = len(batch.get("rows", ()))
         rows = tokens if self.classes.per_token else len(batch["input_ids"])
         return {"rows": rows, "items": batch["num_valid"], "tokens": tokens}
 
     def read(
         self,
-        rows: Tensor,
+        rows: Tensor | None = None,
         labels: Tensor | None = None,
         teacher_rows: Tensor | None = None,
         teacher_inputs: Mapping[str, Tensor] | None = None,
@@ -128,16 +127,18 @@ class TaskClassifier:
                 hidden states are compared.
             inputs: of the student's model.
         """
-        if labels is not None and self.classes.per_token:
-            labels = labels.flatten().index_select(0, rows)
-        num_rows = len(rows) if self.classes.per_token else len(inputs["input_ids"])
+        num_rows, num_compared = len(inputs["input_ids"]), 0 if rows is None else len(rows)
+        if self.classes.per_token:
+            num_rows = num_compared
+            if labels is not None:
+                labels = labels.flatten().index_select(0, rows)
         labelled = None
         if labels is not None:
             labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
         return Batch(
             inputs,
             compared=TokenSet(None, num_rows, num_rows_in_batch),
-            tokens=TokenSet(None, len(rows), num_tokens_in_batch),
+            tokens=TokenSet(None, num_compared, num_tokens_in_batch),
             labelled=labelled,
             labels=labels,
             num_tokens=num_tokens,
@@ -214,19 +215,21 @@ class CountedRows:
             teacher_rows    [n] int64, the same tokens on the teacher's side; without it `rows`
             teacher_inputs  inputs of the teacher; without it those of the student
         Of sequence classifiers each sequence is a row, and `rows` concerns hidden states alone.
+        needs_rows: whether a batch gets `rows` where the collator gives none.
     """
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]]):
+    def __init__(self, collator: Callable[[list], dict[str, Any]], needs_rows: bool):
         self.collator = collator
+        self.needs_rows = needs_rows
 
     def __call__(self, features: list) -> dict[str, Any]:
-        """The batch with `rows`, the ints num_valid (of rows with a label) and num_tokens."""
+        """The batch with `rows`, where read, and the ints num_valid (of labels) and num_tokens."""
         batch = dict(self.collator(features))
         batch.pop("length", None)  # by which batches are grouped
         ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
         is_per_token = labels is not None and labels.shape == ids.shape
         present = torch.ones_like(ids) if mask is None else mask
-        if "rows" not in batch:
+        if "rows" not in batch and (self.needs_rows or is_per_token):
             counted = labels != IGNORE_INDEX if is_per_token else present != 0
             batch["rows"] = counted.flatten().nonzero().flatten()
         if is_per_token:

@@ -47,8 +47,9 @@ class EncoderBackbone:
             config.kd_weight = 0.0
         check_encoder_loss(config.kd_weight, config.ce_weight, config.hidden_state_options())
 
-    @staticmethod
-    def collator(collator: Callable[[list], dict]) -> Callable[[list], dict]:
+    def collator(
+        self, collator: Callable[[list], dict], all_tokens: bool
+    ) -> Callable[[list], dict]:
         return collator
 
     def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:

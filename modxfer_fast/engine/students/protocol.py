@@ -53,9 +53,10 @@ class Student(Protocol):
     def settle(config: "DistillConfig") -> None:
         """Fills in what the kind decides, and raises a ValueError for what it cannot have."""
 
-    @staticmethod
-    def collator(collator: Callable[[list], dict]) -> Callable[[list], dict]:
-        """A user's collator, made to give on the host what `read` wants."""
+    def collator(
+        self, collator: Callable[[list], dict], all_tokens: bool
+    ) -> Callable[[list], dict]:
+        """A user's collator, made to give on the host what `read` wants; `all_tokens` as below."""
 
     def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
         """What divides the sums over a batch: {name: number} of num_<name>_in_batch in `read`.
