@@ -132,6 +132,7 @@ def test_what_cannot_work_is_told_before_any_work(write, material, capsys, monke
         "student.fused_lora=true": "fused_lora: expected a peft section of type lora",
         "student.peft={type: dora}": "student.peft.type: expected one of",
         "training.max_step=3": "training.max_step: unknown key",
+        "training.save_only_model=true": "training: save_only_model: expected it off",
         "teacher.training={}": "expected a checkpoint with a head for the task",
         "seeds=[1, 1]": "seeds: expected different numbers",
     }.items():

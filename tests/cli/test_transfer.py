@@ -188,7 +188,10 @@ def test_a_failed_run_leaves_nothing_but_its_stages(write, monkeypatch, capsys):
             "method": "ridge",
             "refine": {"training": {"max_steps": 4, "use_cpu": True}, "hidden_weight": 0.5},
         },
-        {"method": "fresh", "refine": {"training": {"max_steps": 4, "use_cpu": True}}},
+        {
+            "method": "fresh",
+            "refine": {"training": {"max_steps": 4, "use_cpu": True, "hub_token": "hf_secret"}},
+        },
         {"method": "fresh", "head": "transport"},
     ],
     ids=lambda transfer: "-".join(str(v) for v in transfer.values() if isinstance(v, str)),
@@ -201,6 +204,7 @@ def test_other_ways_to_move_a_lora(write, transfer):
     provenance = out / "module" / "transfer.json"
     if "refine" in transfer:
         assert json.loads(provenance.read_text())["refine"]["training"]["max_steps"] == 4
+    assert not any("hf_secret" in file.read_text() for file in out.rglob("*.json"))
 
 
 def test_what_the_maps_lose_of_an_update_is_said(write, material, capsys):

@@ -25,6 +25,7 @@ from modxfer_fast.engine import (
     distil_task,
 )
 from modxfer_fast.engine.evaluation import without_repeated_samples
+from modxfer_fast.engine.tasks.distillation import check_distillation
 from tests.encoder_models import tiny_encoder, word_tokenizer
 
 WORDS = ["paris", "is", "old", "anna", "went", "home", "rivers", "cold", "x", "by"]
@@ -419,6 +420,21 @@ def test_every_rank_refuses_repeated_samples(tmp_path, monkeypatch, tokenizers, 
         state = SimpleNamespace(end_of_dataloader=True, remainder=3)
         with pytest.raises(ValueError, match="rows of classifiers cannot be left out"):
             without_repeated_samples(batch, run.args, state, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("label_smoothing_factor", 0.1),
+        ("bf16_full_eval", True),
+        ("save_only_model", True),
+        ("average_tokens_across_devices", False),
+        ("gradient_accumulation_steps", 0),
+    ],
+)
+def test_what_the_engine_cannot_honour_is_told_before_any_work(field, value):
+    with pytest.raises(ConfigError, match=rf"transfer\.refine\.training: {field}: expected"):
+        check_distillation({field: value}, "transfer.refine.training")
 
 
 @pytest.mark.parametrize("task", ["tokens", "sequences"])

@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
+from modxfer_fast.config import ConfigError
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import set_projections
 from modxfer_fast.engine.guard import NonFiniteError
@@ -54,6 +55,21 @@ class TaskHiddenOptions:
         }
 
 
+def check_distillation(args: dict[str, Any], where: str) -> None:
+    """Raise a ConfigError unless `distil_task` would take `args`. DeepSpeed is not started here."""
+    check_task_training(args, where)
+    plain = {key: value for key, value in args.items() if key != "deepspeed"}
+    _arguments(plain, where, output_dir="unused")
+
+
+def _arguments(args: dict[str, Any], where: str, **fields: Any) -> DistillConfig:
+    """DistillConfig with the defaults of small quiet runs; `fields` are the caller's own."""
+    try:
+        return DistillConfig(**with_defaults(args), kind="classifier", **fields)
+    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
 def distil_task(
     student: PreTrainedModel | PeftModel,
     teacher: PreTrainedModel | PeftModel,
@@ -81,17 +97,17 @@ def distil_task(
         where: dotted path of `args`, for messages.
 
     Raises:
-        ConfigError: a field of `args` that does not exist. ValueError: models that do not fit.
-        NonFiniteError: the loss is not finite.
+        ConfigError: a field of `args` that does not exist or cannot be honoured. ValueError: models
+            that do not fit. NonFiniteError: the loss is not finite.
     """
     check_task_training(args, where)
     if isinstance(hidden, Mapping):
         hidden = TaskHiddenOptions(**hidden)
     if not any(param.requires_grad for param in student.parameters()):
         raise ValueError("student: expected parameters that train, all are frozen")
-    arguments = DistillConfig(
-        **with_defaults(args),
-        kind="classifier",
+    arguments = _arguments(
+        args,
+        where,
         temperature=temperature,
         scale_by_temperature_squared=scale_by_temperature_squared,
         kd_weight=kd_weight,

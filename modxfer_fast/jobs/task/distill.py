@@ -12,8 +12,8 @@ from typing import Any
 
 from modxfer_fast.config.task_distill import TaskDistillConfig, TaskLossSection
 from modxfer_fast.data.tasks import PRIMARY_METRIC
-from modxfer_fast.engine.tasks.distillation import distil_task
-from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
+from modxfer_fast.engine.tasks.distillation import check_distillation, distil_task
+from modxfer_fast.engine.tasks.trainer import evaluate_task
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.job import Job
 from modxfer_fast.jobs.stage import Stage, StageContext
@@ -52,7 +52,7 @@ class TaskDistillJob(Job):
     def check(self) -> None:
         config = self.config
         check_teacher(config.teacher)
-        check_task_training(split_steps(config.training)[0], "training")
+        check_distillation(split_steps(config.training)[0], "training")
         if config.student.peft is not None:
             check_peft(config.student.peft, "student.peft")
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from datasets import Dataset
 from peft import PeftConfig, PeftType
 
+from modxfer_fast.config import as_dict
 from modxfer_fast.config.transfer import RefineSection, StatisticsSection
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.files import write_json
@@ -273,9 +274,7 @@ def refine(context: StageContext) -> None:
     side.save(model, context.folder)
     verify_module(side, context.folder, context.console)
     provenance = read_provenance(moved) or {}
-    write_json(
-        context.folder / ADAPTER / PROVENANCE, {**provenance, "refine": section.model_dump()}
-    )
+    write_json(context.folder / ADAPTER / PROVENANCE, {**provenance, "refine": as_dict(section)})
 
 
 def read_provenance(adapter: Path) -> dict | None:

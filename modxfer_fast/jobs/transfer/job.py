@@ -8,6 +8,7 @@ from typing import Any
 from modxfer_fast.config.grid import SCRATCH
 from modxfer_fast.config.transfer import TransferConfig
 from modxfer_fast.data.tasks import PRIMARY_METRIC
+from modxfer_fast.engine.tasks.distillation import check_distillation
 from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.engine.tasks.trainer import check_task_training, evaluate_task
 from modxfer_fast.files import read_json
@@ -68,7 +69,7 @@ class TransferJob(Job):
         check_teacher(config.teacher)
         check_task_training(split_steps(config.student.training)[0], "student.training")
         if config.transfer is not None and config.transfer.refine is not None:
-            check_task_training(config.transfer.refine.training, "transfer.refine.training")
+            check_distillation(config.transfer.refine.training, "transfer.refine.training")
 
     # ---- what came out ----
 
