@@ -88,12 +88,12 @@ class Job:
         for name, describe in looking.stages().items():
             try:
                 stage = describe()
-                if stage is not None:
-                    looking.get(stage)
-                    plan[name] = CACHED
             except NotMade as missing:
-                same = missing.stage.name == name
-                plan[name] = TO_RUN if same else f"{TO_RUN} after {missing.stage.name}"
+                plan[name] = f"{TO_RUN} after {missing.stage.name}"
+                continue
+            if stage is not None:
+                there = looking.store.has(stage, looking.console.say)
+                plan[name] = CACHED if there else TO_RUN
         return plan
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ class Stage:
             "inputs": {
                 name: f"{stage.name}/{stage.fingerprint}" for name, stage in self.inputs.items()
             },
-            "build": self.build.__name__,
+            "build": f"{self.build.__module__}.{self.build.__qualname__}",
             "format": FORMAT,
             "versions": {
                 "modxfer_fast": __version__,
@@ -126,7 +126,7 @@ def facts_of(value: Any) -> Any:
     if hasattr(value, "identity"):
         return facts_of(value.identity)
     if isinstance(value, Mapping):
-        return {str(k): facts_of(v) for k, v in value.items() if k not in SECRETS}
+        return {_key(k): facts_of(v) for k, v in value.items() if k not in SECRETS}
     if isinstance(value, list | tuple):
         return [facts_of(item) for item in value]
     if isinstance(value, set | frozenset):
@@ -137,6 +137,11 @@ def facts_of(value: Any) -> Any:
     if names is None:
         raise TypeError(f"expected an option that can be told from others, got {value!r}")
     return {name: facts_of(getattr(value, name)) for name in names}
+
+
+def _key(key: Any) -> str:
+    """Keys of JSON are text, where 1 and "1" would be one."""
+    return key if isinstance(key, str) else f"{type(key).__name__} {key}"
 
 
 @dataclass(frozen=True)

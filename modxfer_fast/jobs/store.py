@@ -3,8 +3,10 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,8 @@ from modxfer_fast.jobs.stage import Stage, StageContext
 
 if TYPE_CHECKING:
     from modxfer_fast.report import JobConsole
+
+_POLL_S = 1.0  # between two looks at a lock of another process
 
 
 def cache_root() -> Path:
@@ -73,10 +77,11 @@ class Store:
         """Whether the result is there and whole.
 
         Args:
-            tell: is given a line about a damaged one, which is removed.
+            tell: is given a line about a damaged one, which a store that makes results removes.
         """
         folder = self.folder(stage)
-        if folder not in self._whole and from_main(is_main() and _is_whole(folder, tell)):
+        look = partial(_is_whole, folder, tell, remove=self.builds)
+        if folder not in self._whole and from_main(is_main() and look()):
             self._whole.add(folder)
         return folder in self._whole
 
@@ -87,8 +92,7 @@ class Store:
             console: told which stages run and which are there already, each once.
         Raises:
             NotMade: it is not there, and this store makes none.
-            UserError: another process is at work on a resumable stage. Or whatever `build` raises;
-                nothing but the checkpoints of a resumable stage then stays.
+            Whatever `build` raises; nothing but the checkpoints of a resumable stage then stays.
         """
         folder = self.folder(stage)
         if folder in self._whole:
@@ -116,13 +120,17 @@ class Store:
 
     def _make(self, stage: Stage, folder: Path, inputs: dict[str, Path], console) -> None:
         with ExitStack() as opened:  # on the main process; the others write where it says
-            scratch = Path()
+            scratch: Path | None = None  # stays None where another process was first
 
             def begin() -> None:
                 nonlocal scratch
-                open_scratch = _kept_scratch if stage.resumable else scratch_folder
-                scratch = opened.enter_context(open_scratch(folder))
-                (scratch / "result").mkdir()
+                if not stage.resumable:
+                    scratch = opened.enter_context(scratch_folder(folder))
+                else:
+                    kept = opened.enter_context(_kept_scratch(folder, console.say))
+                    scratch = None if _is_whole(folder, console.say) else kept
+                if scratch is not None:
+                    (scratch / "result").mkdir()
 
             def build() -> None:
                 paths = scratch / "result", self.checkpoints(stage, scratch)
@@ -135,6 +143,8 @@ class Store:
 
             on_main(begin)
             scratch = from_main(scratch)
+            if scratch is None:
+                return
             if stage.on_all_ranks:
                 build()
                 barrier()
@@ -143,13 +153,13 @@ class Store:
             on_main(finish)
 
 
-def _is_whole(folder: Path, tell: Callable[[str], None]) -> bool:
-    """Whether a sealed folder is there as it was made. Reads it all; removes a damaged one."""
+def _is_whole(folder: Path, tell: Callable[[str], None], *, remove: bool = True) -> bool:
+    """Whether a sealed folder is there as it was made. Reads it all; may remove a damaged one."""
     if not folder.is_dir():
         return False
     bad = damaged_files(folder)
-    if not bad:
-        return True
+    if not bad or not remove:
+        return not bad
     tell(f"{folder} is damaged ({', '.join(bad)}); it is made again")
     with scratch_folder(folder) as scratch, contextlib.suppress(FileNotFoundError):
         os.rename(folder, scratch / "damaged")
@@ -157,19 +167,15 @@ def _is_whole(folder: Path, tell: Callable[[str], None]) -> bool:
 
 
 @contextmanager
-def _kept_scratch(folder: Path) -> Iterator[Path]:
+def _kept_scratch(folder: Path, tell: Callable[[str], None]) -> Iterator[Path]:
     """A scratch folder next to `folder`, the same every time, whose checkpoints outlive a failure.
 
-    Raises:
-        UserError: another process has it.
+    Waits for another process that has it; `tell` is given a line about that.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire()
-    except LockedError as error:
-        raise UserError(f"{folder} is being made by {error}; wait for its end") from None
+    _wait_for(lock, lambda holder: tell(f"{folder} is being made by {holder}; waiting for its end"))
     try:
         shutil.rmtree(scratch / "result", ignore_errors=True)  # half of one
         scratch.mkdir(exist_ok=True)
@@ -182,6 +188,16 @@ def _kept_scratch(folder: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     else:
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
     finally:
         lock.release()
+
+
+def _wait_for(lock: FileLock, tell: Callable[[LockedError], None]) -> None:
+    while True:
+        try:
+            return lock.acquire()
+        except LockedError as error:
+            tell(error)
+            tell = lambda error: None  # once is enough
+            time.sleep(_POLL_S)

@@ -111,6 +111,19 @@ def test_the_plan_says_what_would_run_and_runs_nothing(job):
     assert job(number=4).plan()["drawn"] == "to run"
 
 
+def test_a_plan_compares_stages_and_removes_nothing(job, monkeypatch, tmp_path):
+    """A stage may have another name than the one that a person asks for it by."""
+    stages = Doubling.stages
+    monkeypatch.setattr(
+        Doubling, "stages", lambda self: {"first": self.drawn, "last": stages(self)["doubled"]}
+    )
+    assert job().plan() == {"first": "to run", "last": "to run after drawn"}
+    folder = job().get(job().drawn())
+    (folder / "number").write_text("damaged")
+    assert job().plan()["first"] == "to run"
+    assert (folder / "number").read_text() == "damaged"
+
+
 def test_a_finished_job_stays_where_it_is_asked_to_go_on(job, capsys):
     report = job().run()
     CALLS.clear()

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modxfer_fast.config import TokenizerSection
+from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.jobs.stage import Live, OutsideFolder, Stage, facts_of, fingerprint
+from modxfer_fast.jobs.task.models import TaskModel
+from modxfer_fast.jobs.transfer.builds import Texts
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,35 @@ def test_the_fingerprint_is_the_same_in_every_process():
     assert fingerprint(facts_of(one)) == fingerprint(facts_of(two))
     assert facts_of(one) == {"text": "a", "more": {"x": 1, "y": ["k", "q", "v"]}}
     assert fingerprint({"a": 1}) == "f9d86028c6e0d64e2251"
+
+
+def test_a_number_is_another_key_than_its_digits():
+    assert facts_of({1: "a"}) != facts_of({"1": "a"})
+
+
+def test_a_build_is_told_by_its_module_too():
+    def elsewhere(context):
+        pass
+
+    elsewhere.__name__ = "nothing"
+    assert replace(BASE, build=elsewhere).fingerprint != BASE.fingerprint
+
+
+def test_a_pair_is_another_text_than_two_words():
+    pair, words = Texts([("a", "b")]), Texts([["a", "b"]])
+    assert facts_of(pair) != facts_of(words)
+
+
+def test_the_model_of_a_task_is_told_by_all_that_loads_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def model(kind="ner", **section):
+        section = PretrainedSection(path=str(tmp_path), **section)
+        return facts_of(TaskModel(section, kind, ("a", "b"), 0, torch.device("cpu")))
+
+    assert model() == model()
+    assert model() != model("nli")
+    assert model() != model(trust_remote_code=True)
 
 
 def test_sections_are_their_fields():

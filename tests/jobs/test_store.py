@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from modxfer_fast.errors import NonFiniteError, UserError
-from modxfer_fast.files import FileLock, sealed_facts
+from modxfer_fast.files import FileLock, seal, sealed_facts
 from modxfer_fast.files import sealed as sealed_module
+from modxfer_fast.jobs import store as store_module
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import NotMade, Store
 from modxfer_fast.report import JobConsole
@@ -198,6 +200,11 @@ def test_two_jobs_make_one_stage_at_the_same_time(console, tmp_path):
 
 def test_a_store_that_makes_nothing(store, console, tmp_path):
     looking = Store(tmp_path, builds=False)
+    damaged = store.get(B, console)
+    (damaged / "text").write_text("x")
+    assert not looking.has(B, pytest.fail)
+    assert damaged.is_dir()
+    CALLS.clear()
     with pytest.raises(NotMade) as missing:
         looking.get(A, console)
     assert missing.value.stage is A
@@ -233,15 +240,32 @@ def test_a_diverged_training_leaves_nothing_to_go_on_from(store, console, tmp_pa
     assert list((tmp_path / "training").iterdir()) == []
 
 
-def test_a_resumable_stage_has_one_process(store, console, tmp_path):
+@pytest.mark.parametrize("result", [True, False], ids=["made", "given up"])
+def test_a_resumable_stage_that_another_process_makes_is_waited_for(
+    store, console, monkeypatch, result
+):
+    monkeypatch.setattr(store_module, "_POLL_S", 0.01)
     folder = store.folder(RESUMABLE)
     folder.parent.mkdir()
     other = FileLock(folder.with_name(f".{folder.name}.lock"))
     other.acquire()
-    with pytest.raises(UserError, match=f"is being made by process {os.getpid()}"):
-        store.get(RESUMABLE, console)
-    other.release()
-    assert store.get(RESUMABLE, console) == folder
+    with ThreadPoolExecutor(1) as jobs:
+        waiting = jobs.submit(store.get, RESUMABLE, console)
+        deadline = time.monotonic() + 60
+        while not console.said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        if result:
+            folder.mkdir()
+            (folder / "text").write_text("of the other")
+            seal(folder)
+        other.release()
+        assert waiting.result(60) == folder
+    (line,) = console.said
+    assert f"is being made by process {os.getpid()}" in line
+    assert ([] if result else ["from 0"]) == CALLS
+    assert (folder / "text").read_text() == ("of the other" if result else "whole")
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 KILLED = """
@@ -257,16 +281,17 @@ def kill(context):
     (context.folder / "half").write_text("")
     os.kill(os.getpid(), signal.SIGKILL)
 
-kill.__name__ = "count"
+kill.__module__, kill.__qualname__ = sys.argv[2], "count"
 stage = replace(test_store.RESUMABLE, build=kill)
-assert stage.fingerprint == test_store.RESUMABLE.fingerprint
+assert stage.fingerprint == sys.argv[3]
 Store(Path(sys.argv[1])).get(stage, test_store.Listening())
 """
 
 
 def test_a_killed_process_leaves_its_checkpoints(store, console, tmp_path):
     run = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", KILLED, str(tmp_path), __name__, RESUMABLE.fingerprint],
+        cwd=Path(__file__).parents[2],
     )
     assert run.returncode == -signal.SIGKILL
     assert not store.folder(RESUMABLE).exists()

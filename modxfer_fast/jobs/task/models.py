@@ -124,7 +124,13 @@ class TaskModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"weights": self.weights, "labels": self.labels, "seed": self.seed}
+        return {
+            "weights": self.weights,
+            "kind": self.kind,
+            "labels": self.labels,
+            "seed": self.seed,
+            "trust_remote_code": self.section.trust_remote_code,
+        }
 
     @property
     def without_seed(self) -> "TaskModel":

@@ -1,6 +1,5 @@
 """How the stages of a transfer are built: each function with the frozen options that it sees."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from modxfer_fast.config import as_dict
 from modxfer_fast.config.transfer import RefineSection, StatisticsSection
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.files import write_json
-from modxfer_fast.jobs.stage import OutsideFolder, StageContext
+from modxfer_fast.jobs.stage import OutsideFolder, StageContext, fingerprint
 from modxfer_fast.jobs.task.models import ADAPTER, TaskModel, text_collator
 from modxfer_fast.jobs.task.stages import TrainingOptions, fuse_lora, train
 from modxfer_fast.report import ConsoleCallback, JobConsole
@@ -49,12 +48,16 @@ class Texts:
 
     @cached_property
     def identity(self) -> str:
-        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()[:20]
+        return fingerprint({"pairs": self._are_pairs, "texts": self.texts})
+
+    @property
+    def _are_pairs(self) -> bool:
+        return isinstance(self.texts[0], tuple)
 
     @property
     def rows(self) -> Dataset:
         """As `TaskTextCollator` takes them."""
-        if isinstance(self.texts[0], tuple):
+        if self._are_pairs:
             first, second = zip(*self.texts, strict=True)
             return Dataset.from_dict({"text_a": first, "text_b": second})
         return Dataset.from_dict({"words": list(self.texts)})
