@@ -9,7 +9,7 @@ from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
-from modxfer_fast.engine.teachers.replica import Teacher, TeacherPlan
+from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.trainer import DistillTrainer
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "TaskHiddenOptions",
     "TaskTextCollator",
     "Teacher",
-    "TeacherPlan",
     "TeacherProtocol",
     "distil_task",
     "last_complete_checkpoint",

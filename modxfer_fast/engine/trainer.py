@@ -53,7 +53,7 @@ class DistillTrainer(Trainer):
     Args:
         model: student, PreTrainedModel or PeftModel.
         args: configuration; under ZeRO-3 made before `model` was loaded.
-        teacher: frozen model, or a Teacher with its plan, or what answers as one does
+        teacher: frozen model, or a Teacher, or what answers as one does
             (teachers/protocol.py), or None for cross entropy alone. With kd_weight=0 it takes part
             in evaluation only.
         data_collator: see above.

@@ -239,11 +239,6 @@ def test_teacher_stays_frozen_in_eval_mode_and_outside_the_module(tmp_path):
     assert all(name.startswith("student.") for name in run.model.state_dict())
 
 
-def test_teacher_plan_is_checked():
-    with pytest.raises(ValueError, match=r"plan: expected one of replica, got 'magic'"):
-        Teacher(tiny_llama(), plan="magic")
-
-
 @pytest.mark.parametrize(
     ("teacher", "options", "message"),
     [

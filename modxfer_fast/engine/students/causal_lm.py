@@ -183,14 +183,10 @@ class SplitCausalLM:
         output = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return self._scaled(output[0].reshape(*shape, -1))
 
-    def weight_and_bias(self, num_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Head tensors. Read them in a wrapped `forward`, where ZeRO-3 gathers what is read.
-
-        Args:
-            num_classes: leading rows to take, a view; the gradient of the others is then zero.
-        """
-        weight, bias = self.head.weight, self.head.bias
-        return leading_classes((weight, None if bias is None else self._scaled(bias)), num_classes)
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Head tensors. Read them in a wrapped `forward`, where ZeRO-3 gathers what is read."""
+        bias = self.head.bias
+        return self.head.weight, None if bias is None else self._scaled(bias)
 
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.logit_scale == 1.0 else values * self.logit_scale
@@ -199,7 +195,8 @@ class SplitCausalLM:
 def leading_classes(
     head: tuple[Tensor, Tensor | None], num_classes: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the first classes, views; all without a number."""
+    """Weight and bias of the first classes, views, where the others' gradient is then zero; all
+    without a number."""
     weight, bias = head
     if num_classes is None or num_classes >= weight.shape[0]:
         return head

@@ -1,6 +1,5 @@
-"""The frozen teacher: a model with its own plan, outside the student's module tree."""
+"""The frozen teacher: a model, whole on every rank, outside the student's module tree."""
 
-import enum
 from typing import Any
 
 import torch
@@ -14,23 +13,17 @@ from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.models.checks import nonfinite_parameters
 
 
-class TeacherPlan(enum.Enum):
-    """Where the teacher's parameters live; independent of how the student is sharded."""
-
-    REPLICA = "replica"  # whole on every rank
-
-
 class Teacher:
     """A frozen model that answers with hidden states, in eval mode and without gradients.
 
-    It is no nn.Module, so it cannot become part of the student's state dict, optimiser, engine or
-    checkpoint, nor follow the student into train mode.
+    It is whole on every rank, however the student is sharded. It is no nn.Module, so it cannot
+    become part of the student's state dict, optimiser, engine or checkpoint, nor follow the student
+    into train mode.
 
     Args:
         model: PreTrainedModel or PeftModel. Its parameters are frozen in place. A model that was
             loaded under ZeRO-3, and thus partitioned, is gathered; all ranks must then construct
             the teacher together.
-        plan: a TeacherPlan or its name.
         kind: of its answers, among the kinds of students.
         num_tokens: of the tokenizer that it shares with its student, where known. Vocabularies may
             then be padded to different sizes: the classes that both have count, the others do not.
@@ -39,15 +32,9 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
-        plan: TeacherPlan | str = TeacherPlan.REPLICA,
         kind: str = "causal_lm",
         num_tokens: int | None = None,
     ):
-        try:
-            self.plan = TeacherPlan(plan)
-        except ValueError:
-            known = ", ".join(p.value for p in TeacherPlan)
-            raise ValueError(f"plan: expected one of {known}, got {plan!r}") from None
         parts = student_of_kind(kind)
         self.model = model.eval().requires_grad_(False)
         materialise(self.model)

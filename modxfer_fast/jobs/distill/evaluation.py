@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillConfig, Teacher, load_projections
+from modxfer_fast.engine.students.kinds import student_of_kind
 from modxfer_fast.jobs.distill.arguments import evaluation_args
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.distill.models import CROSS_ENTROPY
@@ -29,14 +30,18 @@ class Evaluation:
     loss: LossSection
 
     @property
+    def has_logits(self) -> bool:
+        return student_of_kind(self.material.kind).has_logits
+
+    @property
     def identity(self) -> list[Any]:
         return [self.material.digest, self.training, self.loss]
 
     def args(self, loss: LossSection | None = None, seed: int = 0) -> DistillConfig:
         """Precision and batch size of training, unsharded; None for the loss that figures mean."""
-        kind = self.material.kind
-        meant = loss or (self.loss if kind == "encoder" else _MEASURED)
-        return evaluation_args(self.training, self.material.work, meant, seed=seed, kind=kind)
+        meant = loss or (_MEASURED if self.has_logits else self.loss)
+        material = self.material
+        return evaluation_args(self.training, material.work, meant, seed=seed, kind=material.kind)
 
     def figures(
         self,
@@ -56,7 +61,7 @@ class Evaluation:
         """
         args = self.args(CROSS_ENTROPY if teacher is None else None, seed)
         trainer = self.material.trainer(model, args, teacher)
-        if self.material.kind == "encoder":
+        if not self.has_logits:
             if projections is not None:
                 load_projections(projections, trainer.model.features)
             prefixes = ("eval_hidden_", "eval_relation_")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.data import Documents, build_rows, load_documents, tokenizer_digest
-from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine import DistillModule, Teacher
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
 from modxfer_fast.jobs.distill.evaluation import Evaluation
@@ -196,9 +196,8 @@ class DistillJob(Job):
         if config.data.packing:
             check_packing(model.to(self.evaluation.args().device), "teacher")
         check_rows_fit(model, self.material.tokenizer, config.data.max_length, "teacher")
-        # an encoder has no figures without a student
-        is_encoder = config.kind == "encoder"
-        metrics = {} if is_encoder else self.evaluation.figures(model, None)
+        # without logits there are no figures without a student
+        metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
         facts = {
             "path": source.path,
             "from_cache": source.cached,
@@ -209,7 +208,7 @@ class DistillJob(Job):
         self.console.say(
             f"{model.num_parameters() / 1e6:.2f} M parameters"
             + (" (from the cache)" if source.cached else "")
-            + ("" if is_encoder else f", held-out perplexity {metrics['eval_perplexity']:.2f}")
+            + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
         return Live(Teacher(model, kind=config.kind, num_tokens=num_tokens), source.path), facts
 
@@ -273,9 +272,8 @@ class DistillJob(Job):
         """Raise a ConfigError unless the losses inside the networks fit the two models."""
         args = self.evaluation.args(self.config.loss)
         options = args.hidden_state_options(), args.relation_options()
-        objective = None if self.config.kind == "encoder" else Objective()
         try:
-            DistillModule(student, teacher, objective, *options)
+            DistillModule(student, teacher, args.objective(), *options, kind=args.kind)
         except (TypeError, ValueError) as error:
             in_loss = str(error).startswith(("hidden_states", "relations"))
             raise ConfigError(f"loss.{error}" if in_loss else str(error)) from error

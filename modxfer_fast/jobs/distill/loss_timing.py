@@ -73,7 +73,7 @@ def time_head(
         student_hidden = parts.hidden(**read.inputs)
         teacher_hidden, teacher_head, _ = teacher.answer(read)
     assert teacher_head is not None  # a causal language model has one
-    weight, bias = parts.weight_and_bias(common)
+    weight, bias = leading_classes(parts.weight_and_bias(), common)
     teacher_weight, teacher_bias = leading_classes(teacher_head, common)
     result: dict[str, Any] = {"requires_grad": weight.requires_grad}
 
