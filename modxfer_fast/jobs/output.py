@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from modxfer_fast.files import (
     write_text,
 )
 from modxfer_fast.jobs.continuation import changes, describe, is_longer
-from modxfer_fast.jobs.ranks import world_size
+from modxfer_fast.jobs.ranks import on_main, world_size
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import Store
 
@@ -45,7 +46,8 @@ class OutputStore(Store):
     """Results of stages in the unfinished output of a job, named as in the finished one.
 
     A name has one result: `WorkFolder` keeps to one configuration, one set of rows and one number
-    of processes. Checkpoints stay, for a run that is to train longer.
+    of processes, and a result of other models is refused. Checkpoints stay, for a run that is to
+    train longer.
     """
 
     reused = "finished before the interruption"
@@ -53,6 +55,18 @@ class OutputStore(Store):
 
     def __init__(self, work: Path) -> None:
         super().__init__(work / _STAGES)
+
+    def has(self, stage: Stage, tell: Callable[[str], None]) -> bool:
+        on_main(lambda: self._check_same(stage))
+        return super().has(stage, tell)
+
+    def _check_same(self, stage: Stage) -> None:
+        sealed = (sealed_facts(self.folder(stage)) or {}).get("facts")
+        if sealed is not None and sealed["options"] != stage.facts["options"]:
+            raise ConfigError(
+                f"--resume: {stage.name} began from other models or options than those of now; "
+                f"restore them, or remove {self.root.parent} to start again"
+            )
 
     def folder(self, stage: Stage) -> Path:
         return self.root / stage.name

@@ -11,6 +11,7 @@ import pytest
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import damaged_files, seal
+from modxfer_fast.jobs.distill.models import ModelSource
 from modxfer_fast.jobs.output import OutputStore, WorkFolder, link_tree
 from modxfer_fast.jobs.stage import Stage
 
@@ -320,6 +321,7 @@ def train(context):
 @dataclasses.dataclass(frozen=True)
 class Options:
     fails: bool = False
+    model: str = "a"
 
 
 def run(**options):
@@ -336,6 +338,22 @@ def test_a_run_is_at_its_name_and_its_checkpoints_stay(tmp_path):
     OutputStore(tmp_path).get(run(), console)  # as after an interruption
     assert console.phases == ["Student, distilled"]
     assert console.said == ["seed-0/student: finished before the interruption"]
+
+
+def test_a_run_of_other_models_is_refused_and_stays(tmp_path):
+    folder = OutputStore(tmp_path).get(run(), Quiet())
+    with pytest.raises(ConfigError, match="seed-0/student began from other models or options"):
+        OutputStore(tmp_path).get(run(model="b"), Quiet())
+    assert (folder / "weights").read_text() == "trained"
+
+
+def test_a_model_is_told_by_what_made_it_or_what_is_in_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = ModelSource(str(tmp_path)).identity
+    (tmp_path / "config.json").write_text('{"more": 1}')
+    assert ModelSource(str(tmp_path)).identity != before
+    made = [ModelSource(path, fingerprint="made") for path in ("here", "there")]
+    assert made[0].identity == made[1].identity
 
 
 def test_an_interrupted_run_leaves_its_checkpoints_and_nothing_that_misleads(tmp_path):

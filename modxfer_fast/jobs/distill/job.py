@@ -188,7 +188,7 @@ class DistillJob(Job):
         return model_stage(self.config.teacher, "teacher", self.material, seed=0)
 
     def _prepare_teacher(self) -> tuple[Live, dict[str, Any]]:
-        """The teacher, told by its path, with its facts and figures."""
+        """The teacher, told by where its weights come from, with its facts and figures."""
         config, num_tokens = self.config, len(self.material.tokenizer)
         source = ModelSource.of(config.teacher, self._teacher_stage(), self.store, self.console)
         model = load_model(source.path, config.teacher, config.kind)
@@ -210,7 +210,7 @@ class DistillJob(Job):
             + (" (from the cache)" if source.cached else "")
             + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
-        return Live(Teacher(model, kind=config.kind, num_tokens=num_tokens), source.path), facts
+        return Live(Teacher(model, kind=config.kind, num_tokens=num_tokens), source), facts
 
     # ---- the runs of a seed ----
 
@@ -242,7 +242,7 @@ class DistillJob(Job):
         if config.student.peft is not None and config.student.is_built:
             base = self.folder.output / f"seed-{seed}" / "student_base"
             self._keep_base(source.path, seed)
-        student = Student(config.student, config.kind, seed, source.path, base)
+        student = Student(config.student, config.kind, seed, source, base)
         model = student.load(tell=self.console.say)
         check_finite(model, "student")
         check_rows_fit(model, tokenizer, config.data.max_length, "student")

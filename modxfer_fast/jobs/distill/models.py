@@ -26,7 +26,7 @@ from modxfer_fast.files import write_json
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import is_main, world_size
-from modxfer_fast.jobs.stage import Live, Stage, StageContext
+from modxfer_fast.jobs.stage import Live, Stage, StageContext, folder_digest
 from modxfer_fast.jobs.store import Store
 from modxfer_fast.models import (
     build_model,
@@ -57,6 +57,15 @@ class ModelSource:
     pretrain: dict[str, Any] | None = None
     from_teacher: dict[str, Any] | None = None
     cached: bool = False
+    fingerprint: str | None = None  # of the stage that made it
+
+    @property
+    def identity(self) -> str:
+        """The same wherever the model is; of one on the hub its name."""
+        if self.fingerprint is not None:
+            return self.fingerprint
+        folder = Path(self.path).expanduser()
+        return folder_digest(folder) if folder.is_dir() else self.path
 
     @classmethod
     def of(
@@ -67,7 +76,8 @@ class ModelSource:
             return cls(section.path)
         cached = store.has(stage, console.say)
         folder = store.get(stage, console)
-        return cls(str(folder), _read(folder / _RECORD), _read(folder / _TAKEN), cached)
+        records = _read(folder / _RECORD), _read(folder / _TAKEN)
+        return cls(str(folder), *records, cached, stage.fingerprint)
 
 
 def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedTokenizerBase:

@@ -22,7 +22,7 @@ class Run:
     """Options of a run.
 
     Attributes:
-        teacher: told by its path, as the job's configuration names it.
+        teacher: told by its weights.
         loss: that the run minimises.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import StudentSection
+from modxfer_fast.jobs.distill.models import ModelSource
 from modxfer_fast.models import apply_peft, load_adapter, load_model, patch_peft_model
 
 
@@ -17,7 +18,7 @@ class Student:
 
     Attributes:
         kind: "causal_lm" or "encoder".
-        path: folder or hub id of the weights.
+        source: of the weights.
         base: where an adapter finds its base in the output, if that was made here. Absolute,
             because PEFT takes another path as relative to the current folder.
     """
@@ -25,13 +26,14 @@ class Student:
     section: StudentSection
     kind: str
     seed: int
-    path: str
+    source: ModelSource
     base: Path | None
 
     @property
     def identity(self) -> list[Any]:
-        peft = self.section.peft, self.section.fuses_lora
-        return [self.kind, self.seed, self.path, self.section.revision, self.section.dtype, *peft]
+        section = self.section
+        loaded = section.revision, section.dtype, section.attn_implementation
+        return [self.kind, self.seed, self.source, *loaded, section.peft, section.fuses_lora]
 
     def load(
         self, *, fuse_lora: bool = True, tell: Callable[[str], None] | None = None
@@ -42,7 +44,7 @@ class Student:
             fuse_lora: False for PEFT's own layers also where the section fuses them.
             tell: is given a line for each kind of layer that is fused or is not.
         """
-        model = load_model(self.path, self.section, self.kind)
+        model = load_model(self.source.path, self.section, self.kind)
         if self.section.peft is not None:
             model = apply_peft(model, self.section.peft, "student.peft", seed=self.seed)
             if self.base is not None:
@@ -58,4 +60,4 @@ class Student:
         """What a run saved, as anyone would load it."""
         if self.section.peft is None:
             return load_model(str(folder), self.section, self.kind)
-        return load_adapter(load_model(self.path, self.section, self.kind), folder)
+        return load_adapter(load_model(self.source.path, self.section, self.kind), folder)
