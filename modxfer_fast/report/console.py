@@ -13,12 +13,13 @@ from rich.table import Table
 class JobConsole:
     """Prints on the main process of a job and stays silent on the others.
 
-    phase_seconds: wall time of every finished phase, by name.
+    phase_seconds: wall time of every finished phase by name, without the phases inside it.
     """
 
     def __init__(self, *, is_main: bool) -> None:
         self._console = Console(quiet=not is_main, highlight=False)
         self.phase_seconds: dict[str, float] = {}
+        self._inside = 0.0  # seconds of the phases inside the one at hand
 
     def say(self, message: str) -> None:
         """One indented line about the current phase."""
@@ -29,9 +30,15 @@ class JobConsole:
         """Announce a phase and say how long it took."""
         self._console.print(f"[bold]{name}[/bold]")
         start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+        outer, self._inside = self._inside, 0.0
+        try:
+            yield
+            seconds = time.perf_counter() - start
+            own = seconds - self._inside
+            outer += seconds
+        finally:
+            self._inside = outer
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + own
         self._console.print(f"  [dim]{seconds:.1f} s[/dim]")
 
     def training(self, total_steps: int) -> "TrainingDisplay":

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import bench_linear_kd_loss, harness, peers, results, rooms
 from modxfer_fast.cli.main import main
+from modxfer_fast.files import FileLock
 from modxfer_fast.jobs.bench.load import load_benchmarks
 from modxfer_fast.kernels.common import instruction_sets
 from modxfer_fast.measure import roofline
@@ -160,6 +161,16 @@ def test_a_sweep_goes_on_only_where_that_is_asked_for(resume, tmp_path, monkeypa
     told = "linear_kd_loss forward_kl: measured before the interruption" in capsys.readouterr().err
     assert told is resume
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_sweeps_of_one_file_are_refused(tmp_path, capsys):
+    lock = FileLock(tmp_path / ".r.json.sweep.lock")
+    lock.acquire()
+    path = tmp_path / "r.json"
+    assert main(["bench", "linear_kd_loss", *SMALL, "--json", str(path)]) == 2
+    assert "r.json is being written by process" in " ".join(capsys.readouterr().err.split())
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_after_another_measures_again(tmp_path, monkeypatch):

@@ -97,6 +97,14 @@ def test_the_model_of_a_task_is_told_by_all_that_loads_it(tmp_path):
     assert model() != model(trust_remote_code=True)
 
 
+def test_a_model_without_its_seed_is_one_object_whose_weights_are_read_once(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    section = PretrainedSection(path=str(tmp_path))
+    model = TaskModel(section, "ner", ("a", "b"), 3, torch.device("cpu"))
+    assert model.without_seed is model.without_seed
+    assert model.without_seed.without_seed is model.without_seed
+
+
 def test_sections_are_their_fields():
     assert facts_of(TokenizerSection(vocab_size=320)) == {"vocab_size": 320, "path": None}
 

@@ -5,6 +5,7 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from modxfer_fast.report import ConsoleCallback, JobConsole, plot_curves
+from modxfer_fast.report import console as console_module
 
 
 def run_callback(console):
@@ -40,6 +41,20 @@ def test_other_processes_are_silent(capsys):
         run_callback(console)
     console.table("Results", ["model"], [["teacher"]])
     assert capsys.readouterr().out == ""
+
+
+def test_seconds_of_a_phase_inside_another_count_once(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 3.0, 4.0, 6.0, 8.0])
+    monkeypatch.setattr(console_module.time, "perf_counter", lambda: next(clock))
+    console = JobConsole(is_main=False)
+    with console.phase("Teacher"):
+        with console.phase("Teacher, pretrained"):
+            pass
+        with pytest.raises(RuntimeError), console.phase("Failed"):
+            raise RuntimeError
+        with console.phase("Scored"):
+            pass
+    assert console.phase_seconds == {"Teacher, pretrained": 2.0, "Scored": 2.0, "Teacher": 4.0}
 
 
 def test_a_failed_phase_is_not_counted():

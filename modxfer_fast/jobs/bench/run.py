@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from modxfer_fast.errors import UserError
-from modxfer_fast.files import MARKER, read_json, write_json
+from modxfer_fast.files import MARKER, FileLock, LockedError, read_json, write_json
 from modxfer_fast.jobs.bench.load import load_benchmarks, load_room
 from modxfer_fast.jobs.stage import Stage, StageContext
 from modxfer_fast.jobs.store import Store
@@ -175,18 +175,27 @@ def _sweep(file: Path | None, resume: bool) -> Iterator[Store]:
             yield store
         return
     root = file.with_name(f".{file.name}.sweep")
-    if root.exists() and not resume:
-        shutil.rmtree(root)
-    store = Store(root)
-    store.reused = "measured before the interruption"
-    store.hint = "--resume keeps the variants that are measured"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root.with_name(f"{root.name}.lock"))
     try:
+        lock.acquire()
+    except LockedError as error:
+        raise UserError(f"{file} is being written by {error}; name another file") from None
+    try:
+        if root.exists() and not resume:
+            shutil.rmtree(root)
+        store = Store(root)
+        store.reused = "measured before the interruption"
+        store.hint = "--resume keeps the variants that are measured"
         yield store
     except BaseException:
         if not any(marker.parts[-3] != _ROOF_STAGE for marker in root.glob(f"*/*/{MARKER}")):
             shutil.rmtree(root, ignore_errors=True)
         raise
-    shutil.rmtree(root)
+    else:
+        shutil.rmtree(root)
+    finally:
+        lock.release()
 
 
 def _device(asked: str | None) -> str:

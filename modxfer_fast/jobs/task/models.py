@@ -132,10 +132,10 @@ class TaskModel:
             "trust_remote_code": self.section.trust_remote_code,
         }
 
-    @property
+    @cached_property
     def without_seed(self) -> "TaskModel":
         """The same for a stage that reads nothing behind its blocks, and so serves every seed."""
-        return replace(self, seed=0)
+        return self if self.seed == 0 else replace(self, seed=0)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
