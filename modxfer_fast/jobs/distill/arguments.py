@@ -71,6 +71,12 @@ def _check_hub(token: str | None, where: str) -> None:
         raise ConfigError(f"{where}: the hub cannot be used ({error})") from error
 
 
+def facts_of_training(section: dict[str, Any]) -> dict[str, Any]:
+    """What tells a section from others: of a DeepSpeed file what is in it, not where it is."""
+    given = section.get("deepspeed")
+    return section if given is None else {**section, "deepspeed": deepspeed.load_config(given)}
+
+
 def training_args(
     section: dict[str, Any],
     where: str,

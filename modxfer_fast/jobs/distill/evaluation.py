@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillConfig, Teacher, load_projections
 from modxfer_fast.engine.students.kinds import student_of_kind
-from modxfer_fast.jobs.distill.arguments import evaluation_args
+from modxfer_fast.jobs.distill.arguments import evaluation_args, facts_of_training
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.distill.models import CROSS_ENTROPY
 
@@ -35,7 +35,7 @@ class Evaluation:
 
     @property
     def identity(self) -> list[Any]:
-        return [self.material.digest, self.training, self.loss]
+        return [self.material.digest, facts_of_training(self.training), self.loss]
 
     def args(self, loss: LossSection | None = None, seed: int = 0) -> DistillConfig:
         """Precision and batch size of training, unsharded; None for the loss that figures mean."""

@@ -23,7 +23,7 @@ from modxfer_fast.data import (
     train_tokenizer,
 )
 from modxfer_fast.files import write_json
-from modxfer_fast.jobs.distill.arguments import training_args
+from modxfer_fast.jobs.distill.arguments import facts_of_training, training_args
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import is_main, world_size
 from modxfer_fast.jobs.stage import Live, Stage, StageContext, folder_digest
@@ -192,7 +192,7 @@ def model_stage(
             tokenizer=Live(material.tokenizer, tokenizer_digest(material.tokenizer)),
             from_teacher=taken,
             teacher=None if taken is None else Live(teacher, weights_digest(teacher)),
-            pretrain=None if pretrain is None else Live(pretrain, pretrain),
+            pretrain=None if pretrain is None else Live(pretrain, facts_of_training(pretrain)),
             material=None if pretrain is None else Live(material, material.digest),
             processes=world_size() if pretrain is not None else 1,
         ),
