@@ -132,19 +132,21 @@ class Store:
                 if scratch is not None:
                     (scratch / "result").mkdir()
 
+            on_main(begin)
+            found = from_main(scratch)
+            if found is None:
+                return
+            place: Path = found
+
             def build() -> None:
-                paths = scratch / "result", self.checkpoints(stage, scratch)
+                paths = place / "result", self.checkpoints(stage, place)
                 stage.build(StageContext(*paths, inputs, stage.options, console))
 
             def finish() -> None:
-                seal(scratch / "result", {"facts": stage.facts})
-                move_into_place(scratch / "result", folder, keep_existing=True)
+                seal(place / "result", {"facts": stage.facts})
+                move_into_place(place / "result", folder, keep_existing=True)
                 opened.close()
 
-            on_main(begin)
-            scratch = from_main(scratch)
-            if scratch is None:
-                return
             if stage.on_all_ranks:
                 build()
                 barrier()
