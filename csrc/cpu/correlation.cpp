@@ -1,4 +1,5 @@
-// Sums and products of rows on a CPU: dtype and thread handling around the loops of correlation_isa.cpp.
+// Sums and products of rows on a CPU: dtype and thread handling around the loops of
+// correlation_isa.cpp.
 //
 // Threads share the columns, and every column is summed by one of them from the first row to the
 // last: the same bits for any number of threads.
