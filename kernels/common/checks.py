@@ -97,13 +97,14 @@ def debug_check_finite(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected no NaN, got {int(tensor.isnan().sum())} of them")
 
 
-def check_num_valid(num_valid: int | None, labels: Tensor | None, ignore_index: int) -> None:
-    """num_valid counts the labels that are not ignored; checked where counting costs no wait."""
-    if num_valid is None or labels is None or not (labels.device.type == "cpu" or env.debug()):
+def check_num_valid(num_valid: int | None, valid: Tensor | None, counted: str) -> None:
+    """num_valid counts what is True in `valid`; checked where counting costs no wait.
+
+    Args:
+        counted: what an error calls it.
+    """
+    if num_valid is None or valid is None or not (valid.device.type == "cpu" or env.debug()):
         return
-    count = int(labels.ne(ignore_index).sum())
+    count = int(valid.sum())
     if num_valid != count:
-        raise ValueError(
-            f"num_valid: expected {count}, the labels other than ignore_index={ignore_index}, "
-            f"got {num_valid}"
-        )
+        raise ValueError(f"num_valid: expected {count}, {counted}, got {num_valid}")

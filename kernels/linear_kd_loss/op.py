@@ -238,9 +238,11 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
         rows = Rows(*rows_of(inputs))
         spec = KDSpec.read(inputs.names, inputs.numbers)
         check_label_values(rows.labels, rows.ignore_index, student.vocab_size)
-        check_num_valid(rows.num_valid, rows.labels, rows.ignore_index)
+        valid, weights = rows.valid(), rows.row_weights
+        counted = f"the labels other than ignore_index={rows.ignore_index}"
+        check_num_valid(rows.num_valid, valid, counted)
         debug_check_finite(**dict(zip(names, (*student, *teacher), strict=True)))
-        with without_autocast(rows.row_weights.device.type):
+        with without_autocast(weights.device.type):
             kd, ce, grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
                 student,
                 teacher,
@@ -249,7 +251,6 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
                 wanted=wanted,
                 workspace_bytes=inputs.workspace_mb * 2**20,
             )
-        valid, weights = rows.valid(), rows.row_weights
         if valid is not None:  # padding may hold anything, NaN included
             kd, ce = kd.masked_fill(~valid, 0.0), ce.masked_fill(~valid, 0.0)
         losses = spec.kd_weight * kd + spec.ce_weight * ce

@@ -30,9 +30,13 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
-from modxfer_fast.kernels.common import debug_check_finite, refuse_transforms, without_autocast
+from modxfer_fast.kernels.common import (
+    check_num_valid,
+    debug_check_finite,
+    refuse_transforms,
+    without_autocast,
+)
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, define_op
-from modxfer_fast.kernels.env import debug
 from modxfer_fast.kernels.projection_loss.arguments import Inputs, prepare, tensors_of
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.kernels.projection_loss.stream import unscaled_dtype
@@ -142,18 +146,10 @@ def projection_loss(
     return result.reshape(teacher_hidden.shape[:-1]) if reduction == "none" else result
 
 
-def _check_num_valid(num_valid: int | None, mask: Tensor | None) -> None:
-    if num_valid is None or not (mask.device.type == "cpu" or debug()):
-        return
-    count = int(mask.sum())
-    if num_valid != count:
-        raise ValueError(f"num_valid: expected {count}, the tokens in mask, got {num_valid}")
-
-
 def run(inputs: Inputs, needs: Needs, u: Tensor | None = None):
     """As `StreamedOp` wants it; u [N, R] is student_hidden P_a^T, where known."""
     mask, row_weights = inputs.mask, inputs.row_weights
-    _check_num_valid(inputs.num_valid, mask)
+    check_num_valid(inputs.num_valid, mask, "the tokens in mask")
     debug_check_finite(
         student_hidden=inputs.student_hidden,
         projection=inputs.projection,
