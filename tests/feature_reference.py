@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
 from tests.support.reference import dense_loss, dense_terms
 
 
@@ -39,7 +39,7 @@ def hidden_sums(
     teacher: dict[int, Tensor],
     projections: dict[str, Tensor],
     mask: Tensor,
-    options: HiddenStateOptions,
+    options: HiddenStatesSection,
 ) -> list[Tensor]:
     """Loss of each pair, "mse" or "cosine", summed over the tokens of `mask`."""
     sums = []
@@ -62,7 +62,7 @@ def hidden_sums(
     return sums
 
 
-def relation_sums(student, teacher, mask: Tensor, options: RelationOptions) -> list[Tensor]:
+def relation_sums(student, teacher, mask: Tensor, options: RelationsSection) -> list[Tensor]:
     """MiniLMv2 loss of each pair, causal, summed over the tokens of `mask`."""
     seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril() & mask[:, None, :]
     seen = (seen | torch.eye(mask.shape[1], dtype=torch.bool))[:, None]
@@ -117,8 +117,8 @@ def train_dense_features(
     projections: dict[str, Tensor],
     steps: list[dict],
     objective,
-    hidden: HiddenStateOptions | None,
-    relations: RelationOptions | None,
+    hidden: HiddenStatesSection | None,
+    relations: RelationsSection | None,
     learning_rate: float,
     dtype: torch.dtype,
 ) -> tuple[nn.Module, dict[str, Tensor]]:

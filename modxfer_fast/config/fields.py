@@ -4,12 +4,13 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 
 from modxfer_fast.config.errors import ConfigError, nearest
 
+Options = TypeVar("Options")
 _NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
@@ -49,6 +50,14 @@ def check_fields(
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         _check_type(hints[key], value, f"{where}.{key}")
+
+
+def built(cls: type[Options], where: str, **fields: Any) -> Options:
+    """`cls(**fields)`, a class of a library, whose refusal is a ConfigError that names `where`."""
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 _SCALARS = (bool, int, float, str, dict, list, type(None))

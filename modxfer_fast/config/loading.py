@@ -90,15 +90,15 @@ def validate(raw: dict[str, Any], schema: type[Job], where: str) -> Job:
     """`raw` as a job.
 
     Args:
-        where: of the job, for messages.
+        where: of the job, for messages; "" where the keys say enough.
     Raises:
         ConfigError: unknown key, wrong type or range; one line each.
     """
     try:
         return schema.model_validate(raw)
     except pydantic.ValidationError as error:
-        lines = _explain(error, schema)
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+        start = f"{where}: " if where else ""
+        raise ConfigError("\n".join(start + line for line in _explain(error, schema))) from None
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -33,6 +33,7 @@ def _layer_numbers(value: Any) -> Any:
 Layers = Annotated[dict[int, int], BeforeValidator(_layer_numbers), Field(min_length=1)]
 LayerWeights = Annotated[float | dict[int, float], BeforeValidator(_layer_numbers)]
 Backend = Annotated[str, OneOf(BACKENDS)] | None
+RelationWeights = Annotated[list[NotNegative], Field(min_length=3, max_length=3, strict=False)]
 PairReduction = Annotated[str, OneOf(PAIR_REDUCTIONS)]
 TOKENS = ("all", "labels")
 LOSS_IMPLS = ("fused", "dense")
@@ -76,6 +77,10 @@ class HiddenStatesSection(Section):
             raise ValueError(f"beta: expected with loss: smooth_l1 alone, got it with {self.loss}")
         return self
 
+    def of_loss(self) -> dict[str, Any]:
+        """The arguments of `HiddenStateLoss`, without what the engine alone decides."""
+        return self.model_dump(exclude={"tokens", "learning_rate", "weight_decay"})
+
 
 class RelationsSection(Section):
     """Arguments of `modxfer_fast.losses.AttentionRelationLoss`; needs `data.packing: false`.
@@ -88,14 +93,17 @@ class RelationsSection(Section):
     kind: Annotated[str, OneOf(RELATIONS)] = "minilmv2"
     num_heads: PositiveInt | None = None
     weight: LayerWeights = 1.0
-    relation_weights: Annotated[list[NotNegative], Field(min_length=3, max_length=3)] = [
-        1.0,
-        1.0,
-        1.0,
-    ]
+    relation_weights: RelationWeights = [1.0, 1.0, 1.0]
     pair_reduction: PairReduction = "mean"
     workspace_mb: PositiveInt = 64
     backend: Backend = None
+
+
+class FeaturesSection(Section):
+    """Losses inside the networks alone, as `DistillConfig` has them."""
+
+    hidden_states: HiddenStatesSection | None = None
+    relations: RelationsSection | None = None
 
 
 class DivergenceSection(Section):

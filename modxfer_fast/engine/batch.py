@@ -38,8 +38,8 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: of the student's model, input_ids [B, T] among them.
-        compared: what the outputs of the two models are compared on.
-        tokens: what their hidden states and relations are compared on.
+        compared: what the outputs of the two models are compared on; by default nothing.
+        tokens: what their hidden states and relations are compared on; by default nothing.
         labelled: what has a label; None for kinds without logits.
         labels: of each row of the student's output, -100 where there is none.
         num_tokens: tokens that are no padding.
@@ -49,8 +49,8 @@ class Batch(NamedTuple):
     """
 
     inputs: Mapping[str, Any]
-    compared: TokenSet | None = None
-    tokens: TokenSet | None = None
+    compared: TokenSet = TokenSet(None, 0)
+    tokens: TokenSet = TokenSet(None, 0)
     labelled: TokenSet | None = None
     labels: Tensor | None = None
     num_tokens: Tensor | int = 0
@@ -72,6 +72,16 @@ class Answer(NamedTuple):
     output: Tensor
     head: tuple[Tensor, Tensor | None] | None = None
     states: LayerStates = LayerStates()
+
+    def leading(self, num_classes: int | None) -> "Answer":
+        """With a head of the first classes, views, where the others' gradient is then zero; of
+        all without a number."""
+        if self.head is None or num_classes is None or num_classes >= len(self.head[0]):
+            return self
+        weight, bias = self.head
+        return self._replace(
+            head=(weight[:num_classes], None if bias is None else bias[:num_classes])
+        )
 
 
 class Terms(NamedTuple):

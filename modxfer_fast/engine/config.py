@@ -1,19 +1,39 @@
 """Options of a distillation run: everything of TrainingArguments, and the loss."""
+# ruff: noqa: RUF009  `_option` makes a field
 
 import os
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
+from modxfer_fast.config.loading import validate
+from modxfer_fast.config.loss import FeaturesSection
 from modxfer_fast.engine import deepspeed
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
 from modxfer_fast.engine.objective import Objective
-from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.kernels.divergences import FORMULAS, WITH_BETA
 
 logger = logging.get_logger(__name__)
+
+# Switches of TrainingArguments that must be off, and why.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "the fused loss has no smoothing",
+    "save_only_model": "a resumed run would begin with a new optimizer and schedule, unannounced",
+    "use_liger_kernel": "it replaces the student's forward",
+    "fsdp": "the output head would be a DTensor; use zero_stage=3",
+    "fp16_full_eval": "it would cast the weights that train",
+    "bf16_full_eval": "it would cast the weights that train",
+    "remove_unused_columns": "it removes columns of the collator",
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -28,65 +48,54 @@ class DistillConfig(TrainingArguments):
             honour.
     """
 
-    kind: str = field(
-        default="causal_lm",
-        metadata={
-            "help": "causal_lm; encoder: no logits, learned by hidden_states; or classifier, of "
-            "tokens or sequences."
-        },
+    kind: str = _option(
+        "causal_lm",
+        "causal_lm; encoder: no logits, learned by hidden_states; or classifier, of tokens or "
+        "sequences.",
     )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={"help": f"Of p, the teacher, and q, the student: {FORMULAS}."},
+    divergence: str = _option(
+        Objective.divergence, f"Of p, the teacher, and q, the student: {FORMULAS}."
     )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": f"Weight of p, for {WITH_BETA} alone; 0.5 when not given."},
+    beta: float | None = _option(
+        Objective.beta, f"Weight of p, for {WITH_BETA} alone; 0.5 when not given."
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides both rows of logits inside the divergence."}
+    temperature: float = _option(
+        Objective.temperature, "Divides both rows of logits inside the divergence."
     )
-    kd_weight: float | None = field(
-        default=None,
-        metadata={"help": "Factor of the divergence; 1 when not given, 0 for encoders."},
+    kd_weight: float | None = _option(
+        None, "Factor of the divergence; 1 when not given, 0 for encoders."
     )
-    ce_weight: float = field(default=0.0, metadata={"help": "Factor of the cross entropy."})
-    scale_by_temperature_squared: bool = field(
-        default=False, metadata={"help": "Multiply the divergence by temperature squared."}
+    ce_weight: float = _option(Objective.ce_weight, "Factor of the cross entropy.")
+    scale_by_temperature_squared: bool = _option(
+        Objective.scale_by_temperature_squared, "Multiply the divergence by temperature squared."
     )
-    workspace_mb: int = field(
-        default=512, metadata={"help": "Memory of the fused loss for logits in flight, in MiB."}
+    workspace_mb: int = _option(
+        Objective.workspace_mb, "Memory of the fused loss for logits in flight, in MiB."
     )
-    backend: str | None = field(
-        default=None, metadata={"help": "Kernel backend of the fused loss; chosen when not given."}
+    backend: str | None = _option(
+        Objective.backend, "Kernel backend of the fused loss; chosen when not given."
     )
-    loss_impl: str = field(
-        default="fused",
-        metadata={"help": "fused, or dense: whole logits in plain PyTorch, to compare."},
+    loss_impl: str = _option(
+        Objective.impl, "fused, or dense: whole logits in plain PyTorch, to compare."
     )
-    hidden_states: dict | None = field(
-        default=None, metadata={"help": "Fields of HiddenStateOptions: a loss of mapped layers."}
+    hidden_states: dict | None = _option(
+        None, "Fields of HiddenStatesSection: a loss of mapped layers."
     )
-    relations: dict | None = field(
-        default=None, metadata={"help": "Fields of RelationOptions: a loss of attention relations."}
+    relations: dict | None = _option(
+        None, "Fields of RelationsSection: a loss of attention relations."
     )
-    zero_stage: int | None = field(
-        default=None, metadata={"help": "Run under DeepSpeed with this ZeRO stage (0, 1, 2 or 3)."}
-    )
-    max_skipped_steps: int = field(
-        default=10, metadata={"help": "Updates in a row that may be skipped as not finite."}
-    )
+    zero_stage: int | None = _option(None, "Run under DeepSpeed with this ZeRO stage, 0 to 3.")
+    max_skipped_steps: int = _option(10, "Updates in a row that may be skipped as not finite.")
     # the collator emits num_valid, which is no argument of the student
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    remove_unused_columns: bool = _option(False, "Must stay False.")
     # the filter waits for the device in each micro-batch; the guard looks once an update
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See max_skipped_steps."})
+    logging_nan_inf_filter: bool = _option(False, "See max_skipped_steps.")
 
     def __post_init__(self):
         student = student_of_kind(self.kind)
-        self.relation_options()
+        self._features()
         student.settle(self)
         self.objective()
-        self.hidden_state_options()
         self._refuse_unsupported()
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -117,61 +126,43 @@ class DistillConfig(TrainingArguments):
         names = [option.name for option in fields(Objective) if option.name != "impl"]
         return Objective(**{name: getattr(self, name) for name in names}, impl=self.loss_impl)
 
-    def hidden_state_options(self) -> HiddenStateOptions | None:
+    def hidden_state_options(self) -> HiddenStatesSection | None:
         """The loss of hidden states that `hidden_states` describes."""
-        return parse_options(HiddenStateOptions, self.hidden_states, "hidden_states")
+        return self._features().hidden_states
 
-    def relation_options(self) -> RelationOptions | None:
+    def relation_options(self) -> RelationsSection | None:
         """The loss of attention relations that `relations` describes."""
-        return parse_options(RelationOptions, self.relations, "relations")
+        return self._features().relations
+
+    def _features(self) -> FeaturesSection:
+        given = {"hidden_states": self.hidden_states, "relations": self.relations}
+        return validate(given, FeaturesSection, "")
 
     def _refuse_unsupported(self) -> None:
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps: expected >= 0, got {self.max_skipped_steps}")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
+        for name, least in (
+            ("max_skipped_steps", 0),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("learning_rate", 0),
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate: expected >= 0, got {self.learning_rate}")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices: expected True; without it a rank with few tokens "
                 "weighs as much as one with many"
             )
-        for name, value, reason in (
-            (
-                "label_smoothing_factor",
-                self.label_smoothing_factor,
-                "the fused loss has no smoothing",
-            ),
-            (
-                "save_only_model",
-                self.save_only_model,
-                "a resumed run would begin with a new optimizer and schedule, without a word",
-            ),
-            ("use_liger_kernel", self.use_liger_kernel, "it replaces the student's forward"),
-            ("fsdp", self.fsdp, "the output head would be a DTensor; use zero_stage=3"),
-            ("fp16_full_eval", self.fp16_full_eval, "it would cast the weights that train"),
-            ("bf16_full_eval", self.bf16_full_eval, "it would cast the weights that train"),
-            (
-                "remove_unused_columns",
-                self.remove_unused_columns,
-                "it removes columns of the collator",
-            ),
-        ):
-            if value:
+        for name, reason in _UNSUPPORTED.items():
+            if value := getattr(self, name):
                 raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")
 
     def _prepare_deepspeed(self) -> None:
-        deepspeed.forget()
+        unset_hf_deepspeed_config()  # an earlier trainer of this process may have left one
         if self.zero_stage is not None:
             config = deepspeed.zero_config(self.zero_stage)
             if self.deepspeed is None:
-                self.deepspeed = config
+                self.deepspeed: Any = config
         if self.deepspeed is not None:
             config = deepspeed.load_config(self.deepspeed)
             deepspeed.check_config(config)

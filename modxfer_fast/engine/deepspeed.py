@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modxfer_fast.models.checks import is_partitioned
 
@@ -116,11 +116,6 @@ def _disable_shared_memory_op() -> None:
         deepspeed.ops.__compatible_ops__[name] = False
 
 
-def forget() -> None:
-    """Drops what an earlier DeepSpeed trainer of this process left behind for the next model."""
-    unset_hf_deepspeed_config()
-
-
 @contextlib.contextmanager
 def contained_launch_flag() -> Iterator[None]:
     """Takes back Accelerate's ACCELERATE_USE_DEEPSPEED, which would make a later trainer ZeRO."""
@@ -133,11 +128,7 @@ def contained_launch_flag() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _is_available(param: nn.Parameter) -> bool:
-    return param.ds_status.name == "AVAILABLE"
-
-
-def true_shape(param: nn.Parameter) -> tuple[int, ...]:
+def true_shape(param: Any) -> tuple[int, ...]:
     """The shape of the whole parameter, also where this rank holds a slice."""
     return tuple(param.ds_shape if is_partitioned(param) else param.shape)
 
@@ -145,7 +136,8 @@ def true_shape(param: nn.Parameter) -> tuple[int, ...]:
 @contextlib.contextmanager
 def gathered(params: Iterable[nn.Parameter | None]) -> Iterator[None]:
     """Whole parameters inside the block. A collective call under ZeRO-3, else nothing."""
-    split = [p for p in params if p is not None and is_partitioned(p) and not _is_available(p)]
+    given: list[Any] = [p for p in params if p is not None and is_partitioned(p)]
+    split = [p for p in given if p.ds_status.name != "AVAILABLE"]
     if not split:
         yield
         return
@@ -176,14 +168,14 @@ def whole_state_dict(module: nn.Module, keep: bool, only_trainable: bool) -> dic
         keep: whether this rank wants the values, on the CPU; else the result is empty.
         only_trainable: leave out frozen parameters.
     """
-    values: dict[int, Tensor | None] = {}  # by identity: a tied parameter is gathered once
+    values: dict[int, Tensor] = {}  # by identity: a tied parameter is gathered once
     state: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if only_trainable and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             continue
         if id(tensor) not in values:
             with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
-                values[id(tensor)] = tensor.detach().to("cpu", copy=True) if keep else None
+                values[id(tensor)] = tensor.detach().to("cpu", copy=True) if keep else tensor
         if keep:
             state[name] = values[id(tensor)]
     return state

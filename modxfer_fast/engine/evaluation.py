@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.state import GradientState
+from accelerate.utils import gather_object
 from torch import nn
 
 from modxfer_fast.data.collator import IGNORE_INDEX
@@ -16,7 +17,7 @@ from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.labels import sample_start
 from modxfer_fast.engine.metrics import means
 from modxfer_fast.engine.module import DistillModule
-from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.students import student_of_kind
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def without_repeated_samples(
     """A batch without labels and tokens of samples that the sampler repeats for equal batches.
 
     Raises:
-        ValueError: which samples are repeated cannot be told.
+        ValueError: which samples are repeated cannot be told, on all ranks.
     """
     inputs = dict(inputs)
     num_rows = inputs["input_ids"].shape[0]
@@ -63,13 +64,20 @@ def without_repeated_samples(
         )
     # of the last batches of all ranks, laid end to end, the first `remainder` samples are new
     num_new = max(state.remainder - args.process_index * args.eval_batch_size, 0)
+    repeated: Any = slice(num_new, None)
+    unclear = None
+    if num_samples != num_rows and 0 < num_new < num_samples:
+        try:
+            start = sample_start(inputs.get("position_ids"), num_new, num_samples)
+            repeated = slice(None), slice(start, None)
+        except ValueError as error:
+            unclear = error
+    # a rank that goes on alone would wait for the others in its next collective call
+    for refusal in gather_object([unclear]):
+        if refusal is not None:
+            raise refusal
     if num_new >= num_samples:
         return inputs
-    if num_samples == num_rows or num_new == 0:
-        repeated: Any = slice(num_new, None)
-    else:
-        start = sample_start(inputs.get("position_ids"), num_new, num_samples)
-        repeated = (slice(None), slice(start, None))
     if "labels" in inputs:
         labels = inputs["labels"].clone()
         labels[repeated] = IGNORE_INDEX

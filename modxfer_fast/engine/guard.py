@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -41,21 +42,19 @@ class StepGuard(TrainerCallback):
         count_loss: Callable[[Tensor], None],
     ):
         self.max_skipped = max_skipped
-        self.skipped = 0
-        self.consecutive = 0
-        self.engine = None  # the DeepSpeed engine, once there is one
+        self.engine: Any = None  # the DeepSpeed engine, once there is one
         self._scaled: AcceleratedOptimizer | None = None  # whose scaler may skip its steps
         self._module = module
         self._reduce = reduce
         self._dropped = False
         self._count_loss = count_loss
-        self._loss: Tensor | None = None  # of the step so far
-        self._steps = self._taken = 0  # since the last report
+        self.restart(skipped=0)
 
     def restart(self, skipped: int) -> None:
         """A training begins, before which `skipped` steps were skipped."""
-        self.skipped, self.consecutive, self._loss = skipped, 0, None
-        self._steps = self._taken = 0
+        self.skipped, self.consecutive = skipped, 0
+        self._loss: Tensor | None = None  # of the step so far
+        self._steps = self._taken = 0  # since the last report
 
     def add_loss(self, loss: Tensor) -> None:
         """Adds the loss of a micro-batch to that of its step."""
@@ -117,6 +116,8 @@ class StepGuard(TrainerCallback):
 
     def _is_scale_too_large(self) -> bool:
         """Whether a step skipped by the scaler is owed to its scale; the same on all ranks."""
+        assert self._loss is not None  # the step had one
+        assert self._scaled is not None
         broken = (~self._loss.isfinite()).float()  # a loss of one rank breaks the gradient of all
         return not self._reduce(broken) and self._scaled.scaler.get_scale() >= 1.0
 

@@ -1,8 +1,9 @@
 """Sums of loss terms and tokens, kept on the device and read only when something is reported."""
 
+import contextlib
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -89,11 +90,13 @@ class TrainingClock(TrainerCallback):
         if args.device.type == "cuda":  # the peak is that of this training
             torch.cuda.reset_peak_memory_stats(args.device)
 
-    def pause(self) -> float:
-        return time.perf_counter()
-
-    def resume(self, paused: float) -> None:
-        self._start += time.perf_counter() - paused
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - began
 
     def since_begin(self) -> float:
         """Seconds since training began, evaluation and saving among them."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
 from modxfer_fast.engine.batch import Answer, Batch, Terms
 from modxfer_fast.engine.deepspeed import gathered
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.features.terms import FeatureLosses
 from modxfer_fast.engine.metrics import LossMeter
 from modxfer_fast.engine.objective import Objective
-from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.models.architecture import without_peft
 
@@ -54,8 +54,8 @@ class DistillModule(nn.Module):
         student: nn.Module,
         teacher: TeacherProtocol | None,
         objective: Objective | None,
-        hidden_states: HiddenStateOptions | None = None,
-        relations: RelationOptions | None = None,
+        hidden_states: HiddenStatesSection | None = None,
+        relations: RelationsSection | None = None,
         seed: int = 0,
         kind: str | None = None,
     ):
@@ -67,11 +67,6 @@ class DistillModule(nn.Module):
             )
         if objective is None and hidden_states is None:
             raise ValueError("hidden_states: expected options, because there is no other loss")
-        has_features = hidden_states is not None or relations is not None
-        if teacher is None and has_features:
-            raise ValueError(
-                "teacher: expected a model because hidden_states or relations are given, got None"
-            )
         if teacher is not None and getattr(teacher, "model", None) is student:
             raise ValueError(
                 "teacher: expected a model of its own, got the student, frozen by that"
@@ -85,7 +80,12 @@ class DistillModule(nn.Module):
         # a head padded further than the other one has classes that no token is
         self._num_classes = None if teacher is None else self.parts.common_classes(teacher)
         self.features = self._student_taps = self._teacher_taps = None
-        if has_features:
+        if hidden_states is not None or relations is not None:
+            if teacher is None:
+                raise ValueError(
+                    "teacher: expected a model because hidden_states or relations are given, "
+                    "got None"
+                )
             self._student_taps = LayerTaps(self.parts.backbone, "student")
             self._teacher_taps = teacher.taps()
             self.features = FeatureLosses(
@@ -96,15 +96,12 @@ class DistillModule(nn.Module):
                 causal=parts.is_causal,
                 generator=torch.Generator().manual_seed(seed),
             )
-            if objective is None:
-                self.parts.freeze_unreached(
-                    student, self._student_taps.blocks, self.features.hidden.student_layers
-                )
+            self.parts.freeze_unreached(student, self._student_taps, self.features.hidden)
         self.meter = self.new_meter()
 
     def new_meter(self, *, evaluation: bool = False) -> LossMeter:
         """A meter for the terms of this module, or for those that it has in eval mode."""
-        names = () if self.objective is None else ("kd", "ce")
+        names: tuple[str, ...] = () if self.objective is None else ("kd", "ce")
         if self.features is not None:
             names += self.features.measured_names if evaluation else self.features.names
         return LossMeter(names)
@@ -171,11 +168,11 @@ class DistillModule(nn.Module):
     def _needs_all_tokens(self) -> bool:
         return self.features is not None and self.features.needs_all_tokens
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Loss of one micro-batch.
 
         Args:
-            batch: what `read` of the kind of student takes (students/). Of text models:
+            inputs: what `read` of the kind of student takes (students/). Of text models:
                 input_ids, attention_mask, position_ids: [B, T], see `read_tokens`.
                 labels: [B, T], labels[t] is the target of position t, unshifted; -100 masks.
                 num_items_in_batch: number of labels of the optimiser step, over all ranks and
@@ -185,20 +182,20 @@ class DistillModule(nn.Module):
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
         """
-        batch = self.parts.read(**batch)
-        objective = self.objective
+        batch, objective = self.parts.read(**inputs), self.objective
         if objective is not None and not self.training:
             objective = objective.measured(self.teacher is not None, batch.labels is not None)
-        target = None
-        if self.features is not None or objective.kd_weight != 0.0:
+        target, kd_weight = None, 0.0 if objective is None else objective.kd_weight
+        if self.teacher is not None and (self.features is not None or kd_weight != 0.0):
             # first, while no activations of the student are kept
             self._check_compared(batch)
-            target = self.teacher.answer(batch, self._teacher_taps)
+            target = self.teacher.answer(batch, self._teacher_taps).leading(self._num_classes)
         answer = self.parts.answer(batch.inputs, batch.rows, self._student_taps)
         terms = []
         if objective is not None:
-            terms.append(self.parts.terms(objective, answer, target, batch, self._num_classes))
-        if self.features is not None:
+            answer = answer.leading(self._num_classes)
+            terms.append(self.parts.terms(objective, answer, target, batch))
+        if self.features is not None and target is not None:
             terms.append(self.features(answer.states, target.states, batch.tokens, batch.labelled))
         loss = sum((each.loss for each in terms[1:]), start=terms[0].loss)
         sums = {name: value for each in terms for name, value in each.sums.items()}

@@ -52,44 +52,34 @@ class Objective(KDSpec):
         teacher_hidden: Tensor,
         teacher_head: tuple[Tensor, Tensor | None],
         labels: Tensor,
-        normalizer: Tensor | int | None,
+        normalizer: Tensor | float | None,
         num_valid: int | None,
     ) -> KDTerms:
         """Hidden states [B, T, D_s] and [B, T, D_t], heads ([V, D], [V] or None), labels [B, T]."""
-        compute = self._fused if self.impl == "fused" else self._dense
-        return compute(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            labels,
-            normalizer,
-            num_valid,
-        )
+        student, teacher = Head(student_hidden, *student_head), Head(teacher_hidden, *teacher_head)
+        if self.impl == "dense":
+            return self._dense(student, teacher, labels, normalizer)
+        tokens = Tokens(labels, normalizer=normalizer, num_valid=num_valid)
+        launch = Launch(self.workspace_mb, self.backend)
+        return loss_of_heads(student, teacher, self, tokens, launch)
 
-    def _fused(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> KDTerms:
-        return loss_of_heads(
-            Head(s_hidden, *s_head),
-            Head(t_hidden, *t_head),
-            self,
-            Tokens(labels, normalizer=normalizer, num_valid=num_valid),
-            Launch(self.workspace_mb, self.backend),
-        )
-
-    def _dense(self, s_hidden, s_head, t_hidden, t_head, labels, normalizer, num_valid) -> KDTerms:
+    def _dense(
+        self, student: Head, teacher: Head, labels: Tensor, normalizer: Tensor | float | None
+    ) -> KDTerms:
         spec = self.checked()
         valid = labels != IGNORE_INDEX
         count = valid.sum().clamp(min=1)
-        student = F.linear(s_hidden, *s_head).float()
-        kd = ce = student.new_zeros(())
+        logits = F.linear(*student).float()
+        kd = ce = logits.new_zeros(())
         if spec.kd_weight:
             with torch.no_grad():
-                log_p = _log_probs(F.linear(t_hidden, *t_head).float(), spec.temperature)
-            log_q = _log_probs(student, spec.temperature)
+                log_p = _log_probs(F.linear(*teacher).float(), spec.temperature)
+            assert spec.beta is not None  # `checked` gave a number
+            log_q = _log_probs(logits, spec.temperature)
             rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)
             kd = rows.masked_fill(~valid, 0.0).sum()
         if spec.ce_weight:
-            ce = F.cross_entropy(student.flatten(0, -2), labels.flatten(), reduction="sum")
+            ce = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
         divisor = count if normalizer is None else torch.as_tensor(normalizer).clamp(min=1)
         loss = (spec.kd_weight * kd + spec.ce_weight * ce) / divisor
         return KDTerms(loss, kd.detach() / count, ce.detach() / count)

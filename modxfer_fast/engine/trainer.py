@@ -13,14 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 
-from modxfer_fast.engine import checkpoint, deepspeed, saving
-from modxfer_fast.engine.checkpoint import atomic_folder
+from modxfer_fast.engine import checkpoint, deepspeed, evaluation, saving
 from modxfer_fast.engine.config import DistillConfig
-from modxfer_fast.engine.evaluation import (
-    evaluating,
-    evaluation_metrics,
-    without_repeated_samples,
-)
 from modxfer_fast.engine.features.projections import group_projections, load_projections
 from modxfer_fast.engine.guard import StepGuard
 from modxfer_fast.engine.metrics import TrainingClock, means, peak_mem_mib
@@ -180,15 +174,15 @@ class DistillTrainer(Trainer):
 
     def _on_main(self, compute: Callable[[], Any]) -> Any:
         """What `compute` returns on the main process, on every process; its ValueError too."""
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]
         if self.args.process_index == 0:
             try:
                 outcome[0] = compute()
             except ValueError as error:
                 outcome[1] = error
-        value, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
+        value, refusal = broadcast_object_list(outcome)
+        if refusal is not None:
+            raise refusal
         return value
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -242,8 +236,8 @@ class DistillTrainer(Trainer):
         counts = [self.model.counts(batch) for batch in batch_samples]
         self._in_batch = {}
         if counts:
-            totals = [_total([each[name] for each in counts], device) for name in counts[0]]
-            totals = self._sum_over_ranks(torch.stack(totals)).unbind()
+            here = [_total([each[name] for each in counts], device) for name in counts[0]]
+            totals = self._sum_over_ranks(torch.stack(here)).unbind()
             self._in_batch = {
                 f"num_{name}_in_batch": total for name, total in zip(counts[0], totals, strict=True)
             }
@@ -323,21 +317,18 @@ class DistillTrainer(Trainer):
                 "eval_dataset: expected one with a length, which tells what samples ranks repeat"
             )
         has_features, state = self.model.features is not None, self.accelerator.gradient_state
-        paused = self.clock.pause()
-        try:
-            with evaluating(self.model, self.deepspeed, self.args.device) as model:
-                for inputs in dataloader:
-                    inputs = without_repeated_samples(inputs, self.args, state, has_features)
-                    inputs = self._prepare_inputs(inputs)
-                    with torch.no_grad(), self.accelerator.autocast():
-                        model(**inputs)
-                    self.control = self.callback_handler.on_prediction_step(
-                        self.args, self.state, self.control
-                    )
-                sums = self.model.meter.totals(self._sum_over_ranks, self.args.device)
-        finally:
-            self.clock.resume(paused)
-        metrics = evaluation_metrics(self.model, sums)
+        evaluating = evaluation.evaluating(self.model, self.deepspeed, self.args.device)
+        with self.clock.paused(), evaluating as model:
+            for inputs in dataloader:
+                inputs = evaluation.without_repeated_samples(inputs, self.args, state, has_features)
+                inputs = self._prepare_inputs(inputs)
+                with torch.no_grad(), self.accelerator.autocast():
+                    model(**inputs)
+                self.control: Any = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
+            sums = self.model.meter.totals(self._sum_over_ranks, self.args.device)
+        metrics = evaluation.evaluation_metrics(self.model, sums)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
@@ -350,19 +341,24 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the student as its Auto class or PeftModel reads it. All ranks must call."""
         output_dir = output_dir or self.args.output_dir
-        states = (None, None)
+        states: tuple[saving.State, saving.State] = (None, None)
         if self.zero_stage == 3:
             states = saving.gathered_states(self.model, self.args.should_save)
         if self.args.should_save:
             # a checkpoint that it is part of gets its marker when it is whole
-            whole = nullcontext(output_dir) if _internal_call else atomic_folder(output_dir)
+            whole = (
+                nullcontext(output_dir) if _internal_call else checkpoint.atomic_folder(output_dir)
+            )
             with whole as folder:
                 saving.write_student(folder, self.model, self.processing_class, states)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial) -> None:
-        paused = self.clock.pause()
+        with self.clock.paused():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
         run_dir = self._get_output_dir(trial)
         pending = self.model.meter.totals(self._sum_over_ranks, self.args.device)
         info = checkpoint.CheckpointInfo(
@@ -392,7 +388,6 @@ class DistillTrainer(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()  # whoever ends now leaves a whole checkpoint
-        self.clock.resume(paused)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and isinstance(self.student, PeftModel):

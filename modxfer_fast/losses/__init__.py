@@ -1,4 +1,5 @@
-from modxfer_fast.losses.hidden_states import HiddenStateLoss, HiddenTerms
+from modxfer_fast.losses.hidden_states import HiddenStateLoss
+from modxfer_fast.losses.layer_pairs import HiddenTerms
 from modxfer_fast.losses.linear_kd import LinearKDLoss
 from modxfer_fast.losses.relations import AttentionRelationLoss
 

@@ -1,30 +1,17 @@
 """Losses of a student's hidden states against a teacher's, with the projections they train."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.kernels.common import check_workspace
-from modxfer_fast.kernels.dispatch import check_name
-from modxfer_fast.kernels.names import IMPLS, INITS, PAIR_REDUCTIONS, PROJECTIONS
+from modxfer_fast.kernels.names import IMPLS, INITS, PROJECTIONS
 from modxfer_fast.kernels.projection_loss import projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.losses.layer_pairs import pair_name, resolve_layers, resolve_weights
-
-
-class HiddenTerms(NamedTuple):
-    """A weighted loss of several pairs of layers, and its parts for logs.
-
-    Attributes:
-        loss: scalar with its gradient, weights and reduction over pairs included.
-        pairs: [number of pairs], detached and unweighted; normalised as `loss` is.
-    """
-
-    loss: Tensor
-    pairs: Tensor
+from modxfer_fast.losses.layer_pairs import HiddenTerms, LayerPairLoss, check_choice, pair_name
 
 
 class HiddenProjection(nn.Module):
@@ -69,7 +56,7 @@ class HiddenProjection(nn.Module):
         return compute(student_hidden, teacher_hidden, projection, bias=self.bias, **options)
 
 
-class HiddenStateLoss(nn.Module):
+class HiddenStateLoss(LayerPairLoss):
     """sum over pairs of weight_i * loss(P_i h_student, h_teacher) [/ number of pairs].
 
     The loss of a pair is `projection_loss`, a mean over the tokens that count. Projections are
@@ -123,20 +110,12 @@ class HiddenStateLoss(nn.Module):
         backend: str | None = None,
         impl: str = "fused",
     ):
-        super().__init__()
-        self.pairs = resolve_layers(layers, num_student_layers, num_teacher_layers)
-        self.weights = resolve_weights(weight, layers, self.pairs, num_student_layers)
-        for name, value, known in (
-            ("pair_reduction", pair_reduction, PAIR_REDUCTIONS),
-            ("projection", projection, PROJECTIONS),
-            ("init", init, INITS),
-            ("impl", impl, IMPLS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        counts = num_student_layers, num_teacher_layers
+        super().__init__(layers, *counts, weight, pair_reduction, workspace_mb, backend)
+        check_choice("projection", projection, PROJECTIONS)
+        check_choice("init", init, INITS)
+        check_choice("impl", impl, IMPLS)
         self.spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
-        check_workspace(workspace_mb)
-        check_name(backend)
         if projection == "none":
             if student_width != teacher_width:
                 raise ValueError(
@@ -151,10 +130,7 @@ class HiddenStateLoss(nn.Module):
                 f"rank: expected a number from 1 to {limit} with projection 'low_rank' and none "
                 f"without, got {rank} with {projection!r}"
             )
-        self.pair_reduction = pair_reduction
         self.impl = impl
-        self.workspace_mb = workspace_mb
-        self.backend = backend
         names = [] if projection == "none" else [pair_name(pair) for pair in self.pairs]
         self.projections = nn.ModuleDict(
             {
@@ -162,14 +138,6 @@ class HiddenStateLoss(nn.Module):
                 for name in (["shared"] if shared and names else names)
             }
         )
-
-    @property
-    def student_layers(self) -> tuple[int, ...]:
-        return tuple(student for student, _ in self.pairs)
-
-    @property
-    def teacher_layers(self) -> tuple[int, ...]:
-        return tuple(sorted({teacher for _, teacher in self.pairs}))
 
     def projection_of(self, pair: tuple[int, int]) -> HiddenProjection | None:
         """The projection of one of `pairs`, None where widths are equal."""
@@ -199,8 +167,8 @@ class HiddenStateLoss(nn.Module):
         normalizer.
         """
         losses = []
-        for pair in self.pairs:
-            student, teacher = pair
+        counted: dict[str, Any] = {"mask": mask, "normalizer": normalizer, "num_valid": num_valid}
+        for student, teacher in self.pairs:
             for name, states, layer in (
                 ("student_hiddens", student_hiddens, student),
                 ("teacher_hiddens", teacher_hiddens, teacher),
@@ -208,32 +176,9 @@ class HiddenStateLoss(nn.Module):
                 if layer not in states:
                     given = ", ".join(map(str, states)) or "none"
                     raise ValueError(f"{name}: expected layer {layer}, got layers {given}")
-            losses.append(
-                self.pair_loss(
-                    pair,
-                    student_hiddens[student],
-                    teacher_hiddens[teacher],
-                    mask=mask,
-                    normalizer=normalizer,
-                    num_valid=num_valid,
-                )
-            )
-        return weighted_terms(losses, self.weights, self.pair_reduction)
-
-    def pair_loss(
-        self,
-        pair: tuple[int, int],
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-        *,
-        mask: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        num_valid: int | None = None,
-    ) -> Tensor:
-        """Unweighted loss of one pair, for a caller that has the states of one layer at a time."""
-        return self._compare(
-            pair, student_hidden, teacher_hidden, self.spec.loss, mask, normalizer, num_valid
-        )
+            sides = student_hiddens[student], teacher_hiddens[teacher]
+            losses.append(self.pair_loss((student, teacher), *sides, **counted))
+        return self.weighted(losses)
 
     @torch.no_grad()
     def cosines(
@@ -248,42 +193,41 @@ class HiddenStateLoss(nn.Module):
 
         Args as for `forward`.
         """
+        counted: dict[str, Any] = {"mask": mask, "num_valid": num_valid}
         distances = [
-            self._compare(
-                (student, teacher),
-                student_hiddens[student],
-                teacher_hiddens[teacher],
-                "cosine",
-                mask,
-                None,
-                num_valid,
-            )
-            for student, teacher in self.pairs
+            self.pair_loss((s, t), student_hiddens[s], teacher_hiddens[t], loss="cosine", **counted)
+            for s, t in self.pairs
         ]
         return 1 - torch.stack(distances)
 
-    def _compare(
+    def pair_loss(
         self,
         pair: tuple[int, int],
         student_hidden: Tensor,
         teacher_hidden: Tensor,
-        loss: str,
-        mask: Tensor | None,
-        normalizer: float | Tensor | None,
-        num_valid: int | None,
+        *,
+        loss: str | None = None,
+        mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        num_valid: int | None = None,
     ) -> Tensor:
-        options: dict[str, Any] = {
-            "loss": loss,
-            "beta": self.spec.beta if loss == "smooth_l1" else None,
-            "norm": self.spec.norm,
-            "norm_eps": self.spec.norm_eps,
-            "mask": mask,
-            "normalizer": normalizer,
-        }
+        """Unweighted loss of one pair, for a caller that has the states of one layer at a time.
+
+        Args:
+            loss: another than that of the module.
+        """
+        spec = self.spec if loss is None else dataclasses.replace(self.spec, loss=loss)
+        options: dict[str, Any] = {"mask": mask, "normalizer": normalizer}
         compute: Callable[..., Tensor] = _eager_loss
-        if self.impl == "fused":
+        if self.impl == "eager":
+            options["spec"] = spec
+        else:
             compute = projection_loss
             options.update(
+                loss=spec.loss,
+                beta=spec.beta if spec.loss == "smooth_l1" else None,
+                norm=spec.norm,
+                norm_eps=spec.norm_eps,
                 num_valid=None if mask is None else num_valid,
                 workspace_mb=self.workspace_mb,
                 backend=self.backend,
@@ -294,17 +238,7 @@ class HiddenStateLoss(nn.Module):
         return projection(student_hidden, teacher_hidden, compute, **options)
 
     def extra_repr(self) -> str:
-        layers = ", ".join(f"{student}: {teacher}" for student, teacher in self.pairs)
-        return f"layers={{{layers}}}, weights={self.weights}, loss={self.spec.loss!r}"
-
-
-def weighted_terms(losses: list[Tensor], weights: tuple[float, ...], reduction: str) -> HiddenTerms:
-    """The weighted sum or mean of the pairs' losses, and each alone."""
-    first, *others = (weight * loss for weight, loss in zip(weights, losses, strict=True))
-    total = sum(others, start=first)
-    if reduction == "mean":
-        total = total / len(losses)
-    return HiddenTerms(total, torch.stack([loss.detach() for loss in losses]))
+        return f"{super().extra_repr()}, loss={self.spec.loss!r}"
 
 
 def _eager_loss(
@@ -313,16 +247,12 @@ def _eager_loss(
     projection: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     bias: Tensor | None = None,
-    loss: str,
-    beta: float | None,
-    norm: str,
-    norm_eps: float,
+    spec: ProjectionSpec,
     mask: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """`projection_loss` as one would write it: every state projected, whole, by autograd."""
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
     cast = student_hidden.dtype
     if isinstance(projection, tuple):
         projection = projection[0].to(cast), projection[1].to(cast)
@@ -337,9 +267,8 @@ def _eager_loss(
         counts.sum() if normalizer is None else torch.as_tensor(normalizer, device=rows.device)
     )
     divisor = torch.where(divisor == 0, 1.0, divisor.to(dtype))
-    if loss == "relative":
-        nothing = torch.zeros_like(teacher)
-        square = ProjectionSpec("mse", norm=norm, norm_eps=norm_eps)
+    if spec.loss == "relative":
+        nothing, square = torch.zeros_like(teacher), dataclasses.replace(spec, loss="mse")
         energy = projection_loss_reference(nothing, teacher, None, None, square).to(dtype)
         energy = torch.where(counts != 0, energy, 0.0).sum() / counts.sum().clamp(min=1)
         divisor = divisor * torch.where(energy == 0, 1.0, energy)

@@ -5,73 +5,110 @@ i, also for the last block, whose state is taken before a final norm.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modxfer_fast.kernels.common import check_workspace
+from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.names import PAIR_REDUCTIONS
 
 
-def resolve_layers(
-    layers: Mapping[int, int],
-    num_student_layers: int | None = None,
-    num_teacher_layers: int | None = None,
-    *,
-    first: int = 0,
-    where: str = "layers",
-) -> tuple[tuple[int, int], ...]:
-    """Pairs (student, teacher) in the order of the student's layers, negative numbers resolved.
+class HiddenTerms(NamedTuple):
+    """A weighted loss of several pairs of layers, and its parts for logs.
 
-    Args:
-        layers: {student layer: teacher layer}; -1 is the last block.
-        num_student_layers, num_teacher_layers: blocks of each model; None accepts any layer that
-            is not negative.
-        first: the lowest layer that exists, 0 or 1.
-        where: name of the argument, for messages.
-
-    Raises:
-        TypeError, ValueError: no pair, a layer that does not exist, or one named twice.
+    Attributes:
+        loss: scalar with its gradient, weights and reduction over pairs included.
+        pairs: [number of pairs], detached and unweighted; normalised as `loss` is.
     """
-    if not isinstance(layers, Mapping) or not layers:
-        raise ValueError(
-            f"{where}: expected a mapping of student layers to teacher layers, got {layers!r}"
-        )
-    pairs = []
-    for student, teacher in layers.items():
-        pairs.append(
-            (
-                _resolve(student, num_student_layers, first, f"{where}: student layer"),
-                _resolve(teacher, num_teacher_layers, first, f"{where}: teacher layer"),
-            )
-        )
-    students = [student for student, _ in pairs]
-    if len(set(students)) != len(students):
-        raise ValueError(f"{where}: expected each student layer once, got {dict(layers)}")
-    return tuple(sorted(pairs))
+
+    loss: Tensor
+    pairs: Tensor
 
 
-def resolve_weights(
-    weight: float | Mapping[int, float],
-    layers: Mapping[int, int],
-    pairs: tuple[tuple[int, int], ...],
-    num_student_layers: int | None,
-    where: str = "weight",
-) -> tuple[float, ...]:
-    """One positive weight a pair, in their order.
+class LayerPairLoss(nn.Module):
+    """sum over pairs of weight_i * loss of the pair [/ number of pairs], with the arguments that
+    such losses share.
 
-    Args:
-        weight: one number for all, or {student layer: number}, named as in `layers`.
+    Attributes:
+        pairs: (student, teacher) in the order of the student's layers, negative numbers resolved.
+        weights: one a pair.
     """
-    if isinstance(weight, Mapping):
-        if set(weight) != set(layers):
+
+    first_layer = 0  # the lowest that exists
+
+    def __init__(
+        self,
+        layers: Mapping[int, int],
+        num_student_layers: int | None,
+        num_teacher_layers: int | None,
+        weight: float | Mapping[int, float],
+        pair_reduction: str,
+        workspace_mb: int,
+        backend: str | None,
+    ):
+        super().__init__()
+        if not isinstance(layers, Mapping) or not layers:
             raise ValueError(
-                f"{where}: expected one number for each student layer "
-                f"{', '.join(map(str, layers))}, got {dict(weight)}"
+                f"layers: expected a mapping of student layers to teacher layers, got {layers!r}"
             )
-        by_layer = {
-            _resolve(layer, num_student_layers, 0, where): value for layer, value in weight.items()
-        }
-        weights = tuple(float(by_layer[student]) for student, _ in pairs)
-    else:
-        weights = (float(weight),) * len(pairs)
-    if not all(0 < value < float("inf") for value in weights):
-        raise ValueError(f"{where}: expected positive numbers, got {weight}")
-    return weights
+        first = self.first_layer
+        pairs = [
+            (
+                _resolve(student, num_student_layers, first, "layers: student layer"),
+                _resolve(teacher, num_teacher_layers, first, "layers: teacher layer"),
+            )
+            for student, teacher in layers.items()
+        ]
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError(f"layers: expected each student layer once, got {dict(layers)}")
+        if isinstance(weight, Mapping):
+            if set(weight) != set(layers):
+                raise ValueError(
+                    "weight: expected one number for each student layer "
+                    f"{', '.join(map(str, layers))}, got {dict(weight)}"
+                )
+            weights = [float(weight[student]) for student in layers]
+        else:
+            weights = [float(weight)] * len(pairs)
+        if not all(0 < value < float("inf") for value in weights):
+            raise ValueError(f"weight: expected positive numbers, got {weight}")
+        check_choice("pair_reduction", pair_reduction, PAIR_REDUCTIONS)
+        check_workspace(workspace_mb)
+        check_name(backend)
+        weight_of = dict(zip(pairs, weights, strict=True))
+        self.pairs = tuple(sorted(pairs))
+        self.weights = tuple(weight_of[pair] for pair in self.pairs)
+        self.pair_reduction = pair_reduction
+        self.workspace_mb = workspace_mb
+        self.backend = backend
+
+    @property
+    def student_layers(self) -> tuple[int, ...]:
+        return tuple(student for student, _ in self.pairs)
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({teacher for _, teacher in self.pairs}))
+
+    def weighted(self, losses: list[Tensor]) -> HiddenTerms:
+        """The weighted sum or mean of the pairs' losses, and each alone."""
+        first, *others = (w * loss for w, loss in zip(self.weights, losses, strict=True))
+        total = sum(others, start=first)
+        if self.pair_reduction == "mean":
+            total = total / len(losses)
+        return HiddenTerms(total, torch.stack([loss.detach() for loss in losses]))
+
+    def extra_repr(self) -> str:
+        layers = ", ".join(f"{student}: {teacher}" for student, teacher in self.pairs)
+        return f"layers={{{layers}}}, weights={self.weights}"
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError for what is none of the names."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def _resolve(layer: int, count: int | None, first: int, where: str) -> int:

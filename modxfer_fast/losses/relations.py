@@ -5,21 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modxfer_fast.kernels.common import check_workspace
-from modxfer_fast.kernels.dispatch import check_name
-from modxfer_fast.kernels.names import PAIR_REDUCTIONS, RELATIONS
+from modxfer_fast.kernels.names import RELATIONS
 from modxfer_fast.kernels.relation_loss import minilm_loss, minilmv2_loss
-from modxfer_fast.losses.hidden_states import HiddenTerms, weighted_terms
-from modxfer_fast.losses.layer_pairs import resolve_layers, resolve_weights
+from modxfer_fast.losses.layer_pairs import HiddenTerms, LayerPairLoss, check_choice
 
 _MIN_HEAD_WIDTH = 16
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-class AttentionRelationLoss(nn.Module):
+class AttentionRelationLoss(LayerPairLoss):
     """sum over pairs of weight_i * relation loss of (query, key, value) [/ number of pairs].
 
     minilmv2: KL of query-query, key-key and value-value relations, in `num_heads` relation heads
@@ -44,6 +41,8 @@ class AttentionRelationLoss(nn.Module):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
+    first_layer = 1
+
     def __init__(
         self,
         layers: Mapping[int, int],
@@ -59,16 +58,9 @@ class AttentionRelationLoss(nn.Module):
         workspace_mb: int = 64,
         backend: str | None = None,
     ):
-        super().__init__()
-        self.pairs = resolve_layers(layers, num_student_layers, num_teacher_layers, first=1)
-        self.weights = resolve_weights(weight, layers, self.pairs, num_student_layers)
-        if kind not in RELATIONS:
-            raise ValueError(f"kind: expected one of {', '.join(RELATIONS)}, got {kind!r}")
-        if pair_reduction not in PAIR_REDUCTIONS:
-            raise ValueError(
-                f"pair_reduction: expected one of {', '.join(PAIR_REDUCTIONS)}, "
-                f"got {pair_reduction!r}"
-            )
+        counts = num_student_layers, num_teacher_layers
+        super().__init__(layers, *counts, weight, pair_reduction, workspace_mb, backend)
+        check_choice("kind", kind, RELATIONS)
         if kind == "minilm" and num_heads is None:
             raise ValueError("num_heads: expected the attention heads of both models, got None")
         if num_heads is not None and num_heads < 1:
@@ -78,22 +70,11 @@ class AttentionRelationLoss(nn.Module):
                 "relation_weights: expected three numbers of at least 0, not all 0, "
                 f"got {relation_weights}"
             )
-        check_workspace(workspace_mb)
-        check_name(backend)
         self.kind = kind
         self.num_heads = num_heads
         first, second, third = map(float, relation_weights)
         self.relation_weights = first, second, third
-        self.pair_reduction = pair_reduction
         self.options = {"causal": causal, "workspace_mb": workspace_mb, "backend": backend}
-
-    @property
-    def student_layers(self) -> tuple[int, ...]:
-        return tuple(student for student, _ in self.pairs)
-
-    @property
-    def teacher_layers(self) -> tuple[int, ...]:
-        return tuple(sorted({teacher for _, teacher in self.pairs}))
 
     def forward(
         self,
@@ -129,11 +110,10 @@ class AttentionRelationLoss(nn.Module):
                     *sides, num_heads=heads, weights=self.relation_weights, **options
                 )
             losses.append(loss)
-        return weighted_terms(losses, self.weights, self.pair_reduction)
+        return self.weighted(losses)
 
     def extra_repr(self) -> str:
-        layers = ", ".join(f"{student}: {teacher}" for student, teacher in self.pairs)
-        return f"layers={{{layers}}}, weights={self.weights}, kind={self.kind!r}"
+        return f"{super().extra_repr()}, kind={self.kind!r}"
 
 
 def common_heads(widths: list[int]) -> int:

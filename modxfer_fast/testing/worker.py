@@ -57,8 +57,8 @@ def _run(file: str, function: str, folder: str, environment: dict[str, str]) -> 
 def _forget_the_last_job(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    if deepspeed := sys.modules.get("modxfer_fast.engine.deepspeed"):
-        deepspeed.forget()
+    if deepspeed := sys.modules.get("transformers.integrations.deepspeed"):
+        deepspeed.unset_hf_deepspeed_config()
     gc.collect()
 
 

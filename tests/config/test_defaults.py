@@ -14,7 +14,6 @@ from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.loss import HiddenStatesSection, RelationsSection
 from modxfer_fast.config.task_distill import TaskDistillConfig, TaskLossSection, TaskStudentSection
 from modxfer_fast.config.transfer import RefineSection, TransferSection, TransferStudentSection
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, LinearKDLoss
@@ -25,11 +24,8 @@ DOORS = {
         *(LossSection, TaskLossSection, RefineSection, DistillConfig, LinearKDLoss),
         *(kd_loss, linear_kd_loss, distil_task),
     ),
-    "hidden states": (
-        *(HiddenStatesSection, HiddenStateOptions, HiddenStateLoss, TaskHiddenOptions),
-        projection_loss,
-    ),
-    "relations": (RelationsSection, RelationOptions, AttentionRelationLoss, relation_loss),
+    "hidden states": (*(HiddenStatesSection, HiddenStateLoss, TaskHiddenOptions, projection_loss),),
+    "relations": (RelationsSection, AttentionRelationLoss, relation_loss),
     "students": (StudentSection, TaskStudentSection, TransferStudentSection),
     "jobs": (JobConfig, TaskDistillConfig),
     "comparisons": (CompareSection, TaskCompareSection),

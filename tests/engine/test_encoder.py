@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
 from modxfer_fast.engine import (
     DistillConfig,
     DistillModule,
@@ -15,7 +16,6 @@ from modxfer_fast.engine import (
     NonFiniteError,
     Teacher,
 )
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import ModelError
 from tests.encoder_models import tiny_encoder
 from tests.encoder_reference import (
@@ -131,8 +131,8 @@ def test_relations_of_encoders_look_both_ways():
         student_model(),
         Teacher(teacher_model(), kind="encoder"),
         None,
-        HiddenStateOptions({2: 3}),
-        RelationOptions({2: 3}, num_heads=2),
+        HiddenStatesSection(layers={2: 3}),
+        RelationsSection(layers={2: 3}, num_heads=2),
     ).train()
     batch = COLLATOR([TRAIN[0]])
     module(**batch)["loss"].backward()
@@ -156,7 +156,7 @@ def test_relations_of_encoders_look_both_ways():
 def test_only_what_no_loss_reaches_is_frozen(auto_class):
     student = student_model(auto_class=auto_class)
     module = DistillModule(
-        student, Teacher(teacher_model(), kind="encoder"), None, HiddenStateOptions({2: 3})
+        student, Teacher(teacher_model(), kind="encoder"), None, HiddenStatesSection(layers={2: 3})
     ).train()
     module(**COLLATOR([TRAIN[0]]))["loss"].backward()
     for name, param in module.named_parameters():
@@ -221,7 +221,7 @@ def test_teachers_that_do_not_fit(tmp_path):
         trainer(tmp_path, teacher=other)
     causal_teacher = Teacher(tiny_llama())
     with pytest.raises(ValueError, match="expected one of kind 'encoder', got 'causal_lm'"):
-        DistillModule(student_model(), causal_teacher, None, HiddenStateOptions({2: 2}))
+        DistillModule(student_model(), causal_teacher, None, HiddenStatesSection(layers={2: 2}))
 
 
 def test_a_teacher_that_is_not_finite_is_named(tmp_path):
@@ -242,7 +242,7 @@ def test_packed_rows_are_refused():
         student_model(),
         Teacher(teacher_model(), kind="encoder"),
         None,
-        HiddenStateOptions({2: 3}),
+        HiddenStatesSection(layers={2: 3}),
     )
     batch = COLLATOR([TRAIN[0]])
     positions = torch.arange(batch["input_ids"].shape[1])[None]

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.batch import Batch
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
 from tests.feature_reference import evaluate_dense_features, train_dense_features
 from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
@@ -251,7 +251,7 @@ def test_hidden_states_teach_without_logits(tmp_path):
 def test_only_mapped_layers_are_taken_and_nothing_is_kept():
     teacher = Teacher(teacher_model())
     student = tiny_llama()
-    options = HiddenStateOptions(layers={1: 2})
+    options = HiddenStatesSection(layers={1: 2})
     module = DistillModule(student, teacher, Objective(), options)
     batch = align_collate([DATA[0], DATA[1]])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -270,12 +270,14 @@ def test_only_mapped_layers_are_taken_and_nothing_is_kept():
 def test_layers_count_as_in_output_hidden_states():
     student = tiny_llama(num_layers=3)
     module = DistillModule(
-        student, Teacher(teacher_model()), Objective(), HiddenStateOptions({0: 0, 1: 1, 2: 2})
+        student,
+        Teacher(teacher_model()),
+        Objective(),
+        HiddenStatesSection(layers={0: 0, 1: 1, 2: 2}),
     )
     batch = align_collate([DATA[0], DATA[1]])
-    _, states = module._student_taps.run(
-        module.parts, batch["input_ids"], batch["attention_mask"], None
-    )
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    states = module.parts.answer(inputs, taps=module._student_taps).states
     theirs = student(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -428,12 +430,18 @@ def test_a_hidden_loss_that_is_not_finite_is_named(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_states": {"layer": {1: 2}}}, "hidden_states: expected options among"),
+        (
+            {"hidden_states": {"layer": {1: 2}}},
+            "hidden_states.layer: unknown key; did you mean 'layers'",
+        ),
         ({"hidden_states": {"loss": "mse"}}, "hidden_states.layers: missing"),
-        ({"hidden_states": {"layers": {1: 2}, "tokens": "some"}}, "hidden_states.tokens: expected"),
+        (
+            {"hidden_states": {"layers": {1: 2}, "tokens": "some"}},
+            "hidden_states.tokens: Input should be 'all' or 'labels'",
+        ),
         (
             {"hidden_states": {"layers": {1: 2}, "learning_rate": 0.0}},
-            "hidden_states.learning_rate: expected a positive number",
+            "hidden_states.learning_rate: Input should be greater than 0",
         ),
         ({"hidden_states": {"layers": {5: 2}}}, "student layer: expected one of 0, 1, 2, or"),
         ({"hidden_states": {"layers": {1: 9}}}, "teacher layer: expected one of 0, 1, 2, 3, or"),
@@ -466,7 +474,7 @@ def test_fused_query_key_and_value_are_named():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97))
     with pytest.raises(ValueError, match="relations: expected one query, key, value or q, k, v or"):
         DistillModule(
-            model, Teacher(teacher_model()), Objective(), relations=RelationOptions({1: 1})
+            model, Teacher(teacher_model()), Objective(), relations=RelationsSection(layers={1: 1})
         )
     # hidden states need no names
-    DistillModule(model, Teacher(teacher_model()), Objective(), HiddenStateOptions({1: 1}))
+    DistillModule(model, Teacher(teacher_model()), Objective(), HiddenStatesSection(layers={1: 1}))

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.models import patch_peft_model
 from tests.feature_reference import evaluate_dense_features, train_dense_features
 from tests.support.models import TokenDataset, align_collate, tiny_llama
@@ -173,8 +173,8 @@ def start_of(cell: Cell) -> tuple:
 
 
 def options_of(cell: Cell) -> tuple:
-    hidden = None if cell.hidden is None else HiddenStateOptions(**cell.hidden_states)
-    return hidden, RelationOptions(**RELATIONS) if cell.relations else None
+    hidden = None if cell.hidden is None else HiddenStatesSection(**cell.hidden_states)
+    return hidden, RelationsSection(**RELATIONS) if cell.relations else None
 
 
 @functools.cache

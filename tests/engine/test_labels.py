@@ -233,12 +233,15 @@ def test_each_sample_counts_once_over_ranks(tmp_path, monkeypatch, collate, rema
     assert tokens == [token for row in documents for token in row]
 
 
-def test_repeated_samples_that_cannot_be_told_are_named(tmp_path, monkeypatch):
-    def packed_twice(rows):  # each sample holds two documents
-        batch = pack_collate(rows)
-        return {**batch, "position_ids": batch["position_ids"] % 3}
+def packed_twice(rows):  # each sample holds two documents
+    batch = pack_collate(rows)
+    return {**batch, "position_ids": batch["position_ids"] % 3}
 
-    packed_twice.labels_are_aligned = True
+
+packed_twice.labels_are_aligned = True
+
+
+def test_repeated_samples_that_cannot_be_told_are_named(tmp_path, monkeypatch):
     run = trainer(tmp_path, packed_twice, per_device_eval_batch_size=4, max_steps=1)
     batch = run.data_collator([run.eval_dataset[i] for i in range(4)])
     with pytest.raises(
@@ -250,3 +253,16 @@ def test_repeated_samples_that_cannot_be_told_are_named(tmp_path, monkeypatch):
     del batch["position_ids"]
     with pytest.raises(ValueError, match="got none: which samples ranks repeat"):
         last_batch(run, batch, monkeypatch, 1, 6)
+
+
+def refusal_of_an_evaluation(folder: str) -> str:
+    # of the 12 samples the last two end the first rank's last batch; the second repeats five
+    run = trainer(folder, packed_twice, per_device_eval_batch_size=5, max_steps=1, use_cpu=True)
+    with pytest.raises(ValueError, match="expected a row for each sample") as refusal:
+        run.evaluate()
+    return str(refusal.value)
+
+
+def test_all_ranks_name_what_one_cannot_tell_distributed(ranks, tmp_path):
+    messages = ranks.run(refusal_of_an_evaluation, str(tmp_path), timeout=300)
+    assert len(set(messages)) == 1

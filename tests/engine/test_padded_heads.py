@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teacher
+from modxfer_fast.engine.batch import Answer
 from modxfer_fast.engine.deepspeed import zero_config
-from modxfer_fast.engine.students.causal_lm import SplitCausalLM, leading_classes
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.testing import run_distributed
 from tests.support.models import TokenDataset, align_collate, tiny_llama
@@ -116,9 +117,8 @@ def test_the_gradient_of_padding_is_zero():
     student, teacher = models("student", tied=False)
     student.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(PADDED))
     split = SplitCausalLM.of(student, "student")
-    weight, bias = leading_classes(
-        split.weight_and_bias(), split.common_classes(Teacher(teacher, num_tokens=TOKENS))
-    )
+    common = split.common_classes(Teacher(teacher, num_tokens=TOKENS))
+    weight, bias = Answer(torch.empty(0), split.weight_and_bias()).leading(common).head
     assert weight.shape[0] == bias.shape[0] == COMMON
     assert weight.data_ptr() == split.head.weight.data_ptr()
     (weight.sum() + bias.sum()).backward()

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modxfer_fast.config import HiddenStatesSection
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
 from modxfer_fast.engine.batch import Answer, Batch
-from modxfer_fast.engine.features.options import HiddenStateOptions
 from modxfer_fast.engine.features.taps import LayerStates
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 
 DATA = TokenDataset(6)
-HIDDEN = HiddenStateOptions({1: 1, 2: 3})
+HIDDEN = HiddenStatesSection(layers={1: 1, 2: 3})
 
 
 def teacher_model():

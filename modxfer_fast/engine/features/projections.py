@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modxfer_fast.engine.features.options import HiddenStateOptions
+from modxfer_fast.config import HiddenStatesSection
 from modxfer_fast.engine.features.terms import FeatureLosses
 
 TENSORS = "projections.safetensors"
@@ -123,7 +123,7 @@ def set_projections(features: FeatureLosses, maps: Mapping[int, Any]) -> None:
 def group_projections(
     optimizer: torch.optim.Optimizer,
     projections: list[nn.Parameter],
-    options: HiddenStateOptions,
+    options: HiddenStatesSection,
     weight_decay: float,
 ) -> None:
     """Gives projections a group of their own where they have options of their own.

@@ -4,17 +4,12 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from modxfer_fast.engine.deepspeed import true_shape
 from modxfer_fast.models.architecture import linear_names
 from modxfer_fast.models.taps import Tap, tapped
-
-if TYPE_CHECKING:
-    from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-    from modxfer_fast.engine.students.encoder import EncoderBackbone
 
 _QKV_NAMES = linear_names("query", "key", "value")
 
@@ -71,18 +66,6 @@ class LayerTaps:
     def num_layers(self) -> int:
         return len(self.blocks)
 
-    def run(
-        self,
-        parts: "SplitCausalLM | EncoderBackbone",
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, LayerStates]:
-        """Last hidden states [B, T, D] of the model whose backbone this taps, and the others."""
-        with self.recording() as states:
-            hidden = parts.hidden(input_ids, attention_mask, position_ids)
-        return hidden, states.shaped(input_ids.shape)
-
     @contextlib.contextmanager
     def recording(self) -> Iterator[LayerStates]:
         """Yields what is full after the block, in which the backbone runs once."""
@@ -136,6 +119,11 @@ class LayerTaps:
             for module in self.qkv_modules(layer)
         )
         return query, key, value
+
+
+def recording(taps: LayerTaps | None) -> contextlib.AbstractContextManager[LayerStates]:
+    """`taps.recording()`, and without taps no states."""
+    return contextlib.nullcontext(LayerStates()) if taps is None else taps.recording()
 
 
 def _find_blocks(backbone: nn.Module, role: str) -> nn.ModuleList:

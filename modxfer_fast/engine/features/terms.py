@@ -4,11 +4,15 @@ Their mean is over the tokens of a whole optimiser step, like that of the other 
 another set of them: all that are no padding, unless `tokens` says that those with labels count.
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.config import HiddenStatesSection, RelationsSection
 from modxfer_fast.engine.batch import Terms, TokenSet
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions
 from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, HiddenTerms
 from modxfer_fast.losses.layer_pairs import pair_name
@@ -32,21 +36,21 @@ class FeatureLosses(nn.Module):
 
     def __init__(
         self,
-        hidden_options: HiddenStateOptions | None,
-        relation_options: RelationOptions | None,
+        hidden_options: HiddenStatesSection | None,
+        relation_options: RelationsSection | None,
         student_taps: LayerTaps,
         teacher_taps: LayerTaps,
         causal: bool = True,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        counts = {
+        counts: dict[str, Any] = {
             "num_student_layers": student_taps.num_layers,
             "num_teacher_layers": teacher_taps.num_layers,
         }
         self.hidden = self.relation = None
         self.num_student_layers = student_taps.num_layers
-        self.hidden_options = hidden_options
+        self._hidden_tokens = "all" if hidden_options is None else hidden_options.tokens
         if hidden_options is not None:
             with _named("hidden_states"):
                 self.hidden = HiddenStateLoss(
@@ -61,7 +65,7 @@ class FeatureLosses(nn.Module):
         if relation_options is not None:
             with _named("relations"):
                 self.relation = AttentionRelationLoss(
-                    causal=causal, **counts, **relation_options.of_loss()
+                    causal=causal, **counts, **relation_options.model_dump()
                 )
                 student_taps.qkv_layers = self.relation.student_layers
                 teacher_taps.qkv_layers = self.relation.teacher_layers
@@ -70,12 +74,11 @@ class FeatureLosses(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Keys of `Terms.sums`, which are the names in the logs."""
-        terms = (("hidden", self.hidden), ("relation", self.relation))
         return tuple(
-            name
-            for kind, term in terms
-            if term is not None
-            for name in (f"{kind}_loss", *(f"{kind}_{pair_name(pair)}" for pair in term.pairs))
+            f"{name}_{part}"
+            for name, loss in (("hidden", self.hidden), ("relation", self.relation))
+            if loss is not None
+            for part in ("loss", *map(pair_name, loss.pairs))
         )
 
     @property
@@ -89,7 +92,7 @@ class FeatureLosses(nn.Module):
     @property
     def needs_all_tokens(self) -> bool:
         """Whether a term is a mean over all tokens, not over those with labels."""
-        return self.relation is not None or self.hidden_options.tokens == "all"
+        return self.relation is not None or self._hidden_tokens == "all"
 
     def forward(
         self,
@@ -105,7 +108,9 @@ class FeatureLosses(nn.Module):
         """
         losses, sums = [], {}
         if self.hidden is not None:
-            tokens = all_tokens if self.hidden_options.tokens == "all" else labelled
+            tokens = all_tokens if self._hidden_tokens == "all" else labelled
+            if tokens is None:
+                raise ValueError("hidden_states.tokens: expected all without labels, got 'labels'")
             terms = self.hidden(
                 student.hidden,
                 teacher.hidden,
@@ -137,29 +142,26 @@ class FeatureLosses(nn.Module):
 
 
 def _sums(
-    kind: str, pairs, terms: HiddenTerms, tokens: TokenSet
+    name: str, pairs, terms: HiddenTerms, tokens: TokenSet
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums over tokens: the weighted term under `<kind>_loss`, and each pair unweighted."""
+    """Sums over tokens: the weighted term under `<name>_loss`, and each pair unweighted."""
     count = tokens.number(terms.loss.device)
     normalizer = count if tokens.normalizer is None else tokens.normalizer
-    sums = {f"{kind}_loss": (terms.loss.detach().double() * normalizer, count)}
+    sums = {f"{name}_loss": (terms.loss.detach().double() * normalizer, count)}
     for pair, value in zip(pairs, terms.pairs, strict=True):
-        sums[f"{kind}_{pair_name(pair)}"] = (value.double() * normalizer, count)
+        sums[f"{name}_{pair_name(pair)}"] = (value.double() * normalizer, count)
     return sums
 
 
-class _named:
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
     """Puts the name of the section in front of an error about its options."""
-
-    def __init__(self, where: str):
-        self._where = where
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, TypeError | ValueError) and not str(error).startswith(self._where):
-            raise kind(f"{self._where}.{error}") from error
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}.{error}") from error
 
 
 def _check_relations(
@@ -168,21 +170,17 @@ def _check_relations(
     for student, teacher in relation.pairs:
         widths = [*student_taps.qkv_widths(student), *teacher_taps.qkv_widths(teacher)]
         if relation.kind == "minilm":
-            rotary = [
-                role
-                for role, taps, layer in (
-                    ("student", student_taps, student),
-                    ("teacher", teacher_taps, teacher),
-                )
-                if taps.is_rotary(layer)
-            ]
-            if rotary:
-                raise ValueError(
-                    f"kind: expected minilmv2, because the {rotary[0]} rotates queries and keys "
-                    "after their projections, so their product is not its attention; got 'minilm'"
-                )
-            continue
-        if relation.num_heads is not None and any(w % relation.num_heads for w in widths):
+            for role, taps, layer in (
+                ("student", student_taps, student),
+                ("teacher", teacher_taps, teacher),
+            ):
+                if taps.is_rotary(layer):
+                    raise ValueError(
+                        f"kind: expected minilmv2, because the {role} rotates queries and keys "
+                        "after their projections, so their product is not its attention; "
+                        "got 'minilm'"
+                    )
+        elif relation.num_heads is not None and any(w % relation.num_heads for w in widths):
             raise ValueError(
                 f"num_heads: expected a divisor of the widths {sorted(set(widths))} of queries, "
                 f"keys and values, got {relation.num_heads}"

@@ -9,7 +9,8 @@ the backbone, and the logits of the model's real `forward` are compared with the
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
 from modxfer_fast.engine.deepspeed import gathered, true_shape
-from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.labels import AlignedLabels
 from modxfer_fast.engine.objective import Objective
-from modxfer_fast.engine.students.text import common_rows, count_tokens, read_tokens
+from modxfer_fast.engine.students.text import TextModel, read_tokens
 from modxfer_fast.models.architecture import without_peft
 
 # Configuration entries that multiply or divide the logits (Cohere, Granite, Falcon-H1, ...).
@@ -35,34 +35,23 @@ _SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_c
 
 
 @dataclass(frozen=True)
-class SplitCausalLM:
+class SplitCausalLM(TextModel):
     """Backbone and head of one model.
 
     Attributes:
-        backbone: maps ids [B, T] to hidden states [B, T, D].
         head: linear map to the vocabulary, weight [V, D], bias [V] or None.
         logit_scale: constant factor of the logits, folded into hidden states and bias.
     """
 
-    kind: ClassVar[str] = "causal_lm"
-    has_logits: ClassVar[bool] = True
-    is_causal: ClassVar[bool] = True
-    has_vocabulary: ClassVar[bool] = True
+    kind = "causal_lm"
+    is_causal = True
+    row = "output classes"
 
-    backbone: nn.Module
     head: nn.Linear
     logit_scale: float
 
     @classmethod
     def of(cls, model: nn.Module, role: str) -> "SplitCausalLM":
-        """Splits a PreTrainedModel or PeftModel.
-
-        Args:
-            role: "student" or "teacher", the name that errors use.
-
-        Raises:
-            TypeError, ValueError: the model is not of the form above, with the reason.
-        """
         base = base_model(model, role)
         backbone = base.get_decoder()
         if backbone is base:
@@ -87,7 +76,7 @@ class SplitCausalLM:
         num_valid = batch.get("num_valid")
         if num_valid is None:
             num_valid = (batch["labels"] != IGNORE_INDEX).sum()
-        return {"items": num_valid, **(count_tokens(batch) if all_tokens else {})}
+        return {"items": num_valid, **(super().counts(batch, all_tokens) if all_tokens else {})}
 
     def read(
         self,
@@ -105,50 +94,31 @@ class SplitCausalLM:
         batch = read_tokens(**tokens)
         return batch._replace(compared=labelled, labelled=labelled, labels=labels)
 
-    @property
+    @cached_property
     def classes(self) -> int:
         return true_shape(self.head.weight)[0]
 
-    def common_classes(self, teacher) -> int:
-        return common_rows(self.classes, teacher, "output classes")
-
-    def answer(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Tensor | None = None,
-        taps: LayerTaps | None = None,
-    ) -> Answer:
-        if taps is None:
-            return Answer(self.hidden(**inputs), self.weight_and_bias())
-        hidden, states = taps.run(self, **inputs)
-        return Answer(hidden, self.weight_and_bias(), states)
-
     def terms(
-        self,
-        objective: Objective,
-        answer: Answer,
-        target: Answer | None,
-        batch: Batch,
-        num_classes: int | None,
+        self, objective: Objective, answer: Answer, target: Answer | None, batch: Batch
     ) -> Terms:
-        head = leading_classes(answer.head, num_classes)
-        if objective.kd_weight != 0.0:
-            teacher_hidden, teacher_head = target.output, leading_classes(target.head, num_classes)
-        else:
+        assert answer.head is not None  # a causal language model has one
+        if objective.kd_weight == 0.0:
             # of no width, so that its GEMM costs nothing; its divergence has weight 0
-            teacher_hidden = answer.output.detach()[..., :0]
-            teacher_head = head[0].detach()[:, :0], None
-        labelled = batch.labelled
+            nothing = answer.head[0].detach()[:, :0], None
+            target = Answer(answer.output.detach()[..., :0], nothing)
+        assert target is not None
+        assert target.head is not None
+        assert batch.labels is not None
         loss, kd, ce = objective.terms(
             answer.output,
-            head,
-            teacher_hidden,
-            teacher_head,
+            answer.head,
+            target.output,
+            target.head,
             batch.labels,
-            labelled.normalizer,
-            labelled.num_valid,
+            batch.compared.normalizer,
+            batch.compared.num_valid,
         )
-        count = labelled.number(loss.device)
+        count = batch.compared.number(loss.device)
         return Terms(loss, {"kd": (kd * count, count), "ce": (ce * count, count)})
 
     def uncalled_parameters(self) -> Iterable[nn.Parameter]:
@@ -190,17 +160,6 @@ class SplitCausalLM:
 
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.logit_scale == 1.0 else values * self.logit_scale
-
-
-def leading_classes(
-    head: tuple[Tensor, Tensor | None], num_classes: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the first classes, views, where the others' gradient is then zero; all
-    without a number."""
-    weight, bias = head
-    if num_classes is None or num_classes >= weight.shape[0]:
-        return head
-    return weight[:num_classes], None if bias is None else bias[:num_classes]
 
 
 def base_model(model: nn.Module, role: str) -> PreTrainedModel:
@@ -288,8 +247,8 @@ def _logit_scale(base: PreTrainedModel, backbone: nn.Module, head: nn.Linear, ro
     for scale in _candidate_scales(base.config):
         if logits.shape == linear.shape and (logits - scale * linear).abs().max() <= scale * band:
             return scale
-    caps = {name: getattr(base.config, name, None) for name in _SOFT_CAPS}
-    caps = ", ".join(f"{name}={value}" for name, value in caps.items() if value is not None)
+    values = ((name, getattr(base.config, name, None)) for name in _SOFT_CAPS)
+    caps = ", ".join(f"{name}={value}" for name, value in values if value is not None)
     raise ValueError(
         f"{role}: the logits of {type(base).__name__} are not its last hidden states times its head"
         + (f" ({caps} bends them)" if caps else "")

@@ -7,10 +7,10 @@ beside them are those of the tokens that are compared.
          + ce_weight * mean over labelled rows of the cross entropy
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
-from modxfer_fast.engine.features.taps import LayerStates, LayerTaps
+from modxfer_fast.engine.features.taps import LayerStates, LayerTaps, recording
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students.encoder import EncoderBackbone
+from modxfer_fast.engine.students.protocol import ModelParts
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.models.architecture import without_peft
 from modxfer_fast.models.task import label_names, same_labels
@@ -34,7 +35,7 @@ class Classes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TaskClassifier:
+class TaskClassifier(ModelParts):
     """A model for token or sequence classification, with or without PEFT.
 
     Attributes:
@@ -43,10 +44,8 @@ class TaskClassifier:
         role: "student" or "teacher", the name that errors use.
     """
 
-    kind: ClassVar[str] = "classifier"
-    has_logits: ClassVar[bool] = True
-    is_causal: ClassVar[bool] = False
-    has_vocabulary: ClassVar[bool] = False
+    kind = "classifier"
+    has_vocabulary = False
 
     model: nn.Module
     classes: Classes
@@ -63,7 +62,7 @@ class TaskClassifier:
         per_token = name.endswith("ForTokenClassification")
         return cls(model, Classes(per_token, label_names(base.config)), role)
 
-    @property
+    @cached_property
     def backbone(self) -> nn.Module:
         return EncoderBackbone.of(self.model, self.role).backbone
 
@@ -131,7 +130,7 @@ class TaskClassifier:
         if self.classes.per_token:
             num_rows = num_compared
             if labels is not None:
-                labels = labels.flatten().index_select(0, rows)
+                labels = _take(labels, rows)
         labelled = None
         if labels is not None:
             labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
@@ -159,26 +158,21 @@ class TaskClassifier:
             raise ValueError(f"teacher: expected a classifier of {kinds[0]}, got one of {kinds[1]}")
 
     def answer(
-        self, inputs: Mapping[str, Tensor], rows: Tensor | None, taps: LayerTaps | None = None
+        self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None
     ) -> Answer:
-        recording = contextlib.nullcontext(LayerStates()) if taps is None else taps.recording()
-        with recording as states:
+        with recording(taps) as states:
             logits = self.model(**inputs).logits
         hidden = {layer: _take(x, rows) for layer, x in states.hidden.items()}
         logits = _take(logits, rows) if self.classes.per_token else logits
         return Answer(logits, states=LayerStates(hidden))
 
     def terms(
-        self,
-        objective: Objective,
-        answer: Answer,
-        target: Answer | None,
-        batch: Batch,
-        num_classes: int | None,
+        self, objective: Objective, answer: Answer, target: Answer | None, batch: Batch
     ) -> Terms:
         logits, spec = answer.output, objective.checked()
         loss, sums = logits.new_zeros((), dtype=torch.float32), {}
         if spec.kd_weight:
+            assert target is not None  # its teacher was asked
             kd = kd_loss(
                 logits,
                 target.output.to(logits.dtype),
@@ -191,7 +185,7 @@ class TaskClassifier:
             loss = loss + spec.kd_weight * _mean(kd, batch.compared)
             sums["kd"] = (kd.detach().double(), batch.compared.number(loss.device))
         if spec.ce_weight:
-            if batch.labels is None:
+            if batch.labels is None or batch.labelled is None:
                 raise ValueError(
                     f"labels: expected in every batch because ce_weight is {spec.ce_weight}"
                 )
@@ -199,9 +193,6 @@ class TaskClassifier:
             loss = loss + spec.ce_weight * _mean(ce, batch.labelled)
             sums["ce"] = (ce.detach().double(), batch.labelled.number(loss.device))
         return Terms(loss, sums)
-
-    def uncalled_parameters(self) -> Iterable[nn.Parameter]:
-        return ()
 
 
 class CountedRows:
@@ -226,7 +217,8 @@ class CountedRows:
         """The batch with `rows`, where read, and the ints num_valid (of labels) and num_tokens."""
         batch = dict(self.collator(features))
         batch.pop("length", None)  # by which batches are grouped
-        ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        labels: Any = batch.get("labels")
         is_per_token = labels is not None and labels.shape == ids.shape
         present = torch.ones_like(ids) if mask is None else mask
         if "rows" not in batch and (self.needs_rows or is_per_token):
@@ -238,8 +230,9 @@ class CountedRows:
         return {**batch, "num_valid": num_valid, "num_tokens": int(present.sum())}
 
 
-def _take(values: Tensor, rows: Tensor) -> Tensor:
-    """[B, T, D] -> [n, D]."""
+def _take(values: Tensor, rows: Tensor | None) -> Tensor:
+    """[B, T, ...] -> [n, ...]."""
+    assert rows is not None  # `CountedRows` gives them where they are read
     return values.flatten(0, 1).index_select(0, rows)
 
 

@@ -1,24 +1,26 @@
-"""What the engine asks of a kind of model, as student or as teacher. A further kind is one file.
+"""What the engine asks of a model of any kind, as student or as teacher.
 
-`STUDENTS` in students/kinds.py names the kinds.
+A further kind is one file, and a name in `STUDENTS` of students/__init__.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from modxfer_fast.engine.batch import Answer, Batch, Terms
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.objective import Objective
+from modxfer_fast.losses import HiddenStateLoss
 
 if TYPE_CHECKING:
     from modxfer_fast.engine.config import DistillConfig
     from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 
 
-class Student(Protocol):
-    """A model of one kind.
+class ModelParts(ABC):
+    """A model, as its kind sees it.
 
     Attributes:
         kind: its name in configurations.
@@ -31,25 +33,27 @@ class Student(Protocol):
     """
 
     kind: ClassVar[str]
-    has_logits: ClassVar[bool]
-    is_causal: ClassVar[bool]
-    has_vocabulary: ClassVar[bool]
+    has_logits: ClassVar[bool] = True
+    is_causal: ClassVar[bool] = False
+    has_vocabulary: ClassVar[bool] = True
 
-    @property
-    def backbone(self) -> nn.Module: ...
-
-    @property
-    def classes(self) -> Any: ...
+    backbone: nn.Module
+    classes: Any
 
     @classmethod
-    def of(cls, model: nn.Module, role: str) -> "Student":
-        """Of a PreTrainedModel or PeftModel; `role` is the name that errors use.
+    @abstractmethod
+    def of(cls, model: nn.Module, role: str) -> Self:
+        """Of a PreTrainedModel or PeftModel.
+
+        Args:
+            role: "student" or "teacher", the name that errors use.
 
         Raises:
             TypeError, ValueError: not a model of this kind, with the reason.
         """
 
     @staticmethod
+    @abstractmethod
     def settle(config: "DistillConfig") -> None:
         """Fills in what the kind decides, and raises a ValueError for what it cannot have."""
 
@@ -57,7 +61,9 @@ class Student(Protocol):
         self, collator: Callable[[list], dict], all_tokens: bool
     ) -> Callable[[list], dict]:
         """A user's collator, made to give on the host what `read` wants; `all_tokens` as below."""
+        return collator
 
+    @abstractmethod
     def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
         """What divides the sums over a batch: {name: number} of num_<name>_in_batch in `read`.
 
@@ -65,9 +71,11 @@ class Student(Protocol):
             all_tokens: whether something is a mean over all tokens, not over those with labels.
         """
 
-    def read(self, **batch: Any) -> Batch:
+    @abstractmethod
+    def read(self, *args: Any, **batch: Any) -> Batch:
         """What a collator made, with num_<name>_in_batch of the optimiser step beside it."""
 
+    @abstractmethod
     def common_classes(self, teacher: "TeacherProtocol") -> int | None:
         """Leading classes that both have; None where there is nothing to cut.
 
@@ -75,20 +83,30 @@ class Student(Protocol):
             ValueError: the teacher's are others.
         """
 
+    @abstractmethod
     def answer(
-        self, inputs: Mapping[str, Tensor], rows: Tensor | None, taps: LayerTaps | None
+        self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None
     ) -> Answer:
-        """Runs the model on `inputs`, of a `Batch`."""
+        """Runs the model on `inputs` and `rows` of a `Batch`."""
 
     def terms(
-        self,
-        objective: Objective,
-        answer: Answer,
-        target: Answer | None,
-        batch: Batch,
-        num_classes: int | None,
+        self, objective: Objective, answer: Answer, target: Answer | None, batch: Batch
     ) -> Terms:
         """Terms of the logits; `target` is the teacher's answer, None where nobody asked it."""
+        raise NotImplementedError
 
     def uncalled_parameters(self) -> Iterable[nn.Parameter]:
         """What `terms` reads though the module that holds it is never called."""
+        return ()
+
+    def freeze_unreached(  # noqa: B027  there is nothing where logits are learned
+        self, model: nn.Module, taps: LayerTaps, loss: HiddenStateLoss | None
+    ) -> None:
+        """Freezes what no loss reaches, of a kind without logits: DDP waits for all that train.
+
+        Args:
+            model: around the backbone. taps: of its blocks. loss: the one that compares states.
+
+        Raises:
+            ValueError: blocks above the last layer of `loss` would learn nothing.
+        """

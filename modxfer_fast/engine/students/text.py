@@ -1,11 +1,69 @@
 """What the kinds that read plain text share: their inputs, their tokens, their vocabulary."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from modxfer_fast.engine.batch import Batch, TokenSet
+from modxfer_fast.engine.batch import Answer, Batch, TokenSet
+from modxfer_fast.engine.features.taps import LayerTaps, recording
+from modxfer_fast.engine.students.protocol import ModelParts
+
+
+@dataclass(frozen=True)
+class TextModel(ModelParts):
+    """A backbone that maps ids [B, T] to hidden states [B, T, D], and what stands on it."""
+
+    row: ClassVar[str]  # of what there is one a token, for messages
+
+    backbone: nn.Module
+
+    @abstractmethod
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, T, D].
+
+        Raises:
+            ValueError: `position_ids`, which stand for packed rows, where the model reads none.
+        """
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None] | None:
+        """Tensors of the head, None without one."""
+        return None
+
+    def counts(self, batch: Mapping[str, Any], all_tokens: bool) -> dict[str, Tensor | int]:
+        num_tokens, mask = batch.get("num_tokens"), batch.get("attention_mask")
+        if num_tokens is None:
+            num_tokens = batch["input_ids"].numel() if mask is None else mask.sum()
+        return {"tokens": num_tokens}
+
+    def common_classes(self, teacher) -> int:
+        ours, theirs, num_tokens = self.classes, teacher.classes, teacher.num_tokens
+        common = min(ours, theirs)
+        if ours == theirs or (num_tokens is not None and common >= num_tokens):
+            return common
+        if num_tokens is None:
+            raise ValueError(
+                f"teacher: expected the student's {ours} {self.row}, got {theirs}; where both are "
+                "padded for one tokenizer, give it as processing_class"
+            )
+        role = "student" if ours < theirs else "teacher"
+        raise ValueError(
+            f"{role}: expected at least {num_tokens} {self.row}, one per token, got {common}"
+        )
+
+    def answer(
+        self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None
+    ) -> Answer:
+        with recording(taps) as states:
+            hidden = self.hidden(**inputs)
+        return Answer(hidden, self.weight_and_bias(), states.shaped(inputs["input_ids"].shape))
 
 
 def read_tokens(
@@ -25,45 +83,15 @@ def read_tokens(
             those of `attention_mask`, or all.
         num_tokens: number of those tokens, known on the host.
     """
-    present: Tensor | int = 0 if num_tokens is None else num_tokens
+    present: Tensor | int
     if attention_mask is None:
         present = input_ids.numel()
-    elif num_tokens is None:
-        present = attention_mask.sum()
-    if token_mask is None:
-        if attention_mask is None:
-            num_tokens = input_ids.numel()
-        else:
-            token_mask = attention_mask.bool()
+        num_tokens = present if token_mask is None else num_tokens
+    else:
+        present = attention_mask.sum() if num_tokens is None else num_tokens
+        token_mask = attention_mask.bool() if token_mask is None else token_mask
     return Batch(
         {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids},
         tokens=TokenSet(token_mask, num_tokens, num_tokens_in_batch),
         num_tokens=present,
     )
-
-
-def count_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
-    """{"tokens": those of a collator's batch that are no padding}."""
-    num_tokens, mask = batch.get("num_tokens"), batch.get("attention_mask")
-    if num_tokens is None:
-        num_tokens = batch["input_ids"].numel() if mask is None else mask.sum()
-    return {"tokens": num_tokens}
-
-
-def common_rows(ours: int, teacher, what: str) -> int:
-    """Leading rows of the vocabularies that student and teacher both have.
-
-    Raises:
-        ValueError: they differ in size, and are not known to hold every token.
-    """
-    theirs, num_tokens = teacher.classes, teacher.num_tokens
-    common = min(ours, theirs)
-    if ours == theirs or (num_tokens is not None and common >= num_tokens):
-        return common
-    if num_tokens is None:
-        raise ValueError(
-            f"teacher: expected the student's {ours} {what}, got {theirs}; where both are "
-            "padded for one tokenizer, give it as processing_class"
-        )
-    role = "student" if ours < theirs else "teacher"
-    raise ValueError(f"{role}: expected at least {num_tokens} {what}, one per token, got {common}")

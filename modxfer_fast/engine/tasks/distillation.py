@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from modxfer_fast.config import ConfigError
+from modxfer_fast.config.fields import built
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import set_projections
 from modxfer_fast.engine.guard import NonFiniteError
@@ -43,7 +43,7 @@ class TaskHiddenOptions:
     norm: str = "none"
 
     def of_loss(self) -> dict[str, Any]:
-        """Fields of HiddenStateOptions, whose projections `maps` then replace."""
+        """Fields of `HiddenStatesSection`, whose projections `maps` then replace."""
         return {
             "layers": dict(self.layers),
             "loss": self.loss,
@@ -63,11 +63,7 @@ def check_distillation(args: dict[str, Any], where: str) -> None:
 
 
 def _arguments(args: dict[str, Any], where: str, **fields: Any) -> DistillConfig:
-    """DistillConfig with the defaults of small quiet runs; `fields` are the caller's own."""
-    try:
-        return DistillConfig(**with_defaults(args), kind="classifier", **fields)
-    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return built(DistillConfig, where, **with_defaults(args), kind="classifier", **fields)
 
 
 def distil_task(

@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from modxfer_fast.config import ConfigError, check_fields
+from modxfer_fast.config import check_fields
+from modxfer_fast.config.fields import built
 from modxfer_fast.data.tasks import (
     PRIMARY_METRIC,
     EncodedTask,
@@ -34,14 +36,14 @@ from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.models.task import check_length, set_pad_token
 
-_OWNED = {
-    **dict.fromkeys(("output_dir", "seed", "data_seed", "eval_steps", "eval_strategy"), "the job"),
-    **dict.fromkeys(("eval_on_start", "remove_unused_columns", "label_names"), "the job"),
-    **dict.fromkeys(
-        ("length_column_name", "batch_eval_metrics", "metric_for_best_model"), "the job"
+_OWNED = dict.fromkeys(
+    (
+        *("output_dir", "seed", "data_seed", "eval_steps", "eval_strategy", "eval_on_start"),
+        *("remove_unused_columns", "label_names", "length_column_name", "batch_eval_metrics"),
+        *("metric_for_best_model", "greater_is_better", "resume_from_checkpoint"),
     ),
-    **dict.fromkeys(("greater_is_better", "resume_from_checkpoint"), "the job"),
-}
+    "the job",
+)
 _DEFAULTS = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
@@ -176,10 +178,8 @@ def task_arguments(args: dict[str, Any], where: str, **fields: Any) -> TrainingA
     Raises:
         ConfigError: values that TrainingArguments refuses.
     """
-    try:
-        return TrainingArguments(**with_defaults(args), label_names=["labels"], **fields)
-    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+    defaults = with_defaults(args)
+    return built(TrainingArguments, where, **defaults, label_names=["labels"], **fields)
 
 
 def with_defaults(args: dict[str, Any]) -> dict[str, Any]:
@@ -274,35 +274,25 @@ def _named(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     return {key: float(value) for key, value in named.items() if key not in timings}
 
 
+@dataclass(eq=False)
 class _Checkpoints(TrainerCallback):
-    """Scores validation and test after given steps, and leaves the training as it is.
+    """Notes `metric` of validation and test after given steps, and leaves the training as it is."""
 
-    Args:
-        metric: the score that is noted. test: examples of the test split. steps: when.
-    """
-
-    def __init__(
-        self, trainer: TaskTrainer, metric: str, test: EncodedTask, steps: Sequence[int]
-    ) -> None:
-        self.scores: list[dict[str, float]] = []
-        self._trainer = trainer
-        self._metric = metric
-        self._test = test
-        self._steps = frozenset(steps)
+    trainer: TaskTrainer
+    metric: str
+    test: EncodedTask
+    steps: Sequence[int]
+    scores: list[dict[str, float]] = field(default_factory=list)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self._steps:
+        if state.global_step in self.steps:
             control.should_evaluate = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.global_step in self._steps:
-            self.scores.append(
-                {
-                    "step": state.global_step,
-                    "validation": metrics[f"eval_{self._metric}"],
-                    "test": self._trainer.scores(self._test)[self._metric],
-                }
-            )
+        if state.global_step in self.steps:
+            validation, test = metrics[f"eval_{self.metric}"], self.trainer.scores(self.test)
+            scores = {"validation": validation, "test": test[self.metric]}
+            self.scores.append({"step": state.global_step, **scores})
 
 
 class _Curve(TrainerCallback):
@@ -312,15 +302,14 @@ class _Curve(TrainerCallback):
         metric: the score that selects. model: whose weights are kept, or None.
     """
 
+    seconds = 0.0
+    _best = -math.inf
+
     def __init__(self, metric: str, model: PeftModel | PreTrainedModel | None):
         self.history: list[dict[str, float]] = []
         self.train_loss: list[dict[str, float]] = []
-        self.seconds = 0.0
         self._metric = metric
         self._model = model
-        self._best = -math.inf
-        self._weights: dict[str, torch.Tensor] = {}
-        self._began = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()

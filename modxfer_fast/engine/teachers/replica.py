@@ -8,7 +8,7 @@ from torch import nn
 from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.deepspeed import materialise
 from modxfer_fast.engine.features.taps import LayerTaps
-from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.models.checks import nonfinite_parameters
 

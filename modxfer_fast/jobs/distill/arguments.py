@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import (
 
 from modxfer_fast.config import ConfigError, LossSection, check_fields
 from modxfer_fast.config.errors import nearest
+from modxfer_fast.config.fields import built
 from modxfer_fast.engine import DistillConfig, deepspeed
 from modxfer_fast.engine.tasks.trainer import FOR_EVALUATION
 
@@ -33,7 +34,7 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
     owned = {key: by for key, by in _OWNED.items() if not (pretrain and key == "seed")}
     check_fields(DistillConfig, section, where, owned)
     plain = {key: value for key, value in section.items() if key not in _SHARDING}
-    args = _build(where, output_dir="unused", **plain)
+    args = built(DistillConfig, where, output_dir="unused", **plain)
     if any(section.get(key) is not None for key in _SHARDING):
         _check_deepspeed(section, where)
     if "report_to" in section:
@@ -89,7 +90,7 @@ def training_args(
     """The arguments of one training run."""
     quiet = {"report_to": "none", "disable_tqdm": True, "seed": seed}
     fields = {**quiet, **section, **_loss_fields(loss)}
-    return _build(where, **fields, output_dir=str(output_dir), kind=kind)
+    return built(DistillConfig, where, **fields, output_dir=str(output_dir), kind=kind)
 
 
 def evaluation_args(
@@ -105,7 +106,8 @@ def evaluation_args(
     seed: that fresh projections start from, as in the training run of that seed.
     """
     kept = {key: section[key] for key in FOR_EVALUATION if key in section}
-    return _build(
+    return built(
+        DistillConfig,
         "training",
         **kept,
         **_loss_fields(loss),
@@ -120,10 +122,3 @@ def evaluation_args(
 def _loss_fields(loss: LossSection) -> dict[str, Any]:
     fields = loss.model_dump()
     return {**{name: fields[name] for name in _LOSS_FIELDS}, "loss_impl": loss.impl}
-
-
-def _build(where: str, **fields: Any) -> DistillConfig:
-    try:
-        return DistillConfig(**fields)
-    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise ConfigError(f"{where}: {error}") from error

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillConfig, Teacher, load_projections
-from modxfer_fast.engine.students.kinds import student_of_kind
+from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.jobs.distill.arguments import evaluation_args, facts_of_training
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.distill.models import CROSS_ENTROPY

@@ -10,7 +10,7 @@ from torch import nn
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
-from modxfer_fast.engine.students.causal_lm import SplitCausalLM, leading_classes
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.measure.counting import gemms
 from modxfer_fast.measure.memory import peak_mib
@@ -70,11 +70,12 @@ def time_head(
     read = parts.read(**batch)
     common = parts.common_classes(teacher)
     with torch.no_grad():
-        student_hidden = parts.hidden(**read.inputs)
-        teacher_hidden, teacher_head, _ = teacher.answer(read)
-    assert teacher_head is not None  # a causal language model has one
-    weight, bias = leading_classes(parts.weight_and_bias(), common)
-    teacher_weight, teacher_bias = leading_classes(teacher_head, common)
+        student_hidden, head, _ = parts.answer(read.inputs).leading(common)
+        teacher_hidden, teacher_head, _ = teacher.answer(read).leading(common)
+    assert head is not None  # a causal language model has one
+    assert teacher_head is not None
+    weight, bias = head
+    teacher_weight, teacher_bias = teacher_head
     result: dict[str, Any] = {"requires_grad": weight.requires_grad}
 
     student_hidden, teacher_hidden = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)

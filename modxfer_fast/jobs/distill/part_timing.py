@@ -8,7 +8,6 @@ from torch import nn
 
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, Teacher
-from modxfer_fast.engine.features.options import HiddenStateOptions, RelationOptions, parse_options
 from modxfer_fast.jobs.distill.loss_timing import time_steps
 
 
@@ -36,11 +35,9 @@ def time_parts(
     """
     teacher.to(device)
     objective = Objective(**loss.of_logits())
-    fields = loss.model_dump()
-    hidden = parse_options(HiddenStateOptions, fields["hidden_states"], "hidden_states")
-    relations = parse_options(RelationOptions, fields["relations"], "relations")
+    hidden = loss.hidden_states
     dense = replace(objective, impl="dense")
-    eager = None if hidden is None else replace(hidden, impl="eager")
+    eager = None if hidden is None else hidden.model_copy(update={"impl": "eager"})
 
     variants = {"fused": (student, objective, hidden)}
     if plain_student is not None:
@@ -53,7 +50,7 @@ def time_parts(
         variants["plain"] = (plain_student or student, dense, eager)
 
     modules = {
-        name: DistillModule(model, teacher, logits, states, relations)
+        name: DistillModule(model, teacher, logits, states, loss.relations)
         for name, (model, logits, states) in variants.items()
     }
     steps = time_steps(modules, batch, repeats, device, autocast)
