@@ -151,13 +151,10 @@ class DistillTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}"
                 )
-        elif resume_from_checkpoint and not isinstance(
-            resume_from_checkpoint, checkpoint.WholeCheckpoint
-        ):
-            checkpoint.read_marker(resume_from_checkpoint)
-            self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
         if resume_from_checkpoint:
             self._resumed = checkpoint.read_marker(resume_from_checkpoint)
+            if not isinstance(resume_from_checkpoint, checkpoint.WholeCheckpoint):
+                self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
             saving.check_resumable(self._resumed, self.args.world_size, self.zero_stage)
             self._num_tokens = self._resumed.num_tokens
         self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)

@@ -64,11 +64,6 @@ class SplitCausalLM(TextModel):
         head = _linear_head(base, role)
         return cls(backbone, head, _logit_scale(base, backbone, head, role))
 
-    @staticmethod
-    def settle(config) -> None:
-        if config.kd_weight is None:
-            config.kd_weight = 1.0
-
     def collator(self, collator: Callable[[list], dict], all_tokens: bool) -> AlignedLabels:
         return AlignedLabels(collator)
 

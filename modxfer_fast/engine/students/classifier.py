@@ -66,10 +66,9 @@ class TaskClassifier(ModelParts):
     def backbone(self) -> nn.Module:
         return EncoderBackbone.of(self.model, self.role).backbone
 
-    @staticmethod
-    def settle(config) -> None:
-        if config.kd_weight is None:
-            config.kd_weight = 1.0
+    @classmethod
+    def settle(cls, config) -> None:
+        super().settle(config)
         for name in ("kd_weight", "ce_weight"):
             if not getattr(config, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(config, name)}")

@@ -25,10 +25,9 @@ class EncoderBackbone(TextModel):
     def of(cls, model: nn.Module, role: str) -> "EncoderBackbone":
         return cls(base_model(model, role).base_model)
 
-    @staticmethod
-    def settle(config) -> None:
-        if config.kd_weight is None:
-            config.kd_weight = 0.0
+    @classmethod
+    def settle(cls, config) -> None:
+        super().settle(config)
         check_encoder_loss(config.kd_weight, config.ce_weight, config.hidden_state_options())
 
     def read(

@@ -52,10 +52,11 @@ class ModelParts(ABC):
             TypeError, ValueError: not a model of this kind, with the reason.
         """
 
-    @staticmethod
-    @abstractmethod
-    def settle(config: "DistillConfig") -> None:
+    @classmethod
+    def settle(cls, config: "DistillConfig") -> None:
         """Fills in what the kind decides, and raises a ValueError for what it cannot have."""
+        if config.kd_weight is None:
+            config.kd_weight = float(cls.has_logits)
 
     def collator(
         self, collator: Callable[[list], dict], all_tokens: bool
