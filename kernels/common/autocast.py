@@ -1,9 +1,12 @@
 """Autocast has its say on the inputs of an op; the dtypes inside are the op's own."""
 
 import contextlib
+from typing import TypeVarTuple
 
 import torch
 from torch import Tensor
+
+Others = TypeVarTuple("Others")  # tensors, or None
 
 
 def has_autocast(device: str) -> bool:
@@ -15,18 +18,18 @@ def has_autocast(device: str) -> bool:
 has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_for_autocast(first: Tensor, *others: *Others) -> tuple[Tensor, *Others]:
     """The tensors in the dtype of the surrounding autocast, as `F.linear` would cast them.
 
     Unchanged without autocast; fp64 and None are left alone.
     """
-    device = tensors[0].device.type  # type: ignore[union-attr]  # the first is never None
+    device = first.device.type
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
-        return tensors
+        return first, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in tensors
+    return tuple(  # type: ignore[return-value]  # of the types of the arguments
+        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype != torch.float64 else tensor
+        for tensor in (first, *others)
     )
 
 

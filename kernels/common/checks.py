@@ -97,7 +97,9 @@ def debug_check_finite(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected no NaN, got {int(tensor.isnan().sum())} of them")
 
 
-def check_num_valid(num_valid: int | None, valid: Tensor | None, counted: str) -> None:
+def check_num_valid(
+    num_valid: int | torch.SymInt | None, valid: Tensor | None, counted: str
+) -> None:
     """num_valid counts what is True in `valid`; checked where counting costs no wait.
 
     Args:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def runs_ignored_rows(valid: Tensor | None, num_valid: int | None) -> bool:
+def runs_ignored_rows(valid: Tensor | None, num_valid: int | torch.SymInt | None) -> bool:
     """Whether rows that do not count are run beside the others; arguments as of `kept_rows`."""
     return valid is not None and num_valid is None and valid.is_cuda
 
 
-def kept_rows(valid: Tensor | None, num_valid: int | None) -> Tensor | None:
+def kept_rows(valid: Tensor | None, num_valid: int | torch.SymInt | None) -> Tensor | None:
     """Indices of the rows that count, or None where all rows are run.
 
     Args:

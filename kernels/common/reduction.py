@@ -39,6 +39,13 @@ def combine_row_weights(
     return weights.contiguous() if valid is None else weights.masked_fill(~valid, 0.0)
 
 
+def counted_rows(valid: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many rows of `like` count, at least 1, as a 0-d tensor on the device."""
+    if valid is None:
+        return torch.full((), max(like.shape[0], 1), device=like.device, dtype=dtype)
+    return valid.sum().clamp(min=1).to(dtype)
+
+
 def denominator(
     reduction: str, normalizer, valid: Tensor | None, like: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
@@ -50,9 +57,7 @@ def denominator(
     if reduction != "mean":
         return None
     if normalizer is None:
-        if valid is None:
-            return torch.full((), max(like.shape[0], 1), device=like.device, dtype=dtype)
-        return valid.sum().clamp(min=1).to(dtype)
+        return counted_rows(valid, like, dtype)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(

@@ -45,7 +45,7 @@ class Rows(NamedTuple):
     labels: Tensor | None
     row_weights: Tensor
     ignore_index: int
-    num_valid: torch.SymInt | None
+    num_valid: int | torch.SymInt | None
 
     def valid(self) -> Tensor | None:
         """[N] bool: rows that count; None when every row does."""

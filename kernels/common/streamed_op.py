@@ -26,10 +26,13 @@ _SCHEMA = {
     str: "str",
     str | None: "str?",
     bool: "bool",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
     list[bool]: "bool[]",
+    list[float]: "float[]",
     int: "int",
     float: "float",
-    torch.SymInt | None: "SymInt?",  # a count that differs from batch to batch
+    int | torch.SymInt | None: "SymInt?",  # a count that differs from batch to batch
 }
 # of inputs, by name; what is left out is None
 Gradients = dict[str, Tensor | None]
@@ -55,7 +58,7 @@ def define_op(
     Args:
         inputs: NamedTuple, whose annotations are among those of `_SCHEMA`. A field `numbers` keeps
             the op out of CUDA graphs.
-        outputs: names of the tensors it returns.
+        outputs: names of the tensors it returns; of a list of them, `name[]`.
         run, fake: from the inputs to what is returned, one tensor or a tuple; `fake` sees no data.
         save: called with (ctx, inputs, what was returned) where a gradient is wanted. An output
             without a gradient is marked here.
@@ -63,7 +66,7 @@ def define_op(
     """
     kinds = inputs.__annotations__
     arguments = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in kinds.items())
-    results = ", ".join(f"Tensor {output}" for output in outputs)
+    results = ", ".join(map(_result, outputs))
     qualified = f"modxfer::{name}"
     torch.library.define(
         qualified, f"({arguments}) -> ({results})", tags=READS_NUMBERS if "numbers" in kinds else ()
@@ -84,6 +87,11 @@ def define_op(
 
         torch.library.register_autograd(qualified, by_position, setup_context=setup_context)
     return getattr(torch.ops.modxfer, name).default
+
+
+def _result(name: str) -> str:
+    bare = name.removesuffix("[]")
+    return f"Tensor{name[len(bare) :]} {bare}"
 
 
 class StreamedOp(Generic[Inputs]):
@@ -150,7 +158,8 @@ class StreamedOp(Generic[Inputs]):
         return self._fwd(*inputs, needs)[: self._num_results]
 
     def _run_fwd(self, inputs):
-        rows, terms, found = self._run(inputs, self._needs(*inputs.needs))
+        values, needs = self.inputs(*inputs[:-1]), self._needs(*inputs.needs)
+        rows, terms, found = self._run(values, needs)
         absent = inputs.row_weights.new_empty
         grads = [found.get(name) for name in self._gradients]
         return rows.sum(), *terms, *[absent(0) if grad is None else grad for grad in grads]

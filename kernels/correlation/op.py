@@ -25,17 +25,6 @@ from modxfer_fast.kernels.common.packing import row_major
 # fp32 sums of so many products are right to 1e-6 of sqrt(var_x var_y), whatever the stream's length
 MAX_ROWS = 2048
 
-torch.library.define(
-    "modxfer::correlation_centre",
-    "(Tensor x, Tensor? mask, Tensor shift, Tensor(a!) centred, Tensor(b!) sums, str backend) "
-    "-> ()",
-)
-torch.library.define(
-    "modxfer::correlation_product",
-    "(Tensor x, Tensor y, Tensor(a!) product, str backend) -> ()",
-)
-torch.library.define("modxfer::correlation_gram", "(Tensor x, Tensor(a!) gram, str backend) -> ()")
-
 
 def correlation_centre(
     x: Tensor,
@@ -130,19 +119,21 @@ def _check_accumulator(name: str, sums: Tensor, shape: tuple[int, ...], like: Te
     check_same_device(name, sums, "x", like)
 
 
-def _centre(x, mask, shift, centred, sums, backend):
+def _centre(
+    x: Tensor, mask: Tensor | None, shift: Tensor, centred: Tensor, sums: Tensor, backend: str
+) -> None:
     impl = dispatch.load("correlation", backend)
     mask = None if mask is None else mask.contiguous()
     impl.correlation_centre(row_major(x), mask, shift, centred, sums)
 
 
-def _product(x, y, product, backend):
+def _product(x: Tensor, y: Tensor, product: Tensor, backend: str) -> None:
     impl = dispatch.load("correlation", backend)
     for rows in _chunks(x.shape[0]):
         impl.correlation_product(row_major(x[rows]), row_major(y[rows]), product)
 
 
-def _gram(x, gram, backend):
+def _gram(x: Tensor, gram: Tensor, backend: str) -> None:
     impl = dispatch.load("correlation", backend)
     for rows in _chunks(x.shape[0]):
         impl.correlation_gram(row_major(x[rows]), gram)
@@ -152,6 +143,12 @@ def _chunks(rows: int) -> list[slice]:
     return [slice(first, first + MAX_ROWS) for first in range(0, rows, MAX_ROWS)]
 
 
-for _name, _function in (("centre", _centre), ("product", _product), ("gram", _gram)):
-    torch.library.impl(f"modxfer::correlation_{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.register_fake(f"modxfer::correlation_{_name}", lambda *_: None)
+for _function, _written in (
+    (_centre, ("centred", "sums")),
+    (_product, ("product",)),
+    (_gram, ("gram",)),
+):
+    _name = f"modxfer::correlation{_function.__name__}"
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=_written))
+    torch.library.impl(_name, "CompositeExplicitAutograd", _function)
+    torch.library.register_fake(_name, lambda *_: None)

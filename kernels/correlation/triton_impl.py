@@ -19,7 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import triton_device
-from modxfer_fast.kernels.correlation.config import CentreConfig, cross_product_config
+
+# A program of the pass over rows takes _ROWS of _BLOCK_D columns, _BLOCK_N of them summed in fp32
+# before they are added in fp64.
+_ROWS, _BLOCK_N, _BLOCK_D = 128, 16, 128
 
 available = triton_device.available
 supports = triton_device.supports
@@ -111,13 +114,12 @@ def correlation_centre(
         sums: [2, D] fp64.
     """
     rows, width = x.shape
-    config = CentreConfig()
-    programs = triton.cdiv(rows, config.rows)
+    programs = triton.cdiv(rows, _ROWS)
     if programs == 0:
         return
     partial = sums.new_empty(programs, 2, width)
     with torch.cuda.device_of(x):
-        _centre_kernel[programs, triton.cdiv(width, config.block_d)](
+        _centre_kernel[programs, triton.cdiv(width, _BLOCK_D)](
             x,
             mask,
             shift,
@@ -127,10 +129,10 @@ def correlation_centre(
             D=width,
             stride_xn=x.stride(0),
             stride_cn=centred.stride(0),
-            ROWS=config.rows,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            ROWS=_ROWS,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_D=_BLOCK_D,
+            num_warps=4,
         )
     sums += partial.sum(0)
 
@@ -150,8 +152,10 @@ def _multiply(x: Tensor, y: Tensor, product: Tensor, is_upper: bool) -> None:
     width_y = y.shape[1]
     if rows == 0:
         return
-    config = cross_product_config(width_x, width_y)
-    grid = (triton.cdiv(width_y, config.block_y), triton.cdiv(width_x, config.block_x))
+    # A tile in fp32 takes its multiplications from the ordinary units, so registers bound it: 64 by
+    # 64 leaves 32 accumulators a thread. Narrow sites would leave most of it empty.
+    block = 32 if max(width_x, width_y) <= 128 else 64
+    grid = (triton.cdiv(width_y, block), triton.cdiv(width_x, block))
     with torch.cuda.device_of(x):
         _product_kernel[grid](
             x,
@@ -164,9 +168,9 @@ def _multiply(x: Tensor, y: Tensor, product: Tensor, is_upper: bool) -> None:
             stride_yn=y.stride(0),
             stride_px=product.stride(0),
             UPPER=is_upper,
-            BLOCK_X=config.block_x,
-            BLOCK_Y=config.block_y,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            BLOCK_X=block,
+            BLOCK_Y=block,
+            BLOCK_N=16,
+            num_warps=4,
+            num_stages=3,
         )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import compiled
-from modxfer_fast.kernels.lora_linear.dropout import keep_scale, num_words, threshold
-from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
+from modxfer_fast.kernels.lora_linear.dropout import num_words, threshold
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, scales_of, uses_dropout
 
 available = compiled.available
 supports = compiled.supports
@@ -41,7 +41,7 @@ def lora_linear_fwd(
         [target.lora_b for target in targets],
         [None if target.bias is None else target.bias.contiguous() for target in targets],
         None if residual is None else _rows(residual),
-        _scales(targets),
+        scales_of(targets),
         _thresholds(targets),
         None if bits is None else seed,
         bits,
@@ -75,7 +75,7 @@ def lora_linear_bwd(
         _rows(x) if x is not None and any(need_da) else None,
         [target.lora_a for target in targets],
         [target.lora_b for target in targets],
-        _scales(targets),
+        scales_of(targets),
         _thresholds(targets),
         s if any(need_db) else None,
         bits,
@@ -104,11 +104,6 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _grad(adapter: Tensor) -> Tensor:
     return torch.empty_like(adapter, memory_format=torch.contiguous_format)
-
-
-def _scales(targets: Sequence[LoraTarget]) -> list[float]:
-    """What s and ds are multiplied by: the scaling, and what a kept element is."""
-    return [target.scaling * keep_scale(target.dropout) for target in targets]
 
 
 def _thresholds(targets: Sequence[LoraTarget]) -> list[int]:

@@ -32,29 +32,50 @@ from modxfer_fast.kernels.common import (
     check_number,
     check_same_device,
     check_tensor,
+    check_tensors,
     is_finite,
     refuse_batched_gradients,
     refuse_double_backward,
     refuse_transforms,
     without_autocast,
 )
+from modxfer_fast.kernels.common.streamed_op import define_op
 from modxfer_fast.kernels.lora_linear.dropout import draw_seed, num_words
 from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
 
-_TARGETS = (
-    "Tensor?[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, "
-    "float[] dropouts"
-)
 
-torch.library.define(
-    "modxfer::lora_linear_fwd",
-    f"(Tensor x, {_TARGETS}, Tensor? seed, str backend) -> (Tensor[] ys, Tensor s, Tensor bits)",
-)
-torch.library.define(
-    "modxfer::lora_linear_bwd",
-    f"(Tensor[] dys, Tensor? x, {_TARGETS}, Tensor? s, Tensor? bits, str backend, bool need_dx, "
-    "bool[] need_da, bool[] need_db) -> (Tensor dx, Tensor[] da, Tensor[] db)",
-)
+class _Forward(NamedTuple):
+    """Columns of `LoraTarget` stand between x and what is of the whole call."""
+
+    x: Tensor
+    weights: list[Tensor | None]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scalings: list[float]
+    biases: list[Tensor | None]
+    dropouts: list[float]
+    seed: Tensor | None
+    backend: str
+
+
+class _Backward(NamedTuple):
+    dys: list[Tensor]
+    x: Tensor | None
+    weights: list[Tensor | None]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scalings: list[float]
+    biases: list[Tensor | None]
+    dropouts: list[float]
+    s: Tensor | None
+    bits: Tensor | None
+    backend: str
+    need_dx: bool
+    need_da: list[bool]
+    need_db: list[bool]
+
+
+_TENSORS = ("weight", "lora_a", "lora_b", "bias")  # of a LoraTarget
 
 
 def lora_linear(
@@ -181,21 +202,11 @@ def _apply(
     for target in targets:
         refuse_transforms("lora_linear", x, *target[:3], target.bias, takes_vmap=False)
     x, cast, seed, backend = prepare(x, targets, names, seed, backend)
+    weights, lora_a, lora_b, scalings, biases, dropouts = zip(*cast, strict=True)
+    options = _Options(backend, list(map(float, scalings)), list(map(float, dropouts)))
     lead = x.shape[:-1]
-    options = _Options(
-        backend,
-        [float(target.scaling) for target in cast],
-        [float(target.dropout) for target in cast],
-    )
-    ys = _LoraLinear.apply(
-        x.reshape(math.prod(lead), x.shape[-1]),
-        seed,
-        options,
-        *(target.weight for target in cast),
-        *(target.bias for target in cast),
-        *(target.lora_a for target in cast),
-        *(target.lora_b for target in cast),
-    )
+    rows = x.reshape(math.prod(lead), x.shape[-1])
+    ys = _LoraLinear.apply(rows, seed, options, *weights, *lora_a, *lora_b, *biases)
     return tuple(y.reshape(*lead, y.shape[-1]) for y in ys)
 
 
@@ -206,7 +217,7 @@ class _Options(NamedTuple):
 
 
 def _columns(tensors: Sequence, count: int) -> list[list]:
-    """weights, biases, lora_a, lora_b of `count` targets from their flat sequence."""
+    """weights, lora_a, lora_b, biases of `count` targets from their flat sequence."""
     return [list(tensors[i * count : (i + 1) * count]) for i in range(4)]
 
 
@@ -217,21 +228,20 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seed, options, *tensors):
         backend, scalings, dropouts = options
-        weights, biases, lora_a, lora_b = _columns(tensors, len(scalings))
-        ys, s, bits = torch.ops.modxfer.lora_linear_fwd(
-            x, weights, biases, lora_a, lora_b, scalings, dropouts, seed, backend
-        )
+        count = len(scalings)
+        weights, lora_a, lora_b, biases = _columns(tensors, count)
+        columns = (weights, lora_a, lora_b, scalings, biases, dropouts)
+        ys, s, bits = _forward(x, *columns, seed, backend)
         need_dx = ctx.needs_input_grad[0]
-        need_dw, _, need_da, need_db = _columns(ctx.needs_input_grad[3:], len(scalings))
-        uses_bits = need_dx or any(need_da)
+        need_dw, need_da, need_db, _ = _columns(ctx.needs_input_grad[3:], count)
         ctx.options = options
         ctx.save_for_backward(
             x if any((*need_dw, *need_da)) else None,
             s if any(need_db) else None,
-            bits if uses_bits else None,
+            bits if need_dx or any(need_da) else None,
             # a cast weight is a copy, which only dx is worth
-            *(weights if need_dx else [None] * len(weights)),
-            *tensors[len(weights) :],
+            *(weights if need_dx else [None] * count),
+            *(*lora_a, *lora_b),
         )
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -242,60 +252,40 @@ class _LoraLinear(torch.autograd.Function):
         refuse_batched_gradients("lora_linear", *dys)
         backend, scalings, dropouts = ctx.options
         x, s, bits, *tensors = ctx.saved_tensors
-        weights, biases, lora_a, lora_b = _columns(tensors, len(scalings))
-        need_dw, need_dbias, need_da, need_db = _columns(ctx.needs_input_grad[3:], len(scalings))
+        count, absent = len(scalings), [None] * len(scalings)
+        weights, lora_a, lora_b, _ = _columns(tensors, count)
+        need_dw, need_da, need_db, need_dbias = _columns(ctx.needs_input_grad[3:], count)
         need_dx = ctx.needs_input_grad[0]
         known = next((dy for dy in dys if dy is not None), None)
         if known is None:
-            return (None,) * (3 + len(tensors))
+            return (None,) * len(ctx.needs_input_grad)
         # a target whose output nobody used gives its tensors no gradient, as a linear of its own
         # would: an optimizer tells zero from none
-        for needs in (need_dw, need_dbias, need_da, need_db):
+        for needs in (need_dw, need_da, need_db, need_dbias):
             needs[:] = [need and dy is not None for need, dy in zip(needs, dys, strict=True)]
         dys = [
             known.new_zeros(known.shape[0], b.shape[0]) if dy is None else dy
             for dy, b in zip(dys, lora_b, strict=True)
         ]
-        dx, da, db = None, [None] * len(dys), [None] * len(dys)
+        dx, da, db = None, absent, absent
         if need_dx or any((*need_da, *need_db)):
-            dx, da, db = torch.ops.modxfer.lora_linear_bwd(
-                dys,
-                x,
-                weights,
-                biases,
-                lora_a,
-                lora_b,
-                scalings,
-                dropouts,
-                s,
-                bits,
-                backend,
-                need_dx,
-                need_da,
-                need_db,
+            columns = (weights, lora_a, lora_b, scalings, absent, dropouts)
+            dx, da, db = lora_linear_bwd(
+                dys, x, *columns, s, bits, backend, need_dx, need_da, need_db
             )
         return (
             dx if need_dx else None,
-            None,
-            None,
+            *(None, None),
             *(dy.t() @ x if need else None for dy, need in zip(dys, need_dw, strict=True)),
-            *(dy.sum(0) if need else None for dy, need in zip(dys, need_dbias, strict=True)),
             *(grad if need else None for grad, need in zip(da, need_da, strict=True)),
             *(grad if need else None for grad, need in zip(db, need_db, strict=True)),
+            *(dy.sum(0) if need else None for dy, need in zip(dys, need_dbias, strict=True)),
         )
-
-
-def _targets(weights, biases, lora_a, lora_b, scalings, dropouts) -> list[LoraTarget]:
-    columns = (weights, lora_a, lora_b, scalings, biases, dropouts)
-    return [LoraTarget(*target) for target in zip(*columns, strict=True)]
 
 
 def _check_kinds(name: str, target: LoraTarget) -> None:
     """Tensors are tensors and numbers are numbers; in `_check_target` they have shapes."""
-    for field in ("weight", "lora_a", "lora_b", "bias"):
-        tensor = getattr(target, field)
-        if tensor is not None:
-            check_tensor(name + field, tensor)
+    check_tensors(**{name + field: getattr(target, field) for field in _TENSORS})
     check_number(f"{name}scaling", target.scaling)
     check_number(f"{name}dropout", target.dropout)
 
@@ -322,10 +312,10 @@ def _check_target(name: str, x: Tensor, target: LoraTarget) -> None:
         raise ValueError(
             f"{name}bias: expected shape {expected[:1]}, got {tuple(target.bias.shape)}"
         )
-    for label, tensor in (("weight", weight), ("bias", target.bias)):
+    for field, tensor in (("weight", weight), ("bias", target.bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(
-                f"{name}{label}: expected {x.dtype}, the dtype of x, got {tensor.dtype}"
+                f"{name}{field}: expected {x.dtype}, the dtype of x, got {tensor.dtype}"
             )
     allowed = {x.dtype} if x.dtype == torch.float64 else {x.dtype, torch.float32}
     if lora_a.dtype not in allowed:
@@ -335,54 +325,54 @@ def _check_target(name: str, x: Tensor, target: LoraTarget) -> None:
         raise TypeError(
             f"{name}lora_b: expected {lora_a.dtype}, the dtype of lora_a, got {lora_b.dtype}"
         )
-    for label, tensor in (
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("bias", target.bias),
-    ):
+    for field in _TENSORS:
+        tensor = getattr(target, field)
         if tensor is not None:
-            check_same_device(f"{name}{label}", tensor, "x", x)
+            check_same_device(name + field, tensor, "x", x)
     if not 0.0 <= target.dropout <= 1.0:
         raise ValueError(f"{name}dropout: expected a number in [0, 1], got {target.dropout}")
     if not is_finite(target.scaling):
         raise ValueError(f"{name}scaling: expected a finite number, got {target.scaling}")
 
 
-def _fwd(x, weights, biases, lora_a, lora_b, scalings, dropouts, seed, backend):
-    targets = _targets(weights, biases, lora_a, lora_b, scalings, dropouts)
+def _targets(inputs: _Forward | _Backward) -> list[LoraTarget]:
+    first = inputs._fields.index("weights")
+    return [LoraTarget(*target) for target in zip(*inputs[first : first + 6], strict=True)]
+
+
+def _run_forward(inputs: _Forward):
+    x = inputs.x
+    impl = dispatch.load("lora_linear", inputs.backend)
     with without_autocast(x.device.type):
-        ys, s, bits = dispatch.load("lora_linear", backend).lora_linear_fwd(x, targets, seed)
+        ys, s, bits = impl.lora_linear_fwd(x, _targets(inputs), inputs.seed)
     return ys, s, x.new_empty(0, dtype=torch.int32) if bits is None else bits
 
 
-def _bwd(
-    dys,
-    x,
-    weights,
-    biases,
-    lora_a,
-    lora_b,
-    scalings,
-    dropouts,
-    s,
-    bits,
-    backend,
-    need_dx,
-    need_da,
-    need_db,
-):
-    targets = _targets(weights, biases, lora_a, lora_b, scalings, dropouts)
+def _fake_forward(inputs: _Forward):
+    x, lora_a = inputs.x, inputs.lora_a
+    rows, width = x.shape
+    has_bits = any(dropout > 0.0 for dropout in inputs.dropouts)
+    bits = (len(lora_a), rows, num_words(width)) if has_bits else (0,)
+    return (
+        [x.new_empty(rows, b.shape[0]) for b in inputs.lora_b],
+        lora_a[0].new_empty(rows, sum(a.shape[0] for a in lora_a)),
+        x.new_empty(bits, dtype=torch.int32),
+    )
+
+
+def _run_backward(inputs: _Backward):
+    dys, targets = inputs.dys, _targets(inputs)
+    impl = dispatch.load("lora_linear", inputs.backend)
     with without_autocast(dys[0].device.type):
-        dx, da, db = dispatch.load("lora_linear", backend).lora_linear_bwd(
+        dx, da, db = impl.lora_linear_bwd(
             dys,
-            x,
+            inputs.x,
             targets,
-            s,
-            bits if uses_dropout(targets) else None,
-            need_dx=need_dx,
-            need_da=need_da,
-            need_db=need_db,
+            inputs.s,
+            inputs.bits if uses_dropout(targets) else None,
+            need_dx=inputs.need_dx,
+            need_da=inputs.need_da,
+            need_db=inputs.need_db,
         )
     empty = dys[0].new_empty
     return (
@@ -392,26 +382,8 @@ def _bwd(
     )
 
 
-torch.library.impl("modxfer::lora_linear_fwd", "CompositeExplicitAutograd", _fwd)
-torch.library.impl("modxfer::lora_linear_bwd", "CompositeExplicitAutograd", _bwd)
-
-
-@torch.library.register_fake("modxfer::lora_linear_fwd")
-def _(x, weights, biases, lora_a, lora_b, scalings, dropouts, seed, backend):
-    rows, width = x.shape
-    bits = (0,)
-    if any(dropout > 0.0 for dropout in dropouts):
-        bits = (len(dropouts), rows, num_words(width))
-    return (
-        [x.new_empty(rows, b.shape[0]) for b in lora_b],
-        lora_a[0].new_empty(rows, sum(a.shape[0] for a in lora_a)),
-        x.new_empty(bits, dtype=torch.int32),
-    )
-
-
-@torch.library.register_fake("modxfer::lora_linear_bwd")
-def _(dys, x, weights, biases, lora_a, lora_b, *rest):
-    need_dx, need_da, need_db = rest[-3:]
+def _fake_backward(inputs: _Backward):
+    dys, lora_a = inputs.dys, inputs.lora_a
     empty = dys[0].new_empty
 
     def grads(tensors, needs):
@@ -420,5 +392,13 @@ def _(dys, x, weights, biases, lora_a, lora_b, *rest):
             for tensor, need in zip(tensors, needs, strict=True)
         ]
 
-    dx = empty(dys[0].shape[0], lora_a[0].shape[1]) if need_dx else empty(0)
-    return dx, grads(lora_a, need_da), grads(lora_b, need_db)
+    dx = empty(dys[0].shape[0], lora_a[0].shape[1]) if inputs.need_dx else empty(0)
+    return dx, grads(lora_a, inputs.need_da), grads(inputs.lora_b, inputs.need_db)
+
+
+_forward = define_op(
+    "lora_linear_fwd", _Forward, ("ys[]", "s", "bits"), run=_run_forward, fake=_fake_forward
+)
+lora_linear_bwd = define_op(
+    "lora_linear_bwd", _Backward, ("dx", "da[]", "db[]"), run=_run_backward, fake=_fake_backward
+)

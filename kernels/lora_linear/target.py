@@ -5,19 +5,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from modxfer_fast.kernels.lora_linear.dropout import keep_scale
+
 
 class LoraTarget(NamedTuple):
     """y = x weight^T + bias + scaling * dropped(x) lora_a^T lora_b^T.
 
-    Attributes:
-        weight: [N, K], dtype of x; None for a base that computes itself (a quantised one): then
-            the result is the LoRA part alone.
-        lora_a: [R, K], dtype of x, or fp32 beside half-precision x.
-        lora_b: [N, R], dtype of lora_a.
-        scaling: alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA.
-        bias: [N], dtype of x, or None.
-        dropout: probability that an element of x is left out of the LoRA part, in steps of 2^-16;
-            0 outside training.
+    Attributes: as the arguments of `lora_linear`: weight [N, K] or None, lora_a [R, K], lora_b
+    [N, R], bias [N] or None.
     """
 
     weight: Tensor | None
@@ -26,6 +21,11 @@ class LoraTarget(NamedTuple):
     scaling: float
     bias: Tensor | None = None
     dropout: float = 0.0
+
+
+def scales_of(targets: Iterable[LoraTarget]) -> tuple[float, ...]:
+    """What s and ds are multiplied by: the scaling, and what a kept element is."""
+    return tuple(float(target.scaling * keep_scale(target.dropout)) for target in targets)
 
 
 def uses_dropout(targets: Iterable[LoraTarget]) -> bool:

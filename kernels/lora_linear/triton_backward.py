@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.lora_linear.config import da_config, ds_db_config
 from modxfer_fast.kernels.lora_linear.dropout import num_words
-from modxfer_fast.kernels.lora_linear.target import LoraTarget
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, scales_of
 from modxfer_fast.kernels.lora_linear.triton_launch import (
     base_precision,
     config_of_product,
@@ -18,7 +18,6 @@ from modxfer_fast.kernels.lora_linear.triton_launch import (
     launch_options,
     lora_precision,
     ranks_of,
-    scales_of,
     weight_strides,
     widest,
 )
@@ -90,7 +89,8 @@ def ds_db(
     need_db: Sequence[bool],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """fp32 partial sums, ds [tiles of N, M, R] and db [splits, N, R] of each target, or None."""
-    ds_parts, db_parts = [None] * len(targets), [None] * len(targets)
+    ds_parts: list[Tensor | None] = [None] * len(targets)
+    db_parts: list[Tensor | None] = [None] * len(targets)
     needed = [i for i in range(len(targets)) if need_ds[i] or need_db[i]]
     if not needed:
         return ds_parts, db_parts
@@ -198,7 +198,7 @@ def _dx_kernel(
 def dx(
     dys: Sequence[Tensor],
     targets: Sequence[LoraTarget],
-    ds: Sequence[Tensor],
+    ds: Sequence[Tensor | None],
     masks: Sequence[Tensor | None],
 ) -> Tensor:
     """dx [M, K] of all targets together.
@@ -215,7 +215,7 @@ def dx(
     with torch.cuda.device_of(result):
         is_masked_sum = len(targets) > 1 and any(mask is not None for mask in masks)
         is_crowded = is_masked_sum and (
-            ds[0].dtype != result.dtype or any(target.weight is None for target in targets)
+            targets[0].lora_a.dtype != result.dtype or any(t.weight is None for t in targets)
         )
         config = config_of_product(
             dys, targets, result, width, is_masked_sum=is_masked_sum, is_crowded=is_crowded
@@ -268,7 +268,7 @@ def _da_kernel(
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     accs = ()
     for _ in tl.static_range(T):
-        accs += (tl.zeros([BLOCK_R, BLOCK_K], tl.float32),)
+        accs += (tl.zeros([BLOCK_R, BLOCK_K], tl.float32),)  # type: ignore[assignment]
     for m in range(0, split_rows, BLOCK_M):
         offs_m = split * split_rows + m + tl.arange(0, BLOCK_M)
         x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
@@ -281,7 +281,7 @@ def _da_kernel(
                     bits_ptrs[t], offs_m, pid_k * (BLOCK_K // 8), M, num_bytes, BLOCK_K // 8
                 )
                 kept = apply_mask(x, packed, BLOCK_M, BLOCK_K)
-            sums += (dot(tl.trans(ds), kept.to(ds.dtype), accs[t], PRECISION),)
+            sums += (dot(tl.trans(ds), kept.to(ds.dtype), accs[t], PRECISION),)  # type: ignore[assignment]
         accs = sums
     for t in tl.static_range(T):
         part_ptrs = da_ptrs[t] + (split * ranks[t] + offs_r)[:, None] * K + offs_k[None, :]
@@ -297,9 +297,9 @@ def da(
     need_da: Sequence[bool],
 ) -> list[Tensor | None]:
     """fp32 partial sums da [splits, R, K] of each target, or None; `ds`, `masks` as for `dx`."""
-    parts = [None] * len(targets)
+    parts: list[Tensor | None] = [None] * len(targets)
     needed = [i for i in range(len(targets)) if need_da[i]]
-    if not needed:
+    if x is None or not needed:
         return parts
     rows, width = x.shape
     ranks = tuple(targets[i].lora_a.shape[0] for i in needed)

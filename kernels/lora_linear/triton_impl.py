@@ -90,6 +90,7 @@ def lora_linear_projected_fwd(
     padded = x.new_zeros(padded_rank(rank), width)
     padded[:rank] = projection_a
     (y,), parts = expand(x, targets, s, residual, padded)
+    assert parts is not None
     u = x.new_empty(parts.shape[1:])
     reduce([parts], [u])
     return y, s, bits, u[:, :rank]
@@ -112,7 +113,7 @@ def lora_linear_bwd(
     ds = _outputs(ds_parts, [target.lora_a for target in targets])
     db = _outputs(db_parts, [target.lora_b for target in targets])
     reduce([*ds_parts, *db_parts], [*ds, *db])
-    masks = [None] * len(targets)
+    masks: list[Tensor | None] = [None] * len(targets)
     if bits is not None:
         pairs = zip(targets, bits.view(torch.uint8).unbind(0), strict=True)
         masks = [mask if target.dropout > 0.0 else None for target, mask in pairs]

@@ -8,17 +8,11 @@ from triton.runtime.driver import driver
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.lora_linear.config import Gpu, ProductConfig, SkinnyConfig, product_config
-from modxfer_fast.kernels.lora_linear.dropout import keep_scale
 from modxfer_fast.kernels.lora_linear.target import LoraTarget
 
 
 def ranks_of(targets: Sequence[LoraTarget]) -> tuple[int, ...]:
     return tuple(target.lora_a.shape[0] for target in targets)
-
-
-def scales_of(targets: Sequence[LoraTarget]) -> tuple[float, ...]:
-    """What s and ds are multiplied by: the scaling, and what a kept element is."""
-    return tuple(float(target.scaling * keep_scale(target.dropout)) for target in targets)
 
 
 def weight_strides(targets: Sequence[LoraTarget], dim: int) -> tuple[int, ...]:

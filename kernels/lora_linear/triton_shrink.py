@@ -9,13 +9,12 @@ from torch import Tensor
 
 from modxfer_fast.kernels.lora_linear.config import shrink_config
 from modxfer_fast.kernels.lora_linear.dropout import num_words, threshold
-from modxfer_fast.kernels.lora_linear.target import LoraTarget, uses_dropout
+from modxfer_fast.kernels.lora_linear.target import LoraTarget, scales_of, uses_dropout
 from modxfer_fast.kernels.lora_linear.triton_launch import (
     current_gpu,
     launch_options,
     lora_precision,
     ranks_of,
-    scales_of,
     widest,
 )
 from modxfer_fast.kernels.lora_linear.triton_tiles import apply_mask, dot, draw_bytes
@@ -40,7 +39,7 @@ def _shrink_kernel(
     mask_m = offs_m < M
     accs = ()
     for _ in tl.static_range(T):
-        accs += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
+        accs += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)  # type: ignore[assignment]
     if bits_ptr is not None:
         seed = tl.load(seed_ptr)
         rows = offs_m.to(tl.int32)
@@ -70,7 +69,7 @@ def _shrink_kernel(
                 bytes_ptrs = bits_ptr + (t * M + offs_m)[:, None] * num_bytes + offs_b[None, :]
                 mask_b = mask_m[:, None] & (offs_b < stored_bytes)[None, :]
                 tl.store(bytes_ptrs, packed.to(tl.uint8), mask=mask_b)
-            sums += (dot(kept.to(a.dtype), a, accs[t], PRECISION),)
+            sums += (dot(kept.to(a.dtype), a, accs[t], PRECISION),)  # type: ignore[assignment]
         accs = sums
     first = 0
     for t in tl.static_range(T):

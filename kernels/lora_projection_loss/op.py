@@ -36,23 +36,32 @@ from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
-    check_tensor,
+    check_tensors,
     refuse_batched_gradients,
     refuse_transforms,
     scaled,
     without_autocast,
 )
-from modxfer_fast.kernels.common.streamed_op import define_op, wants_gradient
+from modxfer_fast.kernels.common.streamed_op import (
+    Gradients,
+    define_op,
+    wants_gradient,
+)
 from modxfer_fast.kernels.lora_linear import LoraTarget
 from modxfer_fast.kernels.lora_linear.dropout import num_words
+from modxfer_fast.kernels.lora_linear.op import lora_linear_bwd
 from modxfer_fast.kernels.lora_linear.op import prepare as prepare_linear
 from modxfer_fast.kernels.projection_loss import op as projection_op
-from modxfer_fast.kernels.projection_loss.arguments import prepare, tensors_of
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import unscaled_dtype
+from modxfer_fast.kernels.projection_loss.stream import Inputs, Needs, unscaled_dtype
 
 
 class _Inputs(NamedTuple):
+    """[:6] of the linear, [6:17] of the loss, as `projection_loss` has them behind hidden.
+
+    Gradients of the first go through hidden; the loss has those of [6:9], the projection.
+    """
+
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -65,21 +74,16 @@ class _Inputs(NamedTuple):
     teacher_hidden: Tensor
     mask: Tensor | None
     row_weights: Tensor
+    numbers: Tensor
+    names: str
+    num_valid: int | torch.SymInt | None
+    workspace_mb: int
+    backend: str
     seed: Tensor | None
     scaling: float
     dropout: float
-    numbers: Tensor
-    names: str  # of a ProjectionSpec
-    num_valid: torch.SymInt | None
-    workspace_mb: int
-    backend: str
     need_dhidden: bool
     need_dprojection: list[bool]
-
-
-# inputs whose gradient goes through hidden, and those of the projection
-_OF_HIDDEN = _Inputs._fields[:6]
-_OF_PROJECTION = _Inputs._fields[6:9]
 
 
 class LoraProjectionLoss(NamedTuple):
@@ -135,12 +139,13 @@ def lora_projection_loss(
             "reduction: expected 'mean' or 'sum', got 'none'; per-token losses come from "
             "projection_loss"
         )
-    others = (teacher_hidden, residual, *tensors_of(projection), projection_bias)
+    factors = projection_op.factors_of(projection).values()
+    others = (teacher_hidden, residual, *factors, projection_bias)
     refuse_transforms("lora_projection_loss", x, *target[:3], target.bias, *others)
     x, (target,), seed, linear_backend = prepare_linear(x, (target,), ("target.",), seed, backend)
     lead, width = x.shape[:-1], target.lora_b.shape[0]
+    check_tensors(residual=residual, teacher_hidden=teacher_hidden, projection_bias=projection_bias)
     if residual is not None:
-        check_tensor("residual", residual)
         residual = residual.to(x.dtype) if residual.is_floating_point() else residual
         if tuple(residual.shape) != (*lead, width) or residual.dtype != x.dtype:
             raise ValueError(
@@ -148,20 +153,17 @@ def lora_projection_loss(
                 f"got {residual.dtype} of shape {tuple(residual.shape)}"
             )
         residual = residual.reshape(math.prod(lead), width)
-    check_tensor("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != lead:
         raise ValueError(
             f"teacher_hidden: expected the leading dimensions of x, {tuple(lead)}, "
             f"got {tuple(teacher_hidden.shape[:-1])}"
         )
-    if projection_bias is not None:
-        check_tensor("projection_bias", projection_bias)
     if projection_bias is not None and projection_bias.shape != teacher_hidden.shape[-1:]:
         raise ValueError(
             f"projection_bias: expected shape {tuple(teacher_hidden.shape[-1:])}, "
             f"got {tuple(projection_bias.shape)}"
         )
-    projected = prepare(
+    projected = projection_op.prepare(
         x.new_empty(()).expand(*lead, width),  # stands for h: what is checked is its shape
         teacher_hidden,
         projection,
@@ -177,8 +179,8 @@ def lora_projection_loss(
     )
     # one backend runs both rooms; the automatic choices differ where a dtype is beyond one of them
     backend = linear_backend if linear_backend == projected.backend else "reference"
-    of_projection = (projected.projection, projected.projection_a, projected.bias)
-    of_hidden = (
+    projected = projected._replace(backend=backend)
+    linear = (
         x.reshape(math.prod(lead), x.shape[-1]),
         target.weight,
         target.bias,
@@ -186,23 +188,14 @@ def lora_projection_loss(
         target.lora_b,
         residual,
     )
-    needs = [wants_gradient(tensor) for tensor in (*of_hidden, *of_projection)]
     hidden, value, *_ = _op(
-        *of_hidden,
-        *of_projection,
-        projected.teacher_hidden,
-        projected.mask,
-        projected.row_weights,
+        *linear,
+        *projected[1:],
         seed,
         float(target.scaling),
         float(target.dropout),
-        projected.numbers,
-        projected.names,
-        num_valid,
-        workspace_mb,
-        backend,
-        any(needs[: len(of_hidden)]),
-        needs[len(of_hidden) :],
+        any(map(wants_gradient, linear)),
+        [wants_gradient(tensor) for tensor in projected[1:4]],
     )
     return LoraProjectionLoss(hidden.reshape(*lead, width), value)
 
@@ -219,24 +212,11 @@ def _run(inputs: _Inputs):
         )
     if bits is None:
         bits = x.new_empty(0, dtype=torch.int32)
-    projected = projection_op.Inputs(
-        hidden,
-        inputs.projection,
-        inputs.projection_a,
-        inputs.projection_bias,
-        inputs.teacher_hidden,
-        inputs.mask,
-        inputs.row_weights,
-        inputs.numbers,
-        inputs.names,
-        inputs.num_valid,
-        inputs.workspace_mb,
-        inputs.backend,
-    )
-    needs = projection_op.Needs(inputs.need_dhidden, *inputs.need_dprojection)
-    rows, _, grads = projection_op.run(projected, needs, u)
+    projected = Inputs(hidden, *inputs[6:17])
+    needs = Needs(inputs.need_dhidden, *inputs.need_dprojection)
+    rows, _, found = projection_op.run(projected, needs, u)
     empty = rows.new_empty
-    grads = [empty(0) if grad is None else grad for grad in grads.values()]
+    grads = [empty(0) if grad is None else grad for grad in found.values()]
     return hidden, rows.sum(), s, bits, *grads
 
 
@@ -247,11 +227,11 @@ def _fake(inputs: _Inputs):
     bits = (1, rows, num_words(x.shape[1])) if inputs.dropout else (0,)
 
     def gradient(tensor: Tensor | None, need: bool) -> Tensor:
-        if not need:
+        if tensor is None or not need:
             return row_weights.new_empty(0)
         return row_weights.new_empty(tensor.shape, dtype=unscaled_dtype(tensor, hidden))
 
-    tensors = (hidden, *[getattr(inputs, name) for name in _OF_PROJECTION])
+    tensors = (hidden, *inputs[6:9])
     needs = (inputs.need_dhidden, *inputs.need_dprojection)
     return (
         hidden,
@@ -263,12 +243,14 @@ def _fake(inputs: _Inputs):
 
 
 def _save(ctx, inputs: _Inputs, outputs) -> None:
-    _, _, s, bits, *grads = outputs
+    _, _, s, bits, dhidden, *dprojection = outputs
     # torch adds an input of its own behind ours, in the forward alone
     needs = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+    columns = (_Inputs._fields[6:9], inputs[6:9], dprojection)
+    kept = [column for *column, need in zip(*columns, inputs.need_dprojection, strict=True) if need]
     ctx.options = (inputs.scaling, inputs.dropout, inputs.backend)
     ctx.dtype = inputs.x.dtype
-    ctx.dtypes = [getattr(getattr(inputs, name), "dtype", None) for name in _OF_PROJECTION]
+    ctx.dtypes = {name: tensor.dtype for name, tensor, _ in kept}
     ctx.save_for_backward(
         inputs.x if needs.weight or needs.lora_a else None,
         s if needs.lora_b else None,
@@ -276,7 +258,8 @@ def _save(ctx, inputs: _Inputs, outputs) -> None:
         inputs.weight if needs.x else None,
         inputs.lora_a,
         inputs.lora_b,
-        *grads,
+        dhidden,
+        *[grad for _, _, grad in kept],
     )
     ctx.mark_non_differentiable(*outputs[2:])
     ctx.set_materialize_grads(False)
@@ -287,35 +270,20 @@ def _backward(ctx, dhidden, dloss, *_):
     scaling, dropout, backend = ctx.options
     x, s, bits, weight, lora_a, lora_b, of_loss, *of_projection = ctx.saved_tensors
     needs = _Inputs(*ctx.needs_input_grad)
-    grads = {}
+    grads: Gradients = {}
     if dloss is not None:
-        saved = zip(_OF_PROJECTION, of_projection, ctx.dtypes, strict=True)
-        for name, grad, dtype in saved:
-            if getattr(needs, name):
-                grads[name] = scaled(grad, dloss).to(dtype)
-        if any(needs[: len(_OF_HIDDEN)]):
+        saved = zip(ctx.dtypes.items(), of_projection, strict=True)
+        grads = {name: scaled(grad, dloss).to(dtype) for (name, dtype), grad in saved}
+        if any(needs[:6]):
             total = scaled(of_loss, dloss)
             # what `scaled` returns is nobody else's
             dhidden = (total if dhidden is None else total.add_(dhidden)).to(ctx.dtype)
     if dhidden is None:
         return grads
     if needs.x or needs.lora_a or needs.lora_b:
-        dx, (da,), (db,) = torch.ops.modxfer.lora_linear_bwd(
-            [dhidden],
-            x,
-            [weight],
-            [None],
-            [lora_a],
-            [lora_b],
-            [scaling],
-            [dropout],
-            s,
-            bits,
-            backend,
-            needs.x,
-            [needs.lora_a],
-            [needs.lora_b],
-        )
+        columns = ([weight], [lora_a], [lora_b], [scaling], [None], [dropout])
+        needed = (needs.x, [needs.lora_a], [needs.lora_b])
+        dx, (da,), (db,) = lora_linear_bwd([dhidden], x, *columns, s, bits, backend, *needed)
         for name, grad in (("x", dx), ("lora_a", da), ("lora_b", db)):
             grads[name] = grad if getattr(needs, name) else None
     grads["weight"] = dhidden.t() @ x if needs.weight else None

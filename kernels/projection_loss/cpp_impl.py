@@ -9,8 +9,6 @@ backward of 2048 rows of 1024 to 1024 against the GEMMs and their row kernel: ha
 8 to 16, three quarters at 64.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from modxfer_fast.kernels.common import compiled
 from modxfer_fast.kernels.common.packing import kept_rows, row_major
 from modxfer_fast.kernels.names import NORMS, ROW_LOSSES
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import stream, unscaled_dtype
+from modxfer_fast.kernels.projection_loss.stream import Inputs, Needs, stream, unscaled_dtype
 
 MAX_RANK = 128  # measured up to here; the pass adds in vectors, a GEMM in tiles
 _CHUNK_ROWS, _MAX_CHUNKS = 128, 32  # rows whose gradients are summed apart, csrc/cpu/row_blocks.h
@@ -35,78 +33,53 @@ def projection_loss_rows(
 
 
 def projection_loss_fwd(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    projection: Sequence[Tensor],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weights: Tensor,
-    spec: ProjectionSpec,
-    *,
-    num_valid: int | None,
-    workspace_bytes: int,
-    need_dhidden: bool,
-    need_dprojection: Sequence[bool],
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor | None, list[Tensor | None], Tensor | None]:
+    inputs: Inputs, needs: Needs, u: Tensor | None = None
+) -> tuple[Tensor, Needs]:
     """As `stream`."""
-    if not _takes_one_pass(student_hidden, projection, workspace_bytes):
-        return stream(
-            projection_loss_rows,
-            student_hidden,
-            teacher_hidden,
-            projection,
-            bias,
-            mask,
-            row_weights,
-            spec,
-            num_valid=num_valid,
-            workspace_bytes=workspace_bytes,
-            need_dhidden=need_dhidden,
-            need_dprojection=need_dprojection,
-            need_dbias=need_dbias,
-        )
-    dtype = student_hidden.dtype
-    kept = kept_rows(mask, num_valid)
+    if not _takes_one_pass(inputs):
+        return stream(projection_loss_rows, inputs, needs, u)
+    hidden, bias = inputs.student_hidden, inputs.bias
+    kept = kept_rows(inputs.mask, inputs.num_valid)
     make = torch.empty if kept is None else torch.zeros
     # rows packed away are not visited
-    loss = make(len(student_hidden), dtype=torch.float32)
-    dhidden = None
-    if need_dhidden:
-        dhidden = make(student_hidden.shape, dtype=unscaled_dtype(student_hidden, student_hidden))
-
-    def grad(parameter: Tensor) -> Tensor:
-        return torch.empty(parameter.shape, dtype=unscaled_dtype(parameter, student_hidden))
-
-    dfactors = [
-        grad(factor) if need else None
-        for factor, need in zip(projection, need_dprojection, strict=True)
-    ]
-    dbias = torch.empty(bias.shape, dtype=torch.float32) if need_dbias else None
+    loss = make(len(hidden), dtype=torch.float32)
+    dhidden = dbias = None
+    if needs.student_hidden:
+        dhidden = make(hidden.shape, dtype=unscaled_dtype(hidden, hidden))
+    wanted = (needs.projection, needs.projection_a)
+    dprojection, dprojection_a = (
+        torch.empty(factor.shape, dtype=unscaled_dtype(factor, hidden)) if need else None
+        for factor, need in zip(inputs.factors, wanted, strict=True)
+    )
+    if bias is not None and needs.bias:
+        dbias = torch.empty(bias.shape, dtype=torch.float32)
     compiled.ops().projection_loss_low_rank(
-        row_major(student_hidden),
-        row_major(teacher_hidden),
-        *(factor.to(dtype) for factor in projection),
+        row_major(hidden),
+        row_major(inputs.teacher_hidden),
+        *(factor.to(hidden.dtype) for factor in inputs.factors),
         None if bias is None else bias.float().contiguous(),
-        row_weights,
+        inputs.row_weights,
         kept,
-        *_numbers(spec),
+        *_numbers(inputs.spec),
         loss,
         dhidden,
-        *dfactors,
+        dprojection,
+        dprojection_a,
         dbias,
     )
-    if need_dbias:
-        dbias = dbias.to(unscaled_dtype(bias, student_hidden))
-    return loss, dhidden, dfactors, dbias
+    if bias is not None and dbias is not None:
+        dbias = dbias.to(unscaled_dtype(bias, hidden))
+    return loss, Needs(dhidden, dprojection, dprojection_a, dbias)
 
 
-def _takes_one_pass(hidden: Tensor, projection: Sequence[Tensor], workspace_bytes: int) -> bool:
+def _takes_one_pass(inputs: Inputs) -> bool:
     """Whether P has factors, of a rank for which the pass pays and its sums fit the workspace."""
-    if len(projection) != 2 or projection[0].shape[1] > MAX_RANK:
+    factors = inputs.factors
+    if len(factors) != 2 or factors[0].shape[1] > MAX_RANK:
         return False
-    chunks = min(-(-hidden.shape[0] // _CHUNK_ROWS), _MAX_CHUNKS)
-    return 4 * chunks * sum(factor.numel() for factor in projection) <= workspace_bytes
+    chunks = min(-(-len(inputs.student_hidden) // _CHUNK_ROWS), _MAX_CHUNKS)
+    sums = 4 * chunks * sum(factor.numel() for factor in factors)
+    return sums <= inputs.workspace_mb * 2**20
 
 
 def _numbers(spec: ProjectionSpec) -> tuple[int, float, int, float]:

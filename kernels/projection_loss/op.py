@@ -24,39 +24,32 @@ element: reads 2 N D b, writes N D b.
 Limits: no gradient to the teacher; no double backward.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
+    cast_for_autocast,
+    check_float,
     check_num_valid,
+    check_reduction,
+    check_row_tensor,
+    check_same_device,
+    check_tensors,
+    check_workspace,
+    combine_row_weights,
     debug_check_finite,
+    denominator,
     refuse_transforms,
     without_autocast,
 )
-from modxfer_fast.kernels.common.streamed_op import StreamedOp, define_op
-from modxfer_fast.kernels.projection_loss.arguments import Inputs, prepare, tensors_of
+from modxfer_fast.kernels.common.reduction import counted_rows
+from modxfer_fast.kernels.common.streamed_op import Gradients, StreamedOp
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.kernels.projection_loss.stream import unscaled_dtype
-
-
-class Needs(NamedTuple):
-    """Which gradients are asked for; or what was found of each."""
-
-    student_hidden: Any
-    projection: Any
-    projection_a: Any
-    bias: Any
-
-
-class _EnergyInputs(NamedTuple):
-    teacher_hidden: Tensor
-    row_weights: Tensor
-    numbers: Tensor
-    names: str
-    backend: str
+from modxfer_fast.kernels.projection_loss.stream import Inputs, Needs, unscaled_dtype
 
 
 def projection_loss(
@@ -125,8 +118,8 @@ def projection_loss(
     `F.linear` would cast to; an fp32 projection keeps its fp32 gradient. Without a projection
     nothing is cast.
     """
-    tensors = (student_hidden, teacher_hidden, *tensors_of(projection), bias)
-    refuse_transforms("projection_loss", *tensors)
+    factors = factors_of(projection).values()
+    refuse_transforms("projection_loss", student_hidden, teacher_hidden, *factors, bias)
     spec = ProjectionSpec.checked(loss, beta, norm, norm_eps)
     inputs = prepare(
         student_hidden,
@@ -146,60 +139,173 @@ def projection_loss(
     return result.reshape(teacher_hidden.shape[:-1]) if reduction == "none" else result
 
 
-def run(inputs: Inputs, needs: Needs, u: Tensor | None = None):
-    """As `StreamedOp` wants it; u [N, R] is student_hidden P_a^T, where known."""
-    mask, row_weights = inputs.mask, inputs.row_weights
-    check_num_valid(inputs.num_valid, mask, "the tokens in mask")
-    debug_check_finite(
-        student_hidden=inputs.student_hidden,
-        projection=inputs.projection,
-        projection_a=inputs.projection_a,
-        bias=inputs.bias,
-        teacher_hidden=inputs.teacher_hidden,
+def prepare(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    projection: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    bias: Tensor | None,
+    spec: ProjectionSpec,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    reduction: str,
+    workspace_mb: int,
+    backend: str | None,
+    num_valid: int | None = None,
+) -> Inputs:
+    """Checks the arguments of `projection_loss`, whose docstring describes them.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `projection_loss` documents.
+    """
+    check_reduction(reduction, normalizer)
+    factors = factors_of(projection)
+    check_tensors(
+        student_hidden=student_hidden, teacher_hidden=teacher_hidden, **factors, bias=bias
     )
-    factors = [x for x in (inputs.projection, inputs.projection_a) if x is not None]
-    with without_autocast(inputs.student_hidden.device.type):
-        rows, dhidden, dfactors, dbias = dispatch.load(
-            "projection_loss", inputs.backend
-        ).projection_loss_fwd(
-            inputs.student_hidden,
-            inputs.teacher_hidden,
-            factors,
-            inputs.bias,
-            mask,
-            row_weights,
-            ProjectionSpec.read(inputs.names, inputs.numbers),
-            num_valid=inputs.num_valid,
-            workspace_bytes=inputs.workspace_mb * 2**20,
-            need_dhidden=needs.student_hidden,
-            need_dprojection=(needs.projection, needs.projection_a)[: len(factors)],
-            need_dbias=needs.bias,
-            **({} if u is None else {"u": u}),
-        )
-    rows = torch.where(row_weights != 0, row_weights * rows, 0.0)
-    dprojection, dprojection_a = (*dfactors, None, None)[:2]
-    return rows, (), Needs(dhidden, dprojection, dprojection_a, dbias)._asdict()
+    teacher_hidden = teacher_hidden.detach()
+    if factors:
+        student_hidden, factors, bias = _cast(student_hidden, factors, bias)
+    _check(student_hidden, teacher_hidden, factors, bias)
+    lead = student_hidden.shape[:-1]
+    check_row_tensor("mask", mask, lead, "student_hidden", student_hidden)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+    check_row_tensor("token_weights", token_weights, lead, "student_hidden", student_hidden)
+    check_workspace(workspace_mb)
+    if num_valid is not None and mask is None:
+        raise ValueError(f"num_valid: expected a mask to count, got num_valid={num_valid} alone")
+    backend = dispatch.resolve(
+        "projection_loss", student_hidden, teacher_hidden, *factors.values(), backend=backend
+    )
 
-
-def _energy(inputs: _EnergyInputs) -> Tensor:
-    """sum_n w_n mean_d norm(t_n)^2, the "mse" of a student that is 0."""
-    teacher_hidden, row_weights = inputs.teacher_hidden, inputs.row_weights
-    zero = row_weights.new_zeros(1, teacher_hidden.shape[1]).expand(teacher_hidden.shape)
-    rows = dispatch.load("projection_loss", inputs.backend).projection_loss_fwd(
-        zero,
+    student_hidden = student_hidden.reshape(math.prod(lead), student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(math.prod(lead), teacher_hidden.shape[-1])
+    mask = None if mask is None else mask.reshape(-1)
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    weights = combine_row_weights(mask, token_weights, student_hidden, dtype)
+    divisor = denominator(reduction, normalizer, mask, student_hidden, dtype)
+    is_relative = spec.loss == "relative"
+    if is_relative:
+        spec = dataclasses.replace(spec, loss="mse")
+    outer, inner = (*factors.values(), None, None)[:2]
+    inputs = Inputs(
+        student_hidden,
+        outer,
+        inner,
+        bias,
         teacher_hidden,
-        [],
-        None,
-        None,
-        row_weights,
-        ProjectionSpec.read(inputs.names, inputs.numbers),
-        num_valid=None,
-        workspace_bytes=0,
-        need_dhidden=False,
-        need_dprojection=(),
-        need_dbias=False,
-    )[0]
-    return torch.where(row_weights != 0, row_weights * rows, 0.0).sum()
+        mask,
+        weights,
+        spec.numbers(),
+        spec.names(),
+        num_valid,
+        workspace_mb,
+        backend,
+    )
+    if is_relative:
+        energy = _energy(inputs) / counted_rows(mask, student_hidden, dtype)
+        energy = torch.where(energy == 0, 1.0, energy)
+        divisor = energy if divisor is None else divisor * energy
+    return inputs if divisor is None else inputs._replace(row_weights=weights / divisor)
+
+
+def _energy(inputs: Inputs) -> Tensor:
+    """sum_n w_n mean_d norm(t_n)^2, the "mse" of a student that is 0."""
+    teacher = inputs.teacher_hidden
+    zero = inputs.row_weights.new_zeros(1, teacher.shape[1]).expand(teacher.shape)
+    rows = inputs._replace(student_hidden=zero, projection=None, projection_a=None, bias=None)
+    return _op(rows, "none")[0].sum()
+
+
+def factors_of(projection: Tensor | tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """P, or P_b and P_a, by the names of messages."""
+    if projection is None:
+        return {}
+    if not isinstance(projection, (tuple, list)):
+        return {"projection": projection}
+    if len(projection) != 2:
+        raise ValueError(
+            f"projection: expected a tensor or a pair (P_b, P_a), got {len(projection)} tensors"
+        )
+    return {f"projection[{index}]": factor for index, factor in enumerate(projection)}
+
+
+def _cast(
+    hidden: Tensor, factors: dict[str, Tensor], bias: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """As `F.linear` would, but fp32 parameters stay: the op rounds them, and sums in fp32."""
+    (cast,) = cast_for_autocast(hidden)
+    if cast is hidden:
+        return hidden, factors, bias
+
+    def parameter(tensor: Tensor) -> Tensor:
+        keeps = tensor.dtype in (torch.float32, torch.float64)
+        return tensor if keeps else tensor.to(cast.dtype)
+
+    factors = {name: parameter(factor) for name, factor in factors.items()}
+    return cast, factors, None if bias is None else parameter(bias)
+
+
+def _check(
+    student_hidden: Tensor, teacher_hidden: Tensor, factors: dict[str, Tensor], bias: Tensor | None
+) -> None:
+    for name, hidden in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        check_float(name, hidden)
+        if hidden.dim() == 0 or hidden.shape[-1] == 0:
+            raise ValueError(
+                f"{name}: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}"
+            )
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            "teacher_hidden: expected the leading dimensions of student_hidden, "
+            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}"
+        )
+    check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    d_s, d_t = student_hidden.shape[-1], teacher_hidden.shape[-1]
+    if not factors:
+        if d_s != d_t:
+            raise ValueError(
+                f"projection: expected shape ({d_t}, {d_s}) because the widths differ, got None"
+            )
+        if bias is not None:
+            raise ValueError("bias: expected a projection to add to, got bias alone")
+        return
+    outer = next(iter(factors.values()))
+    rank = outer.shape[1] if outer.dim() == 2 else "R"
+    shapes = [(d_t, d_s)] if len(factors) == 1 else [(d_t, rank), (rank, d_s)]
+    for (name, factor), shape in zip(factors.items(), shapes, strict=True):
+        if factor.dim() != 2 or 0 in factor.shape or tuple(factor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(factor.shape)}")
+        _check_parameter(name, factor, student_hidden)
+    if bias is not None and tuple(bias.shape) != (d_t,):
+        raise ValueError(f"bias: expected shape ({d_t},), got {tuple(bias.shape)}")
+    if bias is not None:
+        _check_parameter("bias", bias, student_hidden)
+
+
+def _check_parameter(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    if tensor.dtype != hidden.dtype and not (half and tensor.dtype == torch.float32):
+        expected = f"{hidden.dtype}, the dtype of student_hidden"
+        raise TypeError(
+            f"{name}: expected {expected}{', or torch.float32' if half else ''}, got {tensor.dtype}"
+        )
+    check_same_device(name, tensor, "student_hidden", hidden)
+
+
+def run(
+    inputs: Inputs, needs: Needs, u: Tensor | None = None
+) -> tuple[Tensor, tuple[()], Gradients]:
+    """As `StreamedOp` wants it; u [N, R] is student_hidden P_a^T, where known."""
+    check_num_valid(inputs.num_valid, inputs.mask, "the tokens in mask")
+    debug_check_finite(**dict(zip(Inputs._fields[:5], inputs[:5], strict=True)))
+    impl = dispatch.load("projection_loss", inputs.backend)
+    with without_autocast(inputs.student_hidden.device.type):
+        rows, found = impl.projection_loss_fwd(inputs, needs, u)
+    weights = inputs.row_weights
+    return torch.where(weights != 0, weights * rows, 0.0), (), found._asdict()
 
 
 _op = StreamedOp(
@@ -209,11 +315,4 @@ _op = StreamedOp(
     gradients=Needs._fields,
     needs=Needs,
     saved_dtype=lambda inputs, name: unscaled_dtype(getattr(inputs, name), inputs.student_hidden),
-)
-define_op(
-    "projection_loss_energy",
-    _EnergyInputs,
-    ("energy",),
-    run=_energy,
-    fake=lambda inputs: inputs.row_weights.new_empty(()),
 )

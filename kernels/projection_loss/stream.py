@@ -16,18 +16,69 @@ dz has to be fp16 for a GEMM, on a GPU, the largest weight of a row becomes one 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import gemm, packing
+from modxfer_fast.kernels.common import gemm
 from modxfer_fast.kernels.common.chunks import ChunkPlan
-from modxfer_fast.kernels.common.packing import kept_rows, put, row_major, take
+from modxfer_fast.kernels.common.packing import (
+    kept_rows,
+    put,
+    row_major,
+    runs_ignored_rows,
+    take,
+)
 from modxfer_fast.kernels.common.scratch import scratch
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 
 RowKernel = Callable[[Tensor, Tensor, Tensor, ProjectionSpec, Tensor | None], Tensor]
+
+
+class Inputs(NamedTuple):
+    """What the ops take.
+
+    Attributes:
+        student_hidden, teacher_hidden: [N, D_s], [N, D_t].
+        projection, projection_a: P, or P_b and P_a. bias: [D_t].
+        mask: [N] bool or None.
+        row_weights: [N], the factor of each row in the sum of losses; 0 where it does not count.
+            Their dtype, fp32 or fp64, is that of z and of the sums.
+        numbers, names: of a ProjectionSpec; "relative" is "mse", and part of the weights.
+    """
+
+    student_hidden: Tensor
+    projection: Tensor | None
+    projection_a: Tensor | None
+    bias: Tensor | None
+    teacher_hidden: Tensor
+    mask: Tensor | None
+    row_weights: Tensor
+    numbers: Tensor
+    names: str
+    num_valid: int | torch.SymInt | None
+    workspace_mb: int
+    backend: str
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """[], [P] or [P_b, P_a]."""
+        return [factor for factor in (self.projection, self.projection_a) if factor is not None]
+
+    @property
+    def spec(self) -> ProjectionSpec:
+        return ProjectionSpec.read(self.names, self.numbers)
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; or what was found of each."""
+
+    student_hidden: Any = None
+    projection: Any = None
+    projection_a: Any = None
+    bias: Any = None
 
 
 def unscaled_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
@@ -46,54 +97,33 @@ def _fp16_scale(row_weights: Tensor, spec: ProjectionSpec, width: int) -> Tensor
     return unit / torch.where(top == 0, 1.0, top)
 
 
-class ProjectionBlock:
+class _Block:
     """Loss and gradients of one chunk of rows after another; sums dP and dbias over the chunks.
 
-    Args:
-        rows: `projection_loss_rows` of a backend.
-        projection: (P [D_t, D_s],) or (P_b [D_t, R], P_a [R, D_s]); the GEMMs use them in
-            `hidden_dtype`, their gradients come in their own dtypes. () for equal widths.
-        bias: [D_t] or None.
-        spec: a loss of ROW_LOSSES.
-        hidden_dtype: of the student's rows. Half precision on a GPU multiplies on tensor cores into
-            fp32; on a CPU it is widened.
-        work_dtype: of z and of the sums; fp32, or fp64 for fp64.
-        need_dprojection: one flag a factor.
-        is_single: there will be one chunk, so dP is rounded by its GEMM instead of summed in fp32.
-        tile: rows of a half-precision factor that a CPU widens at once.
-        keep_work_dtype: gradients of projection and bias stay in work_dtype.
+    The GEMMs use P in the dtype of the student's rows: half precision multiplies on tensor cores
+    into fp32, and a CPU widens it. A single chunk's GEMM rounds dP instead of summing it in fp32.
     """
 
-    def __init__(
-        self,
-        rows: RowKernel,
-        projection: Sequence[Tensor],
-        bias: Tensor | None,
-        spec: ProjectionSpec,
-        *,
-        hidden_dtype: torch.dtype,
-        work_dtype: torch.dtype,
-        need_dprojection: Sequence[bool],
-        need_dbias: bool,
-        is_single: bool = False,
-        tile: int = 2**20,
-        keep_work_dtype: bool = False,
-    ):
-        self._rows, self._spec, self._bias, self._tile = rows, spec, bias, tile
+    def __init__(self, rows: RowKernel, inputs: Inputs, needs: Needs, plan: ChunkPlan):
+        hidden, bias, work_dtype = inputs.student_hidden, inputs.bias, inputs.row_weights.dtype
+        self._rows, self._spec, self._bias, self._tile = rows, inputs.spec, bias, plan.tile
         self._work_dtype = work_dtype
-        self._factors = [factor.to(hidden_dtype) for factor in projection]
+        self._factors = [factor.to(hidden.dtype) for factor in inputs.factors]
         # what dz and the rows of rank R are rounded to before the next GEMM
         is_widened = any(gemm.is_widened(factor, work_dtype) for factor in self._factors)
-        self._operand_dtype = work_dtype if is_widened else hidden_dtype
-        self._dtypes = [work_dtype if keep_work_dtype else factor.dtype for factor in projection]
+        self._operand_dtype = work_dtype if is_widened else hidden.dtype
+        self._dtypes = [unscaled_dtype(factor, hidden) for factor in inputs.factors]
+        wanted = (needs.projection, needs.projection_a)
         self._sums = [
-            factor.new_empty(factor.shape, dtype=dtype if is_single else work_dtype)
+            factor.new_empty(factor.shape, dtype=dtype if plan.is_single else work_dtype)
             if need
             else None
-            for factor, dtype, need in zip(projection, self._dtypes, need_dprojection, strict=True)
+            for factor, dtype, need in zip(inputs.factors, self._dtypes, wanted, strict=False)
         ]
-        self._dbias = bias.new_zeros(bias.shape, dtype=work_dtype) if need_dbias else None
-        self._dbias_dtype = work_dtype if keep_work_dtype or bias is None else bias.dtype
+        self._dbias = None
+        if bias is not None and needs.bias:
+            self._dbias = bias.new_zeros(bias.shape, dtype=work_dtype)
+            self._dbias_dtype = unscaled_dtype(bias, hidden)
         self._started = False
 
     def __call__(
@@ -101,53 +131,34 @@ class ProjectionBlock:
         hidden: Tensor,
         teacher: Tensor,
         row_weights: Tensor,
-        z: Tensor | None = None,
-        dhidden: Tensor | None = None,
-        u: Tensor | None = None,
+        z: Tensor,
+        dhidden: Tensor | None,
+        u: Tensor | None,
     ) -> Tensor:
         """Runs one chunk.
 
         Args:
             hidden, teacher: [m, D_s], [m, D_t].
             row_weights: [m], factor of each row's loss in the gradients.
-            z: [m, D_t] of work_dtype, a buffer to be overwritten; None allocates it.
+            z: [m, D_t] of work_dtype, a buffer to be overwritten.
             dhidden: [m, D_s], written where given.
-            u: [m, R] of hidden_dtype, hidden P_a^T where it is known already.
+            u: [m, R] of the dtype of hidden, hidden P_a^T where it is known already.
 
         Returns:
             [m] losses, unweighted.
         """
-        if not self._factors:
-            rows = (row_major(hidden), row_major(teacher))
-            return self._rows(*rows, row_weights, self._spec, dhidden)
-        with gemm.fp32_sums(hidden):
-            return self._run(hidden, teacher, row_weights, z, dhidden, u)
-
-    def _run(
-        self,
-        hidden: Tensor,
-        teacher: Tensor,
-        row_weights: Tensor,
-        z: Tensor | None,
-        dhidden: Tensor | None,
-        u: Tensor | None,
-    ) -> Tensor:
-        m = hidden.shape[0]
         outer, *inner = self._factors
-        if z is None:
-            z = hidden.new_empty(m, outer.shape[0], dtype=self._work_dtype)
         if not inner:
             u = hidden
         elif u is None:
-            u = hidden.new_empty(m, outer.shape[1], dtype=self._operand_dtype)
+            u = hidden.new_empty(len(hidden), outer.shape[1], dtype=self._operand_dtype)
             gemm.project(hidden, inner[0], None, u, self._tile)
         else:
             u = u.to(self._operand_dtype)
         gemm.project(u, outer, self._bias, z, self._tile)
 
         dz = None
-        sums = [total for total in (*self._sums, self._dbias) if total is not None]
-        if sums or dhidden is not None:
+        if dhidden is not None or any(total is not None for total in (*self._sums, self._dbias)):
             dz = z
             if self._operand_dtype != z.dtype:  # over the first half of each row's bytes
                 dz = z.view(self._operand_dtype)[:, : z.shape[1]]
@@ -168,33 +179,28 @@ class ProjectionBlock:
         return loss
 
     def _add(self, index: int, dout: Tensor, rows: Tensor) -> None:
-        if self._sums[index] is not None:
-            gemm.dweight(dout, rows, self._sums[index], accumulate=self._started)
+        total = self._sums[index]
+        if total is not None:
+            gemm.dweight(dout, rows, total, accumulate=self._started)
 
-    def gradients(self) -> tuple[list[Tensor | None], Tensor | None]:
-        """(one gradient or None a factor, dbias or None) of all chunks so far."""
+    def gradients(self, dhidden: Tensor | None) -> Needs:
+        """dhidden beside dP, or dP_b and dP_a, and dbias of all chunks so far."""
         if not self._started:
             for total in self._sums:
                 if total is not None:
                     total.zero_()
-        factors = [
+        dfactors = [
             None if total is None else total.to(dtype)
             for total, dtype in zip(self._sums, self._dtypes, strict=True)
         ]
-        return factors, None if self._dbias is None else self._dbias.to(self._dbias_dtype)
+        dbias = None if self._dbias is None else self._dbias.to(self._dbias_dtype)
+        return Needs(dhidden, *dfactors)._replace(bias=dbias)
 
 
-def _plan(
-    rows: int,
-    hidden: Tensor,
-    teacher: Tensor,
-    projection: Sequence[Tensor],
-    work_dtype: torch.dtype,
-    *,
-    copies_rows: bool,
-    need_dprojection: Sequence[bool],
-    budget: int,
-) -> ChunkPlan:
+def _plan(inputs: Inputs, needs: Needs, rows: int, copies_rows: bool) -> ChunkPlan:
+    """Chunks of `rows` rows, the copies of which are paid for where rows are copied."""
+    hidden, teacher, factors = inputs.student_hidden, inputs.teacher_hidden, inputs.factors
+    work_dtype = inputs.row_weights.dtype
     size, d_s, d_t = work_dtype.itemsize, hidden.shape[1], teacher.shape[1]
     row_bytes = size * d_t
     if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
@@ -202,14 +208,14 @@ def _plan(
         row_bytes += d_s * (hidden.itemsize + saved) + d_t * teacher.itemsize
     elif teacher.stride(1) != 1:
         row_bytes += d_t * teacher.itemsize
-    if len(projection) == 2:
-        row_bytes += 2 * size * projection[0].shape[1]
+    if len(factors) == 2:
+        row_bytes += 2 * size * factors[0].shape[1]
     widened_bytes = 0
     if hidden.dtype != work_dtype and not hidden.is_cuda:
         row_bytes += size * d_s
-        widened_bytes = size * max(*(factor.shape[1] for factor in projection), 1)
+        widened_bytes = size * max(*(factor.shape[1] for factor in factors), 1)
     copies = sums = 0
-    for factor, need in zip(projection, need_dprojection, strict=True):
+    for factor, need in zip(factors, (needs.projection, needs.projection_a), strict=False):
         if factor.dtype != hidden.dtype:
             copies += factor.numel() * hidden.itemsize
         elif need and factor.dtype != work_dtype:
@@ -217,7 +223,7 @@ def _plan(
     return ChunkPlan.of(
         rows,
         row_bytes,
-        budget,
+        inputs.workspace_mb * 2**20,
         widened_bytes=widened_bytes,
         copies=copies,
         sums=sums,
@@ -227,114 +233,70 @@ def _plan(
 
 
 def stream(
-    rows: RowKernel,
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    projection: Sequence[Tensor],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weights: Tensor,
-    spec: ProjectionSpec,
-    *,
-    num_valid: int | None,
-    workspace_bytes: int,
-    need_dhidden: bool,
-    need_dprojection: Sequence[bool],
-    need_dbias: bool,
-    u: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, list[Tensor | None], Tensor | None]:
+    rows: RowKernel, inputs: Inputs, needs: Needs, u: Tensor | None = None
+) -> tuple[Tensor, Needs]:
     """Losses of all rows and the gradients asked for.
 
     Args:
         rows: `projection_loss_rows` of a backend.
-        student_hidden, teacher_hidden: [N, D_s], [N, D_t].
-        projection: (), (P,) or (P_b, P_a).
-        mask: [N] bool, True where a row counts, or None.
-        row_weights: [N], the factor of each row's loss in the gradient; 0 where it does not count.
         u: [N, R], student_hidden P_a^T in its dtype, where what made student_hidden made it too.
 
     Returns:
-        loss [N], unweighted, 0 where the weight is; dhidden [N, D_s], one gradient a factor, and
-        dbias, in the dtypes of `unscaled_dtype`. Each None where not asked for.
+        loss [N], unweighted, 0 where the weight is; and gradients, in the dtypes of
+        `unscaled_dtype`. Each None where not asked for.
     """
-    n = student_hidden.shape[0]
-    work_dtype = row_weights.dtype
-    device = student_hidden.device
-    dhidden_dtype = unscaled_dtype(student_hidden, student_hidden)
-    if not projection:
-        dhidden = None
-        if need_dhidden:
-            dhidden = torch.empty(student_hidden.shape, device=device, dtype=dhidden_dtype)
-        loss = rows(
-            row_major(student_hidden), row_major(teacher_hidden), row_weights, spec, dhidden
-        )
-        return loss, dhidden, [], None
-
-    kept = kept_rows(mask, num_valid)
-    count = n if kept is None else kept.shape[0]
-    is_blanked = packing.runs_ignored_rows(mask, num_valid)
-    plan = _plan(
-        count,
-        student_hidden,
-        teacher_hidden,
-        projection,
-        work_dtype,
-        copies_rows=kept is not None or is_blanked,
-        need_dprojection=need_dprojection,
-        budget=workspace_bytes,
-    )
-    block = ProjectionBlock(
-        rows,
-        projection,
-        bias,
-        spec,
-        hidden_dtype=student_hidden.dtype,
-        work_dtype=work_dtype,
-        need_dprojection=need_dprojection,
-        need_dbias=need_dbias,
-        is_single=plan.is_single,
-        tile=plan.tile,
-        keep_work_dtype=student_hidden.dtype == torch.float16,
-    )
-    scale = None
-    if student_hidden.is_cuda and student_hidden.dtype == torch.float16:
-        scale = _fp16_scale(row_weights, spec, teacher_hidden.shape[1])
-        row_weights = row_weights * scale
-    loss = torch.zeros(n, device=device, dtype=work_dtype)
+    hidden, teacher, row_weights = inputs.student_hidden, inputs.teacher_hidden, inputs.row_weights
+    mask, device = inputs.mask, hidden.device
+    dhidden_dtype = unscaled_dtype(hidden, hidden)
+    kept = kept_rows(mask, inputs.num_valid) if inputs.factors else None
     dhidden = None
-    if need_dhidden:
+    if needs.student_hidden:
         # contiguous whatever the layout of the input; rows packed away stay 0
         make = torch.empty if kept is None else torch.zeros
-        dhidden = make(student_hidden.shape, device=device, dtype=dhidden_dtype)
-    rows_in_flight, d_t = min(plan.rows, count), teacher_hidden.shape[1]
-    with scratch(rows_in_flight * d_t, work_dtype, device) as buffer:
-        z = buffer.view(rows_in_flight, d_t)
+        dhidden = make(hidden.shape, device=device, dtype=dhidden_dtype)
+    if not inputs.factors:
+        loss = rows(row_major(hidden), row_major(teacher), row_weights, inputs.spec, dhidden)
+        return loss, Needs(dhidden)
+
+    n, d_t = teacher.shape
+    count = n if kept is None else kept.shape[0]
+    blank = None
+    if mask is not None and runs_ignored_rows(mask, inputs.num_valid):
+        blank = ~mask[:, None]
+    plan = _plan(inputs, needs, count, copies_rows=kept is not None or blank is not None)
+    block = _Block(rows, inputs, needs, plan)
+    scale = None
+    if hidden.is_cuda and hidden.dtype == torch.float16:
+        scale = _fp16_scale(row_weights, inputs.spec, d_t)
+        row_weights = row_weights * scale
+    loss = torch.zeros(n, device=device, dtype=row_weights.dtype)
+    in_flight = min(plan.rows, count)
+    with (
+        scratch(in_flight * d_t, row_weights.dtype, device) as buffer,
+        gemm.fp32_sums(hidden),
+    ):
+        z = buffer.view(in_flight, d_t)
 
         def run(span: slice) -> None:  # a function, whose rows are freed before the next chunk's
             index = None if kept is None else kept[span]
-            hidden, teacher = take(student_hidden, span, index), take(teacher_hidden, span, index)
+            h = take(hidden, span, index)
             projected = None if u is None else take(u, span, index)
-            if is_blanked:
-                hidden = hidden.masked_fill(~mask[span, None], 0.0)
-                projected = None if u is None else projected.masked_fill(~mask[span, None], 0.0)
+            if blank is not None:
+                h = h.masked_fill(blank[span], 0.0)
+                projected = None if projected is None else projected.masked_fill(blank[span], 0.0)
             dh = None
-            if need_dhidden:
-                dh = (
-                    dhidden[span]
-                    if index is None
-                    else torch.empty_like(hidden, dtype=dhidden_dtype)
-                )
-            weights = take(row_weights, span, index)
-            z_rows = z[: hidden.shape[0]]
-            put(loss, span, index, block(hidden, teacher, weights, z_rows, dh, projected))
-            if need_dhidden and index is not None:
+            if dhidden is not None:
+                dh = dhidden[span] if index is None else torch.empty_like(h, dtype=dhidden_dtype)
+            t, weights = take(teacher, span, index), take(row_weights, span, index)
+            put(loss, span, index, block(h, t, weights, z[: len(h)], dh, projected))
+            if dhidden is not None and dh is not None and index is not None:
                 dhidden.index_copy_(0, index, dh)
 
         for start in range(0, count, plan.rows):
             run(slice(start, min(start + plan.rows, count)))
-    dfactors, dbias = block.gradients()
+    found = block.gradients(dhidden)
     if scale is not None:
-        for grad in (dhidden, *dfactors, dbias):
+        for grad in found:
             if grad is not None:
                 grad /= scale
-    return loss, dhidden, dfactors, dbias
+    return loss, found

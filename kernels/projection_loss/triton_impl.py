@@ -21,7 +21,6 @@ from triton.runtime.driver import driver
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import triton_device
-from modxfer_fast.kernels.projection_loss.config import state_row_config
 from modxfer_fast.kernels.projection_loss.spec import MIN_LENGTH, ProjectionSpec
 from modxfer_fast.kernels.projection_loss.stream import stream
 
@@ -177,7 +176,7 @@ def projection_loss_rows(
     loss = z.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return loss
-    config = state_row_config(width, warp_size=64 if torch.version.hip else 32)
+    block_d, num_warps = _row_tile(width, warp_size=64 if torch.version.hip else 32)
     per_column = 1.0 / width
     f_factor, g_factor = {
         "mse": (per_column, 2.0 * per_column),
@@ -207,13 +206,23 @@ def projection_loss_rows(
             NORM=spec.norm,
             IS_DIRECTION=spec.is_direction,
             HAS_GRAD=dz is not None,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
             # z * s - t * s of equal rows is 0 only if neither product stays unrounded in an FMA
             enable_fp_fusion=False,
             **_registers(dz is not None),
         )
     return loss
+
+
+def _row_tile(width: int, warp_size: int) -> tuple[int, int]:
+    """Columns of a tile, and warps of the program that walks along a row of `width`.
+
+    A thread holds eight neighbouring columns, 16 bytes of a half-precision row. A row up to a tile
+    is in registers for one pass, and comes from the first cache for the passes after it.
+    """
+    block_d = min(4096, max(128, 1 << (width - 1).bit_length()))
+    return block_d, max(1, block_d // (8 * warp_size))
 
 
 def _registers(has_grad: bool) -> dict[str, int]:

@@ -21,7 +21,6 @@ Limits: no gradient to the teacher; no double backward.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,21 +41,8 @@ from modxfer_fast.kernels.common import (
     refuse_transforms,
     without_autocast,
 )
-from modxfer_fast.kernels.common.streamed_op import StreamedOp
-from modxfer_fast.kernels.relation_loss.stream import Relation
-
-
-class _Inputs(NamedTuple):
-    student_a: Tensor
-    student_b: Tensor | None
-    teacher_a: Tensor
-    teacher_b: Tensor | None
-    mask: Tensor | None
-    row_weights: Tensor  # [B, T]
-    num_heads: int
-    causal: bool
-    workspace_mb: int
-    backend: str
+from modxfer_fast.kernels.common.streamed_op import Gradients, StreamedOp
+from modxfer_fast.kernels.relation_loss.stream import Inputs
 
 
 def relation_loss(
@@ -134,11 +120,11 @@ def relation_loss(
     weights = combine_row_weights(valid, token_weights, tokens, dtype)
     divisor = denominator(reduction, normalizer, valid, tokens, dtype)
     # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient
-    late = divisor is not None and student_a.dtype == torch.float16
+    late = student_a.dtype == torch.float16
     if divisor is not None and not late:
         weights = weights / divisor
 
-    inputs = _Inputs(
+    inputs = Inputs(
         student_a,
         student_b,
         teacher_a,
@@ -151,7 +137,7 @@ def relation_loss(
         backend,
     )
     (loss,) = _op(inputs, reduction)
-    return loss / divisor if late else loss
+    return loss / divisor if late and divisor is not None else loss
 
 
 def minilm_loss(
@@ -258,28 +244,14 @@ def _check(student_a, student_b, teacher_a, teacher_b, num_heads, mask, token_we
     check_row_tensor("token_weights", token_weights, rows, "student_a", student_a)
 
 
-def _run(inputs: _Inputs, needs):
-    student_a, row_weights = inputs.student_a, inputs.row_weights
-    debug_check_finite(
-        student_a=student_a,
-        student_b=inputs.student_b,
-        teacher_a=inputs.teacher_a,
-        teacher_b=inputs.teacher_b,
-    )
-    with without_autocast(student_a.device.type):
-        kd, da, db = dispatch.load("relation_loss", inputs.backend).relation_loss_fwd(
-            student_a,
-            inputs.student_b,
-            inputs.teacher_a,
-            inputs.teacher_b,
-            Relation(inputs.mask, row_weights, inputs.num_heads, inputs.causal),
-            workspace_bytes=inputs.workspace_mb * 2**20,
-            need_da=needs.student_a,
-            need_db=needs.student_b,
-        )
+def _run(inputs: Inputs, needs) -> tuple[Tensor, tuple[()], Gradients]:
+    debug_check_finite(**dict(zip(Inputs._fields[:4], inputs[:4], strict=True)))
+    weights = inputs.row_weights
+    impl = dispatch.load("relation_loss", inputs.backend)
+    with without_autocast(weights.device.type):
+        kd, grads = impl.relation_loss_fwd(inputs, needs)
     # the divergence of padding may be NaN
-    rows = torch.where(row_weights != 0, row_weights * kd, 0.0)
-    return rows, (), {"student_a": da, "student_b": db}
+    return torch.where(weights != 0, weights * kd, 0.0), (), grads
 
 
-_op = StreamedOp("relation_loss", _Inputs, run=_run, gradients=("student_a", "student_b"))
+_op = StreamedOp("relation_loss", Inputs, run=_run, gradients=("student_a", "student_b"))

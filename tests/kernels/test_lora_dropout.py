@@ -98,11 +98,8 @@ def test_backends_draw_the_same_bits(seed, backend):
     rows, width, dropouts = 9, 70, [0.1, 0.0, 0.5, 1.0]
     inputs = lora_inputs(rows, width, (8,) * 4, ranks=(2,), dropouts=dropouts)
     columns = [[getattr(t, part) for t in inputs.targets] for part in LoraTarget._fields]
-    weights, lora_a, lora_b, scalings, biases, _ = columns
     seed = torch.tensor(seed)
-    _, _, bits = torch.ops.modxfer.lora_linear_fwd(
-        inputs.x.detach(), weights, biases, lora_a, lora_b, scalings, dropouts, seed, backend
-    )
+    _, _, bits = torch.ops.modxfer.lora_linear_fwd(inputs.x.detach(), *columns, seed, backend)
     assert bits.dtype == torch.int32
     # those past the width, too
     assert torch.equal(bits, dropout_bits(seed, rows, width, dropouts))

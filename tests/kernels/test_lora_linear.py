@@ -788,9 +788,7 @@ def test_batches_of_other_sizes_share_a_graph():
 def test_opcheck(needs, dropout, dtypes, backend):
     inputs = small_group(dtypes, dropouts=(dropout, 0.0))
     x, targets = inputs.x.detach(), detached(inputs)
-    columns = [list(column) for column in zip(*targets, strict=True)]
-    weights, lora_a, lora_b, scalings, biases, dropouts = columns
-    arguments = (weights, biases, lora_a, lora_b, scalings, dropouts)
+    arguments = [list(column) for column in zip(*targets, strict=True)]
     seed = inputs.seed if dropout else None
     ops = torch.ops.modxfer
     torch.library.opcheck(ops.lora_linear_fwd.default, (x, *arguments, seed, backend))

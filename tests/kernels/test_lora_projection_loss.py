@@ -745,9 +745,9 @@ def test_opcheck(needs, dtype, projection, backend):
         )
     ]
     arguments = (
-        *(*differentiable, inputs.teacher, inputs.mask, inputs.mask / 4.0, torch.tensor(SEED)),
-        *(target.scaling, target.dropout, ProjectionSpec("cosine").numbers(), "cosine layer"),
-        *(None, 64, backend),
+        *(*differentiable, inputs.teacher, inputs.mask, inputs.mask / 4.0),
+        *(ProjectionSpec("cosine").numbers(), "cosine layer", None, 64, backend),
+        *(torch.tensor(SEED), target.scaling, target.dropout),
         *(needs, [needs and tensor is not None for tensor in differentiable[6:]]),
     )
     torch.library.opcheck(torch.ops.modxfer.lora_projection_loss_fwd.default, arguments)

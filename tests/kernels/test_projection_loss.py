@@ -871,11 +871,6 @@ def test_a_spec_crosses_the_op_as_itself():
     assert ProjectionSpec.read(spec.names(), spec.numbers()) == spec
 
 
-def test_opcheck_of_the_energy():
-    args = (torch.randn(6, 20), torch.rand(6), ProjectionSpec().numbers(), "mse rms", "cpp")
-    torch.library.opcheck(torch.ops.modxfer.projection_loss_energy.default, args)
-
-
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)

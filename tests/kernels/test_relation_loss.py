@@ -502,8 +502,9 @@ def test_peak_memory_is_the_workspace(dtype, is_self, causal, seq):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_blocks_fit_the_budget(causal, seq, batch, workspace_mb):
     student, teacher = (torch.empty(batch, seq, width, device="meta") for width in (48, 96))
-    relation = stream.Relation(None, torch.empty(batch, seq, device="meta"), 12, causal)
-    block = stream.BlockShape.of(student, teacher, relation, workspace_mb * 2**20, 4)
+    weights = torch.empty(batch, seq, device="meta")
+    options = (None, weights, 12, causal, workspace_mb, "reference")
+    block = stream.BlockShape.of(stream.Inputs(student, None, teacher, None, *options), 4)
     assert 1 <= block.sequences <= batch
     assert 1 <= block.heads <= 12
     assert 1 <= block.rows <= seq
