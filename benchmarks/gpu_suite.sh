@@ -121,7 +121,7 @@ tests() {
 }
 
 tables() {
-    local code=3 begun=-1 main="from modxfer_fast.jobs.bench.load import load_benchmarks as load; "
+    local code=3 begun=-1 main="from modxfer_fast.jobs.bench import load_benchmarks as load; "
     main+="import sys; sys.exit(load()('gpu_tables').main(sys.argv[1:]))"
     # 3: a table took the device along; a new process goes on behind it, as long as one is begun
     while ((code == 3 && $(ls "$work" | grep -c 'csv$') > begun)); do

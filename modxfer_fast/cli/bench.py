@@ -38,8 +38,7 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when our backends pass their check, 1 when one of them does not."""
-    from modxfer_fast.jobs.bench.load import load_room
-    from modxfer_fast.jobs.bench.run import run_bench
+    from modxfer_fast.jobs.bench import load_room, run_bench
 
     module = load_room(args.room)
     room = module.ROOM
@@ -68,17 +67,8 @@ def run(args: argparse.Namespace) -> int:
         flag = f"--{size.replace('_', '-')}"
         sizes.add_argument(flag, type=int, metavar="INT", help="in place of the shape's")
     parser.parse_args(args.of_room, args)
-    return run_bench(
-        args.room,
-        device=args.device,
-        dtype=args.dtype,
-        shape=args.shape,
-        sizes={name: getattr(args, name) for name in room.sizes.names()},
-        variants=args.variants,
-        options={name: getattr(args, name) for name in room.options},
-        seconds=args.seconds,
-        quick=args.quick,
-        json=args.json,
-        csv=args.csv,
-        resume=args.resume,
-    )
+    not_its = ("room", "of_room", "debug")
+    given = {name: value for name, value in vars(args).items() if name not in not_its}
+    given["sizes"] = {name: given.pop(name) for name in room.sizes.names()}
+    given["options"] = {name: given.pop(name) for name in room.options}
+    return run_bench(args.room, **given)

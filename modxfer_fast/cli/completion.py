@@ -11,16 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import shtab
 
-    print(shtab.complete(_whole_parser(), args.shell))
-    return 0
-
-
-def _whole_parser() -> argparse.ArgumentParser:
-    """Every command with its arguments in one parser; `main` builds only the one it needs."""
-    import shtab
-
     from modxfer_fast.cli.main import COMMANDS, add_arguments
 
+    # every command with its arguments in one parser; `main` builds only the one it needs
     parser = argparse.ArgumentParser(prog="modxfer")
     parser.add_argument("--version", action="store_true")
     commands = parser.add_subparsers()
@@ -30,4 +23,5 @@ def _whole_parser() -> argparse.ArgumentParser:
         for action in command._actions:
             if action.dest in ("config", "output"):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]  # as shtab has it
-    return parser
+    print(shtab.complete(parser, args.shell))
+    return 0

@@ -2,16 +2,11 @@
 
 import argparse
 
+from modxfer_fast.cli.main import add_job
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file; see examples/")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key by its dotted path, e.g. training.max_steps=100 (repeatable)",
-    )
+    add_job(parser, "examples/", "training.max_steps=100")
     parser.add_argument(
         "--resume",
         action="store_true",

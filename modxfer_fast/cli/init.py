@@ -18,7 +18,8 @@ def run(args: argparse.Namespace) -> int:
     if args.example is None:
         width = max(map(len, examples))
         for name, text in examples.items():
-            print(f"{name:<{width}}  {_first_line(text)}")
+            about = text.partition("\n")[0].removeprefix("#").strip()
+            print(f"{name:<{width}}  {about}")
         return 0
     if args.example not in examples:
         raise UserError(f"example: expected one of {', '.join(examples)}, got {args.example!r}")
@@ -39,7 +40,3 @@ def _examples(folder: Traversable, prefix: str = ""):
             yield from _examples(entry, f"{prefix}{entry.name}/")
         elif entry.name.endswith(".yaml"):
             yield prefix + entry.name.removesuffix(".yaml"), entry.read_text(encoding="utf-8")
-
-
-def _first_line(text: str) -> str:
-    return text.split("\n", 1)[0].removeprefix("#").strip()

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from modxfer_fast._version import __version__
+
 COMMANDS = {
     "distill": "distil a teacher into a student, as a YAML file says",
     "transfer": "move a trained PEFT module from a teacher to a student, as a YAML file says",
@@ -76,7 +78,7 @@ def _top_parser() -> argparse.ArgumentParser:
         epilog="\n".join(["commands:", *listed]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"modxfer {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="command")
     return parser
 
@@ -85,6 +87,18 @@ def add_arguments(command: ModuleType, parser: argparse.ArgumentParser) -> None:
     """The arguments of one command, and those that all have."""
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_job(parser: argparse.ArgumentParser, examples: str, override: str) -> None:
+    """The file of a job, and what overrides it; with examples of both."""
+    parser.add_argument("config", help=f"YAML file; see {examples}")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override a key by its dotted path, e.g. {override} (repeatable)",
+    )
 
 
 def _run(run, args: argparse.Namespace) -> int:
@@ -130,16 +144,9 @@ def _with_notes(message: str, error: BaseException) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the disk refused a file."""
     if isinstance(error, OSError):
         return error.errno in _REFUSALS
     if isinstance(error, RuntimeError):  # of torch.save, which does not say why
         return any(text in str(error) for text in _TORCH_REFUSALS)
     # safetensors and tokenizers are Rust, which keeps the number in its text
     return any(f"(os error {number})" in str(error) for number in _REFUSALS)
-
-
-def _version() -> str:
-    from modxfer_fast._version import __version__
-
-    return f"modxfer {__version__}"

@@ -2,18 +2,13 @@
 
 import argparse
 
+from modxfer_fast.cli.main import add_job
+
 STAGES = ("teacher", "statistics", "maps", "module", "verify", "student", "evaluate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file; see examples/transfer/ and examples/paper/")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key by its dotted path, e.g. transfer.method=lsa (repeatable)",
-    )
+    add_job(parser, "examples/transfer/ and examples/paper/", "transfer.method=lsa")
     parser.add_argument(
         "--stage",
         choices=STAGES,

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config import DataSection
+from modxfer_fast.data.collator import CausalCollator, EncoderCollator
 from modxfer_fast.data.encoding import ROW, tokenise_documents, tokenise_texts
 from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.packing import packer
@@ -58,13 +59,15 @@ class Documents:
 class Rows:
     """Tokenised, packed rows.
 
-    tokens: their number, padding not counted. notes: what was left out or cut, a line each.
+    tokens: their number, padding not counted. collator: makes batches of them. notes: what was left
+        out or cut, a line each.
     """
 
     train: Dataset
     held_out: Dataset
     train_tokens: int
     held_out_tokens: int
+    collator: CausalCollator | EncoderCollator
     notes: tuple[str, ...] = ()
 
 
@@ -154,7 +157,12 @@ def build_rows(
     train, held_out = halves
     if section.max_eval_rows is not None and len(held_out) > section.max_eval_rows:
         held_out = held_out.shuffle(seed=section.split_seed).select(range(section.max_eval_rows))
-    return Rows(train, held_out, _count(train), _count(held_out), tuple(notes))
+    collator: CausalCollator | EncoderCollator
+    if kind == "encoder":
+        collator = EncoderCollator(tokenizer.pad_token_id)
+    else:
+        collator = CausalCollator(tokenizer.pad_token_id, packed=section.packing)
+    return Rows(train, held_out, _count(train), _count(held_out), collator, tuple(notes))
 
 
 def rows_from_documents(

@@ -1,20 +1,26 @@
 """A job: stages on one store, and what every command does around them, once."""
 
+import logging
+import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
+import torch
+import transformers
+
 from modxfer_fast import __version__
 from modxfer_fast.config import ConfigError, as_dict, dump_config
 from modxfer_fast.files import new_folder, read_json, write_json, write_text
-from modxfer_fast.jobs.continuation import changes
-from modxfer_fast.jobs.environment import environment, quieten_libraries
-from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, check_output
-from modxfer_fast.jobs.ranks import is_main, single_process
+from modxfer_fast.jobs.output import CONFIG_FILE, REPORT_FILE, changes, check_output
+from modxfer_fast.jobs.ranks import is_main, single_process, world_size
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import NotMade, Store
 from modxfer_fast.jobs.threads import settle_threads
+from modxfer_fast.measure.environment import describe
 from modxfer_fast.report import JobConsole
 
 CACHED, TO_RUN = "in the cache", "to run"
@@ -85,9 +91,9 @@ class Job:
             self.config, JobConsole(is_main=False), Store(self.store.root, builds=False)
         )
         plan: dict[str, str] = {}
-        for name, describe in looking.stages().items():
+        for name, stage_of in looking.stages().items():
             try:
-                stage = describe()
+                stage = stage_of()
             except NotMade as missing:
                 plan[name] = f"{TO_RUN} after {missing.stage.name}"
                 continue
@@ -137,10 +143,11 @@ class Job:
     def whole_report(self) -> dict[str, Any]:
         """Runs the stages; what `report.json` holds."""
         start = time.perf_counter()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         settle_threads(self.console.say)
         report = {
             "modxfer_fast": __version__,
-            "environment": environment(),
+            "environment": {**describe(device), "processes": world_size()},
             "config": as_dict(self.config),
             **self.report(),
         }
@@ -158,3 +165,16 @@ class Job:
         folder = self.get(stage)
         self.inspect(name, folder)
         self.console.say(f"{name}: {folder}")
+
+
+def quieten_libraries() -> None:
+    """The console is ours; libraries speak up only when something is wrong."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT looks for an adapter's base where the output will be, while it is still being made
+    warnings.filterwarnings("ignore", "Could not find a config file in")

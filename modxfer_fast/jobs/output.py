@@ -6,18 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import BaseModel
+
+from modxfer_fast import files
 from modxfer_fast.config import ConfigError, JobConfig, dump_config
-from modxfer_fast.files import (
-    MARKER,
-    FileLock,
-    LockedError,
-    read_json,
-    replace_folder,
-    sealed_facts,
-    sync_tree,
-    write_text,
-)
-from modxfer_fast.jobs.continuation import changes, describe, is_longer
 from modxfer_fast.jobs.ranks import on_main, world_size
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import Store
@@ -28,6 +21,9 @@ CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.txt"
 _STAGES = "stages"
 _LOCK_FILE = "job.lock"
+_LENGTHS = ("training.max_steps", "training.num_train_epochs")
+_ABSENT = "nothing"
+Changes = dict[str, tuple[Any, Any]]  # {dotted path: (before, now)}
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -61,7 +57,7 @@ class OutputStore(Store):
         return super().has(stage, tell)
 
     def _check_same(self, stage: Stage) -> None:
-        sealed = (sealed_facts(self.folder(stage)) or {}).get("facts")
+        sealed = (files.sealed_facts(self.folder(stage)) or {}).get("facts")
         if sealed is not None and sealed["options"] != stage.facts["options"]:
             raise ConfigError(
                 f"--resume: {stage.name} began from other models or options than those of now; "
@@ -86,7 +82,7 @@ class WorkFolder:
         self.output = Path(config.output_dir).expanduser().absolute()
         self.path = self.output.with_name(self.output.name + ".partial")
         self._config = config
-        self._lock = FileLock(self.path / _LOCK_FILE)
+        self._lock = files.FileLock(self.path / _LOCK_FILE)
         self._replaces = config.overwrite
 
     def finished_report(self) -> dict[str, Any] | None:
@@ -96,7 +92,7 @@ class WorkFolder:
             return None
         if self._config.overwrite and self._has_progress():
             return None  # it was being done once more
-        return read_json(done)
+        return files.read_json(done)
 
     def open(self, *, resume: bool) -> None:
         """Create the folder, or take up the one of an interrupted run.
@@ -109,10 +105,16 @@ class WorkFolder:
                 way, or one of another configuration or number of processes is to be resumed; or
                 another process works there.
         """
-        continued = self._finished_and_shorter() if resume else False
-        self._replaces = self._config.overwrite or continued
-        if resume and not self._replaces:
-            self._check_same_output()
+        continued, self._replaces = False, self._config.overwrite
+        if resume and (self.output / REPORT_FILE).is_file():
+            differing = changes(self.output / CONFIG_FILE, self._config)
+            continued = _is_longer(differing)
+            self._replaces |= continued
+            if not self._replaces:
+                raise ConfigError(
+                    f"--resume: the configuration differs from that of {self.output}: "
+                    f"{_describe(differing)}; set overwrite: true or name another folder"
+                )
         check_output(self.output, self._replaces)
         self._check_ours()
         self._acquire()
@@ -135,7 +137,7 @@ class WorkFolder:
                 raise ConfigError(f"output_dir: {self.path} cannot be made ({error})") from error
             try:
                 self._lock.acquire()
-            except LockedError as error:
+            except files.LockedError as error:
                 raise ConfigError(
                     f"output_dir: {self.path} is in use by {error}; wait for its end or name "
                     "another folder"
@@ -156,20 +158,7 @@ class WorkFolder:
                 "restore them, or remove the folder to start again"
             )
         kept.parent.mkdir(exist_ok=True)
-        write_text(kept, digest)
-
-    def _finished_and_shorter(self) -> bool:
-        """Whether the output is that of the same job with fewer steps."""
-        done = (self.output / REPORT_FILE).is_file()
-        return done and is_longer(changes(self.output / CONFIG_FILE, self._config))
-
-    def _check_same_output(self) -> None:
-        if (self.output / REPORT_FILE).is_file():
-            differing = changes(self.output / CONFIG_FILE, self._config)
-            raise ConfigError(
-                f"--resume: the configuration differs from that of {self.output}: "
-                f"{describe(differing)}; set overwrite: true or name another folder"
-            )
+        files.write_text(kept, digest)
 
     def _check_ours(self) -> None:
         """Raise a ConfigError where the working folder would be inside somebody else's."""
@@ -182,7 +171,7 @@ class WorkFolder:
 
     def _has_progress(self) -> bool:
         """Whether a run could go on from what is there."""
-        has_results = any(self.path.glob(f"{_STAGES}/*/*/{MARKER}"))
+        has_results = any(self.path.glob(f"{_STAGES}/*/*/{files.MARKER}"))
         return has_results or bool(_markers(self.path))
 
     def _begin(self) -> None:
@@ -191,7 +180,7 @@ class WorkFolder:
                 shutil.rmtree(path)
             elif path.name != _LOCK_FILE:
                 path.unlink()
-        write_text(self.path / CONFIG_FILE, dump_config(self._config))
+        files.write_text(self.path / CONFIG_FILE, dump_config(self._config))
 
     def _take_up(self, *, resume: bool) -> None:
         if not resume:
@@ -200,17 +189,17 @@ class WorkFolder:
                 "remove it to start again"
             )
         differing = changes(self.path / CONFIG_FILE, self._config)
-        if differing and not is_longer(differing):
+        if differing and not _is_longer(differing):
             raise ConfigError(
                 f"--resume: the configuration differs from that of {self.path}: "
-                f"{describe(differing)}"
+                f"{_describe(differing)}"
             )
         _check_processes(self.path)
         if differing:  # what has ended goes on from its last checkpoint
             shutil.rmtree(self.path / _STAGES, ignore_errors=True)
-            write_text(self.path / CONFIG_FILE, dump_config(self._config))
+            files.write_text(self.path / CONFIG_FILE, dump_config(self._config))
         for folder in (self.path / CHECKPOINTS).rglob("checkpoint-*"):
-            if folder.is_dir() and not (folder / MARKER).is_file():  # half of one
+            if folder.is_dir() and not (folder / files.MARKER).is_file():  # half of one
                 shutil.rmtree(folder)
 
     def _take_checkpoints_of_output(self) -> None:
@@ -233,8 +222,8 @@ class WorkFolder:
             newest = max(_markers(self.path), key=lambda path: path.stat().st_mtime, default=None)
             whole = f" ({newest.parent.relative_to(self.path)} is whole)" if newest else ""
             hint = f"what is done stays in {self.path}{whole}; --resume goes on from there"
-        files = [path for path in self.path.rglob("*") if path.is_file()]
-        if not {path.name for path in files} - {CONFIG_FILE, DATA_FILE, _LOCK_FILE}:
+        left = {path.name for path in self.path.rglob("*") if path.is_file()}
+        if not left - {CONFIG_FILE, DATA_FILE, _LOCK_FILE}:
             # while the lock is held: whoever waits for it must not lose a folder of its own
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
@@ -255,21 +244,21 @@ class WorkFolder:
             check_output(self.output, self._replaces)
         except ConfigError as error:
             raise ConfigError(f"{error}; the finished run is in {self.path}") from None
-        sync_tree(self.path)
-        replace_folder(self.path, self.output)
+        files.sync_tree(self.path)
+        files.replace_folder(self.path, self.output)
         shutil.rmtree(self.output / _STAGES, ignore_errors=True)
         self._lock.release(self.output / _LOCK_FILE)
         return self.output
 
 
 def _markers(folder: Path) -> list[Path]:
-    return sorted((folder / CHECKPOINTS).rglob(f"checkpoint-*/{MARKER}"))
+    return sorted((folder / CHECKPOINTS).rglob(f"checkpoint-*/{files.MARKER}"))
 
 
 def _check_processes(folder: Path) -> None:
     now = world_size()
     written = {
-        (sealed_facts(path.parent) or {}).get("world_size", now) for path in _markers(folder)
+        (files.sealed_facts(path.parent) or {}).get("world_size", now) for path in _markers(folder)
     }
     if written - {now}:
         raise ConfigError(
@@ -293,3 +282,45 @@ def _link_or_copy(source: str, target: str) -> str:
     except OSError:
         return shutil.copy2(source, target)
     return target
+
+
+def changes(before: Path, config: BaseModel) -> Changes:
+    """How `config` differs from the one in a file; where the output goes and what it may replace
+    changes nothing.
+    """
+    if not before.is_file():
+        return {before.name: (_ABSENT, "a job")}
+    try:
+        old = _flat(yaml.safe_load(before.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{before} is damaged ({error}); remove or restore it") from error
+    new = _flat(yaml.safe_load(dump_config(config)))
+    pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in {**old, **new}}
+    return {
+        key: (was, now)
+        for key, (was, now) in pairs.items()
+        if was != now and key not in ("output_dir", "overwrite")
+    }
+
+
+def _is_longer(changes: Changes) -> bool:
+    """Whether training goes on for more steps or epochs, and nothing else changed."""
+    if len(changes) != 1:
+        return False
+    ((key, (was, now)),) = changes.items()
+    return key in _LENGTHS and all(isinstance(n, int | float) for n in (was, now)) and now > was > 0
+
+
+def _describe(changes: Changes) -> str:
+    lines = [f"{key}: {now} instead of {was}" for key, (was, now) in sorted(changes.items())]
+    return "; ".join(lines[:6])
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -30,7 +30,6 @@ def _several() -> bool:
 
 
 def barrier() -> None:
-    """Wait for every process."""
     if _several():
         dist.barrier()
 
@@ -44,23 +43,24 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def on_main(act: Callable[[], None]) -> None:
-    """Let the main process do something while the others wait.
+def on_main(act: Callable[[], T]) -> T:
+    """Let the main process do something while the others wait; all return what it returned.
 
     Raises:
         ToldByMain: on the others, when it failed on the main process, which raises what it met.
     """
-    error = None
+    error = value = None
     if is_main():
         try:
-            act()
+            value = act()
         except Exception as caught:
             error = caught
-    failed = from_main(error is not None)
+    failed, value = from_main((error is not None, value))
     if error is not None:
         raise error
     if failed:
         raise ToldByMain
+    return cast(T, value)
 
 
 def end_with_launcher() -> None:

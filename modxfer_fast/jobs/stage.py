@@ -11,20 +11,23 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from importlib import metadata
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from modxfer_fast._version import __version__
-from modxfer_fast.files import SECRETS
+from modxfer_fast.files import SECRETS, read_json
+from modxfer_fast.measure.environment import version
 
 if TYPE_CHECKING:  # a benchmark has stages where the packages of a console may be absent
+    from modxfer_fast.config.model import CheckpointSection
     from modxfer_fast.report import JobConsole
 
 # raised when stages come to leave other results for the same options
 FORMAT = 6
 _FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
+# fields of TrainingArguments that may be the path of a JSON file
+_JSON_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Stage:
         name: of its kind, such as "teacher"; a folder of the store.
         build: a function of a module, no method and no closure.
         options: a frozen section or dataclass, whose values `facts_of` can tell apart.
-        inputs: the stages whose folders `build` reads, each by the name that it reads it under.
+        inputs: the stages whose folders `build` reads, each by the name that it reads it under;
+            None is none.
         resumable: `build` goes on from what an interrupted run left in `checkpoints`.
         on_all_ranks: every process of the job calls `build`, which is then collective and writes on
             the main process; otherwise the main process does alone, and the others wait.
@@ -68,7 +72,7 @@ class Stage:
     name: str
     build: Callable[[StageContext], None]
     options: Any
-    inputs: Mapping[str, "Stage"] = field(default_factory=dict)
+    inputs: Mapping[str, "Stage | None"] = field(default_factory=dict)
     resumable: bool = False
     on_all_ranks: bool = False
     title: str = ""
@@ -91,19 +95,20 @@ class Stage:
         return {
             "options": facts_of(self.options),
             "inputs": {
-                name: f"{stage.name}/{stage.fingerprint}" for name, stage in self.inputs.items()
+                name: f"{stage.name}/{stage.fingerprint}"
+                for name, stage in self.inputs.items()
+                if stage is not None
             },
             "build": f"{self.build.__module__}.{self.build.__qualname__}",
             "format": FORMAT,
             "versions": {
                 "modxfer_fast": __version__,
-                **{name: _version_of(name) for name in self.versions},
+                **{name: version(name) for name in self.versions},
             },
         }
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the facts."""
         return fingerprint(self.facts)
 
 
@@ -116,7 +121,8 @@ def facts_of(value: Any) -> Any:
     """JSON that tells an option from any other.
 
     An object with an `identity`, as models and examples have, is that; sections and dataclasses are
-    their fields. Secrets change no result, and are written nowhere.
+    their fields. Of the JSON files of a training section their contents count. Secrets change no
+    result, and are written nowhere.
 
     Raises:
         TypeError: any other object. A path above all, which does not say what is there.
@@ -126,7 +132,9 @@ def facts_of(value: Any) -> Any:
     if hasattr(value, "identity"):
         return facts_of(value.identity)
     if isinstance(value, Mapping):
-        return {_key(k): facts_of(v) for k, v in value.items() if k not in SECRETS}
+        told = {k: v for k, v in value.items() if k not in SECRETS}
+        told |= {k: _contents(told[k]) for k in _JSON_FILES if isinstance(told.get(k), str)}
+        return {_key(k): facts_of(v) for k, v in told.items()}
     if isinstance(value, list | tuple):
         return [facts_of(item) for item in value]
     if isinstance(value, set | frozenset):
@@ -137,6 +145,11 @@ def facts_of(value: Any) -> Any:
     if names is None:
         raise TypeError(f"expected an option that can be told from others, got {value!r}")
     return {name: facts_of(getattr(value, name)) for name in names}
+
+
+def _contents(given: str) -> Any:
+    """Of JSON, or of the file that has it, wherever that is."""
+    return json.loads(given) if given.lstrip().startswith("{") else read_json(Path(given))
 
 
 def _key(key: Any) -> str:
@@ -163,6 +176,23 @@ class OutsideFolder:
         return folder_digest(self.path)
 
 
+def weights_of(path: str, section: "CheckpointSection") -> dict[str, Any]:
+    """What tells a model that no stage made: a digest of a folder's files, or a commit on the hub.
+
+    The commit is that of the files in the hub's cache, the section's revision where it is unknown.
+
+    Raises:
+        ModelError: nothing there.
+    """
+    from modxfer_fast.models import load_model_config
+
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return {"files": folder_digest(folder)}
+    config = load_model_config(path, section)
+    return {"hub": path, "commit": getattr(config, "_commit_hash", None) or section.revision}
+
+
 def folder_digest(folder: Path) -> str:
     """Short hash of the weights, configuration and tokenizer in a folder."""
     files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
@@ -177,8 +207,7 @@ def _files_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
     for path, _, _ in stamps:
         digest.update(Path(path).name.encode())
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # goes on with it
     return digest.hexdigest()[:20]
 
 
@@ -187,11 +216,3 @@ def _is_frozen(options: Any) -> bool:
     if params is not None:
         return params.frozen
     return bool(getattr(options, "model_config", {}).get("frozen"))
-
-
-@lru_cache
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

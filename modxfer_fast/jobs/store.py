@@ -10,15 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modxfer_fast import files
 from modxfer_fast.errors import NonFiniteError, ToldByMain, UserError
-from modxfer_fast.files import (
-    FileLock,
-    LockedError,
-    damaged_files,
-    move_into_place,
-    scratch_folder,
-    seal,
-)
 from modxfer_fast.jobs.ranks import barrier, from_main, is_main, on_main
 from modxfer_fast.jobs.stage import Stage, StageContext
 
@@ -104,7 +97,7 @@ class Store:
             return folder
         if not self.builds:
             raise NotMade(stage)
-        inputs = {name: self.get(each, console) for name, each in stage.inputs.items()}
+        inputs = {name: self.get(each, console) for name, each in stage.inputs.items() if each}
         with console.phase(stage.title or stage.name.capitalize()):
             try:
                 self._make(stage, folder, inputs, console)
@@ -120,31 +113,28 @@ class Store:
 
     def _make(self, stage: Stage, folder: Path, inputs: dict[str, Path], console) -> None:
         with ExitStack() as opened:  # on the main process; the others write where it says
-            scratch: Path | None = None  # stays None where another process was first
 
-            def begin() -> None:
-                nonlocal scratch
-                if not stage.resumable:
-                    scratch = opened.enter_context(scratch_folder(folder))
+            def begin() -> Path | None:
+                if stage.resumable:
+                    scratch = opened.enter_context(_kept_scratch(folder, console.say))
+                    if _is_whole(folder, console.say):
+                        return None  # another process was first
                 else:
-                    kept = opened.enter_context(_kept_scratch(folder, console.say))
-                    scratch = None if _is_whole(folder, console.say) else kept
-                if scratch is not None:
-                    (scratch / "result").mkdir()
+                    scratch = opened.enter_context(files.scratch_folder(folder))
+                (scratch / "result").mkdir()
+                return scratch
 
-            on_main(begin)
-            found = from_main(scratch)
-            if found is None:
+            place = on_main(begin)
+            if place is None:
                 return
-            place: Path = found
 
             def build() -> None:
                 paths = place / "result", self.checkpoints(stage, place)
                 stage.build(StageContext(*paths, inputs, stage.options, console))
 
             def finish() -> None:
-                seal(place / "result", {"facts": stage.facts})
-                move_into_place(place / "result", folder, keep_existing=True)
+                files.seal(place / "result", {"facts": stage.facts})
+                files.move_into_place(place / "result", folder, keep_existing=True)
                 opened.close()
 
             if stage.on_all_ranks:
@@ -159,11 +149,11 @@ def _is_whole(folder: Path, tell: Callable[[str], None], *, remove: bool = True)
     """Whether a sealed folder is there as it was made. Reads it all; may remove a damaged one."""
     if not folder.is_dir():
         return False
-    bad = damaged_files(folder)
+    bad = files.damaged_files(folder)
     if not bad or not remove:
         return not bad
     tell(f"{folder} is damaged ({', '.join(bad)}); it is made again")
-    with scratch_folder(folder) as scratch, contextlib.suppress(FileNotFoundError):
+    with files.scratch_folder(folder) as scratch, contextlib.suppress(FileNotFoundError):
         os.rename(folder, scratch / "damaged")
     return False
 
@@ -176,7 +166,7 @@ def _kept_scratch(folder: Path, tell: Callable[[str], None]) -> Iterator[Path]:
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = files.FileLock(folder.with_name(f".{folder.name}.lock"))
     _wait_for(lock, lambda holder: tell(f"{folder} is being made by {holder}; waiting for its end"))
     try:
         shutil.rmtree(scratch / "result", ignore_errors=True)  # half of one
@@ -195,11 +185,11 @@ def _kept_scratch(folder: Path, tell: Callable[[str], None]) -> Iterator[Path]:
         lock.release()
 
 
-def _wait_for(lock: FileLock, tell: Callable[[LockedError], None]) -> None:
+def _wait_for(lock: files.FileLock, tell: Callable[[files.LockedError], None]) -> None:
     while True:
         try:
             return lock.acquire()
-        except LockedError as error:
+        except files.LockedError as error:
             tell(error)
             tell = lambda error: None  # once is enough
             time.sleep(_POLL_S)

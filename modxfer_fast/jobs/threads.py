@@ -51,9 +51,7 @@ def fastest(threads: int, seconds: Callable[[int], float]) -> tuple[int, float]:
         threads: what is taken unless its half, quarter, ... is faster by more than noise.
         seconds: what the same work takes with so many threads.
     """
-    candidates = [threads]
-    while candidates[-1] > 1:
-        candidates.append(candidates[-1] // 2)
+    candidates = [threads >> halvings for halvings in range(threads.bit_length())]
     times: dict[int, list[float]] = {count: [] for count in candidates}
     spent = 0.0
     for _ in range(_ROUNDS):

@@ -1,6 +1,8 @@
 """Where and when a measurement was made: the header of every table."""
 
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -13,18 +15,8 @@ from modxfer_fast.kernels.common import compiled, instruction_sets
 
 # What torch and its libraries read when they first compute, for each set that is not the widest.
 # MKL heeds its variable on Intel processors and takes a choice of its own on others.
-_LIMITS = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    },
-    "baseline": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-    },
-}
+_VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+_LIMITS = {"avx2": ("avx2", "AVX2", "AVX2"), "baseline": ("default", "SSE4_2", "SSE41")}
 _CHECKOUT = Path(__file__).parents[2]  # where the package is not installed from a wheel
 _PACKAGES = ("triton", "liger-kernel", "trl", "peft", "transformers")
 
@@ -37,8 +29,9 @@ def hold_libraries(isa: str | None) -> None:
     Args:
         isa: as `MODXFER_CPU_ISA` has it; None changes nothing.
     """
-    for name, value in _LIMITS.get(isa or "", {}).items():
-        os.environ.setdefault(name, value)
+    if isa in _LIMITS:
+        for name, value in zip(_VARIABLES, _LIMITS[isa], strict=True):
+            os.environ.setdefault(name, value)
 
 
 def describe(device: str) -> dict[str, str]:
@@ -62,6 +55,7 @@ def header(environment: dict[str, str]) -> str:
     return " | ".join(f"{key} {value}" for key, value in environment.items())
 
 
+@functools.cache
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -79,39 +73,22 @@ def _gpu() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, str]:
-    limits = [
-        f"{library} {os.environ.get(variable, 'unlimited')}"
-        for library, variable in (
-            ("MKL", "MKL_ENABLE_INSTRUCTIONS"),
-            ("oneDNN", "ONEDNN_MAX_CPU_ISA"),
-        )
-    ]
+    capability = torch.backends.cpu.get_cpu_capability()
+    mkl, onednn = (os.environ.get(name, "unlimited") for name in _VARIABLES[1:])
     return {
         "cpu": _cpu_name(),
-        "threads": _threads(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "isa": instruction_sets.in_use() if compiled.available()[0] else "csrc is not built",
-        "isa_of_floors_and_peers": ", ".join(
-            [f"torch {torch.backends.cpu.get_cpu_capability()}", *limits]
-        ),
+        "isa_of_floors_and_peers": f"torch {capability}, MKL {mkl}, oneDNN {onednn}",
     }
 
 
 def _cpu_name() -> str:
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _threads() -> str:
-    return f"{torch.get_num_threads()} of {os.cpu_count()}"
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def _commit() -> str:

@@ -58,19 +58,13 @@ def measure_roof(
         copy_bytes, matmul_width: None for sizes past every cache of such a device.
     """
     size, width = copy_bytes or _COPY_BYTES[device], matmul_width or _MATMUL_WIDTH[device]
-    return Roof(2 * size / _copy_s(device, size), 2 * width**3 / _matmul_s(device, dtype, width))
-
-
-def _copy_s(device: str, size: int) -> float:
     source = torch.ones(size, dtype=torch.int8, device=device)
     copied = torch.empty_like(source)
-    return _best_s(lambda: copied.copy_(source), device)
-
-
-def _matmul_s(device: str, dtype: torch.dtype, width: int) -> float:
+    copy_s = _best_s(lambda: copied.copy_(source), device)
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return _best_s(lambda: torch.mm(a, b, out=out), device)
+    matmul_s = _best_s(lambda: torch.mm(a, b, out=out), device)
+    return Roof(2 * size / copy_s, 2 * width**3 / matmul_s)
 
 
 def _best_s(step: Step, device: str) -> float:

@@ -72,7 +72,6 @@ def interleave(
 
 
 def clock_of(device: str) -> "CpuClock | CudaClock":
-    """The clock of that device."""
     return CudaClock() if device == "cuda" else CpuClock()
 
 

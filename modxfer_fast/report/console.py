@@ -1,13 +1,33 @@
-"""What the person sees: phases, progress of training, and the closing table."""
+"""What the person sees: phases, progress, and the closing tables."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
+from transformers import TrainerCallback
+
+_SHOWN = {
+    "loss": "loss",
+    "kd_loss": "kd",
+    "ce_loss": "ce",
+    "hidden_loss": "hidden",
+    "relation_loss": "relation",
+    "eval_perplexity": "held-out perplexity",
+    "eval_kd": "held-out KL",
+    "eval_hidden_loss": "held-out hidden",
+    "eval_hidden_cosine": "held-out cosine",
+    "eval_relation_loss": "held-out relation",
+    "eval_f1": "validation F1",
+    "eval_accuracy": "validation accuracy",
+    "skipped_steps": "skipped steps",
+    "tokens_per_s": "tokens/s",
+    "peak_mem_mib": "peak MiB",
+}
 
 
 class JobConsole:
@@ -22,8 +42,9 @@ class JobConsole:
         self._inside = 0.0  # seconds of the phases inside the one at hand
 
     def say(self, message: str) -> None:
-        """One indented line about the current phase."""
-        self._console.print(f"  {escape(message)}")
+        """Indented lines about the current phase."""
+        for line in message.splitlines():
+            self._console.print(f"  {escape(line)}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,70 +62,83 @@ class JobConsole:
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + own
         self._console.print(f"  [dim]{seconds:.1f} s[/dim]")
 
-    def training(self, total_steps: int) -> "TrainingDisplay":
-        """A display for one training run: a live bar on a terminal, else a line per log entry."""
-        return TrainingDisplay(self._console, total_steps)
+    def bar(self, *columns: str, transient: bool = False) -> Progress:
+        """Of work done and to do, with further columns; only a terminal shows it."""
+        return Progress(
+            " ",
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            *columns,
+            console=self._console,
+            transient=transient,
+            disable=not self._console.is_terminal or self._console.quiet,
+        )
 
     @contextmanager
     def progress(self, total: int | None) -> Iterator[Callable[[int, int], None]]:
         """A bar that `f(done, total)` moves, on a terminal; `total` None until the first call."""
-        bar = Progress(
-            TextColumn(" "),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal or self._console.quiet,
-        )
-        with bar:
+        with self.bar(transient=True) as bar:
             task = bar.add_task("work", total=total)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table whose first column is text and whose others are numbers."""
+    def table(
+        self, title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]
+    ) -> None:
+        """A table whose first column is text and whose others are numbers.
+
+        Args:
+            columns: heading, and format of the values, which may also be text, or None for nothing.
+        """
         self._console.print(f"[bold]{title}[/bold]")
         table = Table()
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for index, (heading, _) in enumerate(columns):
+            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(
+                *(_cell(value, fmt) for value, (_, fmt) in zip(row, columns, strict=True))
+            )
         self._console.print(table)
 
 
-class TrainingDisplay:
-    """Progress of one training run."""
+def _cell(value: Any, fmt: str) -> str:
+    return value if isinstance(value, str) else "" if value is None else format(value, fmt)
 
-    def __init__(self, console: Console, total_steps: int) -> None:
+
+class ConsoleCallback(TrainerCallback):
+    """Draws a training run on a `JobConsole`: a live bar on a terminal, else a line per log entry.
+
+    Evaluations have lines of their own beside the bar.
+    """
+
+    _bar: Progress
+    _task: TaskID | None = None  # None unless a run is at hand
+
+    def __init__(self, console: JobConsole) -> None:
         self._console = console
-        self._total = total_steps
-        self._bar = Progress(
-            TextColumn(" "),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=console,
-            disable=not console.is_terminal or console.quiet,
-        )
-        self._task = self._bar.add_task("train", total=total_steps, numbers="")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar = self._console.bar("{task.fields[numbers]}")
+        done, total = state.global_step, state.max_steps
+        self._task = self._bar.add_task("train", completed=done, total=total, numbers="")
         self._bar.start()
 
-    def step(self, step: int) -> None:
-        """`step` optimiser steps are done."""
-        self._bar.update(self._task, completed=step)
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(self._task, completed=state.global_step)
 
-    def numbers(self, step: int, numbers: dict[str, float], *, keep: bool) -> None:
-        """Show the latest logged numbers; `keep` gives them a line of their own beside the bar."""
-        text = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
-        if keep or self._bar.disable:
-            self._console.print(f"  step {step}/{self._total}  {text}")
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        numbers = [f"{name} {_short(logs[key])}" for key, name in _SHOWN.items() if key in logs]
+        if self._task is None or not numbers:
+            return
+        text = "  ".join(numbers)
+        if self._bar.disable or any(key.startswith("eval_") for key in logs):
+            self._console.say(f"step {state.global_step}/{state.max_steps}  {text}")
         else:
             self._bar.update(self._task, numbers=text)
 
-    def close(self) -> None:
-        """Stop drawing."""
+    def on_train_end(self, args, state, control, **kwargs):
         self._bar.stop()
+        self._task = None
 
 
 def _short(value: float) -> str:

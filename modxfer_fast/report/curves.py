@@ -4,17 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-_COLOURS = {
-    "teacher": "#555555",
-    "ce_only": "#d1702c",
-    "logit_kd": "#3a9a5b",
-    "student": "#1f6fb4",
-}
-_LABELS = {
-    "teacher": "teacher",
-    "ce_only": "student, cross entropy alone",
-    "logit_kd": "student, logits alone",
-    "student": "student, distilled",
+_LINES = {  # colour and label by whose line it is
+    "teacher": ("#555555", "teacher"),
+    "ce_only": ("#d1702c", "student, cross entropy alone"),
+    "logit_kd": ("#3a9a5b", "student, logits alone"),
+    "student": ("#1f6fb4", "student, distilled"),
 }
 STEP_LABELS = {
     "fused": "all parts fused",
@@ -23,56 +17,33 @@ STEP_LABELS = {
     "hidden": "eager hidden loss",
     "plain": "nothing fused",
 }
+_PAIR = "eval_hidden_cosine_"  # and the layers of student and teacher
 
 
 def plot_curves(report: dict[str, Any], path: Path) -> None:
     """Held-out perplexity, KL to the teacher and training loss over steps; one line per run.
 
-    Of an encoder held-out hidden loss, cosine to the teacher of each pair of layers, and training
-    loss. With `compare.parts` also bars: time and memory of a step without each fused part.
+    Where there are no logits held-out hidden loss, cosine to the teacher of each pair of layers,
+    and training loss. With `compare.parts` also bars: time and memory of a step without each fused
+    part.
 
     Args:
         report: what `report.json` holds.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if report["config"]["kind"] == "encoder":
-        _plot_encoder(report, path)
-        return
-    loss = report["config"]["loss"]
-    divergence = loss["divergence"] if loss["temperature"] == 1.0 else "softened"
-    is_kl = divergence == "forward_kl"
-
-    def start(run: dict[str, Any]) -> dict[str, Any]:
-        # the student at start was measured in KL, whatever training minimises
-        return {k: v for k, v in run["start"].items() if is_kl or k != "eval_kd"}
-
-    distance = "KL" if is_kl else f"{divergence} divergence"
-    parts = report.get("parts")
-    columns = 5 if parts else 3
+    panels, parts = _panels(report), report.get("parts")
+    columns = len(panels) + (2 if parts else 0)
     figure = Figure(figsize=(5 * columns, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns)
-    panels = (
-        ("eval_perplexity", "held-out perplexity", True),
-        ("eval_kd", f"held-out {distance} to the teacher [nats/token]", True),
-        ("loss", "training loss, as minimised [nats/token]", False),
-    )
-    for axis, (key, title, logarithmic) in zip(axes[:3], panels, strict=True):
-        for run in report["runs"]:
-            for role in ("ce_only", "logit_kd", "student"):
-                if role in run:
-                    history = [{"step": 0, **start(run)}, *run[role]["history"]]
-                    _line(axis, history, key, role, first=run is report["runs"][0])
+    for axis, (key, title, logarithmic, from_start) in zip(axes, panels, strict=False):
+        for number, run in enumerate(report["runs"]):
+            start = run["start"] if from_start else {}
+            _lines(axis, {**run, "start": start}, key, labelled=number == 0)
         if key == "eval_perplexity":
-            axis.axhline(
-                report["teacher"]["eval_perplexity"],
-                color=_COLOURS["teacher"],
-                linestyle="--",
-                label=_LABELS["teacher"],
-            )
+            colour, label = _LINES["teacher"]
+            axis.axhline(report["teacher"][key], color=colour, linestyle="--", label=label)
         drawn = (value for line in axis.lines for value in line.get_ydata())
         if logarithmic and any(value > 0 for value in drawn):
             axis.set_yscale("log")
@@ -83,72 +54,61 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
     if parts:
-        _bars(axes[3], parts, "step_ms", "forward and backward [ms]")
-        _bars(axes[4], parts, "peak_mib", "peak memory of a step [MiB]", labelled=False)
+        _bars(axes[-2], parts, "step_ms", "forward and backward [ms]")
+        _bars(axes[-1], parts, "peak_mib", "peak memory of a step [MiB]", labelled=False)
     figure.savefig(path, dpi=120, format="png")
 
 
-def _plot_encoder(report: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    prefix = "eval_hidden_cosine_"
-    for run in report["runs"]:
-        first = run is report["runs"][0]
-        history = [{"step": 0, **run["start"]}, *run["student"]["history"]]
-        _line(axes[0], history, "eval_hidden_loss", "student", first=first)
-        keys = [key for key in run["start"] if key.startswith(prefix)]
-        for index, key in enumerate(keys):
-            student, teacher = key.removeprefix(prefix).split("_")
-            label = f"student {student}, teacher {teacher}" if first else None
-            points = _points(history, key)
-            axes[1].plot(
-                *zip(*points, strict=True), color=f"C{index % 10}", label=label, marker="."
-            )
-        _line(axes[2], history, "loss", "student", first=first)
-    axes[0].set_yscale("log")
-    _plain_ticks(axes[0])
-    titles = (
-        "held-out loss of hidden states",
-        "held-out cosine of hidden states, by layer",
-        "training loss, as minimised",
-    )
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, loc="left")
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3, which="both")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _points(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+def _panels(report: dict[str, Any]) -> list[tuple[str, str, bool, bool]]:
+    """Key of what is drawn, title, whether on a logarithmic axis and from before training on."""
+    if "eval_perplexity" not in report["teacher"]:
+        return [
+            ("eval_hidden_loss", "held-out loss of hidden states", True, True),
+            (_PAIR, "held-out cosine of hidden states, by layer", False, True),
+            ("loss", "training loss, as minimised", False, True),
+        ]
+    loss = report["config"]["loss"]
+    divergence = loss["divergence"] if loss["temperature"] == 1.0 else "softened"
+    is_kl = divergence == "forward_kl"  # as start is measured, whatever training minimises
+    distance = "KL" if is_kl else f"{divergence} divergence"
     return [
-        (entry["step"], entry[key])
-        for entry in history
-        if entry.get(key) is not None and math.isfinite(entry[key])
+        ("eval_perplexity", "held-out perplexity", True, True),
+        ("eval_kd", f"held-out {distance} to the teacher [nats/token]", True, is_kl),
+        ("loss", "training loss, as minimised [nats/token]", False, True),
     ]
 
 
-def _line(axis, history: list[dict[str, Any]], key: str, role: str, *, first: bool) -> None:
-    points = _points(history, key)
+def _lines(axis, run: dict[str, Any], key: str, *, labelled: bool) -> None:
+    """A line for each role of a run, or for each pair of layers."""
+    if key == _PAIR:
+        pairs = [name for name in run["start"] if name.startswith(_PAIR)]
+        for index, name in enumerate(pairs):
+            student, teacher = name.removeprefix(_PAIR).split("_")
+            label = f"student {student}, teacher {teacher}" if labelled else None
+            _line(axis, run, "student", name, f"C{index % 10}", label)
+        return
+    for role in ("ce_only", "logit_kd", "student"):
+        if role in run:
+            colour, label = _LINES[role]
+            _line(axis, run, role, key, colour, label if labelled else None)
+
+
+def _line(axis, run: dict[str, Any], role: str, key: str, colour: str, label: str | None) -> None:
+    points = [
+        (entry["step"], entry[key])
+        for entry in ({"step": 0, **run["start"]}, *run[role]["history"])
+        if entry.get(key) is not None and math.isfinite(entry[key])
+    ]
     if points:
-        axis.plot(
-            *zip(*points, strict=True),
-            color=_COLOURS[role],
-            label=_LABELS[role] if first else None,
-            alpha=0.9,
-            marker="." if len(points) < 30 else None,
-        )
+        marker = "." if len(points) < 30 else None
+        axis.plot(*zip(*points, strict=True), color=colour, label=label, alpha=0.9, marker=marker)
 
 
 def _bars(axis, parts: dict[str, Any], key: str, title: str, *, labelled: bool = True) -> None:
     names = [name for name in STEP_LABELS if name in parts["steps"]]
     values = [parts["steps"][name][key] for name in names]
-    colours = [_COLOURS["student"], *[_COLOURS["teacher"]] * (len(names) - 1)]
+    (fused, _), (other, _) = _LINES["student"], _LINES["teacher"]
+    colours = [fused, *[other] * (len(names) - 1)]
     bars = axis.barh(range(len(names)), values, color=colours)
     axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(names)), [STEP_LABELS[n] for n in names] if labelled else [])

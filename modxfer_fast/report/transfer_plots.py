@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from modxfer_fast.report.transfer_table import Group, MethodResult
+from modxfer_fast.report.transfer_table import Group
 
 _SCRATCH_COLOUR = "#d1702c"
 _TEACHER_COLOUR = "#555555"
@@ -48,7 +48,8 @@ def plot_learning(groups: Sequence[Group], scratch: str, metric: str, path: Path
     figure, panels = _panels([3.2] * len(groups))
     for axis, group in zip(panels, groups, strict=True):
         others = [m for m in group.methods if m.method != scratch and m.curve]
-        named = sorted(others, key=_area, reverse=True)[:5]
+        area = lambda method: statistics.fmean(value for _, value in method.curve)
+        named = sorted(others, key=area, reverse=True)[:5]
         for method in others:
             if method not in named:
                 axis.plot(*zip(*method.curve, strict=True), color="#bbbbbb", linewidth=0.8)
@@ -67,20 +68,14 @@ def plot_learning(groups: Sequence[Group], scratch: str, metric: str, path: Path
     figure.savefig(path, dpi=120, format="png")
 
 
-def _area(method: MethodResult) -> float:
-    return statistics.fmean(value for _, value in method.curve)
-
-
 def _panels(heights: Sequence[float]):
     """A figure with a panel of at least each height in inches, in rows of four or three."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = 4 if len(heights) % 4 == 0 else 3
     columns = min(columns, len(heights)) or 1
     rows = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)] or [1.0]
     figure = Figure(figsize=(5.2 * columns, sum(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).flat)
     for unused in panels[len(heights) :]:
         unused.set_visible(False)

@@ -3,7 +3,8 @@
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ METRIC_NAMES = {"f1": "entity F1", "accuracy": "accuracy"}
 RESULTS = "results.csv"
 CURVES = "curves.csv"
 CHECKPOINTS = "checkpoints.csv"
+_HEADS = (
+    "method | test | validation before training | gap recovered "
+    "| steps to scratch's last | repeats above scratch | update kept"
+)
 _NUMBERS = ("teacher", "initial", "score", "seconds")
 
 
@@ -42,17 +47,8 @@ class CellResult:
     checkpoints: tuple["Checkpoint", ...] = ()
     kept: float | None = None
 
-    def after(self, step: int) -> "CellResult | None":
-        """What the cell would have found with this step as its last, None where nobody looked."""
-        for checkpoint in self.checkpoints:
-            if checkpoint.step == step:
-                curve = tuple(point for point in self.curve if point[0] <= step)
-                return replace(self, score=checkpoint.test, curve=curve)
-        return None
-
     @property
     def validation(self) -> float:
-        """The last validation score."""
         return self.curve[-1][1] if self.curve else self.initial
 
 
@@ -65,9 +61,7 @@ class Checkpoint(NamedTuple):
 
 
 def write_results(cells: Sequence[CellResult], folder: Path) -> None:
-    """Writes `results.csv`, a line per cell, and `curves.csv`, a line per evaluation; with
-    checkpoints `checkpoints.csv`, too.
-    """
+    """A line per cell, and per evaluation; where there are checkpoints a file of those, too."""
     axes = list(cells[0].labels) if cells else []
     lines = [[*axes, *_NUMBERS, "kept"]]
     curves: list[list[Any]] = [[*axes, "step", "validation"]]
@@ -86,34 +80,28 @@ def write_results(cells: Sequence[CellResult], folder: Path) -> None:
 
 def read_results(folder: Path) -> list[CellResult]:
     """The cells that `write_results` wrote."""
-    curves: dict[tuple, list[tuple[int, float]]] = {}
-    with open(folder / CURVES, encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            step, value = int(line.pop("step")), float(line.pop("validation"))
-            curves.setdefault(tuple(line.items()), []).append((step, value))
-    checkpoints: dict[tuple, list[Checkpoint]] = {}
-    if (folder / CHECKPOINTS).is_file():
-        with open(folder / CHECKPOINTS, encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file):
-                scores = [float(line.pop(name)) for name in Checkpoint._fields]
-                checkpoint = Checkpoint(int(scores[0]), *scores[1:])
-                checkpoints.setdefault(tuple(line.items()), []).append(checkpoint)
+    curves: defaultdict[tuple, list[tuple[int, float]]] = defaultdict(list)
+    for line in _lines(folder / CURVES):
+        step, value = int(line.pop("step")), float(line.pop("validation"))
+        curves[tuple(line.items())].append((step, value))
+    checkpoints: defaultdict[tuple, list[Checkpoint]] = defaultdict(list)
+    for line in _lines(folder / CHECKPOINTS) if (folder / CHECKPOINTS).is_file() else ():
+        at, validation, test = (float(line.pop(name)) for name in Checkpoint._fields)
+        checkpoints[tuple(line.items())].append(Checkpoint(int(at), validation, test))
     cells = []
-    with open(folder / RESULTS, encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            numbers = {name: float(line.pop(name)) for name in _NUMBERS}
-            kept = line.pop("kept", "")
-            key = tuple(line.items())
-            cells.append(
-                CellResult(
-                    line,
-                    **numbers,
-                    curve=tuple(curves.get(key, ())),
-                    checkpoints=tuple(checkpoints.get(key, ())),
-                    kept=float(kept) if kept else None,
-                )
-            )
+    for line in _lines(folder / RESULTS):
+        numbers = {name: float(line.pop(name)) for name in _NUMBERS}
+        kept = line.pop("kept", "")
+        key = tuple(line.items())
+        curve, points = tuple(curves[key]), tuple(checkpoints[key])
+        share = float(kept) if kept else None
+        cells.append(CellResult(line, **numbers, curve=curve, checkpoints=points, kept=share))
     return cells
+
+
+def _lines(file: Path) -> Iterator[dict[str, str]]:
+    with open(file, encoding="utf-8", newline="") as opened:
+        yield from csv.DictReader(opened)
 
 
 def _csv(lines: Iterable[Sequence]) -> str:
@@ -191,13 +179,7 @@ def group_results(
         choose: axis of which every method has the label with the best mean validation score, over
             the repeats that all its labels have.
     """
-    groups: dict[tuple, dict[str, dict[tuple, CellResult]]] = {}
-    apart = {"method", *repeats, choose}
-    for cell in _chosen(cells, repeats, choose):
-        rest = tuple((a, v) for a, v in cell.labels.items() if a not in apart)
-        methods = groups.setdefault(rest, {})
-        repeat = tuple(cell.labels[axis] for axis in repeats)
-        methods.setdefault(cell.labels["method"], {})[repeat] = cell
+    groups = _nested(_chosen(cells, repeats, choose), "method", repeats, choose)
     return [
         Group(
             dict(rest),
@@ -211,19 +193,27 @@ def group_results(
     ]
 
 
+def _nested(
+    cells: Iterable[CellResult], axis: str, repeats: Sequence[str], apart: str | None = None
+) -> dict[tuple, dict[str, dict[tuple, CellResult]]]:
+    """{labels of the other axes, without `apart`: {label of `axis`: {labels of repeats: cell}}}."""
+    groups: dict[tuple, dict[str, dict[tuple, CellResult]]] = {}
+    for cell in cells:
+        left_out = {axis, *repeats, apart}
+        rest = tuple((a, label) for a, label in cell.labels.items() if a not in left_out)
+        repeat = tuple(cell.labels[a] for a in repeats)
+        groups.setdefault(rest, {}).setdefault(cell.labels[axis], {})[repeat] = cell
+    return groups
+
+
 def _chosen(
     cells: Sequence[CellResult], repeats: Sequence[str], choose: str | None
 ) -> list[CellResult]:
     """Of every method of a group, the cells with the best label of the axis `choose`."""
     if choose is None:
         return list(cells)
-    arms: dict[tuple, dict[str, dict[tuple, CellResult]]] = {}
-    for cell in cells:
-        arm = tuple((a, v) for a, v in cell.labels.items() if a not in (*repeats, choose))
-        repeat = tuple(cell.labels[axis] for axis in repeats)
-        arms.setdefault(arm, {}).setdefault(cell.labels[choose], {})[repeat] = cell
     kept: list[CellResult] = []
-    for labels in arms.values():
+    for labels in _nested(cells, choose, repeats).values():
         shared = set.intersection(*(set(by_repeat) for by_repeat in labels.values()))
         if shared:
             best = max(
@@ -276,9 +266,13 @@ def steps_of(cells: Sequence[CellResult]) -> list[int]:
 
 
 def after_step(cells: Sequence[CellResult], step: int) -> list[CellResult]:
-    """The cells as they were after a step, those that have a checkpoint there."""
-    found = (cell.after(step) for cell in cells)
-    return [cell for cell in found if cell is not None]
+    """The cells as with this step as their last, those that have a checkpoint there."""
+    return [
+        replace(cell, score=point.test, curve=tuple(p for p in cell.curve if p[0] <= step))
+        for cell in cells
+        for point in cell.checkpoints
+        if point.step == step
+    ]
 
 
 def markdown_by_steps(by_step: Mapping[int, Sequence[Group]]) -> str:
@@ -287,22 +281,22 @@ def markdown_by_steps(by_step: Mapping[int, Sequence[Group]]) -> str:
     Args:
         by_step: what `group_results` made of the cells as they were after that step.
     """
-    titles = dict.fromkeys(group.title for groups in by_step.values() for group in groups)
-    parts = []
-    for title in titles:
-        found = {
-            step: next((group for group in groups if group.title == title), None)
-            for step, groups in by_step.items()
-        }
-        there = [group for group in found.values() if group is not None]
-        parts.append(f"### {title}: teacher {there[-1].teacher:.3f}\n")
-        parts.append("| method | " + " | ".join(f"{step} steps" for step in found) + " |")
-        parts.append("|---" * (len(found) + 1) + "|")
-        for name in dict.fromkeys(method.method for group in there for method in group.methods):
-            scores = [_score_of(group, name) for group in found.values()]
-            parts.append("| " + " | ".join([name, *scores]) + " |")
-        parts.append("")
-    return "\n".join(parts)
+    tables = []
+    for title in dict.fromkeys(group.title for groups in by_step.values() for group in groups):
+        found = [next((g for g in groups if g.title == title), None) for groups in by_step.values()]
+        there = [group for group in found if group is not None]
+        names = dict.fromkeys(method.method for group in there for method in group.methods)
+        rows = [["method", *(f"{step} steps" for step in by_step)]]
+        rows += [[name, *(_score_of(group, name) for group in found)] for name in names]
+        tables.append(_table(title, there[-1].teacher, rows))
+    return "\n".join(tables)
+
+
+def _table(title: str, teacher: float, rows: Sequence[Sequence[str]]) -> str:
+    """A heading and its table in Markdown; the first row has the names of the columns."""
+    heads, *lines = ("| " + " | ".join(row) + " |" for row in rows)
+    rule = "|---" * len(rows[0]) + "|"
+    return "\n".join([f"### {title}: teacher {teacher:.3f}\n", heads, rule, *lines, ""])
 
 
 def _score_of(group: Group | None, name: str) -> str:
@@ -322,27 +316,24 @@ def markdown(groups: Sequence[Group], scratch: str) -> str:
     """A table per group: score, before training, gap recovered, steps, repeats above scratch, and
     how much of the teacher's updates the maps keep.
     """
-    parts = []
+    tables = []
     for group in groups:
-        parts.append(f"### {group.title}: teacher {group.teacher:.3f}\n")
-        parts.append(
-            "| method | test | validation before training | gap recovered "
-            "| steps to scratch's last | repeats above scratch | update kept |\n" + "|---" * 7 + "|"
-        )
         best = max(group.methods, key=lambda method: method.mean)
+        rows: list[Sequence[str]] = [_HEADS.split(" | ")]
         for method in group.methods:
-            is_scratch = method.method == scratch
-            columns = (
-                f"**{method.method}**" if method is best else method.method,
-                f"{_score(method)} ({len(method.scores)})",
-                f"{statistics.fmean(method.initials):.3f}",
-                "" if is_scratch or method.gap_recovered is None else f"{method.gap_recovered:.0%}",
-                "–" if method.steps_to_scratch is None else f"{method.steps_to_scratch:.0f}",
-                ""
-                if is_scratch or not method.paired
-                else f"{method.above_scratch}/{method.paired}",
-                "" if method.kept is None else f"{method.kept:.0%}",
+            compared = method.method != scratch
+            gap, steps, kept = method.gap_recovered, method.steps_to_scratch, method.kept
+            above = f"{method.above_scratch}/{method.paired}"
+            rows.append(
+                (
+                    f"**{method.method}**" if method is best else method.method,
+                    f"{_score(method)} ({len(method.scores)})",
+                    f"{statistics.fmean(method.initials):.3f}",
+                    f"{gap:.0%}" if compared and gap is not None else "",
+                    "–" if steps is None else f"{steps:.0f}",
+                    above if compared and method.paired else "",
+                    "" if kept is None else f"{kept:.0%}",
+                )
             )
-            parts.append("| " + " | ".join(columns) + " |")
-        parts.append("")
-    return "\n".join(parts)
+        tables.append(_table(group.title, group.teacher, rows))
+    return "\n".join(tables)

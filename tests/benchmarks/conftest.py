@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modxfer_fast.jobs.bench.load import load_benchmarks
+from modxfer_fast.jobs.bench import load_benchmarks
 
 load_benchmarks()
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks import bench_linear_kd_loss, harness, peers, results, rooms
 from modxfer_fast.cli.main import main
 from modxfer_fast.files import FileLock
-from modxfer_fast.jobs.bench.load import load_benchmarks
+from modxfer_fast.jobs.bench import load_benchmarks
 from modxfer_fast.kernels.common import instruction_sets
 from modxfer_fast.measure import roofline
 

@@ -24,7 +24,7 @@ from benchmarks.harness import check
 from benchmarks.inputs import DELTA, LOGIT_STD, linear_inputs
 from benchmarks.rooms import Case
 from benchmarks.shapes import Shape
-from modxfer_fast.jobs.bench.load import load_benchmarks
+from modxfer_fast.jobs.bench import load_benchmarks
 from modxfer_fast.kernels import dispatch
 
 SHAPE = Shape(N=24, D_s=16, D_t=40, V=300)

@@ -11,13 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
+from modxfer_fast import transfer as package
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 from modxfer_fast.config.grid import load_transfer
 from modxfer_fast.engine import NonFiniteError
 from modxfer_fast.jobs import job as jobs_job
 from modxfer_fast.jobs.task import models as task_models
 from modxfer_fast.jobs.task import stages as task_stages
-from modxfer_fast.jobs.transfer import builds as transfer_builds
 from modxfer_fast.jobs.transfer.job import TransferJob
 from modxfer_fast.report import JobConsole
 from modxfer_fast.report.transfer_table import read_results
@@ -116,8 +116,8 @@ def test_stages_run_once_and_can_be_asked_for_alone(write, monkeypatch, capsys):
     calls = []
     for module, name in (
         (task_stages, "train_task"),
-        (transfer_builds, "collect_statistics"),
-        (transfer_builds, "fit_maps"),
+        (package, "collect_statistics"),
+        (package, "fit_maps"),
     ):
         original = getattr(module, name)
 

@@ -5,12 +5,7 @@ import torch
 from huggingface_hub import HfApi
 
 from modxfer_fast.config import ConfigError, LossSection
-from modxfer_fast.jobs.distill.arguments import (
-    check_training,
-    evaluation_args,
-    facts_of_training,
-    training_args,
-)
+from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, training_args
 
 
 def test_training_and_loss_arrive(tmp_path):
@@ -86,14 +81,3 @@ def test_a_hub_that_cannot_be_used_is_told_before_anything_is_loaded(monkeypatch
 
 def test_pretraining_has_its_own_seed():
     check_training({"seed": 3}, "teacher.pretrain", pretrain=True)
-
-
-def test_a_deepspeed_file_is_told_by_what_is_in_it(tmp_path):
-    files = [tmp_path / name for name in ("one.json", "other.json")]
-    for file in files:
-        file.write_text('{"zero_optimization": {"stage": 2}}')
-    one, other = (facts_of_training({"max_steps": 3, "deepspeed": str(file)}) for file in files)
-    assert one == other
-    files[0].write_text('{"zero_optimization": {"stage": 3}}')
-    assert facts_of_training({"max_steps": 3, "deepspeed": str(files[0])}) != other
-    assert facts_of_training({"max_steps": 3}) == {"max_steps": 3}

@@ -8,7 +8,6 @@ from modxfer_fast.config import ModelSection, StudentSection
 from modxfer_fast.data import train_tokenizer
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.distill.models import model_stage
-from modxfer_fast.jobs.stage import Live
 from modxfer_fast.report import JobConsole
 from tests.cli.conftest import TINY
 
@@ -18,7 +17,7 @@ SIZES = TINY["student"]["config"]
 @pytest.fixture(scope="module")
 def material():
     tokenizer = train_tokenizer(["import return def class while"] * 4, 300)
-    return Material(JobConsole(is_main=False), None, tokenizer, None, True, "causal_lm", "rows")
+    return Material(JobConsole(is_main=False), None, tokenizer, None, "causal_lm", "rows")
 
 
 def fingerprint(material, section=StudentSection, seed=0, **fields):
@@ -57,6 +56,7 @@ def test_pretrained_weights_depend_on_rows_arguments_and_processes(pretrain, mat
 def test_pretraining_with_its_defaults_is_pretraining(material):
     section = ModelSection(config=SIZES, pretrain={})
     stage = model_stage(section, "teacher", material, seed=0)
-    assert isinstance(stage.options.pretrain, Live)
+    assert stage.options.pretrain == {}
+    assert stage.options.material is material
     assert stage.resumable
     assert stage.on_all_ranks

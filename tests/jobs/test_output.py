@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.config.model import CheckpointSection
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import damaged_files, seal
 from modxfer_fast.jobs.distill.models import ModelSource
@@ -349,10 +350,11 @@ def test_a_run_of_other_models_is_refused_and_stays(tmp_path):
 
 def test_a_model_is_told_by_what_made_it_or_what_is_in_it(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    before = ModelSource(str(tmp_path)).identity
+    section = CheckpointSection()
+    before = ModelSource(str(tmp_path), section).identity
     (tmp_path / "config.json").write_text('{"more": 1}')
-    assert ModelSource(str(tmp_path)).identity != before
-    made = [ModelSource(path, fingerprint="made") for path in ("here", "there")]
+    assert ModelSource(str(tmp_path), section).identity != before
+    made = [ModelSource(path, section, fingerprint="made") for path in ("here", "there")]
     assert made[0].identity == made[1].identity
 
 

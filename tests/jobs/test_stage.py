@@ -4,15 +4,20 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from modxfer_fast.config import TokenizerSection
+from modxfer_fast import models
+from modxfer_fast.config import ModelSection, TokenizerSection
 from modxfer_fast.config.model import PretrainedSection
+from modxfer_fast.config.transfer import RefineSection
+from modxfer_fast.jobs.distill.models import ModelSource
 from modxfer_fast.jobs.stage import Live, OutsideFolder, Stage, facts_of, fingerprint
 from modxfer_fast.jobs.task.models import TaskModel
+from modxfer_fast.jobs.task.stages import TrainingOptions
 from modxfer_fast.jobs.transfer.builds import Texts
 
 
@@ -112,6 +117,48 @@ def test_sections_are_their_fields():
 def test_a_secret_is_no_fact():
     training = {"max_steps": 3, "hub_token": "hf_secret"}
     assert facts_of(Options(more=training)) == {"text": "a", "more": {"max_steps": 3}}
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config", "accelerator_config"])
+def test_a_json_file_of_training_is_told_by_what_is_in_it(key, tmp_path):
+    def facts(given):
+        refine = RefineSection(training={"max_steps": 3, key: given})
+        return facts_of(Options(more={"of": refine, "training": {key: given}}))
+
+    files = [tmp_path / name for name in ("one.json", "other.json")]
+    for file in files:
+        file.write_text('{"zero_optimization": {"stage": 2}}')
+    one, other = (facts(str(file)) for file in files)
+    assert one == other == facts({"zero_optimization": {"stage": 2}})
+    assert one == facts('{"zero_optimization": {"stage": 2}}')
+    files[0].write_text('{"zero_optimization": {"stage": 3}}')
+    assert facts(str(files[0])) != other
+
+
+def test_a_training_of_a_task_is_told_by_what_is_in_its_deepspeed_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    model = TaskModel(PretrainedSection(path=str(tmp_path)), "ner", ("a",), 0, torch.device("cpu"))
+    file = tmp_path / "zero.json"
+
+    def stage(content):
+        file.write_text(content)
+        options = TrainingOptions(model, Live(None, "examples"), {"deepspeed": str(file)})
+        return Stage("teacher", nothing, options)
+
+    assert stage('{"a": 1}').fingerprint == stage('{"a":1}').fingerprint
+    assert stage('{"a": 1}').fingerprint != stage('{"a": 2}').fingerprint
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit(monkeypatch):
+    def facts(commit, **fields):
+        config = SimpleNamespace(_commit_hash=commit)
+        monkeypatch.setattr(models, "load_model_config", lambda path, section: config)
+        section = ModelSection(path="someone/model", **fields)
+        return facts_of(ModelSource(section.path, section))
+
+    assert facts("abc") == {"hub": "someone/model", "commit": "abc"}
+    assert facts("abc") != facts("def")
+    assert facts(None, revision="v1") == {"hub": "someone/model", "commit": "v1"}
 
 
 def test_a_path_says_not_what_is_there(tmp_path):

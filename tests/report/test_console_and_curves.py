@@ -25,7 +25,7 @@ def test_phases_and_numbers_without_a_terminal(capsys):
     console = JobConsole(is_main=True)
     with console.phase("Teacher"):
         run_callback(console)
-    console.table("Results", ["model", "perplexity"], [["teacher", "12.3"]])
+    console.table("Results", [("model", ""), ("perplexity", ".1f")], [["teacher", 12.34]])
     out = capsys.readouterr().out
     assert "Teacher" in out
     assert "step 2/4  loss 1.25  kd 0.5  tokens/s 12,346" in out
@@ -39,7 +39,7 @@ def test_other_processes_are_silent(capsys):
     with console.phase("Teacher"):
         console.say("hello")
         run_callback(console)
-    console.table("Results", ["model"], [["teacher"]])
+    console.table("Results", [("model", "")], [["teacher"]])
     assert capsys.readouterr().out == ""
 
 

@@ -4,10 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers.integrations import integration_utils
 
 from modxfer_fast.config import ConfigError, LossSection, check_fields
 from modxfer_fast.config.errors import nearest
@@ -15,12 +12,11 @@ from modxfer_fast.config.fields import built
 from modxfer_fast.engine import DistillConfig, deepspeed
 from modxfer_fast.engine.tasks.trainer import FOR_EVALUATION
 
-_LOSS_FIELDS = tuple(name for name in LossSection.model_fields if name != "impl")
 _OWNED = {
     "output_dir": "output_dir",
     "seed": "seeds",
     "kind": "kind",
-    **dict.fromkeys((*_LOSS_FIELDS, "loss_impl"), "the loss section"),
+    **dict.fromkeys((*LossSection.model_fields, "loss_impl"), "the loss section"),
 }
 _SHARDING = ("deepspeed", "zero_stage")
 
@@ -56,12 +52,11 @@ def _check_deepspeed(section: dict[str, Any], where: str) -> None:
 
 
 def _check_loggers(names: list[str], where: str) -> None:
+    known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(
-                f"{where}: unknown logger {name!r}{nearest(name, INTEGRATION_TO_CALLBACK)}"
-            )
-        if name not in get_available_reporting_integrations():
+        if name not in known:
+            raise ConfigError(f"{where}: unknown logger {name!r}{nearest(name, known)}")
+        if name not in integration_utils.get_available_reporting_integrations():
             raise ConfigError(f"{where}: {name} is not installed; pip install {name}")
 
 
@@ -70,12 +65,6 @@ def _check_hub(token: str | None, where: str) -> None:
         HfApi().whoami(token=token)
     except Exception as error:  # refused, unreachable, or no token: each library has its own class
         raise ConfigError(f"{where}: the hub cannot be used ({error})") from error
-
-
-def facts_of_training(section: dict[str, Any]) -> dict[str, Any]:
-    """What tells a section from others: of a DeepSpeed file what is in it, not where it is."""
-    given = section.get("deepspeed")
-    return section if given is None else {**section, "deepspeed": deepspeed.load_config(given)}
 
 
 def training_args(
@@ -87,10 +76,11 @@ def training_args(
     seed: int,
     kind: str = "causal_lm",
 ) -> DistillConfig:
-    """The arguments of one training run."""
     quiet = {"report_to": "none", "disable_tqdm": True, "seed": seed}
-    fields = {**quiet, **section, **_loss_fields(loss)}
-    return built(DistillConfig, where, **fields, output_dir=str(output_dir), kind=kind)
+    of_loss = loss.model_dump()
+    of_loss["loss_impl"] = of_loss.pop("impl")
+    fields = {**quiet, **section, **of_loss, "output_dir": str(output_dir), "kind": kind}
+    return built(DistillConfig, where, **fields)
 
 
 def evaluation_args(
@@ -106,19 +96,4 @@ def evaluation_args(
     seed: that fresh projections start from, as in the training run of that seed.
     """
     kept = {key: section[key] for key in FOR_EVALUATION if key in section}
-    return built(
-        DistillConfig,
-        "training",
-        **kept,
-        **_loss_fields(loss),
-        report_to="none",
-        disable_tqdm=True,
-        output_dir=str(output_dir),
-        seed=seed,
-        kind=kind,
-    )
-
-
-def _loss_fields(loss: LossSection) -> dict[str, Any]:
-    fields = loss.model_dump()
-    return {**{name: fields[name] for name in _LOSS_FIELDS}, "loss_impl": loss.impl}
+    return training_args(kept, "training", output_dir, loss, seed=seed, kind=kind)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,17 @@ from modxfer_fast.data import Documents, build_rows, load_documents, tokenizer_d
 from modxfer_fast.engine import DistillModule, Teacher
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
-from modxfer_fast.jobs.distill.evaluation import Evaluation
-from modxfer_fast.jobs.distill.loss_timing import time_losses
-from modxfer_fast.jobs.distill.material import Material
+from modxfer_fast.jobs.distill.material import Evaluation, Material
 from modxfer_fast.jobs.distill.models import (
     ModelSource,
+    check_configs,
     model_stage,
-    planned_configs,
     prepare_tokenizer,
 )
-from modxfer_fast.jobs.distill.part_timing import time_parts
-from modxfer_fast.jobs.distill.runs import MODEL, read_result, roles, run_stage
-from modxfer_fast.jobs.distill.student import Student
+from modxfer_fast.jobs.distill.runs import MODEL, Student, read_result, roles, run_stage
 from modxfer_fast.jobs.distill.summary import print_summary, summarise
-from modxfer_fast.jobs.environment import quieten_libraries
-from modxfer_fast.jobs.job import Job
+from modxfer_fast.jobs.distill.timing import Timer, time_losses, time_parts
+from modxfer_fast.jobs.job import Job, quieten_libraries
 from modxfer_fast.jobs.output import REPORT_FILE, OutputStore, WorkFolder, link_tree
 from modxfer_fast.jobs.ranks import end_with_launcher, is_main, on_main
 from modxfer_fast.jobs.stage import Live, Stage, fingerprint
@@ -65,16 +61,10 @@ class DistillJob(Job):
             check_peft(config.student.peft, "student.peft")
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
-        """Run the job.
+        """As of every job, but a part of this one is of no use alone: `until` names no stage.
 
-        Args:
-            until: no stage; a part of this job is of no use alone.
-            resume: go on with an interrupted run of the same configuration, or with a finished one
-                to more steps; a finished one is left as it is, and where nothing is the job starts.
-        Returns:
-            What `report.json` holds.
-        Raises:
-            UserError: anything in the configuration that cannot work.
+        With `resume` it goes on with an interrupted run of the same configuration, or with a
+        finished one to more steps; a finished one is left as it is, and where nothing is it starts.
         """
         if until is not None:
             raise ConfigError(f"{self.command}: expected no stage to stop after, got {until}")
@@ -115,11 +105,8 @@ class DistillJob(Job):
         on_main(lambda: self.folder.check_data(material.digest))
         with console.phase("Teacher"):
             teacher, teacher_facts = self._prepare_teacher()
-        runs, students = [], []
-        for seed in config.seeds:
-            student, run = self._run_seed(seed, teacher)
-            students.append(student)
-            runs.append(run)
+        seeds = (self._run_seed(seed, teacher) for seed in config.seeds)
+        (first, *_), runs = zip(*seeds, strict=True)
         report = {
             "data": {
                 "documents": len(self.documents.train),
@@ -129,14 +116,16 @@ class DistillJob(Job):
                 "vocab_size": len(material.tokenizer),
             },
             "teacher": teacher_facts,
-            "runs": runs,
+            "runs": list(runs),
         }
         if config.compare.loss_rows is not None:
             with console.phase("Loss: fused against dense"):
-                report["loss"] = self._time_loss(students[0], teacher.value)
+                report["loss"] = self._timed(time_losses, first, teacher.value)
         if config.compare.parts:
             with console.phase("Parts: each fused one against its plain counterpart"):
-                report["parts"] = self._time_parts(students[0], teacher.value)
+                plain = first.load(fuse_lora=False) if first.section.fuses_lora else None
+                measure = partial(time_parts, plain_student=plain)
+                report["parts"] = self._timed(measure, first, teacher.value)
         report["summary"] = summarise(config, report)
         report["phases"] = console.phase_seconds
         return report
@@ -159,7 +148,7 @@ class DistillJob(Job):
     def material(self) -> Material:
         config, documents, say = self.config, self.documents, self.console.say
         tokenizer = prepare_tokenizer(config, documents)
-        planned_configs(config, tokenizer)  # a mistake is told before the teacher trains
+        check_configs(config, tokenizer)  # a mistake is told before the teacher trains
         rows = build_rows(documents, config.data, tokenizer, config.kind)
         say(
             f"{len(documents.train)} documents, {rows.train_tokens:,} tokens; held out "
@@ -168,17 +157,9 @@ class DistillJob(Job):
         )
         for note in rows.notes:
             say(note)
-        digest = fingerprint(
-            {
-                "documents": documents.digest(),
-                "data": config.data.model_dump(),
-                "tokenizer": tokenizer_digest(tokenizer),
-            }
-        )
-        packed = config.data.packing
-        return Material(
-            self.console, self.folder.path, tokenizer, rows, packed, config.kind, digest
-        )
+        facts = {"documents": documents.digest(), "data": config.data.model_dump()}
+        digest = fingerprint({**facts, "tokenizer": tokenizer_digest(tokenizer)})
+        return Material(self.console, self.folder.path, tokenizer, rows, config.kind, digest)
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -192,10 +173,7 @@ class DistillJob(Job):
         config, num_tokens = self.config, len(self.material.tokenizer)
         source = ModelSource.of(config.teacher, self._teacher_stage(), self.store, self.console)
         model = load_model(source.path, config.teacher, config.kind)
-        check_finite(model, "teacher")
-        if config.data.packing:
-            check_packing(model.to(self.evaluation.args().device), "teacher")
-        check_rows_fit(model, self.material.tokenizer, config.data.max_length, "teacher")
+        self._check_model(model, "teacher")
         # without logits there are no figures without a student
         metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
         facts = {
@@ -211,6 +189,13 @@ class DistillJob(Job):
             + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
         return Live(Teacher(model, kind=config.kind, num_tokens=num_tokens), source), facts
+
+    def _check_model(self, model: PreTrainedModel, role: str) -> None:
+        data = self.config.data
+        check_finite(model, role)
+        check_rows_fit(model, self.material.tokenizer, data.max_length, role)
+        if data.packing:
+            check_packing(model.to(self.evaluation.args().device), role)
 
     # ---- the runs of a seed ----
 
@@ -228,7 +213,7 @@ class DistillJob(Job):
 
     def _start(self, seed: int, teacher: Teacher) -> tuple[Student, dict[str, Any]]:
         """The student before training; its weights, its size, its distance from the teacher."""
-        config, tokenizer = self.config, self.material.tokenizer
+        config = self.config
         stage = model_stage(
             config.student,
             "student",
@@ -244,13 +229,10 @@ class DistillJob(Job):
             self._keep_base(source.path, seed)
         student = Student(config.student, config.kind, seed, source, base)
         model = student.load(tell=self.console.say)
-        check_finite(model, "student")
-        check_rows_fit(model, tokenizer, config.data.max_length, "student")
+        self._check_model(model, "student")
         if source.from_teacher is not None:
             self.console.say(_taken(source.from_teacher))
         self._check_features(model, teacher)
-        if config.data.packing:
-            check_packing(model.to(self.evaluation.args().device), "student")
         return student, {
             "path": source.path,
             "from_cache": source.cached,
@@ -280,44 +262,25 @@ class DistillJob(Job):
 
     # ---- what a step costs ----
 
-    def _time_loss(self, student: Student, teacher: Teacher) -> dict[str, Any]:
-        return time_losses(
-            student.load(), teacher, self._timed_batch(), self.config.loss, **self._timing_options()
-        )
-
-    def _time_parts(self, student: Student, teacher: Teacher) -> dict[str, Any]:
-        return time_parts(
-            student.load(),
-            student.load(fuse_lora=False) if student.section.fuses_lora else None,
-            teacher,
-            self._timed_batch(),
-            self.config.loss,
-            **self._timing_options(),
-        )
-
-    def _timed_batch(self) -> dict[str, Any]:
-        rows = self.material.rows.train
-        number = self.config.compare.loss_rows or _TIMED_ROWS
-        return self.material.collator([rows[i % len(rows)] for i in range(number)])
-
-    def _timing_options(self) -> dict[str, Any]:
-        args = self.evaluation.args()
-        return {
-            "repeats": self.config.compare.loss_repeats,
-            "device": args.device,
-            "autocast": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        }
+    def _timed(
+        self, measure: Callable[..., dict[str, Any]], student: Student, teacher: Teacher
+    ) -> dict[str, Any]:
+        compare, rows, args = self.config.compare, self.material.rows, self.evaluation.args()
+        number = compare.loss_rows or _TIMED_ROWS
+        batch = rows.collator([rows.train[i % len(rows.train)] for i in range(number)])
+        batch = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        timer = Timer(compare.loss_repeats, args.device, autocast)
+        teacher.to(args.device)
+        return measure(student.load(), teacher, batch, self.config.loss, timer)
 
 
 def _figures(run: dict[str, Any]) -> str:
-    if "eval_perplexity" not in run:
-        return (
-            f"held-out hidden loss {run['eval_hidden_loss']:.4g}, cosine to the teacher "
-            f"{run['eval_hidden_cosine']:.4f}"
-        )
-    return (
-        f"held-out perplexity {run['eval_perplexity']:.2f}, KL to the teacher {run['eval_kd']:.4f}"
-    )
+    if "eval_perplexity" in run:
+        perplexity, kd = run["eval_perplexity"], run["eval_kd"]
+        return f"held-out perplexity {perplexity:.2f}, KL to the teacher {kd:.4f}"
+    loss, cosine = run["eval_hidden_loss"], run["eval_hidden_cosine"]
+    return f"held-out hidden loss {loss:.4g}, cosine to the teacher {cosine:.4f}"
 
 
 def _taken(weights: dict[str, Any]) -> str:

@@ -1,27 +1,29 @@
-"""What every phase of a job shares, and the trainer it makes from it."""
+"""What every phase of a job shares, the trainer it makes from it, and how it measures models."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from modxfer_fast.data import CausalCollator, EncoderCollator, Rows
-from modxfer_fast.engine import (
-    DistillConfig,
-    DistillTrainer,
-    Teacher,
-    last_complete_checkpoint,
-)
-from modxfer_fast.jobs.ranks import from_main, is_main
+from modxfer_fast import engine
+from modxfer_fast.config import LossSection
+from modxfer_fast.data import Rows
+from modxfer_fast.engine.students import student_of_kind
+from modxfer_fast.jobs.distill.arguments import evaluation_args
+from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.report import ConsoleCallback, JobConsole
+
+CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
+# Held-out figures of causal language models always mean this, whatever a run minimises.
+_MEASURED = LossSection(divergence="forward_kl", temperature=1.0, kd_weight=1.0, ce_weight=1.0)
 
 
 @dataclass(frozen=True)
 class Material:
     """Console, folder of the unfinished output, tokenizer and rows.
 
-    packed: whether a row may hold several documents.
     kind: of the models, "causal_lm" or "encoder".
     digest: identifies the training documents and how they became rows.
     """
@@ -30,34 +32,34 @@ class Material:
     work: Path
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
-    packed: bool
     kind: str
     digest: str
 
     @property
-    def collator(self) -> CausalCollator | EncoderCollator:
-        if self.kind == "encoder":
-            return EncoderCollator(self.tokenizer.pad_token_id)
-        return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed)
+    def identity(self) -> str:
+        return self.digest
 
     def trainer(
-        self, model: PreTrainedModel, args: DistillConfig, teacher: Teacher | None = None
-    ) -> DistillTrainer:
+        self,
+        model: PreTrainedModel,
+        args: engine.DistillConfig,
+        teacher: engine.Teacher | None = None,
+    ) -> engine.DistillTrainer:
         """A trainer on the rows that reports to the console."""
-        trainer = DistillTrainer(
+        trainer = engine.DistillTrainer(
             model=model,
             args=args,
             teacher=teacher,
             train_dataset=self.rows.train,
             eval_dataset=self.rows.held_out,
-            data_collator=self.collator,
+            data_collator=self.rows.collator,
             processing_class=self.tokenizer,
             callbacks=[ConsoleCallback(self.console)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def train(self, trainer: DistillTrainer) -> float:
+    def train(self, trainer: engine.DistillTrainer) -> float:
         """Train from the newest whole checkpoint of the trainer's folder, where there is one.
 
         Returns:
@@ -65,9 +67,57 @@ class Material:
         Raises:
             Terminated: SIGTERM came, and a checkpoint is written.
         """
-        last = None
-        if is_main():
-            last = last_complete_checkpoint(trainer.args.output_dir, self.console.say)
+        folder, say = trainer.args.output_dir, self.console.say
+        last = on_main(lambda: engine.last_complete_checkpoint(folder, say))
         with checkpoint_on_sigterm(trainer):
-            output = trainer.train(resume_from_checkpoint=from_main(last))
+            output = trainer.train(resume_from_checkpoint=last)
         return output.metrics["train_runtime"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out rows, and how a job computes on them.
+
+    Attributes:
+        training, loss: sections of the job; an encoder is measured by the losses it is trained by.
+    """
+
+    material: Material
+    training: dict[str, Any]
+    loss: LossSection
+
+    @property
+    def has_logits(self) -> bool:
+        return student_of_kind(self.material.kind).has_logits
+
+    def args(self, loss: LossSection | None = None, seed: int = 0) -> engine.DistillConfig:
+        """Precision and batch size of training, unsharded; None for the loss that figures mean."""
+        meant = loss or (_MEASURED if self.has_logits else self.loss)
+        material = self.material
+        return evaluation_args(self.training, material.work, meant, seed=seed, kind=material.kind)
+
+    def figures(
+        self,
+        model: PreTrainedModel,
+        teacher: engine.Teacher | None,
+        *,
+        seed: int = 0,
+        projections: Path | None = None,
+    ) -> dict[str, float]:
+        """Held-out figures of a model.
+
+        Of a causal language model eval_perplexity and, with a teacher, eval_kd: KL(teacher ||
+        model) per token. Of an encoder eval_hidden_loss and the like.
+
+        Args:
+            seed: that projections start from. projections: folder of trained ones, for encoders.
+        """
+        args = self.args(CROSS_ENTROPY if teacher is None else None, seed)
+        trainer = self.material.trainer(model, args, teacher)
+        if projections is not None and not self.has_logits:
+            engine.load_projections(projections, trainer.model.features)
+        metrics = trainer.evaluate()
+        if self.has_logits:
+            return {key: metrics[key] for key in ("eval_perplexity", "eval_kd") if key in metrics}
+        inside = ("eval_hidden_", "eval_relation_")
+        return {key: value for key, value in metrics.items() if key.startswith(inside)}

@@ -1,46 +1,22 @@
 """Tokenizer and models of a job, made once and kept in the cache."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modxfer_fast.config import (
-    FromTeacherSection,
-    JobConfig,
-    LossSection,
-    ModelSection,
-    StudentSection,
-)
-from modxfer_fast.data import (
-    DataError,
-    Documents,
-    has_tokenizer,
-    load_tokenizer,
-    tokenizer_digest,
-    train_tokenizer,
-)
-from modxfer_fast.files import write_json
-from modxfer_fast.jobs.distill.arguments import facts_of_training, training_args
-from modxfer_fast.jobs.distill.material import Material
+from modxfer_fast import data, models
+from modxfer_fast.config import FromTeacherSection, JobConfig, ModelSection, StudentSection
+from modxfer_fast.config.model import CheckpointSection
+from modxfer_fast.files import read_json, write_json
+from modxfer_fast.jobs.distill.arguments import training_args
+from modxfer_fast.jobs.distill.material import CROSS_ENTROPY, Material
 from modxfer_fast.jobs.ranks import is_main, world_size
-from modxfer_fast.jobs.stage import Live, Stage, StageContext, folder_digest
+from modxfer_fast.jobs.stage import Live, Stage, StageContext, weights_of
 from modxfer_fast.jobs.store import Store
-from modxfer_fast.models import (
-    build_model,
-    check_config_fits,
-    check_same_tokenizer,
-    check_targets,
-    load_model_config,
-    make_config,
-    take_from_teacher,
-    weights_digest,
-)
 from modxfer_fast.report import JobConsole
 
-CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
 _RECORD = "modxfer_pretrain.json"
 _TAKEN = "modxfer_from_teacher.json"
 
@@ -54,18 +30,16 @@ class ModelSource:
     """
 
     path: str
+    section: CheckpointSection
     pretrain: dict[str, Any] | None = None
     from_teacher: dict[str, Any] | None = None
     cached: bool = False
     fingerprint: str | None = None  # of the stage that made it
 
     @property
-    def identity(self) -> str:
-        """The same wherever the model is; of one on the hub its name."""
-        if self.fingerprint is not None:
-            return self.fingerprint
-        folder = Path(self.path).expanduser()
-        return folder_digest(folder) if folder.is_dir() else self.path
+    def identity(self) -> str | dict[str, Any]:
+        """The same wherever the model is."""
+        return self.fingerprint or weights_of(self.path, self.section)
 
     @classmethod
     def of(
@@ -73,14 +47,16 @@ class ModelSource:
     ) -> "ModelSource":
         """Where the model of a section is, made if its stage was not run before."""
         if stage is None:
-            return cls(section.path)
+            assert section.path is not None  # else it would be built
+            return cls(section.path, section)
         cached = store.has(stage, console.say)
         folder = store.get(stage, console)
-        records = _read(folder / _RECORD), _read(folder / _TAKEN)
-        return cls(str(folder), *records, cached, stage.fingerprint)
+        files = (folder / name for name in (_RECORD, _TAKEN))
+        pretrain, taken = (read_json(file) if file.is_file() else None for file in files)
+        return cls(str(folder), section, pretrain, taken, cached, stage.fingerprint)
 
 
-def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(config: JobConfig, documents: data.Documents) -> PreTrainedTokenizerBase:
     """Train or load the tokenizer, and see that models loaded from a path came with the same one.
 
     Raises:
@@ -88,9 +64,9 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
     """
     section = config.tokenizer
     if section is not None and section.vocab_size is not None:
-        tokenizer = train_tokenizer(documents.texts(), section.vocab_size)
-    elif section is not None:
-        tokenizer = load_tokenizer(section.path, kind=config.kind)
+        tokenizer = data.train_tokenizer(documents.texts(), section.vocab_size)
+    elif section is not None and section.path is not None:
+        tokenizer = data.load_tokenizer(section.path, kind=config.kind)
     else:
         tokenizer = _tokenizer_of(config.teacher, config.kind)
     for role, model in (("teacher", config.teacher), ("student", config.student)):
@@ -98,29 +74,22 @@ def prepare_tokenizer(config: JobConfig, documents: Documents) -> PreTrainedToke
             continue
         try:
             theirs = _tokenizer_of(model, config.kind)
-        except DataError:
+        except data.DataError:
             folder = Path(model.path).expanduser()
-            if folder.is_dir() and not has_tokenizer(folder):  # weights alone: nothing to compare
-                continue
+            if folder.is_dir() and not data.has_tokenizer(folder):
+                continue  # weights alone: nothing to compare
             raise
-        check_same_tokenizer(tokenizer, theirs, role)
+        models.check_same_tokenizer(tokenizer, theirs, role)
     return tokenizer
 
 
 def _tokenizer_of(model: ModelSection, kind: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that came with a model."""
-    return load_tokenizer(
-        model.path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        kind=kind,
-    )
+    options = model.model_dump(include={"path", "revision", "trust_remote_code"})
+    return data.load_tokenizer(**options, kind=kind)
 
 
-def planned_configs(
-    config: JobConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, PreTrainedConfig]:
-    """The configurations of "teacher" and "student", before either has weights.
+def check_configs(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See the mistakes in both models' configurations before either has weights.
 
     Raises:
         ConfigError: unknown field. ModelError: nothing there, values that the architecture refuses,
@@ -129,22 +98,42 @@ def planned_configs(
     """
     planned: dict[str, PreTrainedConfig] = {}
     for role, section in (("teacher", config.teacher), ("student", config.student)):
-        if not section.is_built:
-            planned[role] = load_model_config(section.path, section)
-            continue
-        inherited = planned["teacher"] if section.inherits else None
-        planned[role] = make_config(
-            section.config if inherited is None else _student_fields(section, inherited),
-            tokenizer,
-            f"{role}.config",
-            kind=config.kind,
-            inherited=inherited,
-        )
-    for role, fields in planned.items():
-        check_config_fits(fields, tokenizer, config.data.max_length, role)
-    if config.student.peft is not None and not config.student.trust_remote_code:
-        check_targets(planned["student"], config.student.peft, "student.peft", kind=config.kind)
-    return planned
+        if section.path is not None:
+            planned[role] = models.load_model_config(section.path, section)
+        else:
+            above = planned.get("teacher")
+            planned[role] = _config_of(section, role, tokenizer, config.kind, above)
+        models.check_config_fits(planned[role], tokenizer, config.data.max_length, role)
+    peft, student = config.student.peft, planned["student"]
+    if peft is not None and not config.student.trust_remote_code:
+        models.check_targets(student, peft, "student.peft", kind=config.kind)
+
+
+def _config_of(
+    section: ModelSection,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    teacher: PreTrainedConfig | None,
+    vocab_size: int | None = None,
+) -> PreTrainedConfig:
+    """Of a model that is built here; one that takes from the teacher has as many blocks as that."""
+    fields, inherited = dict(section.config or {}), None
+    taken = section.from_teacher if isinstance(section, StudentSection) else None
+    if taken is not None and teacher is not None:
+        inherited = teacher
+        if taken.layers:
+            # DistilBERT has another name for it
+            name = teacher.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+            fields.setdefault(name, len(taken.layers))
+    return models.make_config(
+        fields,
+        tokenizer,
+        f"{role}.config",
+        vocab_size=vocab_size,
+        kind=kind,
+        inherited=inherited,
+    )
 
 
 def model_stage(
@@ -167,14 +156,14 @@ def model_stage(
     """
     if not section.is_built:
         return None
-    taken = section.from_teacher if section.inherits else None
-    config = make_config(
-        _student_fields(section, teacher.config) if taken is not None else section.config,
+    taken = section.from_teacher if isinstance(section, StudentSection) else None
+    config = _config_of(
+        section,
+        role,
         material.tokenizer,
-        f"{role}.config",
-        vocab_size=vocab_size,
-        kind=material.kind,
-        inherited=teacher.config if taken is not None else None,
+        material.kind,
+        None if teacher is None else teacher.config,
+        vocab_size,
     )
     pretrain = section.pretrain
     if pretrain is not None:
@@ -189,11 +178,11 @@ def model_stage(
             config=Live(config, config.to_dict()),
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
-            tokenizer=Live(material.tokenizer, tokenizer_digest(material.tokenizer)),
+            tokenizer=Live(material.tokenizer, data.tokenizer_digest(material.tokenizer)),
             from_teacher=taken,
-            teacher=None if taken is None else Live(teacher, weights_digest(teacher)),
-            pretrain=None if pretrain is None else Live(pretrain, facts_of_training(pretrain)),
-            material=None if pretrain is None else Live(material, material.digest),
+            teacher=None if taken is None else Live(teacher, models.weights_digest(teacher)),
+            pretrain=pretrain,
+            material=None if pretrain is None else material,
             processes=world_size() if pretrain is not None else 1,
         ),
         resumable=pretrain is not None,
@@ -223,8 +212,8 @@ class NewModel:
     tokenizer: Live
     from_teacher: FromTeacherSection | None
     teacher: Live | None
-    pretrain: Live | None
-    material: Live | None
+    pretrain: dict[str, Any] | None
+    material: Material | None
     processes: int
 
 
@@ -237,10 +226,10 @@ def _make_model(context: StageContext) -> None:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
     )
-    model = build_model(config, section, seed=options.seed, kind=options.kind)
+    model = models.build_model(config, section, seed=options.seed, kind=options.kind)
     records: dict[str, Any] = {}
     if options.from_teacher is not None:
-        weights = take_from_teacher(
+        weights = models.take_from_teacher(
             model,
             options.teacher.value,
             **options.from_teacher.model_dump(),
@@ -251,32 +240,17 @@ def _make_model(context: StageContext) -> None:
         model.save_pretrained(context.folder)
     else:
         args = training_args(
-            options.pretrain.value,
+            options.pretrain,
             f"{options.role}.pretrain",
             context.checkpoints,
             CROSS_ENTROPY,
             seed=options.seed,
         )
-        material = options.material.value
-        trainer = material.trainer(model, args)
-        seconds = material.train(trainer)
+        trainer = options.material.trainer(model, args)
+        seconds = options.material.train(trainer)
         records[_RECORD] = {"seconds": seconds, "history": trainer.state.log_history}
         trainer.save_model(str(context.folder))  # gathers from every process
     if is_main():
         tokenizer.save_pretrained(context.folder)
         for name, record in records.items():
             write_json(context.folder / name, record)
-
-
-def _student_fields(section: StudentSection, teacher: PreTrainedConfig) -> dict[str, Any]:
-    """The `config` block of a student that has as many blocks as it takes from the teacher."""
-    fields = dict(section.config or {})
-    if section.from_teacher.layers:
-        # DistilBERT has another name for it
-        name = teacher.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        fields.setdefault(name, len(section.from_teacher.layers))
-    return fields
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,20 +1,71 @@
-"""A training run as a stage: from the start weights to a saved student and its figures."""
+"""The student of a seed, and its training runs as stages: from its start to what they measure."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modxfer_fast.config import JobConfig, LossSection
+from transformers import PreTrainedModel
+
+from modxfer_fast.config import JobConfig, LossSection, StudentSection
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.distill.arguments import training_args
-from modxfer_fast.jobs.distill.evaluation import Evaluation
-from modxfer_fast.jobs.distill.student import Student
+from modxfer_fast.jobs.distill.material import Evaluation
+from modxfer_fast.jobs.distill.models import ModelSource
 from modxfer_fast.jobs.ranks import barrier, is_main
 from modxfer_fast.jobs.stage import Live, Stage, StageContext
+from modxfer_fast.models import apply_peft, load_adapter, load_model, patch_peft_model
 
 MODEL, RESULT = "model", "result.json"  # in the folder of the stage
+
+
+@dataclass(frozen=True)
+class Student:
+    """What every run of a seed starts from.
+
+    Attributes:
+        kind: "causal_lm" or "encoder".
+        source: of the weights.
+        base: where an adapter finds its base in the output, if that was made here. Absolute,
+            because PEFT takes another path as relative to the current folder.
+    """
+
+    section: StudentSection
+    kind: str
+    seed: int
+    source: ModelSource
+    base: Path | None
+
+    @property
+    def identity(self) -> list[Any]:
+        section = self.section
+        loaded = section.revision, section.dtype, section.attn_implementation
+        return [self.kind, self.seed, self.source, *loaded, section.peft, section.fuses_lora]
+
+    def load(
+        self, *, fuse_lora: bool = True, tell: Callable[[str], None] = lambda lines: None
+    ) -> PreTrainedModel:
+        """The start weights with fresh adapters.
+
+        Args:
+            fuse_lora: False for PEFT's own layers also where the section fuses them.
+            tell: is given a line for each kind of layer that is fused or is not, in one text.
+        """
+        model = load_model(self.source.path, self.section, self.kind)
+        if self.section.peft is not None:
+            model = apply_peft(model, self.section.peft, "student.peft", seed=self.seed)
+            if self.base is not None:
+                model.peft_config[model.active_adapter].base_model_name_or_path = str(self.base)
+        if self.section.fuses_lora and fuse_lora:
+            tell(str(patch_peft_model(model)))
+        return model
+
+    def load_trained(self, folder: Path) -> PreTrainedModel:
+        """What a run saved, as anyone would load it."""
+        if self.section.peft is None:
+            return load_model(str(folder), self.section, self.kind)
+        return load_adapter(load_model(self.source.path, self.section, self.kind), folder)
 
 
 @dataclass(frozen=True)
@@ -77,11 +128,12 @@ def _train(context: StageContext) -> None:
     barrier()  # the main process writes, every process reads it below
     history = trainer.state.log_history
     del trainer
+    last = {key: value for entry in history for key, value in entry.items()}
     result = {
         "seconds": seconds,
-        "tokens_per_s": _last(history, "tokens_per_s"),
-        "peak_mem_mib": _last(history, "peak_mem_mib"),
-        **_last_of_features(history),
+        **{key: last.get(key) for key in ("tokens_per_s", "peak_mem_mib")},
+        # the last held-out losses inside the networks: the saved student has no projections
+        **{key: last[key] for key in ("eval_hidden_loss", "eval_relation_loss") if key in last},
         **evaluation.figures(student.load_trained(model), teacher, projections=model),
         "history": history,
     }
@@ -95,13 +147,3 @@ def read_result(folder: Path) -> dict[str, Any]:
     keys = ("eval_perplexity", "eval_kd")
     infinite = {key: math.inf for key in keys if result.get(key, 0.0) is None}
     return {**result, **infinite}
-
-
-def _last(history: list[dict[str, Any]], key: str) -> float | None:
-    return next((entry[key] for entry in reversed(history) if key in entry), None)
-
-
-def _last_of_features(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The last held-out losses inside the networks; the saved student has no projections."""
-    last = {name: _last(history, name) for name in ("eval_hidden_loss", "eval_relation_loss")}
-    return {name: value for name, value in last.items() if value is not None}

@@ -7,18 +7,14 @@ from typing import Any
 from modxfer_fast.config import JobConfig, LossSection
 from modxfer_fast.report import STEP_LABELS, JobConsole
 
-# Of each kind of job: keys of the held-out figures, their columns and formats in the table.
-_FIGURES = {
-    "causal_lm": (
-        ("eval_perplexity", "perplexity", ".4g"),
-        ("eval_kd", "KL to teacher", ".3g"),
-    ),
-    "encoder": (
-        ("eval_hidden_loss", "hidden loss", ".4g"),
-        ("eval_hidden_cosine", "cosine to teacher", ".4f"),
-    ),
-}
-_INSIDE = ("eval_hidden_", "eval_relation_")
+# Keys of held-out figures, their columns and formats in the table, where a job has them.
+_OF_LOGITS = ("eval_perplexity", "eval_kd")
+_FIGURES = (
+    ("eval_perplexity", "perplexity", ".4g"),
+    ("eval_kd", "KL to teacher", ".3g"),
+    ("eval_hidden_loss", "hidden loss", ".4g"),
+    ("eval_hidden_cosine", "cosine to teacher", ".4f"),
+)
 _ROLES = {
     "start": "student at start",
     "ce_only": "student, CE alone",
@@ -28,19 +24,18 @@ _ROLES = {
 
 
 def summarise(config: JobConfig, report: dict[str, Any]) -> dict[str, Any]:
-    """Mean, least and most over the seeds of each figure of each role, of an encoder also by pair.
+    """Mean, least and most over the seeds of each figure of each role; without logits also by pair.
 
     With `compare.ce_only` also in how many seeds the distilled student has the lower perplexity;
     with `compare.parts` also what each part changes, on average over the seeds.
     """
-    runs, is_encoder = report["runs"], config.kind == "encoder"
-    summary: dict[str, Any] = {}
-    for role in _ROLES:
-        if role in runs[0]:
-            keys = [key for key, *_ in _FIGURES[config.kind]]
-            if is_encoder:  # and of each pair of layers
-                keys = [key for key in runs[0][role] if key.startswith(_INSIDE)]
-            summary[role] = {key: _spread([run[role][key] for run in runs]) for key in keys}
+    runs = report["runs"]
+    keys = [key for key in runs[0]["start"] if key.startswith("eval_")]
+    summary: dict[str, Any] = {
+        role: {key: _spread([run[role][key] for run in runs]) for key in keys}
+        for role in _ROLES
+        if role in runs[0]
+    }
     if "ce_only" in runs[0]:
         summary["distilled_below_ce_only"] = sum(
             run["student"]["eval_perplexity"] < run["ce_only"]["eval_perplexity"] for run in runs
@@ -81,25 +76,24 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> None:
-    """The closing tables."""
-    runs, summary = report["runs"], report["summary"]
-    figures = _FIGURES[report["config"]["kind"]]
-    rows = []
-    if report["config"]["kind"] != "encoder":
-        rows.append(["teacher", f"{report['teacher']['eval_perplexity']:.4g}", "", ""])
+    runs, summary, teacher = report["runs"], report["summary"], report["teacher"]
+    figures = [figure for figure in _FIGURES if figure[0] in summary["start"]]
+    rows: list[list[Any]] = []
+    if "eval_perplexity" in teacher:
+        rows.append(["teacher", teacher["eval_perplexity"], None, None])
     for role, label in _ROLES.items():
         if role in summary:
             cells = [_cell(summary[role][key], fmt) for key, _, fmt in figures]
-            rows.append([label, *cells, _tokens_per_s([run[role] for run in runs])])
+            speeds = [run[role]["tokens_per_s"] for run in runs if run[role].get("tokens_per_s")]
+            rows.append([label, *cells, statistics.median(speeds) if speeds else None])
     seeds = f"; {len(runs)} seeds, mean (least-most)" if len(runs) > 1 else ""
-    columns = ["model", *(name for _, name, _ in figures), "tokens/s"]
+    columns = [("model", ""), *((name, fmt) for _, name, fmt in figures), ("tokens/s", ",.0f")]
     console.table(f"Held-out text{seeds}", columns, rows)
-    if report["config"]["kind"] == "encoder":
-        _print_pairs(console, summary)
+    _print_pairs(console, summary["start"], summary["student"])
     if "loss" in report:
         _print_loss(console, report["loss"])
     if "parts" in report:
-        _print_quality(console, report)
+        _print_quality(console, summary["parts"])
         _print_cost(console, report["parts"])
     if "distilled_below_ce_only" in summary:
         console.say(
@@ -109,92 +103,73 @@ def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> 
     console.say(f"{report['seconds']:.0f} s; report, curves and students in {output}")
 
 
-def _print_pairs(console: JobConsole, summary: dict[str, Any]) -> None:
-    """Each pair of layers of an encoder, before and after training."""
-    start, end = summary["start"], summary["student"]
-    prefix = "eval_hidden_cosine_"
-    pairs = [key.removeprefix(prefix) for key in end if key.startswith(prefix)]
-    console.table(
-        "Hidden states of each pair of layers",
-        ["student, teacher layer", "loss before", "after", "cosine before", "after"],
+def _print_pairs(console: JobConsole, start: dict[str, Any], end: dict[str, Any]) -> None:
+    """Each pair of layers that hidden states were compared of, before and after training."""
+    loss, cosine = "eval_hidden_", "eval_hidden_cosine_"
+    pairs = [key.removeprefix(cosine) for key in end if key.startswith(cosine)]
+    rows = [
         [
-            [
-                pair.replace("_", ", "),
-                _cell(start[f"eval_hidden_{pair}"], ".4g"),
-                _cell(end[f"eval_hidden_{pair}"], ".4g"),
-                _cell(start[prefix + pair], ".4f"),
-                _cell(end[prefix + pair], ".4f"),
-            ]
-            for pair in pairs
-        ],
-    )
+            pair.replace("_", ", "),
+            *(_cell(figures[loss + pair], ".4g") for figures in (start, end)),
+            *(_cell(figures[cosine + pair], ".4f") for figures in (start, end)),
+        ]
+        for pair in pairs
+    ]
+    names = ("student, teacher layer", "loss before", "after", "cosine before", "after")
+    if pairs:
+        console.table("Hidden states of each pair of layers", [(name, "") for name in names], rows)
 
 
 def _print_loss(console: JobConsole, loss: dict[str, Any]) -> None:
+    figures = ("step_ms", "tokens_per_s", "peak_mib")
     console.table(
         f"Forward and backward of {loss['tokens']:,} tokens",
-        ["loss", "ms", "tokens/s", "peak MiB"],
+        [("loss", ""), ("ms", ".0f"), ("tokens/s", ",.0f"), ("peak MiB", ".0f")],
         [
-            [
-                label,
-                f"{loss[impl]['step_ms']:.0f}",
-                f"{loss[impl]['tokens_per_s']:,.0f}",
-                f"{loss[impl]['peak_mib']:.0f}",
-            ]
+            [label, *(loss[impl][figure] for figure in figures)]
             for impl, label in (("fused", f"fused ({loss['backend']})"), ("dense", "dense"))
         ],
     )
     head = loss["head"]
+    slow = head["trainable"]["loss_ms"]
     used = "trainable" if head["requires_grad"] else "frozen"
     console.table(
         f"Fused loss alone (the head of this student is {used})",
-        ["head", "matrix products", "ms", "times faster"],
+        [("head", ""), ("matrix products", "d"), ("ms", ".1f"), ("times faster", ".2f")],
         [
-            [
-                name,
-                str(head[name]["gemms"]),
-                f"{head[name]['loss_ms']:.1f}",
-                f"{head['trainable']['loss_ms'] / head[name]['loss_ms']:.2f}",
-            ]
+            [name, head[name]["gemms"], head[name]["loss_ms"], slow / head[name]["loss_ms"]]
             for name in ("trainable", "frozen")
         ],
     )
 
 
-def _print_quality(console: JobConsole, report: dict[str, Any]) -> None:
-    def change(entry: dict[str, Any], key: str, fmt: str) -> str:
-        return f"{entry[f'{key}_change']:{fmt}}" if f"{key}_change" in entry else ""
-
+def _print_quality(console: JobConsole, parts: list[dict[str, Any]]) -> None:
     console.table(
         "What each part changes: quality on held-out text",
-        ["trained with", "perplexity", "change", "KL to teacher", "change"],
         [
-            [
-                entry["part"],
-                f"{entry['eval_perplexity']:.4g}",
-                change(entry, "eval_perplexity", "+.3g"),
-                f"{entry['eval_kd']:.3g}",
-                change(entry, "eval_kd", "+.3g"),
-            ]
-            for entry in report["summary"]["parts"]
+            ("trained with", ""),
+            ("perplexity", ".4g"),
+            ("change", "+.3g"),
+            ("KL to teacher", ".3g"),
+            ("change", "+.3g"),
+        ],
+        [
+            [entry["part"], *(entry.get(key + of) for key in _OF_LOGITS for of in ("", "_change"))]
+            for entry in parts
         ],
     )
 
 
 def _print_cost(console: JobConsole, parts: dict[str, Any]) -> None:
-    fused = parts["steps"]["fused"]
+    steps = parts["steps"]
+    fused_ms = steps["fused"]["step_ms"]
+    there = [(label, steps[name]) for name, label in STEP_LABELS.items() if name in steps]
     console.table(
         f"What each part changes: forward and backward of {parts['tokens']:,} tokens",
-        ["step", "ms", "times slower", "peak MiB"],
+        [("step", ""), ("ms", ".0f"), ("times slower", ".2f"), ("peak MiB", ".0f")],
         [
-            [
-                label,
-                f"{parts['steps'][name]['step_ms']:.0f}",
-                f"{parts['steps'][name]['step_ms'] / fused['step_ms']:.2f}",
-                f"{parts['steps'][name]['peak_mib']:.0f}",
-            ]
-            for name, label in STEP_LABELS.items()
-            if name in parts["steps"]
+            [label, step["step_ms"], step["step_ms"] / fused_ms, step["peak_mib"]]
+            for label, step in there
         ],
     )
 
@@ -204,8 +179,3 @@ def _cell(spread: dict[str, float], fmt: str) -> str:
     if spread["min"] != spread["max"]:
         text += f" ({spread['min']:{fmt}}-{spread['max']:{fmt}})"
     return text
-
-
-def _tokens_per_s(runs: list[dict[str, Any]]) -> str:
-    speeds = [run["tokens_per_s"] for run in runs if run.get("tokens_per_s")]
-    return f"{statistics.median(speeds):,.0f}" if speeds else ""

@@ -17,17 +17,8 @@ from modxfer_fast.engine.tasks.trainer import evaluate_task
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.job import Job
 from modxfer_fast.jobs.stage import Stage, StageContext
+from modxfer_fast.jobs.task import stages
 from modxfer_fast.jobs.task.models import Examples, TaskModel, text_collator
-from modxfer_fast.jobs.task.stages import (
-    RESULT,
-    TrainingOptions,
-    check_teacher,
-    score_of,
-    split_steps,
-    start,
-    teacher_stage,
-    train_student,
-)
 from modxfer_fast.models import check_peft
 from modxfer_fast.report import METRIC_NAMES, ConsoleCallback
 
@@ -36,7 +27,7 @@ _TITLES = {CE_ONLY: "student, labels alone", DISTILLED: "student, distilled"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillingOptions(TrainingOptions):
+class DistillingOptions(stages.TrainingOptions):
     """As of training, with a teacher instead of labels."""
 
     teacher: TaskModel
@@ -51,8 +42,8 @@ class TaskDistillJob(Job):
 
     def check(self) -> None:
         config = self.config
-        check_teacher(config.teacher)
-        check_distillation(split_steps(config.training)[0], "training")
+        stages.check_teacher(config.teacher)
+        check_distillation(stages.split_steps(config.training)[0], "training")
         if config.student.peft is not None:
             check_peft(config.student.peft, "student.peft")
 
@@ -62,15 +53,17 @@ class TaskDistillJob(Job):
 
     @cached_property
     def teacher(self) -> Stage:
-        return teacher_stage(self.config.teacher, self.examples, self.config.training)
+        return stages.teacher_stage(self.config.teacher, self.examples, self.config.training)
 
     def student(self, name: str, seed: int) -> Stage:
         """A student that was trained on labels alone, or distilled, and its scores."""
         config, section, training = self.config, self.config.student, self.config.training
         model = TaskModel.for_task(section, self.examples, seed=seed, training=training)
-        options = TrainingOptions(model, self.examples, training, section.peft, section.fuses_lora)
+        options = stages.TrainingOptions(
+            model, self.examples, training, section.peft, section.fuses_lora
+        )
         if name == CE_ONLY:
-            return Stage("student", train_student, options)
+            return Stage("student", stages.train_student, options)
         teacher = self.teacher
         distilling = DistillingOptions(
             **vars(options), teacher=teacher.options.model, loss=config.loss
@@ -95,11 +88,11 @@ class TaskDistillJob(Job):
         for seed in seeds:
             for name in self._names:
                 folder = self.get(self.student(name, seed))
-                scores[name][seed] = read_json(folder / RESULT)["test"]
+                scores[name][seed] = read_json(folder / stages.RESULT)["test"]
         return {
             "task": self.examples.data.facts(),
             "metric": PRIMARY_METRIC[kind],
-            "teacher": score_of(self.get(self.teacher), kind),
+            "teacher": stages.score_of(self.get(self.teacher), kind),
             "students": scores,
         }
 
@@ -109,22 +102,23 @@ class TaskDistillJob(Job):
             shutil.copytree(str(trained), folder / f"seed-{seed}")
 
     def summarise(self, report: dict[str, Any], output: Path) -> None:
-        rows = [["teacher", f"{report['teacher']:.3f}", ""]]
+        rows = [["teacher", report["teacher"], None]]
         for name, scores in report["students"].items():
             values = [score[report["metric"]] for score in scores.values()]
-            deviation = f"{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            rows.append([_TITLES[name], f"{statistics.fmean(values):.3f}", deviation])
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            rows.append([_TITLES[name], statistics.fmean(values), deviation])
         seeds = ", ".join(map(str, self.config.seeds))
         title = f"{METRIC_NAMES[report['metric']]} on test, seeds {seeds}"
-        self.console.table(title, ["model", "mean", "deviation"], rows)
+        columns = [("model", ""), ("mean", ".3f"), ("deviation", ".3f")]
+        self.console.table(title, columns, rows)
         self.console.say(f"{report['seconds']:.0f} s; report and distilled students in {output}")
 
 
 def distil(context: StageContext) -> None:
     """Train the student on the answers of the teacher, and score it."""
     options, side, data = context.options, context.options.model, context.options.examples.data
-    training, _ = split_steps(options.training)
-    model = start(context, "student.peft")
+    training, _ = stages.split_steps(options.training)
+    model = stages.start(context, "student.peft")
     log = distil_task(
         model,
         options.teacher.load_trained(context.inputs["teacher"]),
@@ -141,6 +135,6 @@ def distil(context: StageContext) -> None:
         split: evaluate_task(model, side.tokenizer, data, split=split, args=training)
         for split in ("validation", "test")
     }
-    write_json(context.folder / RESULT, {**scores, "log": log})
+    write_json(context.folder / stages.RESULT, {**scores, "log": log})
     metric = PRIMARY_METRIC[side.kind]
     context.console.say(f"{metric} {scores['test'][metric]:.3f} on test")

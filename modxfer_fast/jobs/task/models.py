@@ -1,6 +1,5 @@
 """The models, tokenizers, examples and modules of jobs on a task, and what tells them apart."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,21 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modxfer_fast.config.model import PretrainedSection
 from modxfer_fast.config.task import TaskKind, TaskSection
 from modxfer_fast.data import tokenizer_digest
-from modxfer_fast.data.tasks import (
-    TaskData,
-    TaskTextCollator,
-    load_task,
-    load_task_tokenizer,
-)
-from modxfer_fast.files import write_json
-from modxfer_fast.jobs.stage import folder_digest
-from modxfer_fast.models import (
-    Architecture,
-    load_adapter,
-    load_model_config,
-    load_task_model,
-    task_skeleton,
-)
+from modxfer_fast.data.tasks import TaskData, TaskTextCollator, load_task, load_task_tokenizer
+from modxfer_fast.files import read_json, write_json
+from modxfer_fast.jobs.stage import weights_of
+from modxfer_fast.models import Architecture, load_adapter, load_task_model, task_skeleton
 from modxfer_fast.models.task import set_pad_token
 from modxfer_fast.transfer import TransferError
 from modxfer_fast.transfer.modules import load_config, same_model
@@ -107,20 +95,11 @@ class TaskModel:
         return _tokenizer(section.path, self.kind, section.revision, section.trust_remote_code)
 
     @cached_property
-    def weights(self) -> dict[str, str | None]:
-        """What tells their model: a digest of a folder's files, or the commit on the hub.
-
-        Raises:
-            ModelError: nothing there.
-        """
+    def weights(self) -> dict[str, Any]:
+        """What tells their model from others, and how it is loaded."""
         section = self.section
         options = {"dtype": section.dtype, "attention": section.attn_implementation}
-        path = Path(section.path).expanduser()
-        if path.is_dir():
-            return {"files": folder_digest(path), **options}
-        config = load_model_config(section.path, section)
-        commit = getattr(config, "_commit_hash", None) or section.revision
-        return {"hub": section.path, "commit": commit, **options}
+        return {**weights_of(section.path, section), **options}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -208,7 +187,7 @@ class TaskModel:
             )
         if not (adapter / TASK).is_file():
             return
-        task = json.loads((adapter / TASK).read_text(encoding="utf-8"))
+        task = read_json(adapter / TASK)
         if (task["kind"], task["labels"]) != (self.kind, list(self.labels)):
             raise TransferError(
                 f"adapter {adapter}: expected a module for {self.kind} with the labels "

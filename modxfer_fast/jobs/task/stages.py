@@ -15,7 +15,7 @@ from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.stage import OutsideFolder, Stage, StageContext
 from modxfer_fast.jobs.task.models import Examples, TaskModel
 from modxfer_fast.models import apply_peft, check_peft, load_model_config, patch_peft_model
-from modxfer_fast.report import ConsoleCallback, JobConsole
+from modxfer_fast.report import ConsoleCallback
 
 RESULT = "result.json"
 
@@ -120,14 +120,8 @@ def start(context: StageContext, where: str) -> PreTrainedModel:
         return model
     model = apply_peft(model, options.peft, where, seed=side.seed, task=side.kind)
     if options.fused_lora:
-        fuse_lora(model, context.console)
+        context.console.say(str(patch_peft_model(model)))
     return model
-
-
-def fuse_lora(model: PreTrainedModel, console: JobConsole) -> None:
-    """Run the LoRA layers of a model on the fused op, and say which."""
-    for line in str(patch_peft_model(model)).splitlines():
-        console.say(line)
 
 
 def train(

@@ -1,6 +1,5 @@
 """How the stages of a transfer are built: each function with the frozen options that it sees."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,30 +9,16 @@ from typing import TypeVar
 from datasets import Dataset
 from peft import PeftConfig, PeftType
 
+from modxfer_fast import transfer
 from modxfer_fast.config import as_dict
 from modxfer_fast.config.transfer import RefineSection, StatisticsSection
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
-from modxfer_fast.files import write_json
+from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.stage import OutsideFolder, StageContext, fingerprint
 from modxfer_fast.jobs.task.models import ADAPTER, TaskModel, text_collator
-from modxfer_fast.jobs.task.stages import TrainingOptions, fuse_lora, train
+from modxfer_fast.jobs.task.stages import TrainingOptions, train
+from modxfer_fast.models import patch_peft_model
 from modxfer_fast.report import ConsoleCallback, JobConsole
-from modxfer_fast.transfer import (
-    PROVENANCE,
-    LayerMap,
-    MapOptions,
-    Maps,
-    Pairing,
-    PeftModuleState,
-    Statistics,
-    collect_statistics,
-    fit_maps,
-    fresh_config,
-    fresh_module,
-    save_adapter,
-    transport,
-    verify,
-)
 from modxfer_fast.transfer.heads import rewrite_head
 from modxfer_fast.transfer.kept import warnings
 
@@ -83,12 +68,14 @@ def collect(context: StageContext) -> None:
     """Reads `teacher` where its module is active."""
     options, section, console = context.options, context.options.section, context.console
     teacher, student = options.teacher, options.student
-    pairing = Pairing(section.pairing, section.pooling, options.max_length, section.batch_size)
+    pairing = transfer.Pairing(
+        section.pairing, section.pooling, options.max_length, section.batch_size
+    )
     texts = options.texts.texts[: section.examples]
     batches = pairing.batches(texts, teacher.tokenizer, student.tokenizer)
     trained = context.inputs.get("teacher")
     with console.progress(len(batches)) as progress:
-        statistics = collect_statistics(
+        statistics = transfer.collect_statistics(
             teacher.load() if trained is None else teacher.load_trained(trained),
             student.load(),
             batches,
@@ -106,7 +93,8 @@ def collect(context: StageContext) -> None:
     statistics.save(context.folder, checksums=False)
 
 
-load_statistics = partial(Statistics.load, checksums=False)  # the store has compared the folder
+# the store has compared the folder
+load_statistics = partial(transfer.Statistics.load, checksums=False)
 
 
 # ---- maps: from the features of one model to those of the other
@@ -122,9 +110,9 @@ class FittingOptions:
     teacher: TaskModel
     student: TaskModel
     method: str
-    layer_map: LayerMap
+    layer_map: transfer.LayerMap
     spaces: tuple[str, ...]
-    options: MapOptions
+    options: transfer.MapOptions
     head: bool
     seed: int
     projections: OutsideFolder | None
@@ -139,7 +127,7 @@ def fit(context: StageContext) -> None:
         side.architecture if options.projections is None else side.load() for side in sides
     )
     with context.console.progress(None) as progress:
-        maps = fit_maps(
+        maps = transfer.fit_maps(
             _if_there(load_statistics, context.inputs.get("statistics")),
             options.layer_map,
             options.method,
@@ -155,7 +143,7 @@ def fit(context: StageContext) -> None:
     maps.save(context.folder, checksums=False)
 
 
-load_maps = partial(Maps.load, checksums=False)
+load_maps = partial(transfer.Maps.load, checksums=False)
 
 
 # ---- module: the student's before it is trained
@@ -167,7 +155,7 @@ class ModuleOptions:
 
     teacher: TaskModel
     student: TaskModel
-    layer_map: LayerMap
+    layer_map: transfer.LayerMap
     head: str
 
 
@@ -176,7 +164,7 @@ def move(context: StageContext) -> None:
     options, console, inputs = context.options, context.console, context.inputs
     layer_map, side = options.layer_map, options.student
     student = side.load()
-    module = transport(
+    module = transfer.transport(
         load_module(inputs["teacher"], options.teacher),
         load_maps(inputs["maps"]),
         layer_map,
@@ -199,7 +187,7 @@ def move(context: StageContext) -> None:
         },
         "seed": side.seed,
     }
-    save_adapter(module, student, context.folder / ADAPTER, provenance=provenance)
+    transfer.save_adapter(module, student, context.folder / ADAPTER, provenance=provenance)
     side.note_task(context.folder / ADAPTER)
     verify_module(side, context.folder, console)
 
@@ -211,8 +199,8 @@ def draw(context: StageContext) -> None:
     head = None
     if "head_maps" in context.inputs:
         head = rewrite_head(module, load_maps(context.inputs["head_maps"]), side.architecture)
-    config = fresh_config(module, side.skeleton, options.layer_map)
-    side.save(fresh_module(config, side.load(), seed=side.seed, head=head), context.folder)
+    config = transfer.fresh_config(module, side.skeleton, options.layer_map)
+    side.save(transfer.fresh_module(config, side.load(), seed=side.seed, head=head), context.folder)
     verify_module(side, context.folder, context.console)
 
 
@@ -220,14 +208,14 @@ def _if_there(load: Callable[[Path], Loaded], folder: Path | None) -> Loaded | N
     return None if folder is None else load(folder)
 
 
-def load_module(folder: Path, teacher: TaskModel) -> PeftModuleState:
+def load_module(folder: Path, teacher: TaskModel) -> transfer.PeftModuleState:
     """The module of a trained teacher; its model may have another path today."""
-    return PeftModuleState.from_folder(folder / ADAPTER, teacher.skeleton, any_base=True)
+    return transfer.PeftModuleState.from_folder(folder / ADAPTER, teacher.skeleton, any_base=True)
 
 
 def verify_module(student: TaskModel, folder: Path, console: JobConsole) -> None:
     """That the student loads all of the module in a stage's folder; says what it changes."""
-    report = verify(folder / ADAPTER, student.load(), any_base=True)
+    report = transfer.verify(folder / ADAPTER, student.load(), any_base=True)
     console.say(
         f"{len(report.loaded)} tensors, {report.parameters:,} parameters, all loaded; "
         f"they change the output by {report.change:.1%}"
@@ -243,7 +231,7 @@ class RefiningOptions:
     texts: Texts
     max_length: int
     section: RefineSection
-    outputs: LayerMap | None
+    outputs: transfer.LayerMap | None
 
 
 def refine(context: StageContext) -> None:
@@ -276,14 +264,14 @@ def refine(context: StageContext) -> None:
     )
     side.save(model, context.folder)
     verify_module(side, context.folder, context.console)
-    provenance = read_provenance(moved) or {}
-    write_json(context.folder / ADAPTER / PROVENANCE, {**provenance, "refine": as_dict(section)})
+    provenance = {**(read_provenance(moved) or {}), "refine": as_dict(section)}
+    write_json(context.folder / ADAPTER / transfer.PROVENANCE, provenance)
 
 
 def read_provenance(adapter: Path) -> dict | None:
     """Where a moved module comes from; None of a fresh one."""
-    file = adapter / PROVENANCE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    file = adapter / transfer.PROVENANCE
+    return read_json(file) if file.is_file() else None
 
 
 # ---- student
@@ -306,8 +294,8 @@ def train_student(context: StageContext) -> None:
     if options.fresh is None:
         model = side.load_with(context.inputs["module"] / ADAPTER, trainable=True)
     else:
-        model = fresh_module(options.fresh, side.load(), seed=side.seed)
+        model = transfer.fresh_module(options.fresh, side.load(), seed=side.seed)
     is_lora = model.active_peft_config.peft_type == PeftType.LORA
     if options.fused_lora or (options.fused_lora is None and is_lora):
-        fuse_lora(model, context.console)
+        context.console.say(str(patch_peft_model(model)))
     train(context, model, "student.training", test_steps=options.test_steps)

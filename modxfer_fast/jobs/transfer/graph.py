@@ -18,21 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from modxfer_fast import transfer
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.transfer import FRESH, TransferConfig, TransferSection
 from modxfer_fast.jobs.stage import OutsideFolder, Stage
 from modxfer_fast.jobs.task.models import Examples, TaskModel
 from modxfer_fast.jobs.task.stages import teacher_stage
 from modxfer_fast.jobs.transfer import builds
-from modxfer_fast.transfer import (
-    DATA_FREE_METHODS,
-    LayerMap,
-    MapOptions,
-    PeftModuleState,
-    fresh_config,
-    make_layer_map,
-    reference_options,
-)
 
 _SEEDED = ("shuffled", "random_matched")  # other maps depend on no seed, and so serve all of them
 
@@ -98,16 +90,15 @@ class TransferGraph:
         return {role: model.without_seed for role, model in self._both_models.items()}
 
     @cached_property
-    def module_state(self) -> PeftModuleState:
-        """The teacher's module."""
+    def module_state(self) -> transfer.PeftModuleState:
         return builds.load_module(self._get(self.teacher), self.teacher_model)
 
-    def _layer_map(self, kind: str, **options) -> LayerMap:
+    def _layer_map(self, kind: str, **options) -> transfer.LayerMap:
         sizes = (self.student_model.architecture, self.teacher_model.architecture)
-        return make_layer_map(kind, *(parts.num_layers for parts in sizes), **options)
+        return transfer.make_layer_map(kind, *(parts.num_layers for parts in sizes), **options)
 
     @cached_property
-    def layer_map(self) -> LayerMap:
+    def layer_map(self) -> transfer.LayerMap:
         """Which teacher layers a student layer takes the module of, or is as large as."""
         section = self.config.transfer
         if section is None or section.method == FRESH:
@@ -119,22 +110,22 @@ class TransferGraph:
         return self._layer_map(section.layers, layers=section.sources, cka=cka)
 
     @cached_property
-    def output_map(self) -> LayerMap:
+    def output_map(self) -> transfer.LayerMap:
         """Blocks whose outputs correspond: the last of every group."""
         return self._layer_map("skip_last")
 
     @property
-    def map_options(self) -> MapOptions:
+    def map_options(self) -> transfer.MapOptions:
         """Of the module's maps."""
         section = self.section
         if section.preset == "reference":
-            return reference_options(self.module_state.config.peft_type)
+            return transfer.reference_options(self.module_state.config.peft_type)
         fields: dict[str, Any] = section.model_dump(
             include={"scope", "head_aware", "scale", "write", "measured_at"}
         )
         if section.measured_at is None:
             del fields["measured_at"]
-        return MapOptions(**fields)
+        return transfer.MapOptions(**fields)
 
     @property
     def _head_is_apart(self) -> bool:
@@ -150,7 +141,6 @@ class TransferGraph:
 
     @cached_property
     def teacher(self) -> Stage:
-        """The teacher's module and its scores."""
         config = self.config
         return teacher_stage(config.teacher, self.examples, config.student.training)
 
@@ -159,7 +149,7 @@ class TransferGraph:
         """The moments of both models, None where nothing is fitted on them."""
         section = self.section
         methods = {section.method, section.map_of_head} - {FRESH, None}
-        needs_data = not methods <= set(DATA_FREE_METHODS)
+        needs_data = not methods <= set(transfer.DATA_FREE_METHODS)
         if not (needs_data or self._matches_outputs):
             return None
         layer_map = self.layer_map
@@ -212,22 +202,20 @@ class TransferGraph:
         return self._fit_outputs("ridge") if self._matches_outputs else None
 
     def _fit_outputs(self, method: str) -> Stage:
-        options = MapOptions().resolved(None)
+        options = transfer.MapOptions().resolved(None)
         return self._fit(method, options, self.output_map, ("layer_out",), head=False)
 
     def _fit(
         self,
         method: str,
-        options: MapOptions,
-        layer_map: LayerMap,
+        options: transfer.MapOptions,
+        layer_map: transfer.LayerMap,
         spaces: tuple[str, ...],
         head: bool,
     ) -> Stage:
-        student = self.config.student
-        projections = None
+        student, projections = self.config.student, None
         if method == "kd_projection":
-            folder = Path(student.projections or student.path).expanduser()
-            projections = OutsideFolder(folder)
+            projections = OutsideFolder(Path(student.projections or student.path).expanduser())
         fitting = builds.FittingOptions(
             **self._both_bodies,
             method=method,
@@ -238,7 +226,7 @@ class TransferGraph:
             seed=self.config.seed if method in _SEEDED else 0,
             projections=projections,
         )
-        return Stage("maps", builds.fit, fitting, _present(statistics=self.statistics))
+        return Stage("maps", builds.fit, fitting, {"statistics": self.statistics})
 
     @cached_property
     def module(self) -> Stage:
@@ -253,22 +241,23 @@ class TransferGraph:
             section=refine,
             outputs=self.output_map if self._matches_outputs else None,
         )
-        inputs = _present(
-            module=self._unrefined, teacher=self.teacher, output_maps=self.output_maps
-        )
+        inputs = {
+            "module": self._unrefined,
+            "teacher": self.teacher,
+            "output_maps": self.output_maps,
+        }
         return Stage("refined", builds.refine, options, inputs)
 
     @cached_property
     def _unrefined(self) -> Stage:
         section = self.section
-        options = builds.ModuleOptions(
-            **self._both_models, layer_map=self.layer_map, head=section.head
-        )
+        sides, layer_map = self._both_models, self.layer_map
+        options = builds.ModuleOptions(**sides, layer_map=layer_map, head=section.head)
         inputs = {"teacher": self.teacher, "head_maps": self.head_maps}
         if section.method == FRESH:
-            return Stage("module", builds.draw, options, _present(**inputs))
+            return Stage("module", builds.draw, options, inputs)
         inputs |= {"maps": self.maps, "statistics": self.statistics}
-        return Stage("module", builds.move, options, _present(**inputs))
+        return Stage("module", builds.move, options, inputs)
 
     @cached_property
     def student(self) -> Stage:
@@ -289,7 +278,7 @@ class TransferGraph:
         fresh = None
         if scratch:
             layer_map = self.layer_map  # first: it sees a student that is nowhere
-            fresh = fresh_config(self.module_state, self.student_model.skeleton, layer_map)
+            fresh = transfer.fresh_config(self.module_state, self.student_model.skeleton, layer_map)
         options = builds.StudentOptions(
             model=self.student_model,
             examples=self.examples,
@@ -300,7 +289,3 @@ class TransferGraph:
         )
         inputs = {} if scratch else {"module": self.module}
         return Stage("student", builds.train_student, options, inputs)
-
-
-def _present(**stages: Stage | None) -> dict[str, Stage]:
-    return {name: stage for name, stage in stages.items() if stage is not None}

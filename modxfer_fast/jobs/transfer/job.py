@@ -75,7 +75,6 @@ class TransferJob(Job):
 
     @property
     def teacher_score(self) -> float:
-        """The teacher's test score."""
         return score_of(self.get(self.graph.teacher), self.config.task.kind)
 
     @cached_property
@@ -152,19 +151,18 @@ class TransferJob(Job):
 
     def summarise(self, report: dict[str, Any], output: Path) -> None:
         (group,) = self._groups
-        rows = [["teacher", f"{report['teacher']:.3f}", "", "", ""]]
+        rows = [["teacher", report["teacher"], None, None, None]]
         for method in group.methods:
-            gap, steps = method.gap_recovered, method.steps_to_scratch
-            rows.append(
-                [
-                    f"student, {method.method}",
-                    f"{method.mean:.3f}",
-                    f"{method.initials[0]:.3f}",
-                    "" if gap is None or method.method == SCRATCH else f"{gap:.0%}",
-                    "–" if steps is None else f"{steps:.0f}",
-                ]
-            )
-        columns = ["model", "test", "validation before", "gap recovered", "steps to scratch's last"]
+            name, gap, steps = method.method, method.gap_recovered, method.steps_to_scratch
+            shown = ("" if name == SCRATCH else gap), ("–" if steps is None else steps)
+            rows.append([f"student, {name}", method.mean, method.initials[0], *shown])
+        columns = [
+            ("model", ""),
+            ("test", ".3f"),
+            ("validation before", ".3f"),
+            ("gap recovered", ".0%"),
+            ("steps to scratch's last", ".0f"),
+        ]
         title = f"{METRIC_NAMES[report['metric']]}, seed {self.config.seed}"
         self.console.table(title, columns, rows)
         seconds = report["seconds"]

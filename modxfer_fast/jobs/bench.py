@@ -1,30 +1,79 @@
-"""A sweep over the variants of a room: the roof of the machine, then a stage for each variant.
+"""`modxfer bench`: a sweep over the variants of a room, whose benchmarks are found in a checkout.
 
-A sweep measures: nothing is taken from a cache. Its stages stand beside the file that it writes,
-where an interrupted one is taken up only if a person asks for that, and are gone when it ends.
+The roof of the machine is a stage, and so is each variant. A sweep measures: nothing is taken from
+a cache. Its stages stand beside the file that it writes, where an interrupted one is taken up only
+if a person asks for that, and are gone when it ends.
 """
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 
+import modxfer_fast
 from modxfer_fast.errors import UserError
 from modxfer_fast.files import MARKER, FileLock, LockedError, read_json, write_json
-from modxfer_fast.jobs.bench.load import load_benchmarks, load_room
 from modxfer_fast.jobs.stage import Stage, StageContext
 from modxfer_fast.jobs.store import Store
+from modxfer_fast.kernels import env
 from modxfer_fast.measure import environment, roofline, timing
 
 _ROOF_STAGE = "roof"
 _ROOF, _ROWS = "roof.json", "rows.json"  # what stages leave
+
+
+def load_benchmarks() -> Callable[[str], ModuleType]:
+    """Importer of `benchmarks.<name>`.
+
+    The package is loaded from its folder: with the repository root on sys.path, our `kernels/`
+    would answer to the name of another library.
+
+    Raises:
+        UserError: neither the package nor the current folder is part of a checkout.
+    """
+    for root in (Path(modxfer_fast.__file__).resolve().parents[1], Path.cwd()):
+        folder = root / "benchmarks"
+        if "benchmarks" not in sys.modules and (folder / "harness.py").is_file():
+            spec = importlib.util.spec_from_file_location(
+                "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+            )
+            assert spec is not None  # of a file that is there
+            assert spec.loader is not None
+            sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules["benchmarks"])
+    if "benchmarks" not in sys.modules:
+        raise UserError(
+            "bench: the benchmarks are not part of the installed package; "
+            "run `modxfer bench` in a checkout of the repository"
+        )
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def load_room(name: str) -> ModuleType:
+    """The module `benchmarks/bench_<name>.py`.
+
+    Libraries are held to the instruction set of our kernels before they compute anything.
+
+    Raises:
+        UserError: there is none.
+    """
+    environment.hold_libraries(env.cpu_isa())
+    benchmarks = load_benchmarks()
+    known = benchmarks("rooms").names()
+    if name not in known:
+        raise UserError(f"room: expected one of {', '.join(known)}, got {name!r}")
+    return benchmarks(f"bench_{name}")
 
 
 def run_bench(
@@ -58,13 +107,19 @@ def run_bench(
     """
     benchmarks, room = load_benchmarks(), load_room(name).ROOM
     console, results = benchmarks("console"), benchmarks("results")
-    device = _device(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: torch sees no GPU here, got 'cuda'")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _user_errors():
         for variant in variants:
             room.check_variant(variant)
         given = {size: value for size, value in sizes.items() if value is not None}
         of_shape = dataclasses.replace(room.shape(shape or room.default_shape[device]), **given)
-    effort = _effort(seconds, timing.QUICK if quick else timing.Effort())
+    effort = timing.QUICK if quick else timing.Effort()
+    if seconds is not None:
+        if not seconds >= 0:
+            raise UserError(f"--seconds: expected a number of at least 0, got {seconds}")
+        effort = dataclasses.replace(effort, budget_s=seconds)
     described = environment.describe(device)
     same = {key: value for key, value in described.items() if key != "date"}
     machine = Machine(device, dtype or ("bfloat16" if device == "cuda" else "float32"), same)
@@ -196,20 +251,6 @@ def _sweep(file: Path | None, resume: bool) -> Iterator[Store]:
         shutil.rmtree(root)
     finally:
         lock.release()
-
-
-def _device(asked: str | None) -> str:
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: torch sees no GPU here, got 'cuda'")
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _effort(seconds: float | None, effort: timing.Effort) -> timing.Effort:
-    if seconds is None:
-        return effort
-    if not seconds >= 0:
-        raise UserError(f"--seconds: expected a number of at least 0, got {seconds}")
-    return dataclasses.replace(effort, budget_s=seconds)
 
 
 @contextlib.contextmanager
