@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "cpu", "cuda", "none")
@@ -110,19 +110,12 @@ FOLDERS = {
     "modxfer_fast.examples": "examples",
 }
 
-
-def _packages():
-    """Every package below the folders, under its import name."""
-    found = []
-    for name, top in FOLDERS.items():
-        for init in sorted((ROOT / top).rglob("__init__.py")):
-            parts = init.parent.relative_to(ROOT / top).parts
-            found.append(".".join((name, *parts)))
-    return found
-
-
 setup(
-    packages=_packages(),
+    packages=[
+        package
+        for name, top in FOLDERS.items()
+        for package in (name, *(f"{name}.{inner}" for inner in find_packages(str(ROOT / top))))
+    ],
     package_dir=FOLDERS,
     package_data={"modxfer_fast": ["py.typed"], "modxfer_fast.examples": ["**/*.yaml", "**/*.py"]},
     ext_modules=ext_modules,

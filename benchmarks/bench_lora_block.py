@@ -192,7 +192,7 @@ def _candidates(
 
 def _fuse(layer: nn.Module, backend: str) -> str:
     """Patches the layer; the reason why one of its linears is left to PEFT, or nothing."""
-    from modxfer_fast.models.fused_lora import patch_peft_model
+    from modxfer_fast import patch_peft_model
 
     with dispatch.use_backend(backend):
         report = patch_peft_model(layer)

@@ -6,15 +6,11 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from modxfer_fast.config import JobConfig
-from modxfer_fast.config.reference import sections
-from modxfer_fast.config.task_distill import TaskDistillConfig
-from modxfer_fast.config.transfer import TransferConfig
+from modxfer_fast.config.reference import JOBS, sections
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.env import VARIABLES
 
 ROOT = Path(__file__).parents[1]
-JOBS = {"distill": JobConfig, "task": TaskDistillConfig, "transfer": TransferConfig}
 
 
 def on_files(files, config, **_):

@@ -5,11 +5,19 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 COMMON = ["the", "a", "was", "seen", "near", "old", "house", "by", "one", "of", "many", "people"]
 CITIES = ["paris", "rome", "oslo", "lima"]
 FIRST, LAST = ["anna", "omar", "lucy", "ivan"], ["stone", "rivers", "field"]
+LABELS = ("no", "yes", "maybe")
 NER_LABELS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
@@ -99,6 +107,21 @@ def tiny_bert(tokenizer, *, seed: int = 0, num_layers: int = 2, hidden_size: int
                 initializer_range=0.1,
             ),
             add_pooling_layer=False,
+        )
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """A language model of one block."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=30,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
         )
 
 

@@ -17,18 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from modxfer_fast.config import JobConfig
-    from modxfer_fast.config.reference import sections
-    from modxfer_fast.config.section import Section
-    from modxfer_fast.config.task_distill import TaskDistillConfig
-    from modxfer_fast.config.transfer import TransferConfig
+    from modxfer_fast.config.reference import JOBS, sections
 
-    jobs: dict[str, type[Section]] = {
-        "distill": JobConfig,
-        "task": TaskDistillConfig,
-        "transfer": TransferConfig,
-    }
-    schema = jobs[args.job]
+    schema = JOBS[args.job]
     if args.json:
         print(json.dumps(schema.model_json_schema(), indent=2))
         return 0

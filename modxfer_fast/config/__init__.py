@@ -1,8 +1,7 @@
 """Job files: YAML -> `JobConfig`, strict, with errors that name the place."""
 
-from modxfer_fast.config.compare import CompareSection
 from modxfer_fast.config.data import DataSection
-from modxfer_fast.config.distill import JobConfig
+from modxfer_fast.config.distill import CompareSection, JobConfig
 from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.fields import check_fields, check_keys
 from modxfer_fast.config.loading import as_dict, dump_config, load_config

@@ -4,12 +4,27 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from modxfer_fast.config.compare import CompareSection
 from modxfer_fast.config.data import DataSection
 from modxfer_fast.config.loss import LossSection, check_encoder_loss
 from modxfer_fast.config.model import ModelSection, StudentSection, TokenizerSection
-from modxfer_fast.config.section import Section
-from modxfer_fast.config.training import Seeds, Training
+from modxfer_fast.config.section import PositiveInt, Section, Seeds, Training
+
+
+class CompareSection(Section):
+    """What to measure beside the distilled student.
+
+    ce_only: train the same student with cross entropy alone, from the same start, on the same
+        batches.
+    loss_rows: time fused and dense loss on one batch of that many rows; null leaves it out.
+    parts: what each part of the job gains. In quality: the same student with cross entropy alone,
+        then with the loss of the logits, then with everything. In cost: a step as it is, and with
+        each fused part replaced by its plain counterpart, on a batch of `loss_rows` rows or 32.
+    """
+
+    ce_only: bool = False
+    parts: bool = False
+    loss_rows: PositiveInt | None = None
+    loss_repeats: PositiveInt = 5
 
 
 class JobConfig(Section):

@@ -15,20 +15,13 @@ _NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
 def check_keys(
-    valid: Iterable[str],
-    values: Mapping[str, Any],
-    where: str,
-    owned: Mapping[str, str] = _NOTHING,
+    valid: Iterable[str], values: Iterable[str], where: str, owned: Mapping[str, str] = _NOTHING
 ) -> None:
-    """Raise when a key of `values` is not in `valid`.
+    """Raise a ConfigError that names the nearest valid one when a key is not in `valid`.
 
     Args:
-        valid: the keys that may be given.
-        values: the section.
         where: dotted path of the section, for messages.
         owned: keys that another place decides, and that place, e.g. {"seed": "seeds"}.
-    Raises:
-        ConfigError: names the key and the nearest valid one.
     """
     free = set(valid) - set(owned)
     for key in values:

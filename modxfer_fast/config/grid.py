@@ -31,9 +31,8 @@ def _written_out(value: Any) -> Any:
     }
 
 
-Overrides = dict[str, Any]
 Axes = Annotated[
-    dict[str, Annotated[dict[str, Overrides], Field(min_length=1)]],
+    dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]],
     BeforeValidator(_written_out),
 ]
 
@@ -135,10 +134,7 @@ class Grid:
 def load_transfer(path: str | Path, overrides: Sequence[str] = ()) -> TransferConfig | Grid:
     """Read a transfer job, or with a `grid` section all its cells.
 
-    Args:
-        path, overrides: as `load_config` takes them; overrides change the base of every cell.
-    Raises:
-        ConfigError: as `load_config` raises it, for a cell with its labels.
+    Arguments and errors as of `load_config`; overrides change the base of every cell.
     """
     raw = load_raw(path, overrides)
     section = raw.pop("grid", None)

@@ -11,6 +11,7 @@ import yaml
 
 from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.errors import ConfigError, nearest
+from modxfer_fast.config.section import section_of
 from modxfer_fast.files import without_secrets
 
 Job = TypeVar("Job", bound=pydantic.BaseModel)
@@ -35,14 +36,14 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen = {}
+    seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} is given twice", key_node.start_mark
             )
-        seen[key] = True
+        seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
@@ -62,11 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def load_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file with the overrides of `load_config` applied, unchecked.
-
-    Raises:
-        ConfigError: missing file, broken YAML, no mapping, or an override that cannot be applied.
-    """
+    """The mapping in a YAML file with the overrides of `load_config` applied, unchecked."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -87,12 +84,9 @@ def load_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def validate(raw: dict[str, Any], schema: type[Job], where: str) -> Job:
-    """`raw` as a job.
+    """`raw` as a job; a ConfigError has a line for each unknown key, wrong type or range.
 
-    Args:
-        where: of the job, for messages; "" where the keys say enough.
-    Raises:
-        ConfigError: unknown key, wrong type or range; one line each.
+    where: of the job, for messages; "" where the keys say enough.
     """
     try:
         return schema.model_validate(raw)
@@ -112,23 +106,17 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], dotted: str, value: Any, where: str) -> None:
-    """Put `value` at a dotted path of `raw`; sections that are missing or null appear.
-
-    Args:
-        where: what asks for it, for messages.
-    Raises:
-        ConfigError: something on the way is no section.
-    """
-    keys = dotted.split(".")
+    """Put `value` at a dotted path of `raw`; sections that are missing or null appear."""
+    *keys, last = dotted.split(".")
     target: Any = raw
-    for key in keys[:-1]:
+    for key in keys:
         section = target.get(key)
         if section is not None and not isinstance(section, dict):
             raise ConfigError(f"{where}: {key} is not a section")
         # a copy, because an anchor of the file may share the section with others
         target[key] = dict(section or {})
         target = target[key]
-    target[keys[-1]] = value
+    target[last] = value
 
 
 def _explain(error: pydantic.ValidationError, schema: type[Job]) -> list[str]:
@@ -149,14 +137,10 @@ def _explain(error: pydantic.ValidationError, schema: type[Job]) -> list[str]:
 
 def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
     """Valid keys of the section that holds the last element of `loc`."""
-    section: type[pydantic.BaseModel] = schema
+    section: type[pydantic.BaseModel] | None = schema
     for part in loc[:-1]:
-        annotation = section.model_fields[part].annotation
-        candidates = getattr(annotation, "__args__", (annotation,))
-        section = next(
-            c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel)
-        )
-    return list(section.model_fields)
+        section = section and section_of(section.model_fields[part].annotation)
+    return list(section.model_fields) if section else []
 
 
 def as_dict(config: pydantic.BaseModel) -> dict[str, Any]:

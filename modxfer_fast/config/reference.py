@@ -7,21 +7,28 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from modxfer_fast.config.section import OneOf
+from modxfer_fast.config.distill import JobConfig
+from modxfer_fast.config.section import OneOf, Section, section_of
+from modxfer_fast.config.task_distill import TaskDistillConfig
+from modxfer_fast.config.transfer import TransferConfig
+
+JOBS: dict[str, type[Section]] = {
+    "distill": JobConfig,
+    "task": TaskDistillConfig,
+    "transfer": TransferConfig,
+}
 
 
 def sections(
     schema: type[BaseModel], path: str = ""
 ) -> Iterator[tuple[str, type[BaseModel], list[tuple[str, str, str]]]]:
-    """Every section of a job, outermost first.
+    """Every section of a job, outermost first: (dotted path, class, [(key, type, default)]).
 
-    Yields:
-        (dotted path, class, [(key, type, default)]); the default is ", by default ..." or ",
-        required".
+    The default is ", by default ..." or ", required".
     """
     keys, inner = [], []
     for name, field in schema.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field.annotation)
         if section is not None:
             inner.append((f"{path}.{name}".removeprefix("."), section))
         kind = "section" if section is not None else _kind(field.rebuild_annotation())
@@ -29,12 +36,6 @@ def sections(
     yield path, schema, keys
     for inner_path, section in inner:
         yield from sections(section, inner_path)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, also an optional one."""
-    candidates = (annotation, *typing.get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _kind(annotation: Any) -> str:

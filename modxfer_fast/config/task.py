@@ -20,7 +20,8 @@ HUB_LANGUAGES = {
     ),
     "paws-x": ("de", "en", "es", "fr", "ja", "ko", "zh"),
 }
-_COLUMNS = {
+# What an example has: its inputs, then its labels.
+COLUMNS: dict[TaskKind, tuple[str, ...]] = {
     "ner": ("words", "tags"),
     "nli": ("text_a", "text_b", "label"),
     "paraphrase": ("text_a", "text_b", "label"),
@@ -71,10 +72,10 @@ class TaskSection(Section):
             raise ValueError(f"files: expected one for train, got {_listed(self.files)}")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: expected different names, got {_listed(self.labels)}")
-        unknown = set(self.columns) - set(_COLUMNS[self.kind])
+        unknown = set(self.columns) - set(COLUMNS[self.kind])
         if unknown:
             raise ValueError(
-                f"columns: expected {_listed(_COLUMNS[self.kind])} for {self.kind}, "
+                f"columns: expected {_listed(COLUMNS[self.kind])} for {self.kind}, "
                 f"got {_listed(sorted(unknown))}"
             )
         if self.source in HUB_KINDS:
@@ -96,10 +97,6 @@ class TaskSection(Section):
         for name in ("format", "columns"):
             if name in self.model_fields_set:
                 raise ValueError(f"{name}: expected for local files only, got source {source}")
-
-    @property
-    def is_on_hub(self) -> bool:
-        return self.source in HUB_KINDS
 
 
 def _listed(names: Any) -> str:

@@ -6,15 +6,13 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from modxfer_fast.config.compare import TaskCompareSection
 from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.loading import load_raw, validate
 from modxfer_fast.config.loss import LogitsSection
 from modxfer_fast.config.model import PeftSection, PretrainedSection
-from modxfer_fast.config.section import Section
+from modxfer_fast.config.section import Section, Seeds, Training
 from modxfer_fast.config.task import TaskSection
-from modxfer_fast.config.training import Seeds, Training
 from modxfer_fast.config.transfer import TeacherSection
 
 KINDS = ("causal_lm", "encoder", "task")
@@ -58,6 +56,12 @@ class TaskLossSection(LogitsSection):
         return self
 
 
+class TaskCompareSection(Section):
+    """ce_only: train the same student on the labels alone, from the same start, equal steps."""
+
+    ce_only: bool = False
+
+
 class TaskDistillConfig(Section):
     """A whole job.
 
@@ -78,13 +82,7 @@ class TaskDistillConfig(Section):
 
 
 def load_distill(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig | TaskDistillConfig:
-    """Read a `modxfer distill` job of any kind.
-
-    Args:
-        path, overrides: as `load_config` takes them.
-    Raises:
-        ConfigError: as `load_config` raises it, and for an unknown `kind`.
-    """
+    """Read a `modxfer distill` job of any kind; arguments and errors as of `load_config`."""
     raw = load_raw(path, overrides)
     kind = raw.get("kind", KINDS[0])
     if kind not in KINDS:

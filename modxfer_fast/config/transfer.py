@@ -4,27 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from modxfer_fast.config import transfer_names as names
 from modxfer_fast.config.loss import DivergenceSection
 from modxfer_fast.config.model import PretrainedSection
-from modxfer_fast.config.section import NotNegative, OneOf, PositiveInt, Section
+from modxfer_fast.config.section import NotNegative, OneOf, PositiveInt, Section, Training
 from modxfer_fast.config.task import TaskSection
-from modxfer_fast.config.training import Training
-from modxfer_fast.config.transfer_names import (
-    HEADS,
-    LAYER_MAPS,
-    MAP_METHODS,
-    PAIRINGS,
-    POOLINGS,
-    SCALES,
-    SCOPES,
-    SPACES,
-    TEXTS,
-    WRITES,
-)
 
 FRESH = "fresh"  # the method that moves nothing
-MapMethod = Annotated[str, OneOf(MAP_METHODS)]
-Space = Annotated[str, OneOf(SPACES)]
+MapMethod = Annotated[str, OneOf(names.MAP_METHODS)]
+Space = Annotated[str, OneOf(names.SPACES)]
 
 
 class TeacherSection(PretrainedSection):
@@ -92,8 +80,8 @@ class StatisticsSection(Section):
 
     examples: PositiveInt = 1000
     batch_size: PositiveInt = 16
-    pairing: Annotated[str, OneOf(PAIRINGS)] = "words"
-    pooling: Annotated[str, OneOf(POOLINGS)] = "mean"
+    pairing: Annotated[str, OneOf(names.PAIRINGS)] = "words"
+    pooling: Annotated[str, OneOf(names.POOLINGS)] = "mean"
     module_active: bool = False
     held_out_every: Annotated[int, Field(ge=0)] = 5
 
@@ -151,18 +139,18 @@ class TransferSection(Section):
         labels neither the teacher nor the student has.
     """
 
-    layers: Annotated[str, OneOf(LAYER_MAPS)] = "skip"
+    layers: Annotated[str, OneOf(names.LAYER_MAPS)] = "skip"
     sources: list[Annotated[int, Field(ge=0)]] | None = None
-    method: Annotated[str, OneOf((*MAP_METHODS, FRESH))] = "ridge"
+    method: Annotated[str, OneOf((*names.MAP_METHODS, FRESH))] = "ridge"
     preset: Literal["reference"] | None = None
-    scope: Annotated[str, OneOf(SCOPES)] = "layer"
+    scope: Annotated[str, OneOf(names.SCOPES)] = "layer"
     head_aware: bool | None = None
-    scale: Annotated[str, OneOf(SCALES)] | None = None
-    write: Annotated[str, OneOf(WRITES)] = "rotation"
+    scale: Annotated[str, OneOf(names.SCALES)] | None = None
+    write: Annotated[str, OneOf(names.WRITES)] = "rotation"
     measured_at: dict[Space, Space] | None = None
-    head: Annotated[str, OneOf(HEADS)] = "fresh"
+    head: Annotated[str, OneOf(names.HEADS)] = "fresh"
     head_method: MapMethod | None = None
-    texts: Annotated[str, OneOf(TEXTS)] = "train"
+    texts: Annotated[str, OneOf(names.TEXTS)] = "train"
     statistics: StatisticsSection = StatisticsSection()
     refine: RefineSection | None = None
 
@@ -241,8 +229,7 @@ class TransferConfig(Section):
 
     def steps_before(self, *, scratch: bool) -> int:
         """Steps of refinement that count towards `student.total_steps`."""
-        if scratch or self.student.total_steps is None:
+        refine = None if self.transfer is None else self.transfer.refine
+        if scratch or refine is None or self.student.total_steps is None:
             return 0
-        if self.transfer is None or self.transfer.refine is None:
-            return 0
-        return self.transfer.refine.training["max_steps"]
+        return refine.training["max_steps"]

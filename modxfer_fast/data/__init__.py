@@ -2,7 +2,6 @@
 
 from modxfer_fast.data.build import Documents, Rows, build_rows, load_documents, rows_from_documents
 from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator, EncoderCollator
-from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.python_docs import python_docs
 from modxfer_fast.data.sources import load_source
 from modxfer_fast.data.tokenizer import (
@@ -11,6 +10,7 @@ from modxfer_fast.data.tokenizer import (
     tokenizer_digest,
     train_tokenizer,
 )
+from modxfer_fast.errors import DataError
 
 __all__ = [
     "IGNORE_INDEX",

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from modxfer_fast.config import DataSection
 from modxfer_fast.data.collator import CausalCollator, EncoderCollator
 from modxfer_fast.data.encoding import ROW, tokenise_documents, tokenise_texts
-from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 from modxfer_fast.data.sources import detect_format, load_source, with_columns
+from modxfer_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,7 @@ class Rows:
 
 
 def load_documents(section: DataSection) -> Documents:
-    """Load and split.
-
-    Raises:
-        DataError: missing source or columns, or too few documents to hold any out.
-    """
+    """Load and split; DataError for a missing source or columns, or too few documents to split."""
     train, train_format = _source(section, section.source, section.split)
     if section.max_documents is not None and len(train) > section.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(section.max_documents))
@@ -101,11 +97,17 @@ def load_documents(section: DataSection) -> Documents:
 
 
 def _source(section: DataSection, source: str, split: str) -> tuple[Dataset, str]:
-    """The documents of a source under our names of columns, and their format."""
     documents = load_source(source, name=section.name, split=split, lines=section.lines)
     columns = {str(ours): theirs for ours, theirs in section.columns.items()}
+    return _numbered(documents, columns, section.format, source)
+
+
+def _numbered(
+    documents: Dataset, columns: dict[str, str], fmt: str, source: str
+) -> tuple[Dataset, str]:
+    """The documents under our names of columns, with their numbers, and their format."""
     documents = with_columns(documents, columns, source)
-    fmt = detect_format(documents, section.format, source)
+    fmt = detect_format(documents, fmt, source)
     return documents.add_column(ROW, list(range(1, len(documents) + 1))), fmt
 
 
@@ -125,15 +127,11 @@ def build_rows(
     Raises:
         DataError: a half without a single token to learn from, or not of text for an encoder.
     """
+    held_out_source = section.eval_source or section.source
     halves, notes = [], []
     for name, source, half, fmt in (
         ("training", section.source, documents.train, documents.train_format),
-        (
-            "held-out",
-            section.eval_source or section.source,
-            documents.held_out,
-            documents.held_out_format,
-        ),
+        ("held-out", held_out_source, documents.held_out, documents.held_out_format),
     ):
         if kind == "encoder":
             rows = _encoder_rows(half, fmt, section, tokenizer)
@@ -146,9 +144,7 @@ def build_rows(
                     f"{_first_problem(half, fmt)}"
                 )
         else:
-            pieces = _pieces(half, fmt, tokenizer, section.max_length)
-            rows = _packed(pieces, section.max_length, section.packing)
-            told = _notes(pieces, len(half))
+            rows, told = _causal_rows(half, fmt, tokenizer, section.max_length, section.packing)
             if not len(rows):
                 reason = f"; {source}: {told[0]}" if told else ""
                 raise DataError(f"data: expected targets in the {name} documents, got none{reason}")
@@ -162,7 +158,8 @@ def build_rows(
         collator = EncoderCollator(tokenizer.pad_token_id)
     else:
         collator = CausalCollator(tokenizer.pad_token_id, packed=section.packing)
-    return Rows(train, held_out, _count(train), _count(held_out), collator, tuple(notes))
+    train_tokens, held_out_tokens = (sum(map(len, h["input_ids"])) for h in (train, held_out))
+    return Rows(train, held_out, train_tokens, held_out_tokens, collator, tuple(notes))
 
 
 def rows_from_documents(
@@ -194,11 +191,8 @@ def rows_from_documents(
         )
     if tokenizer.eos_token_id is None:
         raise DataError("tokenizer: expected an end-of-text token (eos_token), got none")
-    documents = with_columns(documents, {}, "documents")
-    fmt = detect_format(documents, "auto", "documents")
-    documents = documents.add_column(ROW, list(range(1, len(documents) + 1)))
-    pieces = _pieces(documents, fmt, tokenizer, max_length)
-    rows, told = _packed(pieces, max_length, packing), _notes(pieces, len(documents))
+    documents, fmt = _numbered(documents, {}, "auto", "documents")
+    rows, told = _causal_rows(documents, fmt, tokenizer, max_length, packing)
     if not len(rows):
         raise DataError(f"documents: expected targets, got none; {'; '.join(told)}")
     for note in told:
@@ -225,38 +219,37 @@ def _first_problem(documents: Dataset, fmt: str) -> str:
     return "every text is blank"
 
 
-def _pieces(documents: Dataset, fmt: str, tokenizer, max_length: int) -> Dataset:
-    return documents.map(
+def _causal_rows(
+    documents: Dataset, fmt: str, tokenizer, max_length: int, packing: bool
+) -> tuple[Dataset, list[str]]:
+    """Rows, and what is to be told of documents that were left out or cut."""
+    pieces = documents.map(
         tokenise_documents(fmt, tokenizer, max_length),
         batched=True,
         remove_columns=documents.column_names,
     )
-
-
-def _packed(pieces: Dataset, max_length: int, packing: bool) -> Dataset:
-    return pieces.map(
+    rows = pieces.map(
         packer(max_length, packing=packing),
         batched=True,
         batch_size=10_000,
         remove_columns=pieces.column_names,
     )
+    return rows, _notes(pieces, len(documents))
 
 
 def _notes(pieces: Dataset, num_documents: int) -> list[str]:
-    """What the pieces say of documents that were left out or cut."""
     problems: Counter[str] = Counter()
     first: dict[str, int] = {}
     for row, problem in zip(pieces["row"], pieces["problem"], strict=True):
         if problem:
             problems[problem] += 1
             first[problem] = min(row, first.get(problem, row))
-    notes = []
-    for problem, count in problems.most_common(_MAX_REASONS):
-        notes.append(
-            f"left out {count} of {num_documents} documents (first: row {first[problem]}): "
-            f"{problem}"
-        )
-    further = problems.total() - sum(count for _, count in problems.most_common(_MAX_REASONS))
+    told = problems.most_common(_MAX_REASONS)
+    notes = [
+        f"left out {count} of {num_documents} documents (first: row {first[problem]}): {problem}"
+        for problem, count in told
+    ]
+    further = problems.total() - sum(count for _, count in told)
     if further:
         notes.append(f"left out {further} of {num_documents} documents for other reasons")
     cut = sum(pieces["is_cut"])
@@ -265,7 +258,3 @@ def _notes(pieces: Dataset, num_documents: int) -> list[str]:
             f"cut {cut} of {num_documents} documents at max_length, with targets behind it"
         )
     return notes
-
-
-def _count(rows: Dataset) -> int:
-    return sum(len(ids) for ids in rows["input_ids"])

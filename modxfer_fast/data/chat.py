@@ -13,8 +13,8 @@ from bisect import bisect_left
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.records import Conversation, RecordError
+from modxfer_fast.errors import DataError
 
 _MARK = "\ue000"  # of the private use area: in no text, and no template strips it
 _BARE = {"role": "assistant", "content": _MARK}
@@ -40,7 +40,7 @@ class ChatEncoder:
         self._header, self._closing = self._frame()
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Ids, and whether each is to be learnt: tokens that hold any of the assistant's text.
+        """Ids, and whether each is to be learnt, as it holds text of the assistant.
 
         Raises:
             RecordError: the template refuses the conversation, or leaves out a tool call.
@@ -92,11 +92,8 @@ class ChatEncoder:
         return header, closing
 
     def _turns(self, whole: str, conversation: Conversation) -> list[tuple[int, int]]:
-        """Begin and end of each assistant's turn to learn, in order.
-
-        Raises:
-            RecordError: the template leaves out a tool call of one, or hides where it stands.
-        """
+        """Begin and end of each assistant's turn to learn, in order; RecordError where the template
+        leaves out a tool call, or hides where it stands."""
         spans = []
         last = 0
         for i, message in enumerate(conversation.messages):
@@ -133,10 +130,6 @@ class ChatEncoder:
         Other content and arguments show where the inside of the turn stands; what belongs around it
         is seen where the turn ends the conversation, and there may be a bare mark. Names stay,
         because answers may repeat them.
-
-        Raises:
-            RecordError: the template leaves out arguments, or shows a call otherwise where it is
-                the last turn.
         """
         message = messages[i]
         calls = [

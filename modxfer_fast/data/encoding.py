@@ -21,11 +21,7 @@ PIECE = ("input_ids", "is_target", "problem", "row", "is_cut")
 def tokenise_documents(
     fmt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Callable[[Columns], Columns]:
-    """A function for `Dataset.map(batched=True)`: documents of format `fmt` -> pieces.
-
-    Raises:
-        DataError: conversations, and a tokenizer that cannot render them.
-    """
+    """A function for `Dataset.map(batched=True)`: documents of format `fmt` -> pieces."""
     chats = None  # only once there is one: a tokenizer for other formats needs no template
 
     def encode(document, ids_of_text) -> Iterator[tuple[list[int], list[bool], bool]]:
@@ -112,13 +108,9 @@ def _completion(document: Completion, tokenizer) -> tuple[list[int], list[bool]]
 
 
 def _cut(ids: list[int], mask: list[bool], max_length: int) -> tuple[list[int], list[bool], bool]:
-    """The first `max_length` tokens, and whether targets were lost behind them.
-
-    Raises:
-        RecordError: no target among them; the first token of a document is none.
-    """
+    """The first `max_length` tokens, and whether targets were lost behind them."""
     kept = mask[:max_length]
-    if not any(kept[1:]):
+    if not any(kept[1:]):  # the first token of a document is no target
         if any(mask[1:]):
             raise RecordError(f"nothing to learn within max_length={max_length} tokens")
         raise RecordError("nothing to learn: no token of the assistant's or of the completion")

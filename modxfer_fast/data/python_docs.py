@@ -48,12 +48,9 @@ def _without_repeats(text: str, seen: set[str]) -> str:
 
 def _stdlib_sources() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _SKIPPED_FOLDERS.intersection(relative.parts):
-            found.append((relative.as_posix(), path))
-    return [path for _, path in sorted(found)]
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    kept = (path for path in paths if not _SKIPPED_FOLDERS.intersection(path.parts))
+    return [root / path for path in sorted(kept, key=Path.as_posix)]
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -62,7 +59,5 @@ def _docstrings(path: Path) -> Iterator[str]:
     except (SyntaxError, ValueError):  # a template or a file of another Python version
         return
     for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+        if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)):
+            yield docstring

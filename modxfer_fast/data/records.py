@@ -71,11 +71,7 @@ class Conversation:
 
 
 def normalise(record: dict[str, Any], fmt: str) -> Text | Completion | Conversation:
-    """What a record of format "text", "prompt_completion" or "messages" holds.
-
-    Raises:
-        RecordError: nothing to learn, or another type than expected, naming the column.
-    """
+    """What a record of one of `sources.COLUMNS` holds; a RecordError names the column at fault."""
     if fmt == "text":
         return Text(_text(record["text"], "column text"))
     tools = _tools(record.get("tools"))
@@ -101,10 +97,9 @@ def _conversation(messages, tools, first_target: int, where: str) -> Conversatio
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: expected text, got {_kind(value)}")
-    if not value:
-        raise RecordError(f"{where}: expected text, got an empty one")
+    if not isinstance(value, str) or not value:
+        got = "an empty one" if value == "" else _kind(value)
+        raise RecordError(f"{where}: expected text, got {got}")
     return value
 
 

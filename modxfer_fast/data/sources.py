@@ -6,8 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.python_docs import python_docs
+from modxfer_fast.errors import DataError
 
 COLUMNS = {
     "messages": ("messages",),
@@ -27,15 +27,11 @@ _READERS = {
 def load_source(
     source: str, *, name: str | None = None, split: str = "train", lines: bool = False
 ) -> Dataset:
-    """Load `python-docs`, a file, a folder or a hub id.
+    """Load `python-docs`, a file, a folder or a hub id; a DataError says why that cannot be.
 
-    Args:
-        lines: of a text file each line is a row, empty ones left out; else the file is one.
-
-    Raises:
-        DataError: the source does not exist, cannot be read or holds no rows.
+    With `lines` each line of a text file is a row, empty ones left out; else the file is one.
     """
-    if lines and not (Path(source).suffix in _READERS and _READERS[Path(source).suffix] == "text"):
+    if lines and _READERS.get(Path(source).suffix) != "text":
         raise DataError(f"data source {source}: lines: true is for a .txt or .md file")
     if source == "python-docs":
         return Dataset.from_dict({"text": python_docs()})
@@ -65,9 +61,7 @@ def _load_file(path: Path, source: str, lines: bool) -> Dataset:
         )
     if path.stat().st_size == 0:
         raise DataError(f"data source {source}: expected rows, got an empty file")
-    options = {}
-    if reader == "text":
-        options["sample_by"] = "line" if lines else "document"
+    options = {"sample_by": "line" if lines else "document"} if reader == "text" else {}
     try:
         dataset = load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception:
@@ -101,16 +95,19 @@ def _check_json(path: Path, source: str) -> None:
 
 
 def _load_folder(path: Path, name: str | None, split: str) -> Dataset:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        dataset = load_from_disk(str(path))
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise DataError(
-                    f"data source {path}: expected a split {split!r}, got {', '.join(dataset)}"
-                )
-            return dataset[split]
+    if not is_saved_dataset(path):
+        return load_dataset(str(path), name, split=split)
+    dataset = load_from_disk(str(path))
+    if not isinstance(dataset, DatasetDict):
         return dataset
-    return load_dataset(str(path), name, split=split)
+    if split not in dataset:
+        raise DataError(f"data source {path}: expected a split {split!r}, got {', '.join(dataset)}")
+    return dataset[split]
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` saved a folder, with one split or several."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def with_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
@@ -138,11 +135,7 @@ def with_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> D
 
 
 def detect_format(dataset: Dataset, wanted: str, source: str) -> str:
-    """The format of a dataset: `wanted`, or with `auto` the first one whose columns are all there.
-
-    Raises:
-        DataError: the columns are missing.
-    """
+    """The format `wanted`, or with `auto` the first whose columns are there; DataError if none."""
     columns = set(dataset.column_names)
     candidates = COLUMNS if wanted == "auto" else {wanted: COLUMNS[wanted]}
     for name, needed in candidates.items():

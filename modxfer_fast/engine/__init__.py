@@ -1,6 +1,6 @@
 """Distillation on Hugging Face Trainer and DeepSpeed: needs `pip install modxfer-fast[engine]`."""
 
-from modxfer_fast.data.tasks.collator import TaskTextCollator
+from modxfer_fast.data.collator import TaskTextCollator
 from modxfer_fast.engine.checkpoint import last_complete_checkpoint
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import load_projections

@@ -1,5 +1,6 @@
 """Models: build, load, adapt, and check that two of them fit together."""
 
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.bottleneck import (
     BottleneckConfig,
@@ -15,22 +16,18 @@ from modxfer_fast.models.checks import (
     check_rows_fit,
     check_same_tokenizer,
 )
-from modxfer_fast.models.compacter import CompacterConfig, phm_dense, phm_refit
-from modxfer_fast.models.errors import ModelError
-from modxfer_fast.models.from_teacher import (
-    TakenWeights,
-    take_from_teacher,
-    weights_digest,
-)
-from modxfer_fast.models.fused_lora import (
-    FusedLoraLinear,
-    FusedLoraReport,
+from modxfer_fast.models.compacter import CompacterConfig
+from modxfer_fast.models.from_teacher import TakenWeights, take_from_teacher, weights_digest
+from modxfer_fast.models.fused_lora.layer import FusedLoraLinear
+from modxfer_fast.models.fused_lora.patch import (
     patch_peft_model,
     register_fused_lora,
     unpatch_peft_model,
 )
+from modxfer_fast.models.fused_lora.report import FusedLoraReport
 from modxfer_fast.models.load import load_model, load_model_config, load_task_model, task_skeleton
 from modxfer_fast.models.peft import apply_peft, check_peft, check_targets, load_adapter
+from modxfer_fast.models.phm import phm_dense, phm_refit
 
 __all__ = [
     "Architecture",

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modxfer_fast.config.transfer_names import SPACES
-from modxfer_fast.models.errors import ModelError
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.families import FAMILIES, POOLER, REFUSED
 
 
@@ -50,10 +50,7 @@ class Architecture:
             PEFT around it.
         modules: role -> path of its linear inside a block.
         num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: its sizes.
-        post_norm: whether a norm follows the addition of the residual, as in BERT, and so stands
-            between one block's sublayers and what the next one reads.
-        norms_behind: spaces that a linear writes and a norm of its own follows, before attention or
-            the residual: how large an update is there matters less than its direction.
+        post_norm, norms_behind: as `Family` has them.
     """
 
     family: str
@@ -86,11 +83,13 @@ class Architecture:
             )
         base = model.base_model
         prefix = next(name for name, module in model.named_modules() if module is base)
-        if not _has(base, family.blocks):
+        try:
+            base.get_submodule(family.blocks)
+        except AttributeError:
             raise ModelError(
                 f"model: expected the blocks of a {config.model_type} model at {family.blocks}, "
                 f"got {type(model).__name__}, which has them elsewhere"
-            )
+            ) from None
         num_heads = config.num_attention_heads
         return cls(
             family=config.model_type,
@@ -113,11 +112,7 @@ class Architecture:
         return tuple(space for space in SPACES if space in there)
 
     def module_name(self, layer: int, role: str) -> str:
-        """Dotted name of the linear of `role` in block `layer`.
-
-        Raises:
-            ModelError: no such block or role.
-        """
+        """Dotted name of the linear of `role` in block `layer`; ModelError where there is none."""
         self._check_layer(layer)
         if role not in self.modules:
             raise ModelError(
@@ -135,7 +130,8 @@ class Architecture:
     def is_body(self, name: str) -> bool:
         """Whether a dotted name, without PEFT's prefixes, is of the model below its head.
 
-        A pooler belongs to the head: it is as random as the head where a checkpoint has none.
+        A pooler belongs to the head: it is as random as the head where a checkpoint has none, and
+        families without one have its layer inside the head.
         """
         body = self.layers.removesuffix(FAMILIES[self.family].blocks)  # "bert.", or "" of a BERT
         return name.startswith(body) and not name.startswith(f"{body}{POOLER}.")
@@ -146,11 +142,7 @@ class Architecture:
         return without_peft(model).get_submodule(f"{self.layers}.{layer}")
 
     def width(self, space: str) -> int:
-        """Features of a space.
-
-        Raises:
-            ModelError: no such space in this family.
-        """
+        """Features of a space; ModelError where this family has no such space."""
         if space not in self.spaces:
             raise ModelError(
                 f"space: expected one of {', '.join(self.spaces)} in a {self.family} block, "
@@ -192,28 +184,13 @@ def without_peft(model: nn.Module) -> nn.Module:
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """Modules that a task trains besides the PEFT module: the head, and a pooler it reads from.
-
-    A pooler belongs to the head: many checkpoints carry none, and it is then as random as the
-    head; families without one have its layer inside the head.
-    """
-    heads = [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
+    """Modules that a task trains besides the PEFT module: the head, and a pooler it reads from."""
+    modules = dict(model.named_children())
+    modules.pop(model.base_model_prefix, None)
     pooler = getattr(model.base_model, POOLER, None)
-    if pooler is not None and any(True for _ in pooler.parameters()):
-        heads.append(POOLER)
-    return tuple(heads)
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    if pooler is not None:
+        modules[POOLER] = pooler
+    return tuple(name for name, part in modules.items() if any(True for _ in part.parameters()))
 
 
 def max_tokens(config: PreTrainedConfig) -> int | None:
@@ -225,16 +202,12 @@ def max_tokens(config: PreTrainedConfig) -> int | None:
     first = family.first_position if family else 0
     if first != 0:
         return limit - (config.pad_token_id + 1 if first is None else first)
-    return max(limit, *(_stretched(rope, limit) for rope in _rotary(config)))
-
-
-def _rotary(config: PreTrainedConfig) -> list[dict]:
-    """The parameters of rotary positions, one set or one for each kind of layer."""
+    # `max_position_embeddings` may leave out a scaling such as YaRN's; its parameters are one set,
+    # or one for each kind of layer
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
-
-
-def _stretched(rope: dict, limit: int) -> int:
-    """Positions after a scaling such as YaRN's, which `max_position_embeddings` may leave out."""
-    original = rope.get("original_max_position_embeddings") or limit
-    return int(original * (rope.get("factor") or 1))
+    stretched = [
+        int((each.get("original_max_position_embeddings") or limit) * (each.get("factor") or 1))
+        for each in (rope, *rope.values())
+        if isinstance(each, dict)
+    ]
+    return max(limit, *stretched)

@@ -14,7 +14,7 @@ from transformers import (
 
 from modxfer_fast.config import ModelSection, check_keys
 from modxfer_fast.config.errors import nearest
-from modxfer_fast.models.errors import ModelError
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.load import KINDS, loading_options
 
 _FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -34,11 +34,10 @@ def make_config(
 
     Args:
         block: fields of the configuration class, and `model_type`.
+        tokenizer: gives special tokens and, unless `vocab_size` or the block does, that size.
+        where: dotted path of the block, for messages.
         kind: "causal_lm" or "encoder".
         inherited: gives the fields, and `model_type`, that `block` leaves out.
-        tokenizer: gives special tokens and, unless `vocab_size` or the block does, the vocabulary
-            size.
-        where: dotted path of the block, for messages.
     Raises:
         ConfigError: unknown field. ModelError: unknown architecture, or values it refuses.
     """
@@ -60,8 +59,8 @@ def make_config(
                 f"from_teacher, got {model_type}"
             )
         theirs = inherited.to_diff_dict()
-        kept = known.intersection(theirs).difference(_NOT_INHERITED)
-        fields = {**{name: theirs[name] for name in kept}, **fields}
+        for name in known.intersection(theirs).difference(_NOT_INHERITED):
+            fields.setdefault(name, theirs[name])
     fields.setdefault("vocab_size", vocab_size or len(tokenizer))
     for name in _FROM_TOKENIZER:
         fields.setdefault(name, getattr(tokenizer, name))

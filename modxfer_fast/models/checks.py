@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import max_tokens
-from modxfer_fast.models.errors import ModelError
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -16,16 +16,11 @@ def is_partitioned(parameter: Tensor) -> bool:
 def check_same_tokenizer(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, role: str
 ) -> None:
-    """Raise unless both tokenizers give every token the same id.
-
-    Args:
-        ours: tokenizer of the job. theirs: tokenizer that came with the model of `role`.
-    """
+    """Raise unless the job's tokenizer and that of the model of `role` give every token one id."""
     expected, got = ours.get_vocab(), theirs.get_vocab()
     if expected == got:
         return
-    differing = [token for token in expected if got.get(token) != expected[token]]
-    differing += [token for token in got if token not in expected]
+    differing = [t for t in expected.keys() | got.keys() if got.get(t) != expected.get(t)]
     token = min(differing)
     raise ModelError(
         f"{role}: its tokenizer differs from the job's; expected the same id for each of "

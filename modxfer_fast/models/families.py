@@ -54,7 +54,7 @@ class Family:
         post_norm: whether a norm follows the addition of the residual, as in BERT, and so stands
             between one block's sublayers and what the next one reads.
         norms_behind: spaces that a linear writes and a norm of its own follows, before attention or
-            the residual.
+            the residual: how large an update is there matters less than its direction.
         bottlenecks: placement -> the sites of a block in the order in which they run; empty where
             none are known.
         first_position: row of the position table that the first token reads; None: the row behind
@@ -110,17 +110,15 @@ _DISTILBERT_SITES = {
     ),
     "parallel": (BottleneckSite("ffn", PARALLEL, "ffn_in", "ffn_out"),),
 }
-_MPNET = Family(
-    blocks="encoder.layer",
+_MPNET = replace(
+    _BERT,
     linears={
+        **_BERT.linears,
         "query": "attention.attn.q",
         "key": "attention.attn.k",
         "value": "attention.attn.v",
         "attention_output": "attention.attn.o",
-        "ffn_up": "intermediate.dense",
-        "ffn_down": "output.dense",
     },
-    post_norm=True,
     first_position=2,  # its padding is 1 in any case
 )
 _LLAMA = Family(

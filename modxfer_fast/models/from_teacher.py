@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modxfer_fast.config.model import EMBEDDINGS
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import Architecture
-from modxfer_fast.models.errors import ModelError
 
 
 class TakenWeights(NamedTuple):
@@ -66,8 +66,11 @@ def take_from_teacher(
             f"{where}.layers: expected blocks 0 to {theirs.num_layers - 1} of the teacher, "
             f"got {max(layers)}"
         )
-    if embeddings == "copy" or layers:
-        _check_width(ours, theirs, where)
+    if (embeddings == "copy" or layers) and ours.hidden_size != theirs.hidden_size:
+        raise ModelError(
+            f"{where}: expected the teacher's hidden_size {theirs.hidden_size} for copied weights, "
+            f"got {ours.hidden_size}; a narrower student can take embeddings: pca"
+        )
 
     state, source = student.state_dict(), teacher.state_dict()
     copied: set[str] = set()
@@ -87,14 +90,6 @@ def take_from_teacher(
         projected, energy = _project_embeddings(student, teacher, where)
     fresh = [name for name in state if name not in copied and name not in projected]
     return TakenWeights(len(copied), len(projected), fresh, energy)
-
-
-def _check_width(ours: Architecture, theirs: Architecture, where: str) -> None:
-    if ours.hidden_size != theirs.hidden_size:
-        raise ModelError(
-            f"{where}: expected the teacher's hidden_size {theirs.hidden_size} for copied weights, "
-            f"got {ours.hidden_size}; a narrower student can take embeddings: pca"
-        )
 
 
 def _fitting(source: Tensor | None, target: Tensor, name: str, where: str) -> Tensor:

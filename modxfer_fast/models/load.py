@@ -7,36 +7,24 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    set_seed,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from modxfer_fast.config.model import CheckpointSection, ModelSection, PretrainedSection
 from modxfer_fast.config.task import TaskKind
-from modxfer_fast.models.errors import ModelError
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.families import POOLER
 from modxfer_fast.models.task import check_head
 
 # kind of job -> class that builds and loads, architectures it may have, their name in messages
 KINDS = {
     "causal_lm": (
-        AutoModelForCausalLM,
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.AutoModelForCausalLM,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "a causal language model",
     ),
-    "encoder": (AutoModel, MODEL_FOR_MASKED_LM_MAPPING_NAMES, "an encoder"),
+    "encoder": (AutoModel, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "an encoder"),
 }
 
 
@@ -105,11 +93,7 @@ def task_skeleton(
 
 
 def load_model_config(path: str, section: CheckpointSection) -> PreTrainedConfig:
-    """The configuration of the model at a folder or hub id, without its weights.
-
-    Raises:
-        ModelError: nothing there, or no configuration of transformers.
-    """
+    """The configuration of the model at a folder or hub id; ModelError where there is none."""
     with _errors(path):
         return AutoConfig.from_pretrained(_place(path), **_source(section))
 
@@ -146,8 +130,8 @@ def _task_parts(
     check_head(config, kind, labels, f"model {section.path}")
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
-    auto = AutoModelForTokenClassification if kind == "ner" else AutoModelForSequenceClassification
-    return auto, config
+    head = "Token" if kind == "ner" else "Sequence"
+    return getattr(modeling_auto, f"AutoModelFor{head}Classification"), config
 
 
 def _source(section: CheckpointSection) -> dict[str, Any]:

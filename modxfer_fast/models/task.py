@@ -6,8 +6,8 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.config.task import TaskKind
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import max_tokens
-from modxfer_fast.models.errors import ModelError
 
 
 def check_head(config: PreTrainedConfig, kind: TaskKind, labels: Sequence[str], role: str) -> None:
@@ -38,13 +38,7 @@ def same_labels(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def check_labels(config: PreTrainedConfig, labels: Sequence[str], role: str) -> None:
-    """Raise a ModelError unless a model with a head has the labels of the task, in their order.
-
-    Names that transformers makes up, LABEL_0 and so on, are compared by number alone.
-
-    Args:
-        role: which model, for the message.
-    """
+    """Raise unless a model with a head has the labels of the task, as `same_labels` compares."""
     theirs = label_names(config)
     if same_labels(theirs, labels):
         return

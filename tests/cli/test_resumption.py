@@ -13,9 +13,9 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modxfer_fast import files
 from modxfer_fast.cli.main import main
 from modxfer_fast.engine import DistillTrainer
-from modxfer_fast.files import sealed
 from modxfer_fast.jobs.distill.job import DistillJob
 from modxfer_fast.report import ConsoleCallback
 from tests.cli.conftest import job_file, merged
@@ -93,8 +93,8 @@ def test_a_checkpoint_is_read_once_before_it_is_resumed(write, monkeypatch):
         stop = at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
         patch.setattr(ConsoleCallback, "on_step_end", stop)
         assert main(["distill", str(path)]) == 143
-    read, original = [], sealed.sha256_of
-    monkeypatch.setattr(sealed, "sha256_of", lambda file: read.append(str(file)) or original(file))
+    read, original = [], files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda file: read.append(str(file)) or original(file))
     assert main(["distill", str(path), "--resume"]) == 0
     compared = [file for file in read if "checkpoint-7/" in file]
     assert len(compared) == len(set(compared)) > 0

@@ -9,10 +9,14 @@ from pydantic import BaseModel
 
 from modxfer_fast import DistillConfig, kd_loss, linear_kd_loss, projection_loss, relation_loss
 from modxfer_fast.config import LossSection, StudentSection
-from modxfer_fast.config.compare import CompareSection, TaskCompareSection
-from modxfer_fast.config.distill import JobConfig
+from modxfer_fast.config.distill import CompareSection, JobConfig
 from modxfer_fast.config.loss import HiddenStatesSection, RelationsSection
-from modxfer_fast.config.task_distill import TaskDistillConfig, TaskLossSection, TaskStudentSection
+from modxfer_fast.config.task_distill import (
+    TaskCompareSection,
+    TaskDistillConfig,
+    TaskLossSection,
+    TaskStudentSection,
+)
 from modxfer_fast.config.transfer import RefineSection, TransferSection, TransferStudentSection
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.kernels.common import KDSpec

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from modxfer_fast import files as files_module
 from modxfer_fast.errors import NonFiniteError, UserError
 from modxfer_fast.files import FileLock, seal, sealed_facts
-from modxfer_fast.files import sealed as sealed_module
 from modxfer_fast.jobs import store as store_module
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import NotMade, Store
@@ -114,9 +114,9 @@ def test_another_process_finds_it_and_reads_no_input(store, console, tmp_path):
 
 def test_checksums_are_read_once_a_process(store, console, tmp_path, monkeypatch):
     store.get(A, console)
-    read, original = [], sealed_module.sha256_of
+    read, original = [], files_module.sha256_of
     monkeypatch.setattr(
-        sealed_module, "sha256_of", lambda path: read.append(path.name) or original(path)
+        files_module, "sha256_of", lambda path: read.append(path.name) or original(path)
     )
     store.get(A, console)
     assert read == []

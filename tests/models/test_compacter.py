@@ -20,7 +20,7 @@ from modxfer_fast.errors import UserError
 from modxfer_fast.models import BottleneckConfig, CompacterConfig, find_site, phm_dense, phm_refit
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.bottleneck import PLACEMENTS
-from modxfer_fast.models.compacter import PhmLinear
+from modxfer_fast.models.phm import PhmLinear
 from tests.adapter_models import (
     FAMILIES,
     HIDDEN,

@@ -2,26 +2,11 @@
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification
 
 from modxfer_fast.config.model import ModelSection, PretrainedSection
 from modxfer_fast.models import ModelError, load_model, load_task_model
-from tests.task_inputs import NER_LABELS, tiny_bert, word_tokenizer
-
-LABELS = ("no", "yes", "maybe")
-LLAMA = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-
-
-@pytest.fixture
-def encoder(tmp_path) -> PretrainedSection:
-    tiny_bert(word_tokenizer(tmp_path)).save_pretrained(tmp_path / "encoder")
-    return PretrainedSection(path=str(tmp_path / "encoder"))
+from tests.task_inputs import LABELS, NER_LABELS, tiny_bert, tiny_llama, word_tokenizer
 
 
 def test_the_head_depends_on_the_seed_alone(encoder):
@@ -76,7 +61,7 @@ def test_what_cannot_be_loaded(encoder, tmp_path):
 
 
 def test_saved_and_loaded_alike(tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    model = tiny_llama()
     model.save_pretrained(tmp_path)
     section = ModelSection(path=str(tmp_path))
     loaded = load_model(str(tmp_path), section).state_dict()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import DistilBertConfig, DistilBertModel, LlamaConfig, LlamaForCausalLM
+from transformers import DistilBertConfig, DistilBertModel
 
 from modxfer_fast.config import ConfigError
 from modxfer_fast.config.model import PretrainedSection
@@ -17,41 +17,21 @@ from modxfer_fast.models import (
     load_task_model,
 )
 from modxfer_fast.models.architecture import head_modules
-from tests.task_inputs import NER_LABELS, tiny_bert, word_tokenizer
-
-LABELS = ("no", "yes", "maybe")
-LLAMA = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-
-
-@pytest.fixture
-def encoder(tmp_path) -> PretrainedSection:
-    tiny_bert(word_tokenizer(tmp_path)).save_pretrained(tmp_path / "encoder")
-    return PretrainedSection(path=str(tmp_path / "encoder"))
-
-
-def language_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**LLAMA))
+from tests.task_inputs import LABELS, NER_LABELS, tiny_llama
 
 
 def test_adapters_freeze_the_rest_and_reload(tmp_path):
     block = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    student = apply_peft(language_model(), block, "student.peft", seed=1)
+    student = apply_peft(tiny_llama(), block, "student.peft", seed=1)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     assert len(trainable) == 4
     assert all("lora_" in name for name in trainable)
-    again = apply_peft(language_model(), block, "student.peft", seed=1)
+    again = apply_peft(tiny_llama(), block, "student.peft", seed=1)
     ids = torch.arange(8)[None]
     torch.testing.assert_close(student(ids).logits, again(ids).logits, rtol=0, atol=0)
 
     student.save_pretrained(tmp_path)
-    loaded = load_adapter(language_model(), tmp_path)
+    loaded = load_adapter(tiny_llama(), tmp_path)
     torch.testing.assert_close(student(ids).logits, loaded(ids).logits, rtol=0, atol=0)
 
 
@@ -70,17 +50,17 @@ def test_wrong_adapter_fields(block, message):
 
 def test_absent_target_modules():
     with pytest.raises(ModelError, match=r"student.peft: .*absent_proj"):
-        apply_peft(language_model(), {"target_modules": ["absent_proj"]}, "student.peft", seed=0)
+        apply_peft(tiny_llama(), {"target_modules": ["absent_proj"]}, "student.peft", seed=0)
 
 
 def test_every_type_goes_on_a_language_model(tmp_path):
-    model = apply_peft(language_model(), {"type": "bottleneck", "bottleneck_size": 4}, seed=1)
+    model = apply_peft(tiny_llama(), {"type": "bottleneck", "bottleneck_size": 4}, seed=1)
     assert isinstance(model.peft_config["default"], BottleneckConfig)
     assert model.peft_config["default"].task_type == "CAUSAL_LM"
-    check_targets(language_model().config, {"type": "ia3"}, "peft")
+    check_targets(tiny_llama().config, {"type": "ia3"}, "peft")
     block = {"type": "bottleneck", "bottleneck_size": 4, "target_modules": ["q_proj"]}
     with pytest.raises(ModelError, match="target_modules: expected sites of placement pfeiffer"):
-        check_targets(language_model().config, block, "peft")
+        check_targets(tiny_llama().config, block, "peft")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 A section -> examples in three splits -> rows and labels -> scores.
 """
 
-from modxfer_fast.data.tasks.collator import TaskTextCollator
+from modxfer_fast.data.collator import TaskTextCollator
 from modxfer_fast.data.tasks.encoding import EncodedTask, encode_task, task_collator
 from modxfer_fast.data.tasks.load import TaskData, load_task
 from modxfer_fast.data.tasks.metrics import (
@@ -12,7 +12,7 @@ from modxfer_fast.data.tasks.metrics import (
     entity_scores,
     task_scores,
 )
-from modxfer_fast.data.tasks.tokenizer import check_task_tokenizer, load_task_tokenizer
+from modxfer_fast.data.tokenizer import check_task_tokenizer, load_task_tokenizer
 
 __all__ = [
     "PRIMARY_METRIC",

@@ -4,20 +4,17 @@ The first sub-token of a word carries its tag, the others IGNORE_INDEX.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from transformers import (
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
+from transformers.data import data_collator
 
 from modxfer_fast.config.task import TaskKind
-from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.data.collator import IGNORE_INDEX, first_tokens
 from modxfer_fast.data.tasks.load import TaskData
-from modxfer_fast.data.tasks.tokenizer import check_task_tokenizer
+from modxfer_fast.data.tokenizer import check_task_tokenizer
 
 _CHUNK = 10_000  # examples whose ids are Python lists at one time
 
@@ -46,13 +43,11 @@ class EncodedTask:
         """The longest first: batches in order then hold rows of about one length."""
         lengths = list(self.rows["length"])
         order = sorted(range(len(self)), key=lambda i: -lengths[i])
-        return EncodedTask(
-            self.kind,
-            self.labels,
-            self.rows.select(order),
-            [self.gold[i] for i in order],
-            [self.labelled_words[i] for i in order] if self.labelled_words else [],
-            self.truncated,
+        return replace(
+            self,
+            rows=self.rows.select(order),
+            gold=[self.gold[i] for i in order],
+            labelled_words=[self.labelled_words[i] for i in order] if self.labelled_words else [],
         )
 
 
@@ -91,17 +86,12 @@ def _encode_words(chunk: dict[str, list], tokenizer, max_length: int):
     )
     labels, labelled = [], []
     for row, tags in enumerate(chunk["tags"]):
-        row_labels: list[int] = []
-        words: list[int] = []
-        for word in encoded.word_ids(row):
-            # words come in order, so that a new one is higher than all before
-            if word is None or (words and word <= words[-1]):
-                row_labels.append(IGNORE_INDEX)
-            else:
-                row_labels.append(tags[word])
-                words.append(word)
-        labels.append(row_labels)
-        labelled.append(words)
+        words = encoded.word_ids(row)
+        firsts = first_tokens(words)
+        labels.append([IGNORE_INDEX] * len(words))
+        for word, token in firsts.items():
+            labels[-1][token] = tags[word]
+        labelled.append(list(firsts))
     return encoded, labels, labelled
 
 
@@ -115,5 +105,7 @@ def _encode_pairs(chunk: dict[str, list], tokenizer, max_length: int):
 def task_collator(kind: TaskKind, tokenizer: PreTrainedTokenizerBase) -> Callable:
     """Pads rows, and for ner their labels, to the longest of the batch."""
     if kind == "ner":
-        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORE_INDEX)
-    return DataCollatorWithPadding(tokenizer)
+        return data_collator.DataCollatorForTokenClassification(
+            tokenizer, label_pad_token_id=IGNORE_INDEX
+        )
+    return data_collator.DataCollatorWithPadding(tokenizer)

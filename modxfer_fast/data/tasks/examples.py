@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modxfer_fast.config.task import Split, TaskKind
-from modxfer_fast.data.errors import DataError
+from modxfer_fast.config.task import COLUMNS, Split, TaskKind
+from modxfer_fast.errors import DataError
 
 
 class Example(NamedTuple):
@@ -27,21 +27,11 @@ class Corpus:
     dropped: int = 0
 
 
-def input_columns(kind: TaskKind) -> tuple[str, ...]:
-    return ("words",) if kind == "ner" else ("text_a", "text_b")
-
-
-def label_column(kind: TaskKind) -> str:
-    return "tags" if kind == "ner" else "label"
-
-
 def from_fields(kind: TaskKind, fields: dict, columns: dict[str, str], where: str) -> Example:
     """An example from named values, as JSON and saved datasets have them.
 
     Args:
         fields: column of the source -> value. columns: our name -> that of the source.
-    Raises:
-        DataError: a column is missing or holds another type than expected.
     """
     values = {}
     for ours, theirs in columns.items():
@@ -49,7 +39,7 @@ def from_fields(kind: TaskKind, fields: dict, columns: dict[str, str], where: st
             raise DataError(f"{where}: expected {theirs!r}, got {', '.join(map(repr, fields))}")
         values[ours] = fields[theirs]
     if kind != "ner":
-        texts = [_text(values[name], columns[name], where) for name in input_columns(kind)]
+        texts = [_text(values[name], columns[name], where) for name in COLUMNS[kind][:-1]]
         return Example(texts, [_label(values["label"], columns["label"], where)], where)
     for name in ("words", "tags"):
         if not isinstance(values[name], list):

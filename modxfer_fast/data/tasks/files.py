@@ -15,23 +15,14 @@ from typing import Any
 
 from datasets import ClassLabel, DatasetDict, List, load_from_disk
 
-from modxfer_fast.config.task import SPLITS, Split, TaskKind, TaskSection
-from modxfer_fast.data.errors import DataError
-from modxfer_fast.data.tasks.examples import (
-    Corpus,
-    Example,
-    from_fields,
-    input_columns,
-    label_column,
-)
+from modxfer_fast.config.task import COLUMNS, SPLITS, Split, TaskKind, TaskSection
+from modxfer_fast.data.sources import is_saved_dataset
+from modxfer_fast.data.tasks.examples import Corpus, Example, from_fields
+from modxfer_fast.errors import DataError
 
 _SPLIT_STEMS: dict[str, Split] = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
+    **{split: split for split in SPLITS},
+    **dict.fromkeys(("valid", "val", "dev"), SPLITS[1]),
 }
 _FORMATS = {
     ".conll": "conll",
@@ -60,7 +51,7 @@ def read_files(section: TaskSection) -> Corpus:
     else:
         path = Path(section.source).expanduser()
         if path.is_dir():
-            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            if is_saved_dataset(path):
                 return _read_saved(path, section)
             named = _files_of(path)
         else:
@@ -128,7 +119,7 @@ def _read_file(path: Path, section: TaskSection) -> list[Example]:
 
 def _named_columns(section: TaskSection) -> dict[str, str]:
     columns = {}
-    for name in (*input_columns(section.kind), label_column(section.kind)):
+    for name in COLUMNS[section.kind]:
         column = section.columns.get(name, name)
         if not isinstance(column, str):
             raise DataError(f"task.columns.{name}: expected the name of a column, got {column!r}")
@@ -261,7 +252,7 @@ def _read_saved(folder: Path, section: TaskSection) -> Corpus:
     splits: dict[Split, list[Example]] = {}
     labels: dict[Split, tuple[str, ...]] = {}
     for split, rows in named.items():
-        classes = _class_names(rows.features.get(columns[label_column(section.kind)]))
+        classes = _class_names(rows.features.get(columns[COLUMNS[section.kind][-1]]))
         if classes is not None:
             labels[split] = tuple(classes)
         splits[split] = [

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from datasets import Dataset, load_dataset
 
 from modxfer_fast.config.task import SPLITS, Split, TaskSection
-from modxfer_fast.data.errors import DataError
 from modxfer_fast.data.tasks.examples import Corpus, Example
+from modxfer_fast.errors import DataError
 
 
 class _HubCorpus(NamedTuple):

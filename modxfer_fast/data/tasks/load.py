@@ -3,17 +3,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from modxfer_fast.config.task import SPLITS, Split, TaskKind, TaskSection
-from modxfer_fast.data.errors import DataError
-from modxfer_fast.data.tasks.examples import Corpus, Example, input_columns, label_column
+from modxfer_fast.config.task import COLUMNS, HUB_KINDS, SPLITS, Split, TaskKind, TaskSection
+from modxfer_fast.data.tasks.examples import Corpus, Example
 from modxfer_fast.data.tasks.files import read_files
 from modxfer_fast.data.tasks.hub import read_hub
+from modxfer_fast.errors import DataError
 
 _TAG = re.compile(r"(?P<prefix>[BIES])-(?P<type>.+)")
 _HELD_OUT = 0.1
@@ -83,32 +82,25 @@ def load_task(section: TaskSection) -> TaskData:
         DataError: a source that is missing or malformed, with the line; labels of validation or
             test that train does not have; a split without examples.
     """
-    corpus = read_hub(section) if section.is_on_hub else read_files(section)
+    corpus = read_hub(section) if section.source in HUB_KINDS else read_files(section)
     for split, examples in corpus.splits.items():
         if not examples:
             raise DataError(f"task: expected examples in {split}, got none")
     labels = _label_names(corpus, section)
     splits = _hold_out(corpus.splits, section.split_seed)
-    train_examples = len(splits["train"])
-    kept: dict[Split, list[int]] = {
-        "train": _share(
-            train_examples, section.max_train_examples, section.train_fraction, section.split_seed
-        )
-    }
-    for stream, split in enumerate(SPLITS[1:], 1):
-        limit = getattr(section, f"max_{split}_examples")
-        kept[split] = _share(len(splits[split]), limit, 1.0, section.split_seed, stream)
-    ids = {name: i for i, name in enumerate(labels)}
+    kept = {}
+    for stream, split in enumerate(SPLITS):
+        examples, limit = splits[split], getattr(section, f"max_{split}_examples")
+        fraction = section.train_fraction if split == "train" else 1.0
+        indices = _share(len(examples), limit, fraction, section.split_seed, stream)
+        kept[split] = _dataset(section.kind, [examples[i] for i in indices], labels)
     return TaskData(
         kind=section.kind,
         language=section.language,
         labels=labels,
-        **{
-            split: _dataset(section.kind, [splits[split][i] for i in kept[split]], labels, ids)
-            for split in SPLITS
-        },
+        **kept,
         max_length=section.max_length,
-        train_examples=train_examples,
+        train_examples=len(splits["train"]),
         dropped=corpus.dropped,
     )
 
@@ -126,7 +118,10 @@ def _label_names(corpus: Corpus, section: TaskSection) -> tuple[str, ...]:
         return names
     if corpus.labels is not None:
         return corpus.labels
-    found = {split: _distinct(examples) for split, examples in corpus.splits.items()}
+    found = {
+        split: {label for example in examples for label in example.labels}
+        for split, examples in corpus.splits.items()
+    }
     if section.kind == "ner":
         names = _iob_names(corpus.splits, found["train"])
     else:
@@ -140,10 +135,6 @@ def _label_names(corpus: Corpus, section: TaskSection) -> tuple[str, ...]:
                 f"got {', '.join(sorted(theirs))}; give task.labels if train merely lacks some"
             )
     return names
-
-
-def _distinct(examples: Iterable[Example]) -> set[str]:
-    return {label for example in examples for label in example.labels}
 
 
 def _iob_names(splits: dict[Split, list[Example]], found: set[str]) -> tuple[str, ...]:
@@ -198,32 +189,26 @@ def _hold_out(splits: dict[Split, list[Example]], seed: int) -> dict[Split, list
     return splits
 
 
-def _share(size: int, limit: int | None, fraction: float, seed: int, stream: int = 0) -> list[int]:
-    """Indices of `fraction` of at most `limit` examples, in their order; smaller ones are nested.
-
-    stream: tells the splits of one seed apart.
-    """
+def _share(size: int, limit: int | None, fraction: float, seed: int, stream: int) -> list[int]:
+    """Indices of `fraction` of at most `limit` examples, in order; smaller ones are nested."""
     limit = size if limit is None else min(limit, size)
     count = max(1, round(fraction * limit))
     order = np.random.default_rng((seed, stream + 1)).permutation(size)
     return sorted(order[:count].tolist())
 
 
-def _dataset(
-    kind: TaskKind, examples: list[Example], labels: tuple[str, ...], ids: dict[str, int]
-) -> Dataset:
-    classes = ClassLabel(names=list(labels))
-    inputs, target = input_columns(kind), label_column(kind)
+def _dataset(kind: TaskKind, examples: list[Example], labels: tuple[str, ...]) -> Dataset:
+    text, classes = Value("string"), ClassLabel(names=list(labels))
+    ids = {name: i for i, name in enumerate(labels)}
+    inputs = [example.inputs for example in examples]
+    targets = [[ids[label] for label in example.labels] for example in examples]
     if kind == "ner":
-        features = {"words": List(Value("string")), "tags": List(classes)}
-        columns = {
-            "words": [example.inputs for example in examples],
-            "tags": [[ids[label] for label in example.labels] for example in examples],
-        }
+        features, columns = [List(text), List(classes)], [inputs, targets]
     else:
-        features = {**dict.fromkeys(inputs, Value("string")), target: classes}
-        columns = {
-            **{name: [ex.inputs[i] for ex in examples] for i, name in enumerate(inputs)},
-            target: [ids[example.labels[0]] for example in examples],
-        }
-    return Dataset.from_dict(columns, features=Features(features))
+        features = [text, text, classes]
+        columns = [[row[i] for row in inputs] for i in (0, 1)] + [[i for (i,) in targets]]
+    names = COLUMNS[kind]
+    return Dataset.from_dict(
+        dict(zip(names, columns, strict=True)),
+        features=Features(dict(zip(names, features, strict=True))),
+    )

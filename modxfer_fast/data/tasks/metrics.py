@@ -18,20 +18,16 @@ def entity_scores(
 ) -> dict[str, float]:
     """Micro averages over entities, where type and both borders must match.
 
-    Args:
-        gold, predicted: tags by row, IOB2 or IOBES.
+    gold, predicted: tags by row, IOB2 or IOBES.
     """
     gold, predicted = ([_iob2(row) for row in side] for side in (gold, predicted))
     types = {tag[2:] for row in (*gold, *predicted) for tag in row if tag != "O"}
+    names = ("f1", "precision", "recall")
     if not types:  # nothing to find, nothing found
-        return {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+        return dict.fromkeys(names, 0.0)
     evaluator = Evaluator(gold, predicted, tags=sorted(types), loader="list")
     scores = evaluator.evaluate()["overall"]["strict"]
-    return {
-        "f1": float(scores.f1),
-        "precision": float(scores.precision),
-        "recall": float(scores.recall),
-    }
+    return {name: float(getattr(scores, name)) for name in names}
 
 
 def _iob2(tags: Sequence[str]) -> list[str]:
@@ -39,12 +35,9 @@ def _iob2(tags: Sequence[str]) -> list[str]:
     found, inside = [], None  # the type that the next word may continue
     for tag in tags:
         prefix, kind = tag[:1], tag[2:]
-        if tag == "O":
-            found.append(tag)
-            inside = None
-            continue
-        found.append(f"{'I' if prefix in 'IE' and kind == inside else 'B'}-{kind}")
-        inside = None if prefix in "ES" else kind
+        ours = "I" if prefix in "IE" and kind == inside else "B"
+        found.append(tag if tag == "O" else f"{ours}-{kind}")
+        inside = None if prefix in "OES" else kind
     return found
 
 

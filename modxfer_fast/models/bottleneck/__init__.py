@@ -9,8 +9,7 @@ from modxfer_fast.models.bottleneck.config import BottleneckConfig
 from modxfer_fast.models.bottleneck.layer import BottleneckLayer
 from modxfer_fast.models.bottleneck.model import BottleneckModel
 from modxfer_fast.models.bottleneck.sites import PLACEMENTS, bottleneck_sites, find_site
-from modxfer_fast.models.families import BottleneckSite
-from modxfer_fast.models.peft_types import register_peft_type
+from modxfer_fast.models.peft import register_peft_type
 
 register_peft_type("bottleneck", BottleneckConfig, BottleneckModel)
 
@@ -19,7 +18,6 @@ __all__ = [
     "BottleneckConfig",
     "BottleneckLayer",
     "BottleneckModel",
-    "BottleneckSite",
     "bottleneck_sites",
     "find_site",
 ]

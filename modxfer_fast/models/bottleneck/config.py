@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from peft import PeftConfig
 
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.bottleneck.sites import PLACEMENTS
-from modxfer_fast.models.errors import ModelError
-from modxfer_fast.models.peft_types import peft_type
+from modxfer_fast.models.peft import peft_type
 
 NON_LINEARITIES = ("relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu", "linear")
 
@@ -23,6 +24,8 @@ class BottleneckConfig(PeftConfig):
     Raises:
         ModelError: a value that is not allowed; the message names the field.
     """
+
+    INITS: ClassVar[tuple[str, ...]] = ("bert", "zero_up")
 
     placement: str = field(
         default="pfeiffer",
@@ -75,7 +78,7 @@ class BottleneckConfig(PeftConfig):
         self.peft_type = peft_type("BOTTLENECK")
         _check_choice("placement", self.placement, PLACEMENTS)
         _check_choice("non_linearity", self.non_linearity, NON_LINEARITIES)
-        _check_choice("init_weights", self.init_weights, self.init_choices())
+        _check_choice("init_weights", self.init_weights, self.INITS)
         self._check_width()
         if self.scaling is None:
             self.scaling = 4.0 if self.placement == "parallel" else 1.0
@@ -85,17 +88,8 @@ class BottleneckConfig(PeftConfig):
             raise ModelError(f"dropout: expected a number from 0 to below 1, got {self.dropout!r}")
         self._check_targets()
 
-    @classmethod
-    def init_choices(cls) -> tuple[str, ...]:
-        """Values of `init_weights`."""
-        return ("bert", "zero_up")
-
     def width(self, hidden_size: int) -> int:
-        """Width of the bottleneck in a model of this hidden width.
-
-        Raises:
-            ModelError: the reduction factor leaves no unit.
-        """
+        """Width of the bottleneck in a model of this width; ModelError where no unit is left."""
         if self.bottleneck_size is not None:
             return self.bottleneck_size
         assert self.reduction_factor is not None  # one of the two is given
@@ -140,8 +134,7 @@ class BottleneckConfig(PeftConfig):
 
 
 def _check_names(name: str, value) -> None:
-    is_names = _is_list(value) and all(isinstance(entry, str) for entry in value)
-    if value is not None and not is_names:
+    if value is not None and not (_is_list(value) and all(isinstance(n, str) for n in value)):
         raise ModelError(f"{name}: expected a list of module names, got {value!r}")
 
 

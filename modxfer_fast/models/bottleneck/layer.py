@@ -19,8 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.bottleneck.config import BottleneckConfig
-from modxfer_fast.models.errors import ModelError
 from modxfer_fast.models.families import NORM, PARALLEL, RESIDUAL, BottleneckSite
 
 CANNOT_MERGE = (

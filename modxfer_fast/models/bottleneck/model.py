@@ -9,12 +9,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.bottleneck.config import BottleneckConfig
 from modxfer_fast.models.bottleneck.layer import CANNOT_MERGE, BottleneckLayer
 from modxfer_fast.models.bottleneck.sites import bottleneck_sites, find_site
-from modxfer_fast.models.errors import ModelError
-from modxfer_fast.models.families import BottleneckSite
 
 
 class BottleneckModel(BaseTuner):
@@ -49,18 +48,26 @@ class BottleneckModel(BaseTuner):
             )
         architecture = Architecture.of(self.model)
         peft_config.width(architecture.hidden_size)
-        _check_layers(peft_config, architecture)
+        layers = _layers(peft_config)
+        if layers is not None and (not layers or max(layers) >= architecture.num_layers):
+            raise ModelError(
+                f"layers_to_transform: expected indices from 0 to {architecture.num_layers - 1}, "
+                f"got {peft_config.layers_to_transform!r}"
+            )
         _check_targets(peft_config, architecture)
         return peft_config
 
     def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> bool:
-        architecture = Architecture.of(self.model)
-        found = find_site(architecture, peft_config.placement, key)
+        found = find_site(Architecture.of(self.model), peft_config.placement, key)
         if found is None:
             return False
         layer, site = found
-        layers = _layers(peft_config)
-        return (layers is None or layer in layers) and _is_target(peft_config, key, site)
+        layers, targets = _layers(peft_config), peft_config.target_modules
+        if layers is not None and layer not in layers:
+            return False
+        if isinstance(targets, str):
+            return re.fullmatch(targets, key) is not None
+        return targets is None or site.path in targets or key in targets
 
     def _create_and_replace(
         self,
@@ -114,24 +121,6 @@ def _layers(config: BottleneckConfig) -> set[int] | None:
     if layers is None:
         return None
     return {layers} if isinstance(layers, int) else set(layers)
-
-
-def _is_target(config: BottleneckConfig, key: str, site: BottleneckSite) -> bool:
-    targets = config.target_modules
-    if targets is None:
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, key) is not None
-    return site.path in targets or key in targets
-
-
-def _check_layers(config: BottleneckConfig, architecture: Architecture) -> None:
-    layers = _layers(config)
-    if layers is not None and (not layers or max(layers) >= architecture.num_layers):
-        raise ModelError(
-            f"layers_to_transform: expected indices from 0 to {architecture.num_layers - 1}, "
-            f"got {config.layers_to_transform!r}"
-        )
 
 
 def _check_targets(config: BottleneckConfig, architecture: Architecture) -> None:

@@ -10,19 +10,15 @@ h is the output of a sublayer after the model's own dropout, res the residual it
 
 import re
 
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import Architecture
-from modxfer_fast.models.errors import ModelError
 from modxfer_fast.models.families import FAMILIES, BottleneckSite
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 
 
 def bottleneck_sites(architecture: Architecture, placement: str) -> tuple[BottleneckSite, ...]:
-    """The sites of one block, in the order in which they run.
-
-    Raises:
-        ModelError: a placement or a family that is not known.
-    """
+    """The sites of one block in the order in which they run; ModelError where none are known."""
     if placement not in PLACEMENTS:
         raise ModelError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}")
     sites = FAMILIES[architecture.family].bottlenecks
@@ -38,18 +34,15 @@ def bottleneck_sites(architecture: Architecture, placement: str) -> tuple[Bottle
 def find_site(
     architecture: Architecture, placement: str, name: str
 ) -> tuple[int, BottleneckSite] | None:
-    """Block and site that a dotted name belongs to.
+    """Block and site of this placement that a dotted name belongs to, if any.
 
     Args:
         name: of the wrapped module or of an adapter's tensor in it, PEFT's prefixes allowed, e.g.
             `base_model.model.bert.encoder.layer.3.output.LayerNorm.bottleneck_down.weight`.
-    Returns:
-        None where the name belongs to no site of this placement.
     """
     found = architecture.in_block(re.sub(r"\.(?:bottleneck|compacter)_.+$", "", name))
     if found is None:
         return None
-    for site in bottleneck_sites(architecture, placement):
-        if found[1] == site.path:
-            return found[0], site
-    return None
+    layer, path = found
+    sites = bottleneck_sites(architecture, placement)
+    return next(((layer, site) for site in sites if site.path == path), None)

@@ -5,16 +5,3 @@ layers of a model that has them, and lets those that share an input (q, k, v; ga
 op. Either way names, checkpoints and the whole interface stay PEFT's, and whatever the op does not
 cover runs in PEFT's own forward.
 """
-
-from modxfer_fast.models.fused_lora.layer import FusedLoraLinear
-from modxfer_fast.models.fused_lora.patch import patch_peft_model, unpatch_peft_model
-from modxfer_fast.models.fused_lora.register import register_fused_lora
-from modxfer_fast.models.fused_lora.report import FusedLoraReport
-
-__all__ = [
-    "FusedLoraLinear",
-    "FusedLoraReport",
-    "patch_peft_model",
-    "register_fused_lora",
-    "unpatch_peft_model",
-]

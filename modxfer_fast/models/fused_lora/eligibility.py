@@ -28,8 +28,7 @@ class Branch(NamedTuple):
     """The parameters of a layer with one plain adapter, read and not yet matched to an input.
 
     Attributes:
-        weight, bias: of a base that is F.linear and nothing else; else None.
-        plain_base: whether it is.
+        weight, bias: of a base that is F.linear and nothing else; the weight is None of another.
         lora_a, lora_b, lora_bias: of the adapter.
         dropout: 0 where the dropout module is in evaluation mode.
         casts: whether the layer may cast its input to the dtype of the adapter.
@@ -37,7 +36,6 @@ class Branch(NamedTuple):
 
     weight: Tensor | None
     bias: Tensor | None
-    plain_base: bool
     lora_a: Tensor
     lora_b: Tensor
     lora_bias: Tensor | None
@@ -79,11 +77,10 @@ def read_branch(layer: LoraLayer) -> tuple[Branch | None, str]:
         return None, reason
     if nn.modules.module._has_any_global_hook():
         return None, "global module hooks are registered, which have to run"
-    plain_base = _is_plain(base)
-    return Branch(
-        base._parameters["weight"] if plain_base else None,
-        base._parameters["bias"] if plain_base else None,
-        plain_base,
+    is_plain = _is_plain(base)
+    return Branch(  # by subscripts, which gather what ZeRO-3 has partitioned
+        base._parameters["weight"] if is_plain else None,
+        base._parameters["bias"] if is_plain else None,
         lora_a._parameters["weight"],
         lora_b._parameters["weight"],
         lora_b._parameters["bias"],

@@ -46,7 +46,8 @@ class GroupHooks:
     def open(self, parent: nn.Module, args: tuple) -> None:
         # a traced tensor does not tell whether the parent wrote to it between two members: that
         # none of transformers' models does so is known, of others it is not
-        if torch.compiler.is_compiling() and not _is_of_transformers(type(parent)):
+        theirs = "transformers.models."
+        if torch.compiler.is_compiling() and not type(parent).__module__.startswith(theirs):
             return
         members = tuple(self.members(parent))
         if len(members) < 2:
@@ -83,16 +84,12 @@ class GroupHooks:
                 yield member
 
 
-def _is_of_transformers(cls: type) -> bool:
-    return cls.__module__.startswith("transformers.models.")
-
-
 def find_groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """Paths of parents, the parents, and the names of their fused layers that by their names read
     one input."""
     for path, parent in model.named_modules():
         for sharing in _SHARING:
-            names = tuple(name for name in sharing if _is_fused(getattr(parent, name, None)))
+            names = tuple(n for n in sharing if isinstance(getattr(parent, n, None), FusedForward))
             if len(names) > 1:
                 yield path, parent, names
 
@@ -109,10 +106,6 @@ def apart_reason(path: str, parent: nn.Module, names: tuple[str, ...]) -> str:
     if any(is_partitioned(p) for member in members for p in member.parameters()):
         return "ZeRO-3 gathers the parameters of one module at a time"
     return ""
-
-
-def _is_fused(module) -> bool:
-    return isinstance(module, FusedForward)
 
 
 def groups_of(parent: nn.Module) -> list[tuple[str, ...]]:

@@ -1,15 +1,17 @@
-"""Existing LoRA models on the fused op, reversibly."""
+"""Existing LoRA models on the fused op, reversibly, and fused layers in models to come."""
 
 import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
 
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import MultiheadAttention, dispatch_default
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from modxfer_fast.models.errors import ModelError
+from modxfer_fast.errors import ModelError
 from modxfer_fast.models.fused_lora.eligibility import Branch, kernel_reason, read_branch
 from modxfer_fast.models.fused_lora.group import apart_reason, find_groups, groups_of, set_groups
 from modxfer_fast.models.fused_lora.layer import FusedForward, fused_class, plain_class
@@ -125,7 +127,7 @@ def _report(
         if branch is None:
             declined.append((name, reason))
         else:
-            (plain if branch.plain_base else branches).append(name)
+            (branches if branch.weight is None else plain).append(name)
     paths = {module: name for name, module in model.named_modules()}
     groups, apart = [], []
     for path, parent, names in find_groups(model):
@@ -165,3 +167,35 @@ def _running(layer: nn.Module) -> tuple[Branch | None, str]:
     dtype = (branch.lora_a if branch.weight is None else branch.weight).dtype
     reason = kernel_reason(branch, branch.lora_a.device.type, dtype, dtype)
     return None if reason else branch, reason
+
+
+def register_fused_lora(config: LoraConfig) -> LoraConfig:
+    """Makes `get_peft_model(model, config)` create `FusedLoraLinear` for plain linears: PEFT asks
+    here before it makes a LoRA layer of one.
+
+    Subclasses of nn.Linear with a forward or a weight of their own (quantised ones) and all other
+    layers are left to PEFT. Like PEFT's custom modules, the registration is not saved with the
+    configuration; a checkpoint loads into plain PEFT, and `patch_peft_model` fuses that.
+
+    Args:
+        config: changed in place, and returned.
+
+    Raises:
+        TypeError: not a LoraConfig.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
+    config._register_custom_module({nn.Linear: _dispatch})
+    return config
+
+
+def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs):
+    """A fused layer around `target`, or None: PEFT's next dispatcher decides."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if kwargs.get("parameter_name") is not None or type(base).forward is not nn.Linear.forward:
+        return None
+    if type(base.weight) is not nn.Parameter:
+        return None
+    layer = dispatch_default(target, adapter_name, config=config, **kwargs)
+    layer.__class__ = fused_class(type(layer)) or type(layer)
+    return layer

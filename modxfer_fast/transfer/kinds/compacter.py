@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from modxfer_fast.models.compacter import phm_dense, phm_refit_rule
+from modxfer_fast.models.phm import phm_dense, phm_refit_rule
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.kinds.base import Slot
 from modxfer_fast.transfer.kinds.bottleneck import UP, Bottleneck

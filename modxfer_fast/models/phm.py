@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.models.errors import ModelError
+from modxfer_fast.errors import ModelError
 
 # a sweep that gains less than this part of the residual is the last one
 _STANDS_STILL = 1e-4
@@ -52,28 +52,18 @@ class PhmLinear(nn.Module):
         rule_std: float | None = None,
     ):
         super().__init__()
-        for name, width in (("input", in_features), ("output", out_features)):
-            if width % phm_dim:
-                raise ModelError(
-                    f"phm_dim: expected a divisor of the {name} width {width}, got {phm_dim}"
-                )
+        check_phm_dim(phm_dim, input=in_features, output=out_features)
         self.left = nn.Parameter(torch.empty(phm_dim, in_features // phm_dim, rank))
         self.right = nn.Parameter(torch.empty(phm_dim, rank, out_features // phm_dim))
         self.bias = nn.Parameter(torch.zeros(out_features))
         for factor in (self.left, self.right):
             for term in factor:
                 nn.init.xavier_uniform_(term)
-        if rule_std is None:
-            self.register_parameter("rule", None)
-        else:
-            self.rule = nn.Parameter(phm_rule(phm_dim, rule_std))
+        rule = None if rule_std is None else nn.Parameter(phm_rule(phm_dim, rule_std))
+        self.register_parameter("rule", rule)
 
     def forward(self, x: Tensor, rule: Tensor | None = None) -> Tensor:
-        """x [..., in] -> [..., out].
-
-        Args:
-            rule: [n, n, n], where this layer has none of its own.
-        """
+        """x [..., in] -> [..., out]; rule [n, n, n], where this layer has none of its own."""
         rule = self.rule if rule is None else rule
         n, k, r = self.left.shape
         # kron(rule_i, L_i R_i): every block of x through L_i, blocks mixed by rule_i, then R_i
@@ -84,18 +74,23 @@ class PhmLinear(nn.Module):
         return y.flatten(-2) + self.bias
 
 
+def check_phm_dim(phm_dim: int, **widths: int) -> None:
+    """Raise a ModelError unless `phm_dim` divides every one of the named widths."""
+    for name, width in widths.items():
+        if width % phm_dim:
+            raise ModelError(
+                f"phm_dim: expected a divisor of the {name} width {width}, got {phm_dim}"
+            )
+
+
 def phm_rule(phm_dim: int, std: float) -> Tensor:
     """Fresh rules [n, n, n], N(0, std)."""
     return torch.empty(phm_dim, phm_dim, phm_dim).normal_(std=std)
 
 
 def phm_dense(rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """H [in, out] of the factors, in their dtype.
+    """H [in, out] of rule [n, n, n], left [n, k, r] and right [n, r, o], in their dtype.
 
-    Args:
-        rule: [n, n, n].
-        left: [n, k, r].
-        right: [n, r, o].
     Raises:
         ModelError: shapes that do not belong together.
     """
@@ -115,14 +110,13 @@ def phm_refit(dense: Tensor, rule: Tensor, rank: int, *, sweeps: int = 30) -> Ph
     """The sum of Kronecker products with this rule that is near a dense map.
 
     The terms W_i of full rank are a linear least-squares problem; each is then cut to `rank` by an
-    SVD. Rules are not orthogonal, so cutting one term at a time is not the best of that rank:
-    `sweeps` of least squares, for the left factors given the right ones and back, only come nearer.
+    SVD. Rules are not orthogonal, so cutting one term at a time is not the best of that rank: at
+    most `sweeps` of least squares, for the left factors given the right ones and back, come nearer,
+    until the residual stands still.
 
     Args:
         dense: H [in, out].
         rule: [n, n, n], kept as it is.
-        rank: r of the factors.
-        sweeps: at most so many; they end when the residual stands still.
     Returns:
         Factors in float64 on the device of `dense`, and the relative residual (0 where H is 0).
     Raises:
@@ -166,8 +160,6 @@ def phm_refit_rule(
     Args:
         dense: H [in, out], each of its own widths.
         rule: [n, n, n], where the search begins.
-        rank: r of the factors.
-        sweeps: at most so many; they end when the residual stands still.
     Returns:
         The rule and a fit for each map, in float64. A rule that serves all of them is kept as it
         is; another has terms of equal size and is as large as the one before.
