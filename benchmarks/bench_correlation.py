@@ -11,23 +11,13 @@ the fp64 sums read and written. The floor reads fp32 and writes fp32.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.candidates import our_backends
-from benchmarks.harness import Candidate, Floor, Lineup
-from benchmarks.inputs import Normal
-from benchmarks.peers import label, r_regression
-from benchmarks.rooms import Case, Room
-from benchmarks.shapes import Sizes
-from modxfer_fast.kernels.correlation import (
-    correlation_centre,
-    correlation_gram,
-    correlation_product,
-)
+from benchmarks import peers, rooms
+from benchmarks.rooms import Candidate, Case, Floor, Lineup, States
+from modxfer_fast.kernels import correlation
 from modxfer_fast.kernels.correlation.op import MAX_ROWS
 from modxfer_fast.measure.roofline import Work
 
@@ -36,22 +26,13 @@ _SAMPLE = 32
 FLOORS = {CROSS: "gemm", GRAMS: "gemms x3"}
 
 
-@dataclass(frozen=True)
-class Shape(Sizes):
-    """N rows (tokens), D_s and D_t features."""
-
-    N: int
-    D_s: int
-    D_t: int
-
-
-ROOM = Room(
+ROOM = rooms.Room(
     shapes={
-        "smoke": Shape(64, 32, 48),
+        "smoke": States(64, 32, 48),
         # BERT-base against BERT-large, as many tokens as the maps of the paper are fitted from
-        "cpu-gate": Shape(4000, 768, 1024),
-        "minilm": Shape(4000, 256, 384),
-        "llama3-1b-from-8b": Shape(16384, 2048, 4096),
+        "cpu-gate": States(4000, 768, 1024),
+        "minilm": States(4000, 256, 384),
+        "llama3-1b-from-8b": States(16384, 2048, 4096),
     },
     default_shape={"cpu": "cpu-gate", "cuda": "llama3-1b-from-8b"},
     axis="products",
@@ -60,40 +41,28 @@ ROOM = Room(
 
 
 def lineup(case: Case) -> Lineup:
-    student, teacher = _inputs(case.shape, case.dtype, case.device)
+    student, teacher = _inputs(case)
     floor, work = FLOORS[case.variant], _formula(case)
-    outputs = _outputs(case.variant)
     candidates = []
-    for backend in our_backends("correlation", case.device, case.dtype):
+    for backend in rooms.our_backends("correlation", case):
         running = Sums(case, backend)
 
-        def whole(backend=backend) -> dict[str, Tensor]:
+        def whole(backend=backend) -> rooms.Results:
             new = Sums(case, backend)
             new.update(student, teacher)
             return new.moments()
 
-        def update(running=running) -> dict[str, Tensor]:
-            running.update(student, teacher)
-            return {}
-
-        name = f"ours {backend}"
-        candidates.append(
-            Candidate(f"{name}, update", update, outputs, floor, work, check_step=whole)
-        )
-        candidates.append(Candidate(name, whole, outputs, floor, work))
+        name, update = f"ours {backend}", functools.partial(running.update, student, teacher)
+        candidates.append(Candidate(f"{name}, update", update, floor, work, check_step=whole))
+        candidates.append(Candidate(name, whole, floor, work))
     for name, function in (("eager", dense_moments), ("torch.corrcoef", corrcoef_moments)):
-        step = _step(function, student, teacher, case.variant)
-        candidates.append(Candidate(name, step, outputs, floor, work))
+        step = functools.partial(function, student, teacher, case.variant)
+        candidates.append(Candidate(name, step, floor, work))
     if case.variant == CROSS:
         candidates.append(_r_regression(student, teacher, floor, work))
-    truth = lambda: dense_moments(student.double(), teacher.double(), GRAMS)
-    problem = {
-        "N": case.shape.N,
-        "D_s": case.shape.D_s,
-        "D_t": case.shape.D_t,
-        "products": case.variant,
-    }
-    return Lineup(problem, candidates, {floor: _floor(case, student, teacher)}, truth)
+    truth = lambda: dense_moments(student.double(), teacher.double(), case.variant)
+    floors = {floor: _floor(case, student, teacher)}
+    return Lineup(ROOM.problem(case), candidates, floors, truth)
 
 
 class Sums:
@@ -122,38 +91,32 @@ class Sums:
             self._shifts = [x.double().mean(0).float().double() for x in kept]
         centred = [out[: len(sites[0])] for out in self._centred]
         for x, shift, out, sums in zip(sites, self._shifts, centred, self.sums, strict=True):
-            correlation_centre(x, shift, out, sums, mask=mask, backend=self._backend)
-        correlation_product(*centred, self.product, backend=self._backend)
+            correlation.correlation_centre(x, shift, out, sums, mask=mask, backend=self._backend)
+        correlation.correlation_product(*centred, self.product, backend=self._backend)
         for x, gram in zip(centred, self.grams, strict=False):
-            correlation_gram(x, gram, backend=self._backend)
+            correlation.correlation_gram(x, gram, backend=self._backend)
 
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self) -> rooms.Results:
         """The correlation, and the covariances within both sides where there are grams."""
         means, squares = zip(*(sums / self.count for sums in self.sums), strict=True)
-        std_x, std_y = (
-            (square - mean.square()).sqrt() for mean, square in zip(means, squares, strict=True)
-        )
+        stds = [(m2 - mean.square()).sqrt() for mean, m2 in zip(means, squares, strict=True)]
         cov = self.product / self.count - torch.outer(*means)
-        results = {"correlation": cov / torch.outer(std_x, std_y)}
+        results = {"correlation": cov / torch.outer(*stds)}
         for name, gram, mean in zip(("cov_xx", "cov_yy"), self.grams, means, strict=False):
             symmetric = gram.triu() + gram.triu(1).t()
             results[name] = symmetric / self.count - torch.outer(mean, mean)
         return results
 
 
-def dense_moments(student: Tensor, teacher: Tensor, variant: str) -> dict[str, Tensor]:
+def dense_moments(student: Tensor, teacher: Tensor, variant: str) -> rooms.Results:
     """All rows at once, as plain PyTorch is written; half precision is widened."""
     rows = student.shape[0]
-    x, y = (_widened(features) for features in (student, teacher))
-    x, y = x - x.mean(0), y - y.mean(0)
-    correlation = x.t() @ y / torch.outer(x.norm(dim=0), y.norm(dim=0))
-    results = {"correlation": correlation}
-    if variant == GRAMS:
-        results |= {"cov_xx": x.t() @ x / rows, "cov_yy": y.t() @ y / rows}
-    return results
+    x, y = (features - features.mean(0) for features in map(_widened, (student, teacher)))
+    grams = {"cov_xx": x.t() @ x / rows, "cov_yy": y.t() @ y / rows} if variant == GRAMS else {}
+    return {"correlation": x.t() @ y / torch.outer(x.norm(dim=0), y.norm(dim=0)), **grams}
 
 
-def corrcoef_moments(student: Tensor, teacher: Tensor, variant: str) -> dict[str, Tensor]:
+def corrcoef_moments(student: Tensor, teacher: Tensor, variant: str) -> rooms.Results:
     """One symmetric matrix over the features of both sides."""
     width = student.shape[1]
     rows = torch.cat([_widened(student), _widened(teacher)], 1).t()
@@ -172,62 +135,41 @@ def _widened(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _step(
-    function: Callable[[Tensor, Tensor, str], dict[str, Tensor]],
-    student: Tensor,
-    teacher: Tensor,
-    variant: str,
-) -> Callable[[], dict[str, Tensor]]:
-    return lambda: function(student, teacher, variant)
-
-
 def _r_regression(student: Tensor, teacher: Tensor, floor: str, work: Work) -> Candidate:
     """scikit-learn's Pearson correlation of one target at a time, for a sample of the targets."""
-    chosen = slice(None, None, _SAMPLE)
-    name = f"{label('scikit-learn', 'r_regression')}, 1 of {_SAMPLE} student features"
-    options = {
-        "work": Work(work.flops // _SAMPLE, work.bytes // _SAMPLE),
-        "truth": lambda: dense_moments(student[:, chosen].double(), teacher.double(), CROSS),
-    }
-    function, why_not = r_regression()
-    if function is None or student.device.type != "cpu":
+    sample = student[:, ::_SAMPLE]
+    work = Work(work.flops // _SAMPLE, work.bytes // _SAMPLE)
+    truth = lambda: dense_moments(sample.double(), teacher.double(), CROSS)
+    function, why_not = peers.find("scikit-learn", "sklearn.feature_selection", "r_regression")
+    if student.device.type != "cpu":
         why_not = why_not or "runs on a CPU"
-        return Candidate(name, None, _outputs(CROSS), floor, why_not=why_not, **options)
-    x, y = _widened(student[:, chosen]).numpy(), _widened(teacher).numpy()
+    step = None
+    if not why_not:
+        x, y = _widened(sample).numpy(), _widened(teacher).numpy()
 
-    def step() -> dict[str, Tensor]:
-        columns = [torch.from_numpy(function(y, column)) for column in x.T]
-        return {"correlation": torch.stack(columns)}
+        def step() -> rooms.Results:
+            columns = [torch.from_numpy(function(y, column)) for column in x.T]
+            return {"correlation": torch.stack(columns)}
 
-    return Candidate(name, step, _outputs(CROSS), floor, **options)
+    name = f"{peers.label('scikit-learn', 'r_regression')}, 1 of {_SAMPLE} student features"
+    return Candidate(name, step, floor, work, truth=truth, why_not=why_not)
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def _inputs(case: Case) -> tuple[Tensor, Tensor]:
     """Features with means of their own; the teacher's share half of their variance."""
-    randn = Normal(device, seed=0)
+    shape, randn = case.shape, rooms.Normal(case.device)
     student = randn(shape.N, shape.D_s)
-    columns = torch.arange(shape.D_t, device=device) % shape.D_s
+    columns = torch.arange(shape.D_t, device=case.device) % shape.D_s
     teacher = randn(shape.N, shape.D_t) + student[:, columns]
-    return (student + randn(shape.D_s)).to(dtype), (teacher + randn(shape.D_t)).to(dtype)
-
-
-def _outputs(variant: str) -> tuple[str, ...]:
-    return ("correlation",) if variant == CROSS else ("correlation", "cov_xx", "cov_yy")
+    student, teacher = student + randn(shape.D_s), teacher + randn(shape.D_t)
+    return student.to(case.dtype), teacher.to(case.dtype)
 
 
 def _floor(case: Case, student: Tensor, teacher: Tensor) -> Floor:
-    """Bare products of centred fp32 rows into matrices that exist."""
+    """Of centred fp32 rows."""
     x, y = (features.float() - features.float().mean(0) for features in (student, teacher))
-    factors = [(x, y)] if case.variant == CROSS else [(x, y), (x, x), (y, y)]
-    outs = [x.new_empty(a.shape[1], b.shape[1]) for a, b in factors]
-
-    def products() -> None:
-        for (a, b), out in zip(factors, outs, strict=True):
-            torch.mm(a.t(), b, out=out)
-
-    made = sum(out.numel() for out in outs)
-    read = sum(a.numel() + b.numel() for a, b in factors)
-    return Floor(products, Work(2 * case.shape.N * made, 4 * (read + made)))
+    factors = [(x.t(), y)] if case.variant == CROSS else [(x.t(), y), (x.t(), x), (y.t(), y)]
+    return rooms.gemms(rooms.with_outputs(factors))
 
 
 def _formula(case: Case) -> Work:

@@ -4,55 +4,37 @@ Bytes of formula and floor, b per logit: the forward reads both logits (2 b), th
 both and writes dlogits (3 b).
 """
 
-import torch
-from torch import Tensor
+import functools
 
-from benchmarks.candidates import dense_divergence, divergence_columns, our_backends, training_step
-from benchmarks.dense import dense_kd_loss
-from benchmarks.harness import Candidate, Floor, Lineup
-from benchmarks.inputs import logits_inputs, logits_truth
-from benchmarks.rooms import Case, Room
-from benchmarks.shapes import DEFAULT, SHAPES
+import torch
+
+from benchmarks import kd
+from benchmarks.rooms import Candidate, Case, Floor, Lineup, ours, plain, training_step
 from modxfer_fast import kd_loss
-from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.roofline import Work
 
-ROOM = Room(SHAPES, DEFAULT, axis="divergence", variants=tuple(DIVERGENCES), options={"beta": 0.5})
+ROOM = kd.ROOM
 COPY = "copy of 5 N V"
-_OUTPUTS = ("loss", "dlogits")
 
 
 def lineup(case: Case) -> Lineup:
-    student, teacher = logits_inputs(case.shape, case.dtype, case.device)
-    divergence = divergence_columns(case)
-    spec = KDSpec(case.variant, divergence.get("beta")).checked()
-    compiled = torch.compile(dense_kd_loss, dynamic=False)
-
-    def candidate(name: str, function, **options) -> Candidate:
+    student, teacher = kd.logits_inputs(case.shape, case.dtype, case.device)
+    spec, columns = kd.spec_of(case), kd.columns(case)
+    losses = ours("kd_loss", case, kd_loss, **columns) | plain(kd.dense_kd_loss, spec=spec)
+    candidates = []
+    for name, loss in losses.items():
         leaf = student.detach().requires_grad_()
-        step = training_step(lambda: function(leaf, teacher, **options), {"dlogits": leaf})
-        return Candidate(name, step, _OUTPUTS, COPY)
-
-    candidates = [
-        candidate(f"ours {backend}", kd_loss, **divergence, backend=backend)
-        for backend in our_backends("kd_loss", case.device, case.dtype)
-    ]
-    dense = {"eager": dense_kd_loss, "torch.compile": compiled}
-    candidates += [candidate(name, dense[name], **dense_divergence(case)) for name in dense]
-    truth = lambda: logits_truth(student, teacher, spec)
-    problem = {"N": case.shape.N, "V": case.shape.V, **divergence}
-    return Lineup(problem, candidates, floors(student, teacher), truth)
-
-
-def floors(student: Tensor, teacher: Tensor) -> dict[str, Floor]:
-    """Copies that move the same bytes: a copy reads and writes, so two and a half of them."""
-    out = torch.empty_like(student)
-    half = student.shape[0] // 2
+        step = training_step(functools.partial(loss, leaf, teacher), {"dlogits": leaf})
+        candidates.append(Candidate(name, step, COPY))
+    out, half = torch.empty_like(student), len(student) // 2
 
     def copies() -> None:
+        """A copy reads and writes, so two and a half of them move the same bytes."""
         out.copy_(student)
         out.copy_(teacher)
         out[:half].copy_(student[:half])
 
-    return {COPY: Floor(copies, Work(flops=0, bytes=5 * student.numel() * student.element_size()))}
+    floor = Floor(copies, Work(flops=0, bytes=5 * student.numel() * student.element_size()))
+    problem = {"N": case.shape.N, "V": case.shape.V, **columns}
+    truth = functools.partial(kd.logits_truth, student, teacher, spec)
+    return Lineup(problem, candidates, {COPY: floor}, truth)

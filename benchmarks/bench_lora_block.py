@@ -12,26 +12,22 @@ evaluation mode, without dropout, and timed in training mode.
 """
 
 import copy
-import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
-from benchmarks.candidates import forward_backward, our_backends
-from benchmarks.harness import Candidate, Floor, Lineup
-from benchmarks.inputs import Normal
-from benchmarks.rooms import Case, Room
-from benchmarks.shapes import Sizes
+from benchmarks import peers, rooms
+from benchmarks.lora import SCALING
+from benchmarks.rooms import Candidate, Case, Floor, Lineup
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.measure.roofline import Work
 
 FLOOR, COMPILED_FLOOR = "frozen block", "frozen block, torch.compile"
-SCALING = 2.0
 # half precision rounds every activation between two linears, for the frozen layer as for all
 BUDGET = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TARGETS = {
@@ -42,7 +38,7 @@ _TARGETS = {
 
 
 @dataclass(frozen=True)
-class Shape(Sizes):
+class Shape(rooms.Sizes):
     """B sequences of T tokens, widths of heads, key-value heads and feed-forward, D_head each."""
 
     B: int
@@ -54,7 +50,7 @@ class Shape(Sizes):
     R: int = 16
 
 
-ROOM = Room(
+ROOM = rooms.Room(
     shapes={
         "smoke": Shape(2, 16, 64, 32, 96, 16, 8),
         "cpu-gate": Shape(4, 512, 512, 128, 1408, 64),
@@ -69,13 +65,8 @@ ROOM = Room(
 )
 
 
-@dataclass(frozen=True)
-class Block:
-    """A frozen layer and the tensors of one step.
-
-    Attributes:
-        rotary: cos and sin [1, T, D_head].
-    """
+class Block(NamedTuple):
+    """A frozen layer and the tensors of one step; rotary: cos and sin [1, T, D_head]."""
 
     layer: nn.Module
     rotary: tuple[Tensor, Tensor]
@@ -93,44 +84,37 @@ def lineup(case: Case) -> Lineup:
             "pydantic is not installed"
         )
     block = _block(case)
-    backends = [
-        backend
-        for backend in our_backends("lora_linear", case.device, case.dtype)
-        if backend != "reference"  # the patch leaves layers to PEFT rather than to plain PyTorch
-    ]
+    with_lora = functools.partial(_with_lora, case, block, inject)
+    # the patch leaves layers to PEFT rather than to plain PyTorch
+    backends = [name for name in rooms.our_backends("lora_linear", case) if name != "reference"]
     candidates = []
-    for kind in _kinds(case.dtype):
-        make = functools.partial(_with_lora, case, block, inject, kind.adapters)
+    for adapters in dict.fromkeys((torch.float32, case.dtype)):
         for backend in (*backends, None):
-            candidates += _candidates(case, block, make(), kind, backend)
-    frozen = functools.partial(
-        Floor,
-        work=work(case.shape, case.dtype),
-        is_training=True,
-        weights=list(block.layer.parameters()),
-    )
-    compiled = torch.compile(block.layer, dynamic=False)
+            amp = adapters != case.dtype
+            candidates += _candidates(case, block, with_lora(adapters), amp, backend)
+    functions = {FLOOR: block.layer, COMPILED_FLOOR: torch.compile(block.layer, dynamic=False)}
+    weights = list(block.layer.parameters())
     floors = {
-        FLOOR: frozen(_step(block, block.layer)),
-        COMPILED_FLOOR: frozen(_step(block, block.layer, compiled)),
+        name: Floor(_step(block, block.layer, function), _work(case), weights)
+        for name, function in functions.items()
     }
-    problem = dataclasses.asdict(case.shape) | {"targets": case.variant, **case.options}
-    make = functools.partial(_with_lora, case, block, inject, torch.float64)
-    return Lineup(problem, candidates, floors, lambda: _truth(block, make()), graphs=True)
+    truth = lambda: _truth(block, with_lora(torch.float64))
+    return Lineup(ROOM.problem(case), candidates, floors, truth, graphs=True)
 
 
-def work(shape: Shape, dtype: torch.dtype, targets: str | None = None) -> Work:
-    """Of the layer; of a frozen one where there are no targets."""
-    rows, element_bytes = shape.B * shape.T, dtype.itemsize
-    flops = 6 * shape.B * shape.T**2 * shape.H
+def _work(case: Case, targets: tuple[str, ...] = ()) -> Work:
+    """Of the layer with these targets."""
+    shape = case.shape
+    rows = shape.B * shape.T
+    flops = 6 * rows * shape.T * shape.H
     elements = 5 * rows * shape.H
     for name, (width, out) in _widths(shape).items():
         flops += 4 * rows * width * out
         elements += 2 * width * out
-        if targets is not None and name in _TARGETS[targets]:
+        if name in targets:
             flops += 6 * rows * shape.R * (width + out)
             elements += 3 * shape.R * (width + out)
-    return Work(flops, element_bytes * elements)
+    return Work(flops, case.dtype.itemsize * elements)
 
 
 def _widths(shape: Shape) -> dict[str, tuple[int, int]]:
@@ -147,40 +131,24 @@ def _widths(shape: Shape) -> dict[str, tuple[int, int]]:
     }
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How adapters are run beside a layer of the case's dtype."""
-
-    adapters: torch.dtype
-    label: str = ""
-    amp: bool = False
-    compiles: bool = True
-
-
-def _kinds(dtype: torch.dtype) -> list[Kind]:
-    if dtype == torch.float32:
-        return [Kind(dtype)]
-    # compiled once: adapters in the layer's dtype leave the compiler the fewest casts
-    return [Kind(torch.float32, ", AMP", amp=True, compiles=False), Kind(dtype)]
-
-
 def _candidates(
-    case: Case, block: Block, layer: nn.Module, kind: Kind, backend: str | None
+    case: Case, block: Block, layer: nn.Module, amp: bool, backend: str | None
 ) -> list[Candidate]:
     """The layer eager and compiled: on our op with that backend, or as PEFT runs it."""
     name = f"ours {backend}" if backend else peers.label("peft", "peft")
+    name += ", AMP" if amp else ""
     why_not = _fuse(layer, backend) if backend else ""
     candidates = []
-    for suffix in ("", ", torch.compile")[: 1 + kind.compiles]:
+    # compiled once: adapters in the layer's dtype leave the compiler the fewest casts
+    for suffix in ("",) if amp else ("", ", torch.compile"):
         function = torch.compile(layer, dynamic=False) if suffix else layer
-        step = _step(block, layer, function, kind.amp, backend)
+        step = _step(block, layer, function, amp, backend)
         candidates.append(
             Candidate(
-                name + kind.label + suffix,
+                name + suffix,
                 None if why_not else step,
-                ("y", "dx", *_adapters(layer)),
                 COMPILED_FLOOR if suffix else FLOOR,
-                work(case.shape, case.dtype, case.variant),
+                _work(case, _TARGETS[case.variant]),
                 weights=list(layer.parameters()),
                 budget=BUDGET,
                 check_step=functools.partial(peers.without_dropout, layer, step),
@@ -202,22 +170,21 @@ def _fuse(layer: nn.Module, backend: str) -> str:
 def _step(
     block: Block,
     layer: nn.Module,
-    function: Callable[..., Tensor] | None = None,
+    function: Callable[..., Tensor],
     amp: bool = False,
     backend: str | None = None,
-) -> Callable[[], Mapping[str, Tensor]]:
+) -> Callable[[], rooms.Results]:
     """Forward and backward of `function`, the layer or its compiled form."""
-    function = layer if function is None else function
     x = block.x.detach().requires_grad_()
 
-    def forward() -> tuple[Tensor]:
+    def forward() -> Tensor:
         with (
             dispatch.use_backend(backend),
             torch.autocast(x.device.type, dtype=x.dtype, enabled=amp),
         ):
-            return (function(x, position_embeddings=block.rotary),)
+            return function(x, position_embeddings=block.rotary)
 
-    return forward_backward(forward, ("y",), (block.dy,), {"dx": x, **_adapters(layer)})
+    return rooms.training_step(forward, {"dx": x, **_adapters(layer)}, ("y",), (block.dy,))
 
 
 def _adapters(layer: nn.Module) -> dict[str, Tensor]:
@@ -235,7 +202,7 @@ def _block(case: Case) -> Block:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    shape, randn = case.shape, Normal(case.device, seed=0)
+    shape, randn = case.shape, rooms.Normal(case.device)
     if shape.H % shape.D_head or shape.H_kv % shape.D_head:
         raise ValueError(
             f"D_head: expected a divisor of H={shape.H} and H_kv={shape.H_kv}, got {shape.D_head}"
@@ -266,7 +233,7 @@ def _with_lora(
 
     Adapters are the same numbers in every dtype, and as large a part of the output as the base.
     """
-    shape, randn = case.shape, Normal(case.device, seed=1)
+    shape, randn = case.shape, rooms.Normal(case.device, seed=1)
     memo = {id(parameter): parameter for parameter in block.layer.parameters()}
     layer = copy.deepcopy(block.layer, memo)
     targets = _TARGETS[case.variant]
@@ -287,18 +254,16 @@ def _linear(layer: nn.Module, name: str) -> nn.Module:
     return getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
 
 
-def _truth(block: Block, layer: nn.Module) -> dict[str, Tensor]:
+def _truth(block: Block, layer: nn.Module) -> rooms.Results:
     """In fp64 by PEFT's own forward, a sequence at a time: attention is [heads, T, T] there.
 
     The norms of transformers compute in fp32 whatever they are given.
     """
     layer = copy.deepcopy(layer).double().eval()
     rotary = tuple(part.double() for part in block.rotary)
-    parts, adapters = [], {}
-    for x, dy in zip(block.x.double().split(1), block.dy.double().split(1), strict=True):
-        results = _step(Block(layer, rotary, x, dy), layer)()
-        parts.append([results.pop("y"), results.pop("dx")])
-        for name, grad in results.items():
-            adapters[name] = adapters[name] + grad if name in adapters else grad
-    y, dx = (torch.cat(column) for column in zip(*parts, strict=True))
-    return {"y": y, "dx": dx, **adapters}
+    parts = [
+        _step(Block(layer, rotary, x, dy), layer, layer)()
+        for x, dy in zip(block.x.double().split(1), block.dy.double().split(1), strict=True)
+    ]
+    join = lambda name: torch.cat if name in ("y", "dx") else sum
+    return {name: join(name)([part[name] for part in parts]) for name in parts[0]}

@@ -7,37 +7,24 @@ Bytes of the floor: both products of a target read two of x, y, W and write the 
 targets of dx reads two and writes one, M K each. Of the formula: each pass reads x once, dx is
 written once, s is written and read, each target's W, A, B are read by both passes, y and dA, dB
 written, dy read; the mask is one bit an element, written and read.
-
-Exact masks can be asked of our op only. Peers draw theirs from torch's generator, so they are
-checked without dropout, and timed with it.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import peers, unsloth_style
-from benchmarks.candidates import forward_backward, our_backends
-from benchmarks.harness import Candidate, Floor, Lineup
-from benchmarks.inputs import Normal
-from benchmarks.rooms import Case, Room
-from benchmarks.shapes import Sizes
+from benchmarks import lora, peers, rooms
+from benchmarks.lora import BUDGET, SCALING
+from benchmarks.rooms import Candidate, Case, Floor, Lineup
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear_group
-from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
 from modxfer_fast.kernels.lora_linear.reference import lora_linear_reference
 from modxfer_fast.measure.roofline import Work
 
 FLOOR = "frozen linears"
-# rounding of y, s, ds and of both parts of dx, one after another, where adapters are in half
-# precision; a wrong mask, scale or missing part is off by a tenth and more
-BUDGET = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1e-2}
-SCALING = 2.0
-_SEED = 1234
 # the widths of each target: from the residual stream to it, or back from the feed-forward width
 _TARGETS = {
     "single": (("o", "H", "H"),),
@@ -48,7 +35,7 @@ _TARGETS = {
 
 
 @dataclass(frozen=True)
-class Shape(Sizes):
+class Shape(rooms.Sizes):
     """M rows (tokens), H, H_kv and F widths of a layer (heads, key-value heads, feed-forward)."""
 
     M: int
@@ -58,7 +45,7 @@ class Shape(Sizes):
     R: int = 16
 
 
-ROOM = Room(
+ROOM = rooms.Room(
     shapes={
         "smoke": Shape(64, 64, 32, 96, 8),
         "cpu-gate": Shape(2048, 1024, 256, 2816),
@@ -76,6 +63,10 @@ ROOM = Room(
 )
 
 
+# (x, targets) -> y [M, N] of each
+Forward = Callable[[Tensor, list[LoraTarget]], Sequence[Tensor]]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Tensors of one case; adapters hold values that every dtype of the case represents."""
@@ -83,58 +74,75 @@ class Problem:
     names: tuple[str, ...]
     x: Tensor  # [M, K]
     dys: list[Tensor]  # [M, N] each
-    weights: list[Tensor]  # [N, K]
-    lora_a: list[Tensor]  # [R, K]
-    lora_b: list[Tensor]  # [N, R]
+    targets: list[LoraTarget]
     dropout: float
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        per_target = (f"{kind}_{name}" for name in self.names for kind in ("y", "da", "db"))
-        return ("dx", *per_target)
+    def trained(self, dtype: torch.dtype) -> list[LoraTarget]:
+        """The targets with adapters of their own."""
+        own = lambda tensor: nn.Parameter(tensor.to(dtype, copy=True))
+        return [t._replace(lora_a=own(t.lora_a), lora_b=own(t.lora_b)) for t in self.targets]
 
 
 def lineup(case: Case) -> Lineup:
     problem = _problem(case)
-    masked = functools.partial(_truth, problem, _masks(problem))
-    unmasked = masked if problem.dropout == 0.0 else functools.partial(_truth, problem, None)
-    half = case.dtype != torch.float32
-    candidates = []
-    for backend in our_backends("lora_linear", case.device, case.dtype):
-        candidates.append(_ours(problem, backend, case.dtype))
-        if half:
-            candidates.append(_ours(problem, backend, torch.float32))
-    others = [
-        *_peft(problem, case, "peft"),
-        *_peft(problem, case, "peft, torch.compile", compiled=True),
-        _unsloth(problem, problem.dropout),
-    ]
+    masked = functools.partial(_truth, problem, problem.dropout)
+    unmasked = functools.partial(_truth, problem, 0.0) if problem.dropout else masked
+    candidates, seed = [], lora.seed_on(case.device)
+
+    def add(
+        name: str, adapters: torch.dtype, forward: Forward, checked: Forward, **options
+    ) -> None:
+        targets = problem.trained(adapters)
+        steps = (_step(problem, targets, function) for function in (forward, checked))
+        candidates.append(_candidate(problem, name, targets, *steps, **options))
+
+    for backend in rooms.our_backends("lora_linear", case):
+        forward = functools.partial(lora_linear_group, backend=backend)
+        checked = functools.partial(forward, seed=seed)
+        for adapters in dict.fromkeys((case.dtype, torch.float32)):
+            suffix = "" if adapters == case.dtype else ", fp32 adapters"
+            add(f"ours {backend}{suffix}", adapters, forward, checked)
+    kinds = [("", case.dtype, False)]
+    if case.dtype != torch.float32:  # adapters as PEFT makes them, under AMP and alone, or cast
+        kinds = [(", AMP", torch.float32, True), (", fp32 adapters", torch.float32, False)]
+        short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[case.dtype]
+        kinds.append((f", {short} adapters", case.dtype, False))
+    for suffix in ("", ", torch.compile"):
+        name = peers.label("peft", "peft") + suffix
+        for kind, adapters, amp in kinds:
+            candidates.append(_peft(problem, name + kind, adapters, amp, bool(suffix), unmasked))
+    without = _addmm(0.0)
+    add("addmm function", case.dtype, _addmm(problem.dropout), without, truth=unmasked)
     if problem.dropout > 0.0:
-        others.append(_unsloth(problem, 0.0))
-    formula = functools.partial(dataclasses.replace, work=work(problem))
-    candidates = [formula(c) for c in candidates]
-    candidates += [formula(c, truth=unmasked) for c in others]
-    return Lineup(_columns(case, problem), candidates, floors(problem), masked, graphs=True)
+        add("addmm function without dropout", case.dtype, without, without, truth=unmasked)
+    outs = "+".join(str(len(target.weight)) for target in problem.targets)
+    columns = {
+        "M": case.shape.M,
+        "K": problem.x.shape[1],
+        "N": int(outs) if outs.isdigit() else outs,
+        "R": case.shape.R,
+        "targets": case.variant,
+        "dropout": problem.dropout,
+    }
+    return Lineup(columns, candidates, {FLOOR: _floor(problem)}, masked, graphs=True)
 
 
-def work(problem: Problem) -> Work:
+def _work(problem: Problem) -> Work:
     """Of the formula, one pass over x and dy each."""
-    x, size = problem.x, problem.x.element_size()
-    (rows, width), flops = x.shape, 0
-    elements = 3 * x.numel()  # x in both passes, dx
-    bits = 0
-    for weight, lora_a, lora_b in zip(problem.weights, problem.lora_a, problem.lora_b, strict=True):
-        rank, out = lora_a.shape[0], weight.shape[0]
+    x, flops, bits = problem.x, 0, 0
+    (rows, width), elements = x.shape, 3 * x.numel()  # x in both passes, dx
+    for weight, lora_a, lora_b, *_ in problem.targets:
+        rank, out = len(lora_a), len(weight)
         flops += 4 * rows * width * out + 6 * rows * rank * (width + out)
         adapters = lora_a.numel() + lora_b.numel()
         elements += 2 * weight.numel() + 3 * adapters + 2 * rows * out + 2 * rows * rank
         bits += 2 * x.numel() if problem.dropout > 0.0 else 0
-    return Work(flops, size * elements + bits // 8)
+    return Work(flops, x.element_size() * elements + bits // 8)
 
 
-def floors(problem: Problem) -> dict[str, Floor]:
+def _floor(problem: Problem) -> Floor:
     """The frozen linears and the gradient of their input, summed as autograd sums it."""
-    x, dys, weights = problem.x, problem.dys, problem.weights
+    x, dys, weights = problem.x, problem.dys, [target.weight for target in problem.targets]
     ys, dx = [torch.empty_like(dy) for dy in dys], torch.empty_like(x)
     part = torch.empty_like(x) if len(dys) > 1 else None
 
@@ -146,189 +154,97 @@ def floors(problem: Problem) -> dict[str, Floor]:
             torch.mm(dy, weight, out=part)
             dx.add_(part)
 
-    flops = sum(4 * x.shape[0] * weight.numel() for weight in weights)
-    elements = sum(
-        2 * (x.numel() + w.numel() + dy.numel()) for w, dy in zip(weights, dys, strict=True)
-    )
-    elements += 3 * x.numel() * (len(dys) - 1)
-    return {FLOOR: Floor(frozen, Work(flops, x.element_size() * elements))}
+    flops = sum(4 * len(x) * weight.numel() for weight in weights)
+    moved = sum(2 * (x.nbytes + w.nbytes + dy.nbytes) for w, dy in zip(weights, dys, strict=True))
+    return Floor(frozen, Work(flops, moved + 3 * x.nbytes * (len(dys) - 1)))
 
 
-def _ours(problem: Problem, backend: str, adapters: torch.dtype) -> Candidate:
-    x = problem.x.detach().requires_grad_()
-    lora_a, lora_b = _leaves(problem.lora_a, adapters), _leaves(problem.lora_b, adapters)
-    targets = [
-        LoraTarget(weight, a, b, SCALING, dropout=problem.dropout)
-        for weight, a, b in zip(problem.weights, lora_a, lora_b, strict=True)
-    ]
-    seed = torch.tensor(_SEED, device=x.device)
-
-    def forward(seed: Tensor | None = None) -> Sequence[Tensor]:
-        return lora_linear_group(x, targets, seed=seed, backend=backend)
-
-    name = f"ours {backend}" + (", fp32 adapters" if adapters != x.dtype else "")
-    step = functools.partial(_step, problem, x=x, lora_a=lora_a, lora_b=lora_b)
-    return Candidate(
-        name,
-        step(forward),
-        problem.outputs,
-        FLOOR,
-        weights=(*problem.weights, *lora_a, *lora_b),
-        budget=BUDGET,
-        check_step=step(lambda: forward(seed)),
-    )
-
-
-def _peft(problem: Problem, case: Case, name: str, compiled: bool = False) -> list[Candidate]:
-    """One in fp32; in half precision adapters as PEFT makes them, alone and under AMP, or cast."""
-    if case.dtype == torch.float32:
-        return [_peft_candidate(problem, name, case.dtype, compiled)]
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[case.dtype]
-    return [
-        _peft_candidate(problem, f"{name}, AMP", torch.float32, compiled, amp=True),
-        _peft_candidate(problem, f"{name}, fp32 adapters", torch.float32, compiled),
-        _peft_candidate(problem, f"{name}, {short} adapters", case.dtype, compiled),
-    ]
-
-
-def _peft_candidate(
-    problem: Problem, name: str, adapters: torch.dtype, compiled: bool, amp: bool = False
+def _candidate(
+    problem: Problem,
+    name: str,
+    targets: list[LoraTarget],
+    step: Callable[[], rooms.Results],
+    checked: Callable[[], rooms.Results],
+    truth: Callable[[], rooms.Results] | None = None,
 ) -> Candidate:
-    name = peers.label("peft", "peft") + name.removeprefix("peft")
+    weights = [tensor for target in targets for tensor in target[:3]]
+    options = {"weights": weights, "budget": BUDGET, "check_step": checked, "truth": truth}
+    return Candidate(name, step, FLOOR, _work(problem), **options)
+
+
+def _addmm(dropout: float) -> Forward:
+    def forward(x: Tensor, targets: list[LoraTarget]) -> Sequence[Tensor]:
+        flat = [tensor for target in targets for tensor in target[:3]]
+        return lora.AddmmLinears.apply(x, SCALING, dropout, *flat)
+
+    return forward
+
+
+def _peft(
+    problem: Problem,
+    name: str,
+    adapters: torch.dtype,
+    amp: bool,
+    compiled: bool,
+    truth: Callable[[], rooms.Results],
+) -> Candidate:
     inject, why_not = peers.peft_inject()
     if inject is None:
-        return Candidate(name, None, problem.outputs, FLOOR, why_not=why_not)
-    module = _peft_module(problem, inject, adapters)
-    x = problem.x.detach().requires_grad_()
-    layers = [getattr(module, target) for target in problem.names]
+        return Candidate(name, None, FLOOR, _work(problem), why_not=why_not)
+    targets, module = problem.trained(adapters), nn.Module()
+    for target_name, target in zip(problem.names, targets, strict=True):
+        linear = nn.Linear(*reversed(target.weight.shape), bias=False, device="meta")
+        linear.weight = nn.Parameter(target.weight, requires_grad=False)
+        setattr(module, target_name, linear)
+    module = inject(module, problem.names, len(targets[0].lora_a), SCALING, problem.dropout)
+    layers = [getattr(module, target_name) for target_name in problem.names]
+    for layer, target in zip(layers, targets, strict=True):
+        layer.lora_A["default"].weight = target.lora_a
+        layer.lora_B["default"].weight = target.lora_b
 
     def linears(x: Tensor) -> list[Tensor]:
         with torch.autocast(x.device.type, dtype=x.dtype, enabled=amp):
             return [layer(x) for layer in layers]
 
     function = torch.compile(linears, dynamic=False) if compiled else linears
-    step = _step(
-        problem,
-        lambda: function(x),
-        x=x,
-        lora_a=[layer.lora_A["default"].weight for layer in layers],
-        lora_b=[layer.lora_B["default"].weight for layer in layers],
-    )
-    return Candidate(
-        name,
-        step,
-        problem.outputs,
-        FLOOR,
-        weights=tuple(module.parameters()),
-        budget=BUDGET,
-        check_step=functools.partial(peers.without_dropout, module, step),
-    )
-
-
-def _peft_module(problem: Problem, inject, adapters: torch.dtype) -> torch.nn.Module:
-    module = torch.nn.Module()
-    for name, weight in zip(problem.names, problem.weights, strict=True):
-        linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        setattr(module, name, linear)
-    rank = problem.lora_a[0].shape[0]
-    module = inject(module, problem.names, rank, SCALING, problem.dropout)
-    for name, lora_a, lora_b in zip(problem.names, problem.lora_a, problem.lora_b, strict=True):
-        layer = getattr(module, name)
-        layer.lora_A["default"].weight = torch.nn.Parameter(lora_a.to(adapters, copy=True))
-        layer.lora_B["default"].weight = torch.nn.Parameter(lora_b.to(adapters, copy=True))
-    return module
-
-
-def _unsloth(problem: Problem, dropout: float) -> Candidate:
-    x = problem.x.detach().requires_grad_()
-    lora_a, lora_b = (_leaves(tensors, x.dtype) for tensors in (problem.lora_a, problem.lora_b))
-    targets = [
-        unsloth_style.Target(*tensors)
-        for tensors in zip(problem.weights, lora_a, lora_b, strict=True)
-    ]
-
-    def step(dropout: float):
-        forward = lambda: unsloth_style.lora_linears(x, targets, SCALING, dropout)
-        return _step(problem, forward, x=x, lora_a=lora_a, lora_b=lora_b)
-
-    return Candidate(
-        "addmm function" + (" without dropout" if dropout != problem.dropout else ""),
-        step(dropout),
-        problem.outputs,
-        FLOOR,
-        weights=(*problem.weights, *lora_a, *lora_b),
-        budget=BUDGET,
-        check_step=step(0.0),
-    )
+    step = _step(problem, targets, lambda x, _: function(x))
+    checked = functools.partial(peers.without_dropout, module, step)
+    return _candidate(problem, name, targets, step, checked, truth)
 
 
 def _step(
-    problem: Problem,
-    forward: Callable[[], Sequence[Tensor]],
-    *,
-    x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-) -> Callable[[], Mapping[str, Tensor]]:
+    problem: Problem, targets: list[LoraTarget], forward: Forward
+) -> Callable[[], rooms.Results]:
+    x = problem.x.detach().requires_grad_()
     leaves = {"dx": x}
-    for name, a, b in zip(problem.names, lora_a, lora_b, strict=True):
-        leaves |= {f"da_{name}": a, f"db_{name}": b}
-    names = [f"y_{name}" for name in problem.names]
-    return forward_backward(forward, names, problem.dys, leaves)
-
-
-def _leaves(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
+    for name, target in zip(problem.names, targets, strict=True):
+        leaves |= {f"da_{name}": target.lora_a, f"db_{name}": target.lora_b}
+    outputs = [f"y_{name}" for name in problem.names]
+    return rooms.training_step(lambda: forward(x, targets), leaves, outputs, problem.dys)
 
 
 def _problem(case: Case) -> Problem:
     """Unit x and dy, weights that keep the scale, and a LoRA part as large as the base's."""
-    dropout = case.options["dropout"]
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
-    shape, randn = case.shape, Normal(case.device, seed=0)
+    shape, randn, dropout = case.shape, rooms.Normal(case.device), lora.dropout_of(case)
     names, widths, outs = zip(*_TARGETS[case.variant], strict=True)
     width, outs = getattr(shape, widths[0]), [getattr(shape, out) for out in outs]
-    scale = 1.0 / math.sqrt(width)
-    return Problem(
-        names,
-        randn(shape.M, width).to(case.dtype),
-        [randn(shape.M, out).to(case.dtype) for out in outs],
-        [randn(out, width).mul_(scale).to(case.dtype) for out in outs],
-        [randn(shape.R, width).mul_(scale).to(case.dtype) for _ in outs],
-        [randn(out, shape.R).div_(SCALING * math.sqrt(shape.R)).to(case.dtype) for out in outs],
-        dropout,
-    )
-
-
-def _masks(problem: Problem) -> list[Tensor] | None:
-    if problem.dropout == 0.0:
-        return None
-    seed = torch.tensor(_SEED, device=problem.x.device)
-    bits = dropout_bits(seed, *problem.x.shape, [problem.dropout] * len(problem.names))
-    return [unpack(target, problem.x.shape[1]) for target in bits]
-
-
-def _truth(problem: Problem, masks: list[Tensor] | None) -> dict[str, Tensor]:
-    x = problem.x.double().requires_grad_()
-    lora_a, lora_b = (_leaves(t, torch.float64) for t in (problem.lora_a, problem.lora_b))
+    scaled = lambda *size, factor=1.0: randn(*size).mul_(factor).to(case.dtype)
+    x = scaled(shape.M, width)
+    dys = [scaled(shape.M, out) for out in outs]
+    weights = [scaled(out, width, factor=width**-0.5) for out in outs]
+    lora_a = [scaled(shape.R, width, factor=width**-0.5) for _ in outs]
+    lora_b = [scaled(out, shape.R, factor=shape.R**-0.5 / SCALING) for out in outs]
     targets = [
-        LoraTarget(weight.double(), a, b, SCALING, dropout=problem.dropout)
-        for weight, a, b in zip(problem.weights, lora_a, lora_b, strict=True)
+        LoraTarget(*tensors, SCALING, dropout=dropout)
+        for tensors in zip(weights, lora_a, lora_b, strict=True)
     ]
-    forward = lambda: lora_linear_reference(x, targets, masks or [None] * len(targets))
-    wide = dataclasses.replace(problem, dys=[dy.double() for dy in problem.dys])
-    return _step(wide, forward, x=x, lora_a=lora_a, lora_b=lora_b)()
+    return Problem(names, x, dys, targets, dropout)
 
 
-def _columns(case: Case, problem: Problem) -> dict[str, int | float | str]:
-    outs = "+".join(str(weight.shape[0]) for weight in problem.weights)
-    return {
-        "M": case.shape.M,
-        "K": problem.x.shape[1],
-        "N": int(outs) if outs.isdigit() else outs,
-        "R": case.shape.R,
-        "targets": case.variant,
-        "dropout": problem.dropout,
-    }
+def _truth(problem: Problem, dropout: float) -> rooms.Results:
+    """In fp64, by autograd through the definition."""
+    dys = [dy.double() for dy in problem.dys]
+    wide = dataclasses.replace(problem, x=problem.x.double(), dys=dys)
+    targets = [t._replace(weight=t.weight.double()) for t in problem.trained(torch.float64)]
+    masks = lora.masks(problem.x, dropout, len(targets))
+    return _step(wide, targets, functools.partial(lora_linear_reference, masks=masks))()

@@ -12,13 +12,11 @@ passes; P is read; gradients of A, B, P are written, s written and read; the mas
 element, written and read.
 
 The upstream gradients make those of h from the loss and from the next layer equally large, so that
-the check sees both. Peers draw their masks from torch's generator: they are checked without
-dropout, and timed with it.
+the check sees both.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,13 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.candidates import forward_backward, our_backends
-from benchmarks.harness import Candidate, Floor, Lineup
-from benchmarks.inputs import Normal
-from benchmarks.rooms import Case, Room
-from benchmarks.shapes import Sizes
+from benchmarks import lora, rooms
+from benchmarks.lora import BUDGET, SCALING
+from benchmarks.rooms import Candidate, Case, Floor, Lineup
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear
-from modxfer_fast.kernels.lora_linear.dropout import dropout_bits, unpack
 from modxfer_fast.kernels.lora_projection_loss import lora_projection_loss
 from modxfer_fast.kernels.lora_projection_loss.reference import lora_projection_loss_reference
 from modxfer_fast.kernels.projection_loss import projection_loss
@@ -40,20 +35,15 @@ from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.measure.roofline import Work
 
 FLOOR = "gemms"
-# h, s and the sum of both gradients of h are rounded, one after another; a wrong scale of a part is
-# off by a tenth and more
-BUDGET = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 # peers round projected states as well
 PEER_BUDGET = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-SCALING = 2.0
 # std of the teacher's state less the projected student's: roundings of h stay small beside it
 DELTA = 1.0
-_SEED = 1234
 _RANKS = {"full": None, "none": 0, "rank16": 16, "rank64": 64}
 
 
 @dataclass(frozen=True)
-class Shape(Sizes):
+class Shape(rooms.Sizes):
     """M rows (tokens), K -> N of the linear, D_t of the teacher (N without a projection)."""
 
     M: int
@@ -63,7 +53,7 @@ class Shape(Sizes):
     R: int = 16
 
 
-ROOM = Room(
+ROOM = rooms.Room(
     shapes={
         "smoke": Shape(64, 48, 32, 40, 8),
         "cpu-gate": Shape(2048, 1024, 1024, 1024),
@@ -79,8 +69,9 @@ ROOM = Room(
     options={"dropout": 0.1},
 )
 
-# (tensors by name, seed or None) -> hidden [M, N], loss
-Forward = Callable[[Mapping[str, Tensor], Tensor | None], Sequence[Tensor]]
+Tensors = Mapping[str, Tensor]
+# (tensors, seed or None) -> hidden [M, N], loss
+Forward = Callable[[Tensors, Tensor | None], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -93,11 +84,7 @@ class Problem:
     upstream: tuple[Tensor, Tensor]  # of hidden and loss
     dropout: float
 
-    @property
-    def gradients(self) -> dict[str, str]:
-        return {name: f"d{name}" for name in self.trained}
-
-    def target(self, tensors: Mapping[str, Tensor]) -> LoraTarget:
+    def target(self, tensors: Tensors) -> LoraTarget:
         adapters = tensors["lora_a"], tensors["lora_b"]
         weight = self.weight.to(adapters[0].dtype)
         return LoraTarget(weight, *adapters, SCALING, dropout=self.dropout)
@@ -106,43 +93,37 @@ class Problem:
         return {n: t.to(dtype, copy=True).requires_grad_() for n, t in self.trained.items()}
 
 
-def projection_of(tensors: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor] | None:
-    if "p_b" in tensors:
-        return tensors["p_b"], tensors["p_a"]
-    return tensors.get("p")
+def _factors(tensors: Tensors) -> list[Tensor]:
+    """Of P, that of the student's width first."""
+    return [tensors[name] for name in ("p", "p_a", "p_b") if name in tensors]
+
+
+def _projection(tensors: Tensors) -> Tensor | tuple[Tensor, ...] | None:
+    factors = _factors(tensors)
+    return tuple(reversed(factors)) if len(factors) > 1 else next(iter(factors), None)
 
 
 def lineup(case: Case) -> Lineup:
     problem = _problem(case)
-    masked = functools.partial(_truth, problem, _mask(problem))
-    unmasked = masked if problem.dropout == 0.0 else functools.partial(_truth, problem, None)
-    linear, loss = (
-        our_backends(room, case.device, case.dtype) for room in ("lora_linear", "projection_loss")
-    )
+    masked = functools.partial(_truth, problem, problem.dropout)
+    unmasked = functools.partial(_truth, problem, 0.0) if problem.dropout else masked
+    candidate = functools.partial(_candidate, case, problem)
     candidates = []
-    for backend in (name for name in linear if name in loss):
-        fused = functools.partial(_fused, problem, backend)
-        in_turn = functools.partial(_in_turn, problem, backend)
-        candidates += [
-            _candidate(case, problem, f"ours {backend}", fused),
-            _candidate(case, problem, f"two ops {backend}", in_turn),
-        ]
-    eager = functools.partial(_eager, problem)
-    compiled = torch.compile(eager, dynamic=False)
-    for name, function in (("eager", eager), ("torch.compile", compiled)):
-        options = {"budget": PEER_BUDGET, "truth": unmasked}
-        candidates.append(_candidate(case, problem, name, function, **options))
-    shape = dataclasses.asdict(case.shape) | {"D_t": problem.teacher.shape[1]}
-    columns = shape | {"projection": case.variant, "dropout": problem.dropout}
-    return Lineup(columns, candidates, floors(problem), masked, graphs=True)
+    for backend in rooms.our_backends("lora_projection_loss", case):
+        for name, function in (("ours", _fused), ("two ops", _in_turn)):
+            forward = functools.partial(function, problem, backend)
+            candidates.append(candidate(f"{name} {backend}", forward))
+    for name, function in rooms.plain(functools.partial(_eager, problem)).items():
+        candidates.append(candidate(name, function, PEER_BUDGET, unmasked))
+    columns = ROOM.problem(case) | {"D_t": problem.teacher.shape[1]}
+    return Lineup(columns, candidates, {FLOOR: _floor(problem)}, masked, graphs=True)
 
 
-def work(problem: Problem) -> Work:
+def _work(problem: Problem) -> Work:
     """Of the formula."""
     x, residual = problem.trained["x"], problem.trained["residual"]
-    (rows, width), out, rank = x.shape, residual.shape[1], problem.trained["lora_a"].shape[0]
-    factors = [problem.trained[name] for name in ("p", "p_b", "p_a") if name in problem.trained]
-    parameters = sum(factor.numel() for factor in factors)
+    (rows, width), out, rank = x.shape, residual.shape[1], len(problem.trained["lora_a"])
+    parameters = sum(factor.numel() for factor in _factors(problem.trained))
     adapters = rank * (width + out)
     elements = 3 * x.numel() + 6 * residual.numel() + problem.teacher.numel()
     elements += 2 * problem.weight.numel() + 3 * adapters + 2 * rows * rank + 2 * parameters
@@ -153,83 +134,66 @@ def work(problem: Problem) -> Work:
     )
 
 
-def floors(problem: Problem) -> dict[str, Floor]:
-    """The products of the frozen linear and of the projection, into preallocated outputs."""
+def _floor(problem: Problem) -> Floor:
+    """The products of the frozen linear and of the projection."""
     x, weight = problem.trained["x"], problem.weight
-    hidden, dx = torch.randn_like(problem.trained["residual"]), torch.empty_like(x)
-    products = [(x, weight.t(), torch.empty_like(hidden)), (hidden, weight, dx)]
-    rows = hidden
-    dz, chain = torch.randn_like(problem.teacher), []
-    for name in ("p", "p_a", "p_b"):
-        if name not in problem.trained:
-            continue
-        factor = problem.trained[name]
-        out = torch.randn_like(dz) if name != "p_a" else dz.new_ones(len(dz), len(factor))
-        chain.append((rows, factor, out))
-        rows = out
-    for rows, factor, out in chain:
-        dout = dz if out.shape == dz.shape else torch.ones_like(out)
-        products.append((rows, factor.t(), out))
-        products.append((dout, factor, torch.empty_like(rows)))
-        products.append((dout.t(), rows, torch.empty_like(factor)))
-
-    def step() -> None:
-        for left, right, result in products:
-            torch.mm(left, right, out=result)
-
-    flops = sum(2 * left.numel() * right.shape[1] for left, right, _ in products)
-    elements = sum(tensor.numel() for product in products for tensor in product)
-    return {FLOOR: Floor(step, Work(flops, x.element_size() * elements))}
+    rows = torch.randn_like(problem.trained["residual"])
+    factors = [(x, weight.t()), (rows, weight)]
+    for factor in _factors(problem.trained):
+        dout = rows.new_empty(len(rows), len(factor)).normal_()
+        factors += [(rows, factor.t()), (dout, factor), (dout.t(), rows)]
+        rows = dout  # in place of the output, which is as large
+    return rooms.gemms(rooms.with_outputs(factors))
 
 
-def _fused(problem: Problem, backend: str, tensors: Mapping[str, Tensor], seed: Tensor | None):
+def _fused(problem: Problem, backend: str, tensors: Tensors, seed: Tensor | None):
     return lora_projection_loss(
         tensors["x"],
         problem.target(tensors),
         problem.teacher,
-        projection_of(tensors),
+        _projection(tensors),
         residual=tensors["residual"],
         seed=seed,
         backend=backend,
     )
 
 
-def _in_turn(problem: Problem, backend: str, tensors: Mapping[str, Tensor], seed: Tensor | None):
+def _in_turn(problem: Problem, backend: str, tensors: Tensors, seed: Tensor | None):
     weight, lora_a, lora_b, scaling, _, dropout = problem.target(tensors)
     options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
     hidden = lora_linear(tensors["x"], weight, lora_a, lora_b, **options) + tensors["residual"]
-    loss = projection_loss(hidden, problem.teacher, projection_of(tensors), backend=backend)
+    loss = projection_loss(hidden, problem.teacher, _projection(tensors), backend=backend)
     return hidden, loss
 
 
-def _eager(problem: Problem, tensors: Mapping[str, Tensor], seed: Tensor | None):
+def _eager(problem: Problem, tensors: Tensors, seed: Tensor | None):
     """What PEFT computes, and the mean squared error of the projection in fp32. No seed: no mask.
 
     Without one the dropout is left out, which is how the function is checked.
     """
-    x = kept = tensors["x"]
-    if seed is not None:
-        kept = F.dropout(x, problem.dropout)
+    hidden, z = _states(problem, tensors, 0.0 if seed is None else problem.dropout)
+    return hidden, F.mse_loss(z.float(), problem.teacher.float())
+
+
+def _states(problem: Problem, tensors: Tensors, dropout: float) -> tuple[Tensor, Tensor]:
+    """Hidden and projected states."""
+    x = tensors["x"]
+    kept = F.dropout(x, dropout) if dropout else x
     part = F.linear(F.linear(kept, tensors["lora_a"]), tensors["lora_b"]) * SCALING
     hidden = F.linear(x, problem.weight) + part + tensors["residual"]
-    z = hidden
-    for name in ("p", "p_a", "p_b"):
-        z = F.linear(z, tensors[name]) if name in tensors else z
-    return hidden, F.mse_loss(z.float(), problem.teacher.float())
+    return hidden, functools.reduce(F.linear, _factors(tensors), hidden)
 
 
 def _candidate(
     case: Case, problem: Problem, name: str, forward: Forward, budget=BUDGET, truth=None
 ) -> Candidate:
-    tensors = problem.leaves(case.dtype)
-    seed = torch.tensor(_SEED, device=case.device)
+    tensors, seed = problem.leaves(case.dtype), lora.seed_on(case.device)
     # peers with a truth of their own are checked without the mask that a seed asks for
     return Candidate(
         name,
         _step(problem, tensors, forward, seed),
-        ("hidden", "loss", *problem.gradients.values()),
         FLOOR,
-        work(problem),
+        _work(problem),
         weights=(problem.weight, *(t for n, t in tensors.items() if n not in ("x", "residual"))),
         budget=budget,
         check_step=_step(problem, tensors, forward, None) if truth else None,
@@ -238,26 +202,22 @@ def _candidate(
 
 
 def _step(
-    problem: Problem, tensors: Mapping[str, Tensor], forward: Forward, seed: Tensor | None
-) -> Callable[[], Mapping[str, Tensor]]:
-    leaves = {problem.gradients[name]: tensor for name, tensor in tensors.items()}
-    return forward_backward(
-        lambda: forward(tensors, seed), ("hidden", "loss"), problem.upstream, leaves
-    )
+    problem: Problem, tensors: Tensors, forward: Forward, seed: Tensor | None
+) -> Callable[[], rooms.Results]:
+    leaves = {f"d{name}": tensor for name, tensor in tensors.items()}
+    outputs = ("hidden", "loss")
+    return rooms.training_step(lambda: forward(tensors, seed), leaves, outputs, problem.upstream)
 
 
 def _problem(case: Case) -> Problem:
     """Unit x, weights that keep the scale, a LoRA part as large as the base's, a near teacher."""
-    dropout = case.options["dropout"]
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
-    shape, randn, rank = case.shape, Normal(case.device, seed=0), _RANKS[case.variant]
+    shape, randn, rank = case.shape, rooms.Normal(case.device), _RANKS[case.variant]
     d_t = shape.N if rank == 0 else shape.D_t
     scaled = lambda *size, factor: randn(*size).mul_(factor).to(case.dtype)
     trained = {
         "x": scaled(shape.M, shape.K, factor=1.0),
         "lora_a": scaled(shape.R, shape.K, factor=shape.K**-0.5),
-        "lora_b": scaled(shape.N, shape.R, factor=1.0 / (SCALING * math.sqrt(shape.R))),
+        "lora_b": scaled(shape.N, shape.R, factor=shape.R**-0.5 / SCALING),
         "residual": scaled(shape.M, shape.N, factor=1.0),
     }
     weight = scaled(shape.N, shape.K, factor=shape.K**-0.5)
@@ -268,38 +228,25 @@ def _problem(case: Case) -> Problem:
         trained["p_a"] = scaled(rank, shape.N, factor=shape.N**-0.5)
     dhidden = scaled(shape.M, shape.N, factor=DELTA)
     dloss = torch.tensor(0.5 * shape.M * d_t, device=case.device)
-    teacher = randn(shape.M, d_t).mul_(DELTA)
-    problem = Problem(trained, weight, teacher, (dhidden, dloss), dropout)
+    noise = randn(shape.M, d_t).mul_(DELTA)
+    problem = Problem(trained, weight, noise, (dhidden, dloss), lora.dropout_of(case))
     wide = {name: tensor.float() for name, tensor in trained.items()}
-    plain = dataclasses.replace(problem, weight=weight.float(), dropout=0.0)
-    z = _eager(plain, wide, None)[0]
-    for name in ("p", "p_a", "p_b"):
-        z = F.linear(z, wide[name]) if name in wide else z
-    return dataclasses.replace(problem, teacher=teacher.add_(z).to(case.dtype))
+    _, z = _states(dataclasses.replace(problem, weight=weight.float()), wide, 0.0)
+    return dataclasses.replace(problem, teacher=noise.add_(z).to(case.dtype))
 
 
-def _mask(problem: Problem) -> Tensor | None:
-    if problem.dropout == 0.0:
-        return None
-    x = problem.trained["x"]
-    bits = dropout_bits(torch.tensor(_SEED, device=x.device), *x.shape, [problem.dropout])
-    return unpack(bits[0], x.shape[1])
-
-
-def _truth(problem: Problem, mask: Tensor | None) -> dict[str, Tensor]:
+def _truth(problem: Problem, dropout: float) -> rooms.Results:
     """In fp64, by autograd through the definitions."""
-    tensors = problem.leaves(torch.float64)
-    dhidden, dloss = problem.upstream
-    wide = dataclasses.replace(
-        problem, teacher=problem.teacher.double(), upstream=(dhidden.double(), dloss.double())
-    )
+    tensors, teacher = problem.leaves(torch.float64), problem.teacher.double()
+    wide = dataclasses.replace(problem, upstream=[grad.double() for grad in problem.upstream])
+    (mask,) = lora.masks(problem.trained["x"], dropout)
 
-    def forward(tensors: Mapping[str, Tensor], _: Tensor | None) -> Sequence[Tensor]:
+    def forward(tensors: Tensors, _: Tensor | None) -> Sequence[Tensor]:
         hidden, rows = lora_projection_loss_reference(
             tensors["x"],
-            wide.target(tensors),
-            wide.teacher,
-            projection_of(tensors),
+            problem.target(tensors),
+            teacher,
+            _projection(tensors),
             None,
             ProjectionSpec("mse", "none", 1.0),
             residual=tensors["residual"],

@@ -6,19 +6,17 @@ formula, b per element: the states of both models are read, the gradients of the
 no relation [B, A, T, T]. The floor also writes the relations, and reads dlogits twice.
 """
 
-import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.candidates import our_backends, training_step
-from benchmarks.harness import COARSE_BUDGET, Candidate, Floor, Lineup
-from benchmarks.inputs import Normal
-from benchmarks.rooms import Case, Room
-from benchmarks.shapes import Sizes
+from benchmarks import rooms
+from benchmarks.rooms import Candidate, Case, Floor, Lineup, training_step
 from modxfer_fast.kernels.relation_loss import relation_loss
 from modxfer_fast.kernels.relation_loss.reference import relation_loss_reference
 from modxfer_fast.measure.roofline import Work
@@ -28,7 +26,7 @@ DELTA = 0.3  # student's state minus teacher's, over the teacher's, both in std
 
 
 @dataclass(frozen=True)
-class Shape(Sizes):
+class Shape(rooms.Sizes):
     """B sequences of T tokens, A relation heads, D_s and D_t widths of all heads together."""
 
     B: int
@@ -38,7 +36,7 @@ class Shape(Sizes):
     D_t: int
 
 
-ROOM = Room(
+ROOM = rooms.Room(
     shapes={
         "smoke": Shape(2, 16, 4, 32, 48),
         "minilm-from-bert-base": Shape(8, 128, 12, 384, 768),
@@ -53,33 +51,27 @@ ROOM = Room(
 def lineup(case: Case) -> Lineup:
     student, teacher = _inputs(case)
     options = {"num_heads": case.shape.A, "causal": case.variant == "causal"}
-    element = case.dtype.itemsize
-    work = Work(_flops(case.shape), element * sum(2 * s.numel() + t.numel() for s, t in zip(
-        student, teacher, strict=True)))  # fmt: skip
+    elements = sum(2 * s.numel() + t.numel() for s, t in zip(student, teacher, strict=True))
+    floor = _floor(case, student, teacher)
+    work = Work(floor.work.flops, case.dtype.itemsize * elements)
+    ours = rooms.ours("relation_loss", case, relation_loss, **options)
+    plain = rooms.plain(dense_relation_loss, **options)
     candidates = []
+    for name, loss in (ours | plain).items():
+        step = _step(loss, [x.detach().requires_grad_() for x in student], teacher)
+        budget = rooms.COARSE_BUDGET if name in plain else rooms.BUDGET
+        candidates.append(Candidate(name, step, FLOOR, work, budget=budget))
+    truth = functools.partial(_truth, student, teacher, options)
+    return Lineup(ROOM.problem(case), candidates, {FLOOR: floor}, truth)
 
-    def add(name: str, loss, **more) -> None:
-        leaves = [x.detach().requires_grad_() for x in student]
-        step = training_step(lambda: loss(leaves, teacher), _names(leaves))
-        candidates.append(Candidate(name, step, ("loss", *_names(leaves)), FLOOR, work, **more))
 
-    for backend in our_backends("relation_loss", case.device, case.dtype):
-
-        def ours(leaves, teacher, backend=backend) -> Tensor:
-            pairs = ((*tensors, None)[:2] for tensors in (leaves, teacher))
-            return relation_loss(*(x for pair in pairs for x in pair), **options, backend=backend)
-
-        add(f"ours {backend}", ours)
-    compiled = torch.compile(dense_relation_loss, dynamic=False)
-    for name, function in (("eager", dense_relation_loss), ("torch.compile", compiled)):
-
-        def peer(leaves, teacher, function=function) -> Tensor:
-            return function(leaves[0], leaves[-1], teacher[0], teacher[-1], **options)
-
-        add(name, peer, budget=COARSE_BUDGET)
-    problem = dataclasses.asdict(case.shape) | {"relation": case.variant}
-    truth = lambda: _truth(student, teacher, options)
-    return Lineup(problem, candidates, {FLOOR: _floor(case, student, teacher)}, truth)
+def _step(
+    loss: Callable[..., Tensor], leaves: list[Tensor], teacher: list[Tensor]
+) -> Callable[[], rooms.Results]:
+    """A state that is compared with itself is both of its relation's."""
+    states = leaves[0], leaves[-1], teacher[0], teacher[-1]
+    names = dict(zip(("da", "db"), leaves, strict=False))
+    return training_step(functools.partial(loss, *states), names)
 
 
 def dense_relation_loss(
@@ -104,13 +96,9 @@ def dense_relation_loss(
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
 
 
-def _names(leaves: list[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(("da", "db"), leaves, strict=False))
-
-
 def _inputs(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """One state of either model where it is compared with itself, else two; heads that are near."""
-    shape, randn = case.shape, Normal(case.device, seed=0)
+    shape, randn = case.shape, rooms.Normal(case.device)
     d_s, d_t = shape.D_s // shape.A, shape.D_t // shape.A
     student, teacher = [], []
     for _ in range(1 if case.variant == "value-value" else 2):
@@ -121,35 +109,17 @@ def _inputs(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     return student, teacher
 
 
-def _flops(shape: Shape) -> int:
-    return 2 * shape.B * shape.T**2 * (3 * shape.D_s + shape.D_t)
-
-
 def _floor(case: Case, student: list[Tensor], teacher: list[Tensor]) -> Floor:
-    """Bare batched products of heads that lie side by side, into matrices that exist."""
-    shape = case.shape
-    heads = lambda x: x.unflatten(-1, (shape.A, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+    """Batched products of heads that lie side by side."""
+    heads = lambda x: x.unflatten(-1, (case.shape.A, -1)).transpose(1, 2).flatten(0, 1).contiguous()
     (s_a, s_b), (t_a, t_b) = ((heads(x[0]), heads(x[-1])) for x in (student, teacher))
-    z_s, z_t = (s_a.new_empty(shape.B * shape.A, shape.T, shape.T) for _ in range(2))
-    dlogits, da, db = torch.randn_like(z_s), torch.empty_like(s_a), torch.empty_like(s_b)
-
-    def products() -> None:
-        torch.bmm(s_a, s_b.mT, out=z_s)
-        torch.bmm(t_a, t_b.mT, out=z_t)
-        torch.bmm(dlogits, s_b, out=da)
-        torch.bmm(dlogits.mT, s_a, out=db)
-
-    # 2 + 2 + 1 + 1 student's states, two of the teacher's, and four relations
-    moved = 6 * s_a.numel() + 2 * t_a.numel() + 4 * z_s.numel()
-    return Floor(products, Work(_flops(shape), case.dtype.itemsize * moved))
+    dlogits = s_a.new_empty(len(s_a), case.shape.T, case.shape.T).normal_()
+    factors = (s_a, s_b.mT), (t_a, t_b.mT), (dlogits, s_b), (dlogits.mT, s_a)
+    return rooms.gemms(rooms.with_outputs(factors))
 
 
-def _truth(student: list[Tensor], teacher: list[Tensor], options: dict) -> dict[str, Tensor]:
-    """Mean loss and gradients in fp64, by autograd through the definition."""
+def _truth(student: list[Tensor], teacher: list[Tensor], options: dict) -> rooms.Results:
+    """Mean loss and gradients, by autograd through the definition."""
     leaves = [x.double().requires_grad_() for x in student]
-    wide = [x.double() for x in teacher]
-    rows = relation_loss_reference(leaves[0], leaves[-1], wide[0], wide[-1], options["num_heads"],
-                                   causal=options["causal"])  # fmt: skip
-    rows.mean().backward()
-    grads = {name: leaf.grad for name, leaf in _names(leaves).items()}
-    return {"loss": rows.mean().detach(), **grads}
+    loss = lambda *states: relation_loss_reference(*states, **options).mean()
+    return _step(loss, leaves, [x.double() for x in teacher])()

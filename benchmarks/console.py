@@ -6,17 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from benchmarks.results import Row
 
-_TABLE = (
-    "implementation",
-    "check",
-    "time ms",
-    "± iqr",
-    "of floor",
-    "roof ms",
-    "peak MiB",
-    "saved MiB",
-)
-_GPU_COLUMNS = {"host_ms": "host ms", "graph_ms": "graph ms"}
 _TABLE_WIDTH = 160
 
 
@@ -43,30 +32,27 @@ def print_tables(rows: Iterable[Row]) -> None:
         problems.setdefault(tuple(row.problem.items()), []).append(row)
     for problem, group in problems.items():
         first = group[0]
-        described = ", ".join(f"{name}={value}" for name, value in problem)
-        launches_of = next((row.launches_of for row in group if row.launches_of), "launches")
-        shown = [
-            name for name in _GPU_COLUMNS if any(getattr(row, name) is not None for row in group)
-        ]
         digits = 1 if first.device == "cpu" else 3
+        launches_of = next((row.launches_of for row in group if row.launches_of), "launches")
+        columns = {
+            "time ms": ("time_ms", digits),
+            "± iqr": ("time_ms_iqr", digits),
+            "of floor": ("ratio_to_floor", 3),
+            "roof ms": ("predicted_ms", digits),
+            "peak MiB": ("peak_mib", 1),
+            "saved MiB": ("saved_mib", 1),
+            launches_of: ("launches", 0),
+        }
+        for name in ("host_ms", "graph_ms"):  # of a GPU
+            if any(getattr(row, name) is not None for row in group):
+                columns[name.replace("_", " ")] = (name, 3)
         cells = [
-            (
-                row.impl,
-                row.check,
-                _number(row.time_ms, digits),
-                _number(row.time_ms_iqr, digits),
-                _number(row.ratio_to_floor, 3),
-                _number(row.predicted_ms, digits),
-                _number(row.peak_mib, 1),
-                _number(row.saved_mib, 1),
-                _number(row.launches, 0),
-                *(_number(getattr(row, name), 3) for name in shown),
-            )
+            (row.impl, row.check, *(_number(getattr(row, name), n) for name, n in columns.values()))
             for row in group
         ]
+        described = ", ".join(f"{name}={value}" for name, value in problem)
         title = f"{first.room} on {first.device}, {first.dtype}, {described}"
-        head = (*_TABLE, launches_of, *(_GPU_COLUMNS[name] for name in shown))
-        _print_table(title, head, cells)
+        _print_table(title, ("implementation", "check", *columns), cells)
 
 
 def _print_table(title: str, head: tuple[str, ...], cells: list[tuple[str, ...]]) -> None:

@@ -20,7 +20,7 @@ import torch
 from benchmarks import harness, results
 from benchmarks.console import print_tables
 from benchmarks.peers import MissingPackage
-from benchmarks.rooms import Case
+from benchmarks.rooms import Case, Lineup
 from modxfer_fast.measure import environment
 from modxfer_fast.measure.roofline import Roof, measure_roof
 from modxfer_fast.measure.timing import QUICK, Effort
@@ -125,7 +125,7 @@ def measure(
     return list(rows.values())
 
 
-def wanted(lineup: harness.Lineup, device: str) -> harness.Lineup:
+def wanted(lineup: Lineup, device: str) -> Lineup:
     """Without what is compiled, and on a GPU without the definition; and without their floors."""
     left_out = _LEFT_OUT if device == "cuda" else _LEFT_OUT[:1]
     candidates = [c for c in lineup.candidates if not any(name in c.name for name in left_out)]

@@ -25,18 +25,19 @@ def beta_of(divergence: str, beta: float = 0.5) -> float:
     return beta if end is None else end
 
 
-def liger_chunked_jsd(divergence: str) -> tuple[Callable[..., Any] | None, str]:
-    """Liger's `LigerFusedLinearJSDLoss`; compiles its chunk function, runs on any device."""
-    if divergence not in _BETA_OF:
-        return None, f"has no {divergence}"
-    return _find("liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+def find_divergence(divergence: str, *place: str) -> tuple[Callable[..., Any] | None, str]:
+    """What Liger or TRL has at that place, as `find`."""
+    return find(*place) if divergence in _BETA_OF else (None, f"has no {divergence}")
 
 
-def trl_chunked_divergence(divergence: str) -> tuple[Callable[..., Any] | None, str]:
-    """TRL's `ChunkedDivergenceFunction`: Triton rows on a GPU, its own torch tiles on a CPU."""
-    if divergence not in _BETA_OF:
-        return None, f"has no {divergence}"
-    return _find("trl", "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+def find(package: str, module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
+    """The attribute, or None and why not."""
+    if version(package) is None:
+        return None, "not installed"
+    try:
+        return getattr(importlib.import_module(module), attribute), ""
+    except (ImportError, AttributeError) as error:
+        return None, f"cannot be imported: {error}"
 
 
 def peft_inject() -> tuple[Callable[..., Any] | None, str]:
@@ -44,7 +45,7 @@ def peft_inject() -> tuple[Callable[..., Any] | None, str]:
 
     (module, target_modules, rank, scaling, dropout) -> module, every adapter trainable.
     """
-    inject, why_not = _find("peft", "peft", "inject_adapter_in_model")
+    inject, why_not = find("peft", "peft", "inject_adapter_in_model")
     if inject is None:
         return None, why_not
     from peft import LoraConfig
@@ -61,11 +62,6 @@ def peft_inject() -> tuple[Callable[..., Any] | None, str]:
     return apply, ""
 
 
-def r_regression() -> tuple[Callable[..., Any] | None, str]:
-    """scikit-learn's Pearson correlation of many features with one target."""
-    return _find("scikit-learn", "sklearn.feature_selection", "r_regression")
-
-
 def without_dropout(module: Any, step: Callable[[], Any]) -> Any:
     """What `step` returns with the module in evaluation mode, which only turns dropout off."""
     module.eval()
@@ -79,12 +75,3 @@ def label(package: str, name: str) -> str:
     """Name of a row with the version that ran."""
     found = version(package)
     return f"{name} {found}" if found else name
-
-
-def _find(package: str, module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
-    if version(package) is None:
-        return None, "not installed"
-    try:
-        return getattr(importlib.import_module(module), attribute), ""
-    except (ImportError, AttributeError) as error:
-        return None, f"cannot be imported: {error}"

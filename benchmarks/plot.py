@@ -61,16 +61,13 @@ def _time_panel(axes: Axes, rows: list[results.Row]) -> None:
     _bars(axes, rows, [row.ratio_to_floor for row in rows], texts, errors)
     axes.axvline(1.0, color="black", linewidth=0.8)
     label = "time over its floor (1 = floor; whiskers: interquartile range"
-    predicted = [(place, row) for place, row in enumerate(rows) if row.predicted_ms is not None]
+    predicted = {
+        place: row.predicted_ms / row.floor_ms
+        for place, row in enumerate(rows)
+        if row.predicted_ms is not None
+    }
     if predicted:
-        axes.plot(
-            [row.predicted_ms / row.floor_ms for _, row in predicted],
-            [place for place, _ in predicted],
-            linestyle="",
-            marker="|",
-            markersize=11,
-            color="#c8553d",
-        )
+        axes.plot([*predicted.values()], [*predicted], "|", markersize=11, color="#c8553d")
         label += "; red: roof of this machine"
     axes.set_xlabel(f"{label})", fontsize=8)
 
@@ -85,27 +82,20 @@ def _memory_panel(axes: Axes, rows: list[results.Row], column: str, label: str) 
 
 def _bars(axes: Axes, rows, values, texts, errors=None) -> None:
     places = range(len(rows))
-    colors = [_color(row) for row in rows]
+    colors = [_FLOOR if row.check == "floor" else _OURS if row.is_ours else _PEER for row in rows]
+    names = [
+        f"{row.impl} (over its error budget)" if row.is_over_budget else row.impl for row in rows
+    ]
     axes.barh(places, values, color=colors, xerr=errors, error_kw={"elinewidth": 0.8})
     for place, (value, text) in enumerate(zip(values, texts, strict=True)):
         end = value + (errors[place] if errors else 0.0)
         axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", size=7)
-    axes.set_yticks(places, [_name(row) for row in rows], fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", labelsize=8)
-
-
-def _color(row: results.Row) -> str:
-    if row.check == "floor":
-        return _FLOOR
-    return _OURS if row.is_ours else _PEER
-
-
-def _name(row: results.Row) -> str:
-    return f"{row.impl} (over its error budget)" if row.is_over_budget else row.impl
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Rows of a benchmark, and the two files they are kept in."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -97,56 +98,35 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
         return content["environment"], [_row(record) for record in content["rows"]]
     with path.open(newline="") as file:
         environment = json.loads(file.readline().removeprefix("# "))
-        rows = [_row(_typed(record)) for record in csv.DictReader(file)]
+        records = csv.DictReader(file)
+        rows = [_row({name: _cell(name, text) for name, text in r.items()}) for r in records]
     return environment, rows
 
 
 def columns(rows: Iterable[Row]) -> tuple[str, ...]:
     """Columns of a file with these rows, which may be of different problems."""
     problem = dict.fromkeys(name for row in rows for name in row.problem)
-    rest = [name for name in _FIELDS if name not in _BEFORE_PROBLEM]
-    return (*_BEFORE_PROBLEM, *problem, *rest)
+    return tuple(dict.fromkeys((*_BEFORE_PROBLEM, *problem, *_FIELDS)))
 
 
 def _record(row: Row) -> dict[str, Any]:
     values = dataclasses.asdict(row)
-    problem = values.pop("problem")
-    first = {name: values.pop(name) for name in _BEFORE_PROBLEM}
-    return first | problem | values
+    values |= values.pop("problem")
+    return {name: values[name] for name in columns([row])}
 
 
 def _row(record: dict[str, Any]) -> Row:
-    problem = {
-        name: value
-        for name, value in record.items()
-        if name not in _FIELDS and value is not None  # a size that this room does not have
-    }
-    fields = {name: value for name, value in record.items() if name in _FIELDS}
-    return Row(problem=problem, **fields)
+    fields = {name: record.pop(name) for name in _FIELDS if name in record}
+    # one is null that is a size of another room
+    return Row(problem={n: v for n, v in record.items() if v is not None}, **fields)
 
 
-def _typed(record: dict[str, str]) -> dict[str, Any]:
-    """Cells of a CSV file as their columns' types; those of a problem by what they look like."""
-    typed: dict[str, Any] = {}
-    for column, text in record.items():
-        kind = _FIELDS.get(column)
-        if text == "" and kind is not str:
-            typed[column] = None
-        elif kind in (str, str | None):
-            typed[column] = text
-        elif kind == int | None:
-            typed[column] = int(text)
-        elif kind == float | None:
-            typed[column] = float(text)
-        else:
-            typed[column] = _number_or_text(text)
-    return typed
-
-
-def _number_or_text(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+def _cell(column: str, text: str) -> int | float | str | None:
+    """Of a CSV file, as its column's type; a number is told by what it looks like."""
+    kind = _FIELDS.get(column)
+    if text == "" and kind is not str:
+        return None
+    for number in () if kind in (str, str | None) else (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
     return text

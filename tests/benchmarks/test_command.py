@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_linear_kd_loss, harness, peers, results, rooms
+from benchmarks import bench_linear_kd_loss, peers, results, rooms
 from modxfer_fast.cli.main import main
 from modxfer_fast.files import FileLock
 from modxfer_fast.jobs.bench import load_benchmarks
@@ -100,13 +100,13 @@ def test_a_room_of_targets_with_dropout(tmp_path, uncompiled, capsys):
 
 def lineup_of(*candidates):
     """Of candidates whose one result, the loss, should be 1."""
-    floor = harness.Floor(lambda: None, roofline.Work(0, 0))
+    floor = rooms.Floor(lambda: None, roofline.Work(0, 0))
     entries = [
-        harness.Candidate(name, step, ("loss",), floor="floor", budget={torch.float32: 0.0})
+        rooms.Candidate(name, step, floor="floor", budget={torch.float32: 0.0})
         for name, step in candidates
     ]
     truth = lambda: {"loss": torch.ones((), dtype=torch.float64)}
-    return lambda case: harness.Lineup({}, entries, {"floor": floor}, truth)
+    return lambda case: rooms.Lineup({}, entries, {"floor": floor}, truth)
 
 
 @pytest.mark.parametrize("loss", [0.0, float("nan"), 1.01])

@@ -85,10 +85,10 @@ def test_compiled_peers_and_their_floors_are_left_out():
     work = Work(1, 1)
     names = ("ours triton", "ours reference", "eager", "peft 1, torch.compile")
     candidates = [
-        harness.Candidate(name, None, (), "slow" if "compile" in name else "fast") for name in names
+        rooms.Candidate(name, None, "slow" if "compile" in name else "fast") for name in names
     ]
-    floors = {name: harness.Floor(lambda: None, work) for name in ("fast", "slow")}
-    lineup = gpu_tables.wanted(harness.Lineup({}, candidates, floors, dict), "cuda")
+    floors = {name: rooms.Floor(lambda: None, work) for name in ("fast", "slow")}
+    lineup = gpu_tables.wanted(rooms.Lineup({}, candidates, floors, dict), "cuda")
     assert [candidate.name for candidate in lineup.candidates] == ["ours triton", "eager"]
     assert list(lineup.floors) == ["fast"]
 

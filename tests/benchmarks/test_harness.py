@@ -6,18 +6,9 @@ import pytest
 import torch
 
 from benchmarks import bench_linear_kd_loss
-from benchmarks.harness import (
-    BUDGET,
-    COARSE_BUDGET,
-    Candidate,
-    Floor,
-    Lineup,
-    check,
-    measure,
-    relative_error,
-)
-from benchmarks.rooms import Case
-from benchmarks.shapes import Shape
+from benchmarks.harness import check, measure, relative_error
+from benchmarks.kd import Shape
+from benchmarks.rooms import BUDGET, COARSE_BUDGET, Candidate, Case, Floor, Lineup
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.roofline import Roof, Work
 from modxfer_fast.measure.timing import Effort
@@ -40,7 +31,7 @@ class Counted:
 
 
 def candidate(name, step, **options):
-    return Candidate(name, step, ("loss", "dhidden"), floor="floor", **options)
+    return Candidate(name, step, floor="floor", **options)
 
 
 def right(scale=1.0):
@@ -144,9 +135,9 @@ def test_what_is_wide_and_rounded_to_half_precision_has_its_own_budget():
     coarse = right(scale=1 + 10 * BUDGET[torch.bfloat16])
     for budget, passes in ((BUDGET, False), (COARSE_BUDGET, True)):
         entry = candidate("peer", Counted(coarse), budget=budget)
-        text = check(entry, lambda: TRUTH, torch.bfloat16).text
+        text = check(entry, lambda: TRUTH, torch.bfloat16)
         assert text.startswith("pass" if passes else "over")
-        assert check(entry, lambda: TRUTH, torch.float32).text.startswith("over")
+        assert check(entry, lambda: TRUTH, torch.float32).startswith("over")
 
 
 def test_random_steps_are_checked_by_another_step_and_truth():
@@ -188,7 +179,7 @@ def test_memory_of_a_floor_is_measured_where_it_trains():
         weight.grad = None
         return {}
 
-    trained = rows_of([], Floor(train, Work(0, 0), is_training=True, weights=(weight,)))["floor"]
+    trained = rows_of([], Floor(train, Work(0, 0), weights=(weight,)))["floor"]
     assert trained.saved_mib == 1.0
     assert trained.peak_mib >= 1.0
     bare = rows_of([])["floor"]

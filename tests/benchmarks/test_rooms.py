@@ -16,14 +16,12 @@ from benchmarks import (
     bench_lora_projection_loss,
     bench_projection_loss,
     bench_relation_loss,
-    candidates,
     peers,
     rooms,
 )
 from benchmarks.harness import check
-from benchmarks.inputs import DELTA, LOGIT_STD, linear_inputs
+from benchmarks.kd import DELTA, LOGIT_STD, Shape, linear_inputs
 from benchmarks.rooms import Case
-from benchmarks.shapes import Shape
 from modxfer_fast.jobs.bench import load_benchmarks
 from modxfer_fast.kernels import dispatch
 
@@ -31,10 +29,10 @@ SHAPE = Shape(N=24, D_s=16, D_t=40, V=300)
 SHAPES = {
     "kd_loss": SHAPE,
     "linear_kd_loss": SHAPE,
-    "projection_loss": bench_projection_loss.Shape(N=24, D_s=16, D_t=40),
+    "projection_loss": rooms.States(N=24, D_s=16, D_t=40),
     "relation_loss": bench_relation_loss.Shape(B=2, T=10, A=2, D_s=16, D_t=24),
     "lora_linear": bench_lora_linear.Shape(M=24, H=48, H_kv=16, F=40, R=4),
-    "correlation": bench_correlation.Shape(N=24, D_s=16, D_t=40),
+    "correlation": rooms.States(N=24, D_s=16, D_t=40),
     "lora_projection_loss": bench_lora_projection_loss.Shape(M=24, K=48, N=32, D_t=40, R=4),
     "lora_block": bench_lora_block.Shape(B=2, T=8, H=32, H_kv=16, F=40, D_head=8, R=4),
 }
@@ -158,8 +156,7 @@ def test_every_implementation_computes_the_same_function(room, variant, dtype, u
         make: functools.cache(make) for make in {c.truth or lineup.truth for c in lineup.candidates}
     }
     results = {
-        c.name: check(c, truths[c.truth or lineup.truth], problem.dtype).text
-        for c in lineup.candidates
+        c.name: check(c, truths[c.truth or lineup.truth], problem.dtype) for c in lineup.candidates
     }
     absent = ("not installed", f"has no {variant}")
     wrong = {n: text for n, text in results.items() if not text.startswith(("pass", *absent))}
@@ -173,7 +170,7 @@ def test_every_implementation_knows_the_ends_of_the_jsd(room, beta, uncompiled):
     problem = case(room, "jsd", beta=beta)
     lineup = ROOMS[room].lineup(problem)
     truth = lineup.truth()
-    texts = {c.name: check(c, lambda: truth, problem.dtype).text for c in lineup.candidates}
+    texts = {c.name: check(c, lambda: truth, problem.dtype) for c in lineup.candidates}
     assert {"eager", "torch.compile"} < set(texts)
     texts = {name: text for name, text in texts.items() if text != "not installed"}
     assert all(text.startswith("pass") for text in texts.values()), texts
@@ -187,7 +184,7 @@ def test_a_wrong_scale_of_the_adapters_is_seen(room, monkeypatch, uncompiled):
     truth = module.lineup(problem).truth()
     monkeypatch.setattr(module, "SCALING", 1.1 * module.SCALING)
     for candidate in module.lineup(problem).candidates:
-        text = check(candidate, lambda: truth, problem.dtype).text
+        text = check(candidate, lambda: truth, problem.dtype)
         assert not text.startswith("pass"), candidate.name
 
 
@@ -198,11 +195,11 @@ def test_only_our_masks_are_checked_with_dropout(dropout):
     for candidate in lineup.candidates:
         if candidate.name.startswith("ours"):
             assert candidate.truth is None
-            assert check(candidate, lambda: masked, torch.float32).text.startswith("pass")
+            assert check(candidate, lambda: masked, torch.float32).startswith("pass")
     names = [c.name for c in lineup.candidates]
     assert ("addmm function without dropout" in names) == (dropout > 0)
     addmm = next(c for c in lineup.candidates if c.name == "addmm function")
-    passes = check(addmm, lambda: masked, torch.float32).text.startswith("pass")
+    passes = check(addmm, lambda: masked, torch.float32).startswith("pass")
     assert passes == (dropout == 0)
 
 
@@ -250,4 +247,4 @@ def test_the_block_shares_its_frozen_weights():
 def test_interpreted_triton_is_not_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "availability", lambda room, backend: (True, ""))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "triton" not in candidates.our_backends("kd_loss", "cpu", torch.float32)
+    assert "triton" not in rooms.our_backends("kd_loss", case("kd_loss"))

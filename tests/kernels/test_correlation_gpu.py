@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.bench_correlation import GRAMS, Shape, Sums
-from benchmarks.rooms import Case
+from benchmarks.bench_correlation import GRAMS, Sums
+from benchmarks.rooms import Case, States
 from tests.correlation_inputs import rows
 from tests.gpu import NEEDS_GPU, backend_on, free_or_skip, kernels_on, no_waiting
 from tests.inputs import DTYPES
@@ -14,7 +14,7 @@ PART = {"cpu": 16, "cuda": 1}
 
 
 def sums_of(n: int, d_x: int, d_y: int, dtype: torch.dtype, device: str) -> Sums:
-    case = Case(Shape(n, d_x, d_y), dtype, device, GRAMS)
+    case = Case(States(n, d_x, d_y), dtype, device, GRAMS)
     return Sums(case, backend_on(device, "correlation"))
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import BUDGET, relative_error
-from benchmarks.inputs import linear_inputs as real_inputs
-from benchmarks.inputs import linear_truth
-from benchmarks.shapes import Shape
+from benchmarks.harness import relative_error
+from benchmarks.kd import Shape, linear_truth
+from benchmarks.kd import linear_inputs as real_inputs
+from benchmarks.rooms import BUDGET
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
