@@ -42,7 +42,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class States(Sizes):
-    """N rows (tokens), D_s and D_t widths of the student's and the teacher's."""
+    """N rows (tokens), D_s and D_t hidden widths."""
 
     N: int
     D_s: int
