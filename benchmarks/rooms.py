@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch, env
+from modxfer_fast.kernels.names import BACKENDS
 from modxfer_fast.measure.roofline import Work
 from modxfer_fast.measure.timing import Step
 
@@ -180,7 +181,7 @@ def our_backends(room: str, case: Case) -> list[str]:
     """
     return [
         name
-        for name in dispatch.ROOMS[room].backends
+        for name in BACKENDS
         if not (name == "triton" and env.triton_interpreted())
         and dispatch.availability(room, name)[0]
         and dispatch.load(room, name).supports(case.device, (case.dtype,))[0]

@@ -10,7 +10,7 @@ reference) with
     available() -> (ok, reason)                      toolchain and import, independent of inputs
     supports(device_type, dtypes) -> (ok, reason)    these inputs
 
-and the functions that `ROOMS` lists as the room's interface.
+and the functions that `ROOMS` lists.
 
 Public functions resolve once and hand the name to the op as a string, so that forward and backward
 agree and compiled graphs carry the choice.
@@ -22,29 +22,21 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.names import BACKENDS
 
-
-class Room(NamedTuple):
-    """Attributes: interface: functions that every backend's module has; backends: by speed."""
-
-    interface: tuple[str, ...]
-    backends: tuple[str, ...] = BACKENDS
-
-
+# what the module of every backend has
 ROOMS = {
-    "kd_loss": Room(("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")),
-    "linear_kd_loss": Room(("linear_kd_loss_fwd",)),
-    "projection_loss": Room(("projection_loss_fwd", "projection_loss_rows")),
-    "relation_loss": Room(("relation_loss_fwd",)),
-    "lora_linear": Room(("lora_linear_fwd", "lora_linear_bwd")),
-    "lora_projection_loss": Room(("lora_projection_loss_linear",)),
-    "correlation": Room(("correlation_centre", "correlation_product", "correlation_gram")),
+    "kd_loss": ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd"),
+    "linear_kd_loss": ("linear_kd_loss_fwd",),
+    "projection_loss": ("projection_loss_fwd", "projection_loss_rows"),
+    "relation_loss": ("relation_loss_fwd",),
+    "lora_linear": ("lora_linear_fwd", "lora_linear_bwd"),
+    "lora_projection_loss": ("lora_projection_loss_linear",),
+    "correlation": ("correlation_centre", "correlation_product", "correlation_gram"),
 }
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
@@ -122,12 +114,11 @@ def accelerated(room: str, device: str, dtypes: tuple[torch.dtype, ...]) -> tupl
     return True, ""
 
 
-def _choose(room, candidates, device, dtypes) -> tuple[str | None, str]:
+def _choose(
+    room: str, candidates: tuple[str, ...], device: str, dtypes: tuple[torch.dtype, ...]
+) -> tuple[str | None, str]:
     reasons = []
     for name in candidates:
-        if name not in ROOMS[room].backends:
-            reasons.append(f"{name}: this room has {', '.join(ROOMS[room].backends)}")
-            continue
         ok, reason = availability(room, name)
         if not ok and candidates[-1] == "reference":
             _warn_of_reference(name, reason)
@@ -156,14 +147,13 @@ def table() -> dict[str, dict[str, dict[str, bool | str]]]:
     return {
         room: {
             backend: dict(zip(("available", "reason"), availability(room, backend), strict=True))
-            for backend in backends
+            for backend in BACKENDS
         }
-        for room, (_, backends) in ROOMS.items()
+        for room in ROOMS
     }
 
 
 def check_name(name: str | None) -> None:
     """Raises ValueError for what is no name of a backend."""
-    known = sorted({backend for room in ROOMS.values() for backend in room.backends})
-    if name is not None and name not in known:
-        raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")

@@ -14,6 +14,7 @@ import pytest
 
 import modxfer_fast
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.names import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "modxfer_fast"
@@ -140,7 +141,7 @@ def test_report_sees_no_tensors():
 
 
 def test_backends_of_a_room_do_not_import_one_another():
-    backends = {f"{name}_impl" for room in dispatch.ROOMS.values() for name in room.backends}
+    backends = {f"{name}_impl" for name in BACKENDS}
     for name, path in modules():
         parts = name.split(".")
         if layer(name) != "kernels" or parts[-1] not in backends:
@@ -168,7 +169,7 @@ def test_room_is_complete(room):
     tests = ROOT / "tests" / "kernels"
     wanted = [folder / "op.py", tests / f"test_{room}.py", tests / f"test_{room}_gpu.py"]
     wanted.append(ROOT / "benchmarks" / f"bench_{room}.py")
-    for backend in dispatch.ROOMS[room].backends:
+    for backend in BACKENDS:
         wanted.append(folder / FILE_OF_BACKEND.get(backend, f"{backend}_impl.py"))
     for backend, source in (("cpp", f"cpu/{room}.cpp"), ("cuda", f"cuda/{room}.cu")):
         path = folder / f"{backend}_impl.py"
@@ -180,14 +181,14 @@ def test_room_is_complete(room):
 
 @pytest.mark.parametrize("room", dispatch.ROOMS)
 def test_room_offers_every_backend_its_interface(room):
-    for backend in dispatch.ROOMS[room].backends:
+    for backend in BACKENDS:
         ok, reason = dispatch.availability(room, backend)
         if not ok:
             assert reason
             continue
         impl = dispatch.load(room, backend)
         assert callable(impl.supports)
-        for function in dispatch.ROOMS[room].interface:
+        for function in dispatch.ROOMS[room]:
             assert callable(getattr(impl, function))
 
 

@@ -50,22 +50,16 @@ def fp32_sums(operand: Tensor) -> Iterator[None]:
                 _set_reduced_precision(*_allowed)
 
 
-def _reduced_precision() -> tuple[tuple[bool, bool], tuple[bool, bool]]:
+def _reduced_precision() -> tuple[tuple[bool, ...], ...]:
     """(reduced-precision sums, split sums) allowed for fp16 and for bf16."""
-    matmul = torch.backends.cuda.matmul
-    return (
-        (
-            matmul.allow_fp16_reduced_precision_reduction,
-            matmul.allow_fp16_reduced_precision_reduction_split_k,
-        ),
-        (
-            matmul.allow_bf16_reduced_precision_reduction,
-            matmul.allow_bf16_reduced_precision_reduction_split_k,
-        ),
+    matmul, sums = torch.backends.cuda.matmul, "reduced_precision_reduction"
+    return tuple(
+        tuple(getattr(matmul, f"allow_{dtype}_{sums}{kind}") for kind in ("", "_split_k"))
+        for dtype in ("fp16", "bf16")
     )
 
 
-def _set_reduced_precision(fp16: tuple[bool, bool], bf16: tuple[bool, bool]) -> None:
+def _set_reduced_precision(fp16: tuple[bool, ...], bf16: tuple[bool, ...]) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = fp16
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16
 
@@ -106,23 +100,18 @@ def dhidden(dlogits: Tensor, weight: Tensor, out: Tensor, tile: int) -> None:
 def dweight(dlogits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
     """out [V, D] = (out +) dlogits [M, V]^T @ hidden [M, D]."""
     dlogits_t = dlogits.t()
-    if hidden.dtype == dlogits.dtype == out.dtype or (hidden.is_cuda and not accumulate):
-        if accumulate:
-            out.addmm_(dlogits_t, hidden)
-        elif out.dtype == hidden.dtype:
-            torch.mm(dlogits_t, hidden, out=out)
-        else:
-            torch.mm(dlogits_t, hidden, out_dtype=out.dtype, out=out)
-    elif hidden.is_cuda:
+    if not hidden.is_cuda:
+        hidden = hidden.to(dlogits.dtype)
+    if accumulate and hidden.dtype == out.dtype:
+        out.addmm_(dlogits_t, hidden)
+    elif accumulate:
         torch.addmm(out, dlogits_t, hidden, out_dtype=out.dtype, out=out)
+    elif hidden.dtype == out.dtype:
+        torch.mm(dlogits_t, hidden, out=out)
+    elif hidden.is_cuda:
+        torch.mm(dlogits_t, hidden, out_dtype=out.dtype, out=out)
     else:
-        wide = hidden.to(dlogits.dtype)
-        if out.dtype == dlogits.dtype and accumulate:
-            out.addmm_(dlogits_t, wide)
-        elif out.dtype == dlogits.dtype:
-            torch.mm(dlogits_t, wide, out=out)
-        else:
-            out.copy_(torch.mm(dlogits_t, wide))
+        out.copy_(torch.mm(dlogits_t, hidden))
 
 
 def _widened_tiles(weight: Tensor, dtype: torch.dtype, tile: int) -> Iterator[tuple[slice, Tensor]]:

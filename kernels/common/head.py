@@ -4,6 +4,7 @@ A student's head has the methods of `Head`; its `gradient` makes what takes dlog
 `check_teacher`, `take` and `signal`, which is what the row kernels read.
 """
 
+from collections.abc import Set
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,11 @@ from modxfer_fast.kernels.common import gemm, packing
 from modxfer_fast.kernels.common.autocast import cast_for_autocast
 from modxfer_fast.kernels.common.backward import saved_dtype
 from modxfer_fast.kernels.common.checks import check_float, check_same_device
+from modxfer_fast.kernels.common.chunks import ChunkPlan
 
 
 class Head(NamedTuple):
     """z = hidden weight^T + bias. A span of its rows, or of its classes, is a head again.
-
-    Also, with what is asked of them in place of a tensor, flags: which gradients are wanted.
 
     Attributes:
         hidden: [N, D]; [..., D] before `flat`.
@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
     def cast(self) -> "Head":
         """As `F.linear` would under autocast."""
-        return Head(*cast_for_autocast(*self))
+        return Head._make(cast_for_autocast(*self))
 
     def detach(self) -> "Head":
         hidden, weight, bias = self
@@ -46,12 +46,9 @@ class Head(NamedTuple):
 
     def flat(self, rows: int) -> "Head":
         """[rows, D]; their number is spelt out because a teacher of no width has no elements."""
-        hidden, weight, bias = self
-        return (
-            self
-            if hidden.dim() == 2
-            else Head(hidden.reshape(rows, hidden.shape[-1]), weight, bias)
-        )
+        if self.hidden.dim() == 2:
+            return self
+        return self._replace(hidden=self.hidden.reshape(rows, self.hidden.shape[-1]))
 
     def check(self, role: str) -> None:
         """Raises ValueError or TypeError that names `<role>_hidden`, `_weight` or `_bias`."""
@@ -124,12 +121,10 @@ class Head(NamedTuple):
         return logits.view(self.weight.dtype)[:, : logits.shape[1]]
 
     def gradient(
-        self, wanted: "Head", row_weights: Tensor, *, is_single: bool, is_packed: bool, tile: int
+        self, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
     ) -> "HeadGradient":
         """What takes dlogits; arguments as of `HeadGradient`."""
-        return HeadGradient(
-            self, wanted, row_weights, is_single=is_single, is_packed=is_packed, tile=tile
-        )
+        return HeadGradient(self, wanted, row_weights, plan, is_packed=is_packed)
 
     # --- bytes
 
@@ -141,9 +136,9 @@ class Head(NamedTuple):
         is_widened = gemm.is_widened(self.weight, dtype)
         return max(self.hidden.shape[1], 1) * dtype.itemsize if is_widened else 0
 
-    def sum_bytes(self, wanted: "Head", dtype: torch.dtype) -> int:
+    def sum_bytes(self, wanted: Set[str], dtype: torch.dtype) -> int:
         """Of what is summed over chunks beside the gradients that leave."""
-        is_beside = wanted.weight and self.weight.dtype != dtype
+        is_beside = "weight" in wanted and self.weight.dtype != dtype
         return self.weight.numel() * dtype.itemsize if is_beside else 0
 
     @property
@@ -157,59 +152,49 @@ class HeadGradient:
 
     Args:
         head: of all rows.
-        wanted: a flag for each of its tensors.
+        wanted: names of its tensors whose gradients are asked for.
         row_weights: [N]; their dtype is that of the sums over chunks.
-        is_single: there will be one chunk, so dweight is rounded by its GEMM instead of summed.
+        plan: of the chunks. If there is one, dweight is rounded by its GEMM instead of summed.
         is_packed: some rows will not come, and their dhidden is 0.
-        tile: rows of the weight that a CPU widens at once.
     """
 
     def __init__(
-        self,
-        head: Head,
-        wanted: Head,
-        row_weights: Tensor,
-        *,
-        is_single: bool,
-        is_packed: bool,
-        tile: int,
+        self, head: Head, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
     ):
         hidden, weight, bias = head
-        self._tile, self._started = tile, False
-        self._dtypes = [
-            None if tensor is None else saved_dtype(tensor, hidden, row_weights) for tensor in head
-        ]
-        self._dhidden = self._dweight = self._dbias = None
-        if wanted.hidden:
+        self._tile, self._started = plan.tile, False
+        self._dtypes = {
+            name: saved_dtype(getattr(head, name), hidden, row_weights) for name in wanted
+        }
+        self._sums: dict[str, Tensor] = {}
+        if "hidden" in wanted:
             # contiguous whatever the layout of the input
             make = torch.zeros if is_packed else torch.empty
-            self._dhidden = make(hidden.shape, device=hidden.device, dtype=hidden.dtype)
-        if wanted.weight:
-            dtype = self._dtypes[1] if is_single else row_weights.dtype
-            self._dweight = torch.empty(weight.shape, device=weight.device, dtype=dtype)
-        if wanted.bias:
-            self._dbias = torch.zeros(bias.shape, device=bias.device, dtype=row_weights.dtype)
+            self._sums["hidden"] = make(hidden.shape, device=hidden.device, dtype=hidden.dtype)
+        if "weight" in wanted:
+            dtype = self._dtypes["weight"] if plan.is_single else row_weights.dtype
+            self._sums["weight"] = torch.empty(weight.shape, device=weight.device, dtype=dtype)
+        if bias is not None and "bias" in wanted:
+            self._sums["bias"] = torch.zeros(
+                bias.shape, device=bias.device, dtype=row_weights.dtype
+            )
 
     def add(self, dlogits: Tensor, rows: Head, span: slice, index: Tensor | None) -> None:
         """dlogits [m, V] of `rows`, which `head.take(span, index)` gave."""
-        if self._dhidden is not None and index is None:
-            gemm.dhidden(dlogits, rows.weight, self._dhidden[span], self._tile)
-        elif self._dhidden is not None:
-            packed = torch.empty_like(rows.hidden)
-            gemm.dhidden(dlogits, rows.weight, packed, self._tile)
-            self._dhidden.index_copy_(0, index, packed)
-        if self._dweight is not None:
-            gemm.dweight(dlogits, rows.hidden, self._dweight, accumulate=self._started)
-        if self._dbias is not None:
-            self._dbias.add_(dlogits.sum(0, dtype=self._dbias.dtype))
+        sums = self._sums
+        if "hidden" in sums:
+            dhidden = sums["hidden"][span] if index is None else torch.empty_like(rows.hidden)
+            gemm.dhidden(dlogits, rows.weight, dhidden, self._tile)
+            if index is not None:
+                sums["hidden"].index_copy_(0, index, dhidden)
+        if "weight" in sums:
+            gemm.dweight(dlogits, rows.hidden, sums["weight"], accumulate=self._started)
+        if "bias" in sums:
+            sums["bias"].add_(dlogits.sum(0, dtype=sums["bias"].dtype))
         self._started = True
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dhidden [N, D], dweight [V, D], dbias [V] in the dtypes of `saved_dtype`, or None."""
-        if self._dweight is not None and not self._started:
-            self._dweight.zero_()
-        found = (self._dhidden, self._dweight, self._dbias)
-        return tuple(
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip(found, self._dtypes, strict=True)
-        )
+    def result(self) -> dict[str, Tensor]:
+        """Those of hidden [N, D], weight [V, D] and bias [V], in the dtypes of `saved_dtype`."""
+        if "weight" in self._sums and not self._started:
+            self._sums["weight"].zero_()
+        return {name: total.to(self._dtypes[name]) for name, total in self._sums.items()}

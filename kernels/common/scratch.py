@@ -1,6 +1,7 @@
 """Memory for what a loop over chunks has in flight, kept from one call to the next on a CPU."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,42 +20,29 @@ def release_workspace() -> None:
     _spare.clear()
 
 
-class scratch:
+@contextlib.contextmanager
+def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """An uninitialised [numel] buffer; not to be kept after the block."""
-
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device):
-        self._numel, self._dtype, self._device = numel, dtype, device
-
-    def __enter__(self) -> Tensor:
-        buffer = None
-        if self._device.type == "cpu":
-            with contextlib.suppress(IndexError):
-                buffer = _spare.pop()
-        if buffer is None or buffer.dtype != self._dtype or buffer.numel() < self._numel:
-            with torch.inference_mode(False):  # the buffer may outlive an inference that came first
-                buffer = torch.empty(self._numel, dtype=self._dtype, device=self._device)
-        self._buffer = buffer
-        return buffer[: self._numel]
-
-    def __exit__(self, error: type | None, *_: object) -> None:
-        buffer, self._buffer = self._buffer, None
-        if error is None and self._device.type == "cpu" and not _spare:
-            _spare.append(buffer)
+    on_cpu, buffer = device.type == "cpu", None
+    if on_cpu:
+        with contextlib.suppress(IndexError):
+            buffer = _spare.pop()
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
+        with torch.inference_mode(False):  # the buffer may outlive an inference that came first
+            buffer = torch.empty(numel, dtype=dtype, device=device)
+    yield buffer[:numel]
+    if on_cpu and not _spare:
+        _spare.append(buffer)
 
 
-class logits_buffers(scratch):
-    """Two uninitialised [rows, vocab_size] buffers with rows `pitch(vocab_size)` apart.
-
-    Not to be kept after the block.
-    """
-
-    def __init__(self, rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):
-        self._shape = rows, vocab_size, pitch(vocab_size)
-        super().__init__(2 * rows * self._shape[2], dtype, device)
-
-    def __enter__(self) -> tuple[Tensor, Tensor]:
-        rows, vocab_size, width = self._shape
-        return super().__enter__().view(2, rows, width)[:, :, :vocab_size].unbind()
+@contextlib.contextmanager
+def logits_buffers(
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Two [rows, vocab_size] buffers in a `scratch`, with rows `pitch(vocab_size)` apart."""
+    width = pitch(vocab_size)
+    with scratch(2 * rows * width, dtype, device) as buffer:
+        yield buffer.view(2, rows, width)[:, :, :vocab_size].unbind()
 
 
 def pitch(vocab_size: int) -> int:

@@ -4,12 +4,14 @@ What kernels branch on travels as one string, a constant of compiled graphs. Num
 tensor (`scalars.py`): in the string, each temperature of an annealed one would be compiled anew.
 """
 
+import dataclasses
 import functools
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from modxfer_fast.kernels.common.scalars import pack
+from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
+from modxfer_fast.kernels.divergences import DIVERGENCES, WITH_BETA
 
 
 class Spec:
@@ -34,16 +36,90 @@ class Spec:
     def names(self) -> str:
         return " ".join([getattr(self, name) for name in self._names])
 
+    def values(self) -> list[float]:
+        return [getattr(self, name) for name in self._numbers]
+
     def numbers(self) -> Tensor:
-        """[n] fp64 on the CPU."""
-        return pack(*[getattr(self, name) for name in self._numbers])
+        """The values, [n] fp64 on the CPU."""
+        return pack(*self.values())
 
     @classmethod
     def read(cls, names: str, numbers: Tensor) -> Self:
         """The spec whose `names()` and `numbers()` these are."""
-        return _parsed(cls, names, *numbers.tolist())
+        kind: Any = cls  # mypy: type[Self] is no Hashable
+        return _parsed(kind, names, *numbers.tolist())
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(kind: type[Spec], names: str, *numbers: float) -> Spec:
+def _parsed(kind: Any, names: str, *numbers: float) -> Any:
     return kind(*names.split(), *numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class KDSpec(Spec):
+    """Divergence and weights of one KD loss, from a job file to the row kernels; p is the teacher.
+
+    Attributes:
+        divergence: a name of `kernels.divergences`, where its formula stands.
+        beta: weight of the teacher in a mixture of p and q; None is 0.5.
+        temperature: divides both rows of logits before the softmax of the divergence.
+        kd_weight: factor of the divergence.
+        ce_weight: factor of the cross entropy with the label, always at temperature 1.
+        scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
+
+    Row kernels take one that is `checked`.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float | None = None
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    scale_by_temperature_squared: bool = False
+
+    @property
+    def weight_of_p(self) -> float:
+        """`beta` as a number."""
+        return 0.5 if self.beta is None else self.beta
+
+    def checked(self) -> "KDSpec":
+        """Validates what a user passed, and resolves it to what the row kernels read.
+
+        A divergence at an end of beta becomes what it is there, beta is a number strictly inside
+        (0, 1), and kd_weight holds temperature squared where it is wanted.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came. A beta
+                beside another divergence, which does not read it, is an error: libraries in which
+                beta alone chooses the divergence would mean a JSD.
+        """
+        divergence, beta, temperature = self.divergence, self.weight_of_p, self.temperature
+        kd_weight, ce_weight = self.kd_weight, self.ce_weight
+        if divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
+            )
+        if self.beta is not None:
+            check_number("beta", beta)
+            if not 0.0 <= beta <= 1.0:
+                raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+            if not DIVERGENCES[divergence].reads_beta:
+                raise ValueError(
+                    f"beta: expected it with divergence {WITH_BETA!r} alone, which reads it, "
+                    f"got beta={beta} with divergence {divergence!r}"
+                )
+        check_number("temperature", temperature)
+        if not (temperature > 0.0 and is_finite(temperature)):
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+            check_number(name, value)
+            if not is_finite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        ends = DIVERGENCES[divergence].ends
+        if ends is not None and beta in (0.0, 1.0):
+            divergence = ends[int(beta)]
+        if self.scale_by_temperature_squared:
+            kd_weight *= temperature**2
+        return KDSpec(
+            divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight)
+        )

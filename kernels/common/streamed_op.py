@@ -9,10 +9,9 @@ loss whose gradient is computed beside it:
                    again with weights that hold it
 """
 
-from collections import namedtuple
-from collections.abc import Callable, Iterable
-from operator import attrgetter
-from typing import Any, Generic, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +35,16 @@ _SCHEMA = {
 }
 # of inputs, by name; what is left out is None
 Gradients = dict[str, Tensor | None]
-Inputs = TypeVar("Inputs", bound=NamedTuple)
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])  # a NamedTuple
 
 
 def wants_gradient(tensor: Tensor | None) -> bool:
     return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+
+def inputs_of(kinds: Mapping[str, Any]) -> Any:
+    """A NamedTuple class for `define_op` whose fields are put together."""
+    return NamedTuple("Inputs", list(kinds.items()))
 
 
 def define_op(
@@ -64,26 +68,26 @@ def define_op(
             without a gradient is marked here.
         backward: from (ctx, a gradient or None for each output) to the gradients of inputs.
     """
-    kinds = inputs.__annotations__
+    kinds: dict[str, Any] = inputs.__annotations__
+    read: Callable[..., Inputs] = inputs
     arguments = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in kinds.items())
     results = ", ".join(map(_result, outputs))
     qualified = f"modxfer::{name}"
     torch.library.define(
         qualified, f"({arguments}) -> ({results})", tags=READS_NUMBERS if "numbers" in kinds else ()
     )
-    torch.library.impl(qualified, "CompositeExplicitAutograd", lambda *args: run(inputs(*args)))
-    torch.library.register_fake(qualified, lambda *args: fake(inputs(*args)))
-    if backward is not None:
-
-        def setup_context(ctx, inputs, output, read=inputs):
-            save(ctx, read(*inputs), output)
-
+    torch.library.impl(qualified, "CompositeExplicitAutograd", lambda *args: run(read(*args)))
+    torch.library.register_fake(qualified, lambda *args: fake(read(*args)))
+    if save is not None and backward is not None:
         loss = name.rpartition("_")[0]  # what a user called
+
+        def setup_context(ctx, inputs, output):
+            save(ctx, read(*inputs), output)
 
         def by_position(ctx, *grads):
             refuse_double_backward(loss)
             found = backward(ctx, *grads)
-            return tuple([found.get(field) for field in inputs._fields])
+            return tuple([found.get(field) for field in kinds])
 
         torch.library.register_autograd(qualified, by_position, setup_context=setup_context)
     return getattr(torch.ops.modxfer, name).default
@@ -94,18 +98,28 @@ def _result(name: str) -> str:
     return f"Tensor{name[len(bare) :]} {bare}"
 
 
+def save_values(ctx, *values: Any) -> None:
+    """Keeps tensors and constants for the backward, where `saved_values` has them."""
+    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
+    ctx.constants = [None if isinstance(value, Tensor) else value for value in values]
+
+
+def saved_values(ctx) -> list[Any]:
+    pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
+    return [constant if tensor is None else tensor for tensor, constant in pairs]
+
+
 class StreamedOp(Generic[Inputs]):
     """The loss `name`, a sum of weighted rows whose gradient is computed beside it, as two ops.
 
     Args:
         inputs: as of `define_op`. One field is `row_weights` [N], the factor of each row; where it
             is 0 the row does not count, whatever comes out of it.
-        run: from (inputs, needs), the inputs to be read by name, to (rows, terms, gradients): rows
-            [N], weighted; a tuple of further tensors [N] without a gradient; and those gradients of
-            the sum of rows for which there is a True in needs.
+        run: from (inputs, needs) to (rows, terms, gradients): rows [N], weighted; a tuple of
+            further tensors [N] without a gradient; and those gradients of the sum of rows whose
+            names are True in needs.
         gradients: names of the inputs that are differentiated.
         terms: names of the further tensors.
-        needs: the NamedTuple that holds a bool for each gradient; without it, one with their names.
         saved_dtype: from (inputs, name) to the dtype in which that gradient waits for the upstream
             one; without it, the input's.
     """
@@ -118,22 +132,15 @@ class StreamedOp(Generic[Inputs]):
         run: Callable[[Inputs, Any], tuple[Tensor, tuple[Tensor, ...], Gradients]],
         gradients: tuple[str, ...],
         terms: tuple[str, ...] = (),
-        needs: type | None = None,
         saved_dtype: Callable[[Inputs, str], torch.dtype] | None = None,
     ):
-        self.inputs, self._run, self._gradients, self._terms = inputs, run, gradients, terms
+        self.inputs: Callable[..., Inputs] = inputs
+        self._run, self._gradients, self._terms = run, gradients, terms
         self._num_results = 1 + len(terms)
         self._saved_dtype = saved_dtype or (lambda values, name: getattr(values, name).dtype)
-        kinds = inputs.__annotations__
-        self._needs = needs or namedtuple("Needs", gradients)
-        self._tensors = tuple(
-            field for field, kind in kinds.items() if Tensor in (kind, *get_args(kind))
-        )
-        self._constants = tuple(field for field in kinds if field not in self._tensors)
-        self._tensors_of = fields_of(self._tensors)
         self._fwd = define_op(
             f"{name}_fwd",
-            NamedTuple("WithNeeds", [*kinds.items(), ("needs", list[bool])]),
+            inputs_of({**inputs.__annotations__, "needs": list[bool]}),
             ("loss", *terms, *(f"d{gradient}" for gradient in gradients)),
             run=self._run_fwd,
             fake=self._fake_fwd,
@@ -158,14 +165,15 @@ class StreamedOp(Generic[Inputs]):
         return self._fwd(*inputs, needs)[: self._num_results]
 
     def _run_fwd(self, inputs):
-        values, needs = self.inputs(*inputs[:-1]), self._needs(*inputs.needs)
-        rows, terms, found = self._run(values, needs)
+        needs = SimpleNamespace(**dict(zip(self._gradients, inputs.needs, strict=True)))
+        rows, terms, found = self._run(self.inputs(*inputs[:-1]), needs)
         absent = inputs.row_weights.new_empty
         grads = [found.get(name) for name in self._gradients]
         return rows.sum(), *terms, *[absent(0) if grad is None else grad for grad in grads]
 
     def _run_rows(self, inputs):
-        rows, terms, _ = self._run(inputs, self._needs(*[False for _ in self._gradients]))
+        needs = SimpleNamespace(**dict.fromkeys(self._gradients, False))
+        rows, terms, _ = self._run(inputs, needs)
         return (rows, *terms) if terms else rows
 
     def _fake_fwd(self, inputs):
@@ -195,45 +203,31 @@ class StreamedOp(Generic[Inputs]):
         ctx.set_materialize_grads(False)
 
     def _backward_fwd(self, ctx, dloss, *_):
-        return {} if dloss is None else scaled_gradients(ctx.dtypes, ctx.saved_tensors, dloss)
+        if dloss is None:
+            return {}
+        saved = zip(ctx.dtypes.items(), ctx.saved_tensors, strict=True)
+        return {name: scaled(grad, dloss).to(dtype) for (name, dtype), grad in saved}
 
     def _save_rows(self, ctx, inputs, outputs):
-        ctx.constants = {name: getattr(inputs, name) for name in self._constants}
-        ctx.save_for_backward(*self._tensors_of(inputs))
+        save_values(ctx, *inputs)
         ctx.mark_non_differentiable(*_as_tuple(outputs)[1:])
         ctx.set_materialize_grads(False)
 
     def _backward_rows(self, ctx, drows, *_):
         if drows is None:
             return {}
-        tensors = dict(zip(self._tensors, ctx.saved_tensors, strict=True))
-        weights = tensors.pop("row_weights")
+        inputs = self.inputs(*saved_values(ctx))
+        weights = inputs.row_weights
         # a row without weight may bring any upstream gradient, inf * 0 included
-        weights = torch.where(weights != 0, weights * drows, 0.0)
-        inputs = self.inputs(**tensors, **ctx.constants, row_weights=weights)
+        inputs = inputs._replace(row_weights=torch.where(weights != 0, weights * drows, 0.0))
         wanted = self.inputs(*ctx.needs_input_grad)
         needs = [getattr(wanted, name) for name in self._gradients]
         grads = self._fwd(*inputs, needs)[self._num_results :]
         return {
-            name: grad.to(tensors[name].dtype)
+            name: grad.to(getattr(inputs, name).dtype)
             for name, grad, need in zip(self._gradients, grads, needs, strict=True)
             if need
         }
-
-
-def fields_of(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """`attrgetter` whose answer is a tuple, of one name too."""
-    names = tuple(names)
-    get = attrgetter(*names)
-    return get if len(names) > 1 else lambda values: (get(values),)
-
-
-def scaled_gradients(
-    dtypes: dict[str, torch.dtype], grads: Iterable[Tensor], dloss: Tensor
-) -> Gradients:
-    """Gradients that a forward left, times the upstream one, in the dtypes of their inputs."""
-    pairs = zip(dtypes.items(), grads, strict=True)
-    return {name: scaled(grad, dloss).to(dtype) for (name, dtype), grad in pairs}
 
 
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

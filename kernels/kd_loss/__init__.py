@@ -1,3 +1,1 @@
 from modxfer_fast.kernels.kd_loss.op import kd_loss
-
-__all__ = ["kd_loss"]

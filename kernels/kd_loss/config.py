@@ -36,10 +36,7 @@ def row_config(
     Args:
         warp_size: lanes of a warp: 32, or 64 on CDNA GPUs.
     """
-    block_v = min(4096 if rows < FEW_ROWS else 2048, max(128, _next_power_of_2(vocab_size)))
+    power_of_2 = 1 << (vocab_size - 1).bit_length()  # at least the vocabulary
+    block_v = min(4096 if rows < FEW_ROWS else 2048, max(128, power_of_2))
     vector = 16 // max(dtype.itemsize for dtype in dtypes)
     return RowConfig(block_v, vector, num_warps=max(1, block_v // (vector * warp_size)))
-
-
-def _next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()

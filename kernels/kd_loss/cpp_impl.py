@@ -45,11 +45,6 @@ def kd_loss_fwd_bwd(
     )
 
 
-def _scalars(spec: KDSpec) -> tuple[int, float, float, float, float]:
-    return (
-        _IDS[spec.divergence],
-        spec.beta,
-        spec.temperature,
-        spec.kd_weight,
-        spec.ce_weight,
-    )
+def _scalars(spec: KDSpec) -> tuple[float, ...]:
+    """In the order of csrc's schemas, which is that of the fields."""
+    return _IDS[spec.divergence], *spec.values()

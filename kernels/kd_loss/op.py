@@ -13,41 +13,41 @@ needs the normalisers first), backward 3 b.
 Limits: both vocabularies must be the same; no gradient to the teacher; no double backward.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
-    READS_NUMBERS,
     KDSpec,
     check_float,
     check_label_values,
-    check_labels,
     check_reduction,
-    check_row_tensor,
     check_same_device,
     combine_row_weights,
     debug_check_finite,
     denominator,
-    refuse_double_backward,
     refuse_transforms,
+    streamed_op,
     valid_rows,
 )
 from modxfer_fast.kernels.common.packing import row_major
+from modxfer_fast.kernels.common.rows import Tokens
 
-_SPEC = "Tensor numbers, str divergence"  # of a KDSpec
 
-torch.library.define(
-    "modxfer::kd_loss_fwd",
-    f"(Tensor student_logits, Tensor teacher_logits, Tensor? labels, {_SPEC}, int ignore_index, "
-    "str backend) -> (Tensor rows, Tensor stats)",
-    tags=READS_NUMBERS,
-)
-torch.library.define(
-    "modxfer::kd_loss_bwd",
-    "(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor drows, Tensor stats, "
-    f"{_SPEC}, str backend) -> Tensor dlogits",
-    tags=READS_NUMBERS,
+class _Inputs(NamedTuple):
+    student_logits: Tensor
+    teacher_logits: Tensor
+    labels: Tensor | None
+    numbers: Tensor
+    names: str  # of a KDSpec
+    ignore_index: int
+    backend: str
+
+
+_BackwardInputs = streamed_op.inputs_of(
+    {**_Inputs.__annotations__, "stats": Tensor, "drows": Tensor}
 )
 
 
@@ -75,40 +75,25 @@ def kd_loss(
         teacher_logits: [..., V], same shape; a constant.
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
-        divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
-            stands, such as "forward_kl", "reverse_kl" or "jsd".
-        beta: teacher's weight in a divergence with a mixture, "jsd", in [0, 1]; there 0 is forward
-            KL and 1 is reverse KL. None is 0.5. An error beside another divergence.
-        temperature: divides both logits in the divergence; the cross entropy stays at 1.
-        kd_weight, ce_weight: factors of the two terms.
-        token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
-            constant.
-        normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
-            of tokens that count. Under gradient accumulation: the tokens of the whole step. A
-            tensor of 0, a step without tokens, divides by 1.
+        divergence, beta, temperature, kd_weight, ce_weight, token_weights, normalizer,
+            scale_by_temperature_squared, backend: as for `linear_kd_loss`.
         reduction: "mean", "sum", or "none" (shape [...]).
-        scale_by_temperature_squared: multiplies the divergence by temperature squared
-            (Hinton et al. 2015). Off by default, as in TRL and Liger.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
 
     Returns:
         fp32 scalar, or [...] for reduction="none" (fp64 for fp64 logits). 0 if no token counts. A
         logit of -inf excludes its class; a counting row with NaN, +inf or no class left is NaN.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. Values of
-            labels and of a normalizer tensor are checked on a CPU, on a GPU only under
-            MODXFER_DEBUG=1.
-        RuntimeError: under torch.func's gradients or forward-mode differentiation.
-        BackendError: the backend asked for cannot run these inputs.
+        ValueError, TypeError, RuntimeError, BackendError: as `linear_kd_loss` does.
     """
     refuse_transforms("kd_loss", student_logits, teacher_logits)
     spec = KDSpec(
         divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
     ).checked()
     check_reduction(reduction, normalizer)
-    check_labels(labels, spec.ce_weight, ignore_index)
-    _check(student_logits, teacher_logits, labels, token_weights)
+    _check(student_logits, teacher_logits)
+    tokens = Tokens(labels, token_weights, normalizer, reduction, ignore_index)
+    tokens.check(spec.ce_weight, "student_logits", student_logits)
     backend = dispatch.resolve("kd_loss", student_logits, teacher_logits, backend=backend)
 
     lead, vocab_size = student_logits.shape[:-1], student_logits.shape[-1]
@@ -117,15 +102,8 @@ def kd_loss(
     labels = None if labels is None else labels.reshape(-1)
     valid = valid_rows(labels, ignore_index)
 
-    rows, *_ = torch.ops.modxfer.kd_loss_fwd(
-        student_logits,
-        teacher_logits,
-        labels,
-        spec.numbers(),
-        spec.names(),
-        ignore_index,
-        backend,
-    )
+    numbers, names = spec.numbers(), spec.names()
+    rows, _ = _fwd(student_logits, teacher_logits, labels, numbers, names, ignore_index, backend)
     weights = combine_row_weights(valid, token_weights, rows, rows.dtype)
     rows = torch.where(weights != 0, rows * weights, 0.0)
     if reduction == "none":
@@ -134,7 +112,7 @@ def kd_loss(
     return rows.sum() if divisor is None else rows.sum() / divisor
 
 
-def _check(student_logits, teacher_logits, labels, token_weights) -> None:
+def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
     check_float("student_logits", student_logits)
     check_float("teacher_logits", teacher_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
@@ -147,86 +125,64 @@ def _check(student_logits, teacher_logits, labels, token_weights) -> None:
             f"{tuple(student_logits.shape)}, got {tuple(teacher_logits.shape)}"
         )
     check_same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
-    rows = student_logits.shape[:-1]
-    check_row_tensor("labels", labels, rows, "student_logits", student_logits)
-    check_row_tensor("token_weights", token_weights, rows, "student_logits", student_logits)
 
 
-def _fwd(
-    student_logits,
-    teacher_logits,
-    labels,
-    numbers,
-    divergence,
-    ignore_index,
-    backend,
-):
-    check_label_values(labels, ignore_index, student_logits.shape[-1])
-    debug_check_finite(student_logits=student_logits, teacher_logits=teacher_logits)
-    spec = KDSpec.read(divergence, numbers)
-    kd, ce, stats = dispatch.load("kd_loss", backend).kd_loss_fwd(
-        row_major(student_logits), row_major(teacher_logits), labels, spec
+def _run_fwd(inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    student, teacher, labels = inputs[:3]
+    check_label_values(labels, inputs.ignore_index, student.shape[-1])
+    debug_check_finite(student_logits=student, teacher_logits=teacher)
+    spec = KDSpec.read(inputs.names, inputs.numbers)
+    kd, ce, stats = dispatch.load("kd_loss", inputs.backend).kd_loss_fwd(
+        row_major(student), row_major(teacher), labels, spec
     )
-    rows = spec.kd_weight * kd + spec.ce_weight * ce
-    if labels is not None:  # padding may hold anything, NaN included
-        rows = rows.masked_fill(~valid_rows(labels, ignore_index), 0.0)
-    return rows, stats
+    return spec.kd_weight * kd + spec.ce_weight * ce, stats
 
 
-def _bwd(
-    student_logits,
-    teacher_logits,
-    labels,
-    drows,
-    stats,
-    numbers,
-    divergence,
-    backend,
-):
-    spec = KDSpec.read(divergence, numbers)
-    dlogits = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    dispatch.load("kd_loss", backend).kd_loss_bwd(
-        row_major(student_logits),
-        row_major(teacher_logits),
-        labels,
-        drows.contiguous(),  # the gradient of a sum arrives with stride 0
-        stats,
-        spec,
+def _fake_fwd(inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    student = inputs.student_logits
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    rows = student.new_empty(student.shape[0], dtype=dtype)
+    return rows, rows.new_empty(student.shape[0], 6)
+
+
+def _save(ctx, inputs: _Inputs, outputs: tuple[Tensor, Tensor]) -> None:
+    _, stats = outputs
+    streamed_op.save_values(ctx, *inputs, stats)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, drows: Tensor | None, _) -> dict[str, Tensor | None]:
+    return {} if drows is None else {"student_logits": _bwd(*streamed_op.saved_values(ctx), drows)}
+
+
+def _run_bwd(inputs) -> Tensor:
+    dlogits = _fake_bwd(inputs)
+    dispatch.load("kd_loss", inputs.backend).kd_loss_bwd(
+        row_major(inputs.student_logits),
+        row_major(inputs.teacher_logits),
+        inputs.labels,
+        inputs.drows.contiguous(),  # the gradient of a sum arrives with stride 0
+        inputs.stats,
+        KDSpec.read(inputs.names, inputs.numbers),
         dlogits,
     )
     return dlogits
 
 
-torch.library.impl("modxfer::kd_loss_fwd", "CompositeExplicitAutograd", _fwd)
-torch.library.impl("modxfer::kd_loss_bwd", "CompositeExplicitAutograd", _bwd)
+def _fake_bwd(inputs) -> Tensor:
+    return torch.empty_like(inputs.student_logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("modxfer::kd_loss_fwd")
-def _(student_logits, *_):
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    rows = student_logits.new_empty(student_logits.shape[0], dtype=dtype)
-    return rows, rows.new_empty(student_logits.shape[0], 6)
-
-
-@torch.library.register_fake("modxfer::kd_loss_bwd")
-def _(student_logits, *_):
-    return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.divergence, ctx.ignore_index, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx, drows, *_):
-    refuse_double_backward("kd_loss")
-    student_logits, teacher_logits, labels, numbers, stats = ctx.saved_tensors
-    if labels is not None:
-        drows = drows.masked_fill(~valid_rows(labels, ctx.ignore_index), 0.0)
-    dlogits = torch.ops.modxfer.kd_loss_bwd(
-        student_logits, teacher_logits, labels, drows, stats, numbers, ctx.divergence, ctx.backend
-    )
-    return dlogits, *[None] * 6
-
-
-torch.library.register_autograd("modxfer::kd_loss_fwd", _backward, setup_context=_setup_context)
+_fwd = streamed_op.define_op(
+    "kd_loss_fwd",
+    _Inputs,
+    ("rows", "stats"),
+    run=_run_fwd,
+    fake=_fake_fwd,
+    save=_save,
+    backward=_backward,
+)
+_bwd = streamed_op.define_op(
+    "kd_loss_bwd", _BackwardInputs, ("dlogits",), run=_run_bwd, fake=_fake_bwd
+)

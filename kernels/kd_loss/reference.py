@@ -34,8 +34,7 @@ def kd_loss_reference(
         student_logits, teacher_logits: [M, V]. Computed in their dtype, at least fp32.
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    z_s, z_t = student_logits.to(dtype), teacher_logits.to(dtype)
+    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
     log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
     log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
     f, _ = _terms(log_q, log_p, spec)
@@ -115,7 +114,7 @@ def kd_loss_fwd_bwd(
 def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
     """f and u of each class, [M, V]."""
     terms = DIVERGENCES[spec.divergence].terms
-    return terms(log_p.exp(), log_q.exp(), log_p - log_q, spec.beta)
+    return terms(log_p.exp(), log_q.exp(), log_p - log_q, spec.weight_of_p)
 
 
 def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -331,8 +331,8 @@ def _kd_loss_bwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
-    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
@@ -406,7 +406,7 @@ def kd_loss_fwd(
     """
     kd, ce = _row_outputs(student_logits)
     stats = kd.new_empty(len(kd), 6)
-    _launch(_kd_loss_fwd_kernel, (student_logits, teacher_logits, labels, kd, ce, stats), spec)
+    _launch(_kd_loss_fwd_kernel, student_logits, teacher_logits, labels, spec, kd, ce, stats)
     return kd, ce, stats
 
 
@@ -426,8 +426,8 @@ def kd_loss_bwd(
         dlogits: [M, V], last stride 1; may be `student_logits`, or a half-precision view of its
             buffer in which every row begins where the row of logits begins.
     """
-    tensors = (student_logits, teacher_logits, labels, row_weights, stats, dlogits)
-    _launch(_kd_loss_bwd_kernel, tensors, spec, **_gradient_args(row_weights, spec, dlogits))
+    logits = (student_logits, teacher_logits)
+    _launch(_kd_loss_bwd_kernel, *logits, labels, spec, row_weights, stats, dlogits)
 
 
 def kd_loss_fwd_bwd(
@@ -440,8 +440,8 @@ def kd_loss_fwd_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Both in one launch; returns kd, ce [M] fp32 and writes dlogits as `kd_loss_bwd` does."""
     kd, ce = _row_outputs(student_logits)
-    tensors = (student_logits, teacher_logits, labels, row_weights, kd, ce, dlogits)
-    _launch(_kd_loss_fwd_bwd_kernel, tensors, spec, **_gradient_args(row_weights, spec, dlogits))
+    logits = (student_logits, teacher_logits)
+    _launch(_kd_loss_fwd_bwd_kernel, *logits, labels, spec, row_weights, kd, ce, dlogits)
     return kd, ce
 
 
@@ -450,60 +450,55 @@ def _row_outputs(student_logits: Tensor) -> tuple[Tensor, Tensor]:
     return kd, torch.empty_like(kd)
 
 
-def _launch(kernel, tensors: tuple[Tensor | None, ...], spec: KDSpec, **gradient) -> None:
-    """A program for each row.
-
-    Args:
-        tensors: the kernel's, which begin with student and teacher logits and labels.
-        gradient: `_gradient_args`, of the kernels that write dlogits.
-    """
-    student_logits, teacher_logits, labels, *_ = tensors
+def _launch(
+    kernel: triton.JITFunction,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    *others: Tensor,
+) -> None:
+    """A program for each row; others: the kernel's other tensors."""
     rows, vocab_size = student_logits.shape
     if rows == 0:
         return
-    config = row_config(
-        vocab_size,
-        rows,
-        (student_logits.dtype, teacher_logits.dtype),
-        warp_size=64 if torch.version.hip else 32,
+    dtypes = (student_logits.dtype, teacher_logits.dtype)
+    config = row_config(vocab_size, rows, dtypes, warp_size=64 if torch.version.hip else 32)
+    divergence = DIVERGENCES[spec.divergence]
+    beta = spec.weight_of_p
+    rest = 1.0 - beta  # not left to the kernel, whose beta is rounded to fp32
+    log2_2_beta, log2_2_rest = (
+        math.log2(2.0 * part) if divergence.reads_beta else 0.0 for part in (beta, rest)
     )
+    of_passes: dict[str, float | str] = {}
+    if kernel is not _kd_loss_bwd_kernel:  # 1 and 2
+        of_passes |= {"ROW_SUMS": divergence.row_sums, "VECTOR": config.vector}
+    if kernel is not _kd_loss_fwd_kernel:  # 3
+        row_weights, *_, dlogits = others
+        of_passes |= {"stride_wm": row_weights.stride(0), "stride_dm": dlogits.stride(0)}
+        of_passes |= {"kd_weight": spec.kd_weight, "ce_weight": spec.ce_weight}
     with torch.cuda.device_of(student_logits):
         kernel[(rows,)](
-            *tensors,
+            student_logits,
+            teacher_logits,
+            labels,
+            *others,
             V=vocab_size,
             stride_sm=student_logits.stride(0),
             stride_tm=teacher_logits.stride(0),
             stride_lm=0 if labels is None else labels.stride(0),
+            scale=math.log2(math.e) / spec.temperature,
+            inv_temperature=1.0 / spec.temperature,
+            beta=beta,
+            rest=rest,
+            log2_2_beta=log2_2_beta,
+            log2_2_rest=log2_2_rest,
+            DIVERGENCE=divergence.name,
             HAS_CE=labels is not None and spec.ce_weight != 0.0,
+            UNIT_TEMPERATURE=spec.temperature == 1.0,
             BLOCK_V=config.block_v,
-            VECTOR=config.vector,
             num_warps=config.num_warps,
             # said here because the default differs between Triton releases
             enable_fp_fusion=True,
-            **_spec_args(spec),
-            **gradient,
+            **of_passes,
         )
-
-
-def _spec_args(spec: KDSpec) -> dict:
-    divergence = DIVERGENCES[spec.divergence]
-    return {
-        "scale": math.log2(math.e) / spec.temperature,
-        "inv_temperature": 1.0 / spec.temperature,
-        "beta": spec.beta,
-        "rest": 1.0 - spec.beta,  # not left to the kernel, whose beta is rounded to fp32
-        "log2_2_beta": math.log2(2.0 * spec.beta) if divergence.reads_beta else 0.0,
-        "log2_2_rest": math.log2(2.0 * (1.0 - spec.beta)) if divergence.reads_beta else 0.0,
-        "DIVERGENCE": divergence.name,
-        "ROW_SUMS": divergence.row_sums,
-        "UNIT_TEMPERATURE": spec.temperature == 1.0,
-    }
-
-
-def _gradient_args(row_weights: Tensor, spec: KDSpec, dlogits: Tensor) -> dict:
-    return {
-        "stride_wm": row_weights.stride(0),
-        "stride_dm": dlogits.stride(0),
-        "kd_weight": spec.kd_weight,
-        "ce_weight": spec.ce_weight,
-    }

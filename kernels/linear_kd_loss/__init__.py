@@ -5,11 +5,3 @@ from modxfer_fast.kernels.linear_kd_loss.op import (
     linear_kd_loss_terms,
     loss_of_heads,
 )
-
-__all__ = [
-    "KDTerms",
-    "linear_kd_loss",
-    "linear_kd_loss_terms",
-    "loss_of_heads",
-    "release_workspace",
-]

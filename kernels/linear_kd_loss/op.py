@@ -15,8 +15,10 @@ gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N 
 Limits: equal vocabularies; no gradient to the teacher; no double backward.
 """
 
+import inspect
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from modxfer_fast.kernels.common import (
     check_tensor,
     check_workspace,
     combine_row_weights,
+    counted_rows,
     debug_check_finite,
     denominator,
     refuse_transforms,
@@ -39,7 +42,9 @@ from modxfer_fast.kernels.common import (
 )
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
-from modxfer_fast.kernels.common.streamed_op import StreamedOp, fields_of
+from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
+
+Arguments = ParamSpec("Arguments")
 
 
 class KDTerms(NamedTuple):
@@ -135,28 +140,45 @@ def linear_kd_loss(
     ).loss
 
 
+_ARGUMENTS = frozenset(inspect.signature(linear_kd_loss).parameters)
+
+
+def _arguments_of(
+    loss: Callable[Arguments, Tensor],
+) -> Callable[[Callable[..., KDTerms]], Callable[Arguments, KDTerms]]:
+    """Gives what is decorated the signature of `loss`."""
+
+    def declare(terms: Callable[..., KDTerms]) -> Callable[Arguments, KDTerms]:
+        signature = inspect.signature(loss).replace(return_annotation=KDTerms)
+        terms.__signature__ = signature  # type: ignore[attr-defined]
+        return terms
+
+    return declare
+
+
+@_arguments_of(linear_kd_loss)
 def linear_kd_loss_terms(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
     *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    **options: Any,
-) -> KDTerms:
+    student_bias=None,
+    teacher_bias=None,
+    **options,
+):
     """`linear_kd_loss` with its two parts beside it; same arguments and errors."""
+    spec, tokens, launch = (
+        kind(**{name: options[name] for name in kind.__annotations__ if name in options})
+        for kind in (KDSpec, Tokens, Launch)
+    )
+    if unknown := options.keys() - _ARGUMENTS:
+        raise TypeError(
+            f"linear_kd_loss_terms: expected options of linear_kd_loss, got {', '.join(unknown)}"
+        )
     student = Head(student_hidden, student_weight, student_bias)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
-    parts = []
-    for kind in (KDSpec, Tokens, Launch):
-        names = [name for name in kind.__annotations__ if name in options]
-        parts.append(kind(**{name: options.pop(name) for name in names}))
-    if options:
-        raise TypeError(
-            f"linear_kd_loss_terms: expected options of linear_kd_loss, got {', '.join(options)}"
-        )
-    return loss_of_heads(student, teacher, *parts)
+    return loss_of_heads(student, teacher, spec, tokens, launch)
 
 
 def loss_of_heads(
@@ -193,8 +215,8 @@ def loss_of_heads(
     divisor = denominator(reduction, normalizer, valid, student.hidden, dtype)
     # fp16 would lose gradients of size 1/N: there the normaliser joins the upstream gradient, and
     # the parameters' sums over all tokens stay in fp32 until it has come
-    late = divisor is not None and student.hidden.dtype == torch.float16
-    if divisor is not None and not late:
+    late = divisor if student.hidden.dtype == torch.float16 else None
+    if divisor is not None and late is None:
         weights = weights / divisor
 
     op = _OPS[type(student), type(teacher)]
@@ -205,9 +227,11 @@ def loss_of_heads(
     loss, kd, ce = op(inputs, reduction)
     if reduction == "none":
         loss = loss.reshape(lead)
-    elif late:
-        loss = loss / divisor
-    count = denominator("mean", None, valid, student.hidden, dtype)
+    elif late is not None:
+        loss = loss / late
+    count = divisor
+    if count is None or normalizer is not None:
+        count = counted_rows(valid, student.hidden, dtype)
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
 
@@ -225,45 +249,42 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
         student_kind, teacher_kind: NamedTuples of tensors, which become inputs of the op. All of
             the student's may be trained; its `gradient` finds their gradients.
     """
-    of_student, of_teacher = _kinds("student", student_kind), _kinds("teacher", teacher_kind)
-    kinds = {**of_student, **of_teacher, **Rows.__annotations__, "numbers": Tensor, "names": str}
+    of_student = _kinds("student", student_kind)
+    of_heads = of_student | _kinds("teacher", teacher_kind)
+    kinds = of_heads | Rows.__annotations__ | {"numbers": Tensor, "names": str}
     kinds |= Launch.__annotations__
-    names = (*of_student, *of_teacher)
-    student_of, teacher_of = fields_of(of_student), fields_of(of_teacher)
-    rows_of = fields_of(Rows._fields)
 
-    def run(inputs, wanted):
-        student = student_kind(*student_of(inputs))
-        teacher = teacher_kind(*teacher_of(inputs))
-        rows = Rows(*rows_of(inputs))
+    def run(inputs, needs):
+        student = student_kind(*inputs[: len(of_student)])
+        teacher = teacher_kind(*inputs[len(of_student) : len(of_heads)])
+        rows = Rows(inputs.labels, inputs.row_weights, inputs.ignore_index, inputs.num_valid)
         spec = KDSpec.read(inputs.names, inputs.numbers)
         check_label_values(rows.labels, rows.ignore_index, student.vocab_size)
         valid, weights = rows.valid(), rows.row_weights
         counted = f"the labels other than ignore_index={rows.ignore_index}"
         check_num_valid(rows.num_valid, valid, counted)
-        debug_check_finite(**dict(zip(names, (*student, *teacher), strict=True)))
+        debug_check_finite(**dict(zip(of_heads, inputs, strict=False)))
         with without_autocast(weights.device.type):
             kd, ce, grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
                 student,
                 teacher,
                 rows,
                 spec,
-                wanted=wanted,
+                wanted={name for name in student._fields if getattr(needs, f"student_{name}")},
                 workspace_bytes=inputs.workspace_mb * 2**20,
             )
         if valid is not None:  # padding may hold anything, NaN included
             kd, ce = kd.masked_fill(~valid, 0.0), ce.masked_fill(~valid, 0.0)
         losses = spec.kd_weight * kd + spec.ce_weight * ce
         losses = torch.where(weights != 0, weights * losses, 0.0)
-        return losses, (kd, ce), dict(zip(of_student, grads, strict=True))
+        return losses, (kd, ce), {f"student_{name}": grad for name, grad in grads.items()}
 
     _OPS[student_kind, teacher_kind] = StreamedOp(
         name,
-        NamedTuple("Inputs", list(kinds.items())),
+        inputs_of(kinds),
         run=run,
         gradients=tuple(of_student),
         terms=("kd", "ce"),
-        needs=student_kind,
         saved_dtype=lambda inputs, field: saved_dtype(
             getattr(inputs, field), inputs.student_hidden, inputs.row_weights
         ),

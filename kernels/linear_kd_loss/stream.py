@@ -11,6 +11,7 @@ are ignored are packed away before the first GEMM where their number is known (p
 the logits come from and go back to is a head's (head.py); the chunk comes from a budget in bytes.
 """
 
+from collections.abc import Set
 from types import ModuleType
 
 import torch
@@ -30,43 +31,50 @@ def stream(
     rows: Rows,
     spec: KDSpec,
     *,
-    wanted: Head,
+    wanted: Set[str],
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Losses of all rows and the gradients asked for.
 
     Args:
         kernels: backend module of the `kd_loss` room.
         student, teacher: of all rows, [N, D_s] and [N, D_t].
-        wanted: a flag for each tensor of `student`.
+        wanted: names of the tensors of `student` whose gradients are asked for.
 
     Returns:
-        kd, ce: [N], unweighted, 0 where packed away; and a gradient or None for each tensor of
-        `student`, in the dtypes of `saved_dtype`.
+        kd, ce: [N], unweighted, 0 where packed away; and the gradients by name, in the dtypes of
+        `saved_dtype`.
     """
     weights = rows.row_weights
     dtype, device = weights.dtype, weights.device
     valid = rows.valid()
     kept = packing.kept_rows(valid, rows.num_valid)
     count = weights.shape[0] if kept is None else kept.shape[0]
-    is_blanked = wanted.weight and packing.runs_ignored_rows(valid, rows.num_valid)
-    plan = _plan(
-        count, student, teacher, wanted, dtype, kept is not None or is_blanked, workspace_bytes
+    blanks = "weight" in wanted and packing.runs_ignored_rows(valid, rows.num_valid)
+    counting = valid if blanks else None
+    row_bytes = 2 * dtype.itemsize * pitch(student.vocab_size)
+    if kept is not None or blanks:  # copied hidden states, and dhidden before it is scattered
+        row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
+    of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
+    plan = ChunkPlan.of(
+        count,
+        row_bytes + max(2 * of_student, of_teacher),
+        workspace_bytes,
+        widened_bytes=max(of_student, of_teacher),
+        sums=student.sum_bytes(wanted, dtype),
+        rounds_single=student.rounds_single,
     )
-    kd = torch.zeros_like(weights)
-    ce = torch.zeros_like(weights)
+    kd, ce = torch.zeros_like(weights), torch.zeros_like(weights)
     gradient = None
-    if any(wanted):
-        gradient = student.gradient(
-            wanted, weights, is_single=plan.is_single, is_packed=kept is not None, tile=plan.tile
-        )
+    if wanted:
+        gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)
 
     def run(span: slice, z_s: Tensor, z_t: Tensor) -> None:  # its rows are freed before the next's
         index = None if kept is None else kept[span]
         head = student.take(span, index)
         labels, row_weights = rows.take(span, index)
-        if is_blanked:
-            head = head.blanked(valid[span])
+        if counting is not None:
+            head = head.blanked(counting[span])
         logits = head.logits(z_s, plan.tile)
         signal = teacher.take(span, index).signal(z_t, plan.tile)
         if gradient is None:
@@ -87,27 +95,4 @@ def stream(
         for start in range(0, count, plan.rows):
             run(slice(start, min(start + plan.rows, count)), *buffers)
     del buffers  # a gradient that is rounded takes their place
-    return kd, ce, (None,) * len(student) if gradient is None else gradient.result()
-
-
-def _plan(
-    count: int,
-    student: Head,
-    teacher: Head,
-    wanted: Head,
-    dtype: torch.dtype,
-    copies_rows: bool,
-    budget: int,
-) -> ChunkPlan:
-    row_bytes = 2 * dtype.itemsize * pitch(student.vocab_size)
-    if copies_rows:  # hidden states of the chunk, and dhidden before it is scattered
-        row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
-    of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
-    return ChunkPlan.of(
-        count,
-        row_bytes + max(2 * of_student, of_teacher),
-        budget,
-        widened_bytes=max(of_student, of_teacher),
-        sums=student.sum_bytes(wanted, dtype),
-        rounds_single=student.rounds_single,
-    )
+    return kd, ce, {} if gradient is None else gradient.result()

@@ -313,6 +313,5 @@ _op = StreamedOp(
     Inputs,
     run=run,
     gradients=Needs._fields,
-    needs=Needs,
     saved_dtype=lambda inputs, name: unscaled_dtype(getattr(inputs, name), inputs.student_hidden),
 )

@@ -563,11 +563,11 @@ def test_opcheck(layout, labels):
         student = student.detach().T.contiguous().T.requires_grad_()
     labels = masked_labels(6, 20) if labels else None
     spec = KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels is not None else 0.0)
-    spec = (spec.numbers(), spec.divergence)
-    args = (student, teacher, labels, *spec, -100, "cpp")
+    options = (labels, spec.numbers(), spec.names(), -100, "cpp")
+    args = (student, teacher, *options)
     torch.library.opcheck(torch.ops.modxfer.kd_loss_fwd.default, args)
     _, stats = torch.ops.modxfer.kd_loss_fwd(*args)
-    args = (student.detach(), teacher, labels, torch.ones(6), stats.detach(), *spec, "cpp")
+    args = (student.detach(), teacher, *options, stats, torch.ones(6))
     torch.library.opcheck(torch.ops.modxfer.kd_loss_bwd.default, args)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from modxfer_fast import LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
+from modxfer_fast import KDTerms, LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
 from modxfer_fast.kernels.common import KDSpec, scratch
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.memory import peak_mib
@@ -741,7 +741,27 @@ def test_shapes_past_2_to_the_31(mode, reduction):
             propagate()
 
 
-# --- the module
+# --- the other doors
+
+
+def test_the_terms_have_the_arguments_of_the_loss():
+    loss, terms = inspect.signature(linear_kd_loss), inspect.signature(linear_kd_loss_terms)
+    assert terms.parameters == loss.parameters
+    assert terms.return_annotation is KDTerms
+    with pytest.raises(TypeError, match="expected options of linear_kd_loss, got temp"):
+        linear_kd_loss_terms(*[torch.ones(2, 3)] * 4, temp=2.0)
+
+
+def test_compiled_terms_equal_eager():
+    inputs = linear_inputs(10, 100, labels=True)
+    torch.compiler.reset()
+    compiled = torch.compile(linear_kd_loss_terms, backend="aot_eager", fullgraph=True)
+    for one, other in zip(
+        call(inputs, LIKE_TRAINING, compiled),
+        call(inputs, LIKE_TRAINING, linear_kd_loss_terms),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def test_module_equals_the_function():

@@ -222,9 +222,8 @@ class Unbiased(NamedTuple):
     def dlogits(self, logits):
         return Head(*self).dlogits(logits)
 
-    def gradient(self, wanted, row_weights, **options):
-        gradient = Head(*self).gradient(Head(*wanted, False), row_weights, **options)
-        return Cut(gradient)
+    def gradient(self, wanted, row_weights, plan, *, is_packed):
+        return Cut(Head(*self).gradient(wanted, row_weights, plan, is_packed=is_packed))
 
     def row_bytes(self):
         return Head(*self).row_bytes()
@@ -243,7 +242,7 @@ class Cut(NamedTuple):
         self.whole.add(dlogits, Head(*rows), span, index)
 
     def result(self):
-        return self.whole.result()[:2]
+        return self.whole.result()
 
 
 streamed("linear_kd_loss_of_unbiased_test", Unbiased, Head)
