@@ -28,7 +28,8 @@ import torch
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.names import BACKENDS
 
-# what the module of every backend has
+# what the module of every backend has; of kd_loss, the row kernels that teachers of linear_kd_loss
+# name (linear_kd_loss/teachers.py)
 ROOMS = {
     "kd_loss": ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd"),
     "linear_kd_loss": ("linear_kd_loss_fwd",),

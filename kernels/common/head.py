@@ -1,10 +1,10 @@
 """An output head: the logits of rows from their hidden states, and the way back for a gradient.
 
-A student's head has the methods of `Head`; its `gradient` makes what takes dlogits. A teacher's has
-`check_teacher`, `take` and `signal`, which is what the row kernels read.
+A student's head has the methods of `Head`; its `gradient` makes what takes dlogits. As a teacher it
+is one of the kinds of linear_kd_loss/teachers.py, whose row kernel reads logits.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from modxfer_fast.kernels.common.autocast import cast_for_autocast
 from modxfer_fast.kernels.common.backward import saved_dtype
 from modxfer_fast.kernels.common.checks import check_float, check_same_device
 from modxfer_fast.kernels.common.chunks import ChunkPlan
+from modxfer_fast.kernels.common.spec import KDSpec
 
 
 class Head(NamedTuple):
@@ -33,6 +34,14 @@ class Head(NamedTuple):
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def row_kernel(self) -> str:
+        return "kd_loss"
+
+    @property
+    def num_buffers(self) -> int:
+        return 1
 
     # --- a user's tensors
 
@@ -110,9 +119,9 @@ class Head(NamedTuple):
         gemm.project(self.hidden, self.weight, self.bias, out, tile)
         return out
 
-    def signal(self, out: Tensor, tile: int) -> Tensor:
-        """What the row kernels read of a teacher: its logits, for which `out` has room."""
-        return self.logits(out, tile)
+    def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
+        """What the row kernels read of a teacher: its logits, for which there is a buffer."""
+        return self.logits(buffers[0], tile)
 
     def dlogits(self, logits: Tensor) -> Tensor:
         """Room for their gradient: over the logits, or the first half of each row's bytes."""

@@ -37,12 +37,12 @@ def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[Te
 
 @contextlib.contextmanager
 def logits_buffers(
-    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, count: int = 2
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Two [rows, vocab_size] buffers in a `scratch`, with rows `pitch(vocab_size)` apart."""
+    """`count` buffers [rows, vocab_size] in a `scratch`, with rows `pitch(vocab_size)` apart."""
     width = pitch(vocab_size)
-    with scratch(2 * rows * width, dtype, device) as buffer:
-        yield buffer.view(2, rows, width)[:, :, :vocab_size].unbind()
+    with scratch(count * rows * width, dtype, device) as buffer:
+        yield buffer.view(count, rows, width)[:, :, :vocab_size].unbind()
 
 
 def pitch(vocab_size: int) -> int:

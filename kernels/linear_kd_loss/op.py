@@ -43,6 +43,7 @@ from modxfer_fast.kernels.common import (
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
+from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
 
 Arguments = ParamSpec("Arguments")
 
@@ -64,8 +65,8 @@ class KDTerms(NamedTuple):
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | Teacher,
+    teacher_weight: Tensor | None = None,
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
@@ -91,7 +92,8 @@ def linear_kd_loss(
         student_weight: [V, D_s], dtype of student_hidden. Frozen (requires_grad=False), its GEMM
             is not computed.
         teacher_hidden: [..., D_t], same leading dimensions; D_t and dtype may differ. A constant.
-        teacher_weight: [V, D_t], dtype of teacher_hidden.
+            Or a teacher of another kind, an object of linear_kd_loss/teachers.py.
+        teacher_weight: [V, D_t], dtype of teacher_hidden. None beside a teacher of another kind.
         labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
         divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
@@ -133,7 +135,7 @@ def linear_kd_loss(
     """
     return loss_of_heads(
         Head(student_hidden, student_weight, student_bias),
-        Head(teacher_hidden, teacher_weight, teacher_bias),
+        teacher_of(teacher_hidden, teacher_weight, teacher_bias),
         KDSpec(divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
         Launch(workspace_mb, backend),
@@ -161,7 +163,7 @@ def linear_kd_loss_terms(
     student_hidden,
     student_weight,
     teacher_hidden,
-    teacher_weight,
+    teacher_weight=None,
     *,
     student_bias=None,
     teacher_bias=None,
@@ -177,22 +179,22 @@ def linear_kd_loss_terms(
             f"linear_kd_loss_terms: expected options of linear_kd_loss, got {', '.join(unknown)}"
         )
     student = Head(student_hidden, student_weight, student_bias)
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
+    teacher = teacher_of(teacher_hidden, teacher_weight, teacher_bias)
     return loss_of_heads(student, teacher, spec, tokens, launch)
 
 
 def loss_of_heads(
-    student: Head, teacher: Head, spec: KDSpec, tokens: Tokens, launch: Launch
+    student: Head, teacher: Teacher, spec: KDSpec, tokens: Tokens, launch: Launch
 ) -> KDTerms:
     """`linear_kd_loss_terms` of what its arguments make.
 
-    A student or teacher of another kind than `Head` is one that `streamed` has registered.
+    A student or teacher of another kind than `Head` is one that `streamed` has registered. Fields
+    that are no tensors cross the op's boundary as they are.
     """
-    for role, head in (("student", student), ("teacher", teacher)):
-        for name, tensor in zip(head._fields, head, strict=True):
-            if tensor is not None:
-                check_tensor(f"{role}_{name}", tensor)
-    refuse_transforms("linear_kd_loss", *student, *teacher)
+    given = tensors_of("student", student) | tensors_of("teacher", teacher)
+    for name, tensor in given.items():
+        check_tensor(name, tensor)
+    refuse_transforms("linear_kd_loss", *given.values())
     spec = spec.checked()
     labels, token_weights, normalizer, reduction, ignore_index, num_valid = tokens
     check_reduction(reduction, normalizer)
@@ -202,9 +204,8 @@ def loss_of_heads(
     teacher.check_teacher(student)
     tokens.check(spec.ce_weight, "student_hidden", student.hidden)
     check_workspace(launch.workspace_mb)
-    backend = dispatch.resolve(
-        "linear_kd_loss", student.hidden, *teacher[:1], backend=launch.backend
-    )
+    read = [t for t in tensors_of("teacher", teacher).values() if t.is_floating_point()]
+    backend = dispatch.resolve("linear_kd_loss", student.hidden, *read[:1], backend=launch.backend)
 
     lead = student.hidden.shape[:-1]
     student, teacher = student.flat(math.prod(lead)), teacher.flat(math.prod(lead))
@@ -235,18 +236,27 @@ def loss_of_heads(
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
 
-def _kinds(role: str, head: type[Head]) -> dict[str, Any]:
+def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
+    """What of a head or teacher is to be a tensor, and is there, as `<role>_<field>`."""
+    return {
+        f"{role}_{name}": value
+        for (name, kind), value in zip(head.__annotations__.items(), head, strict=True)
+        if kind in (Tensor, Tensor | None) and value is not None
+    }
+
+
+def _kinds(role: str, head: type[Any]) -> dict[str, Any]:
     return {f"{role}_{name}": kind for name, kind in head.__annotations__.items()}
 
 
 _OPS: dict[tuple[type, type], StreamedOp] = {}
 
 
-def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> None:
-    """Defines the op `name` of a student and a teacher of these kinds, which have Head's methods.
+def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> None:
+    """Defines the op `name` of a student with Head's methods and a teacher (teachers.py).
 
     Args:
-        student_kind, teacher_kind: NamedTuples of tensors, which become inputs of the op. All of
+        student_kind, teacher_kind: NamedTuples whose fields become inputs of the op. All tensors of
             the student's may be trained; its `gradient` finds their gradients.
     """
     of_student = _kinds("student", student_kind)
@@ -263,14 +273,14 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
         valid, weights = rows.valid(), rows.row_weights
         counted = f"the labels other than ignore_index={rows.ignore_index}"
         check_num_valid(rows.num_valid, valid, counted)
-        debug_check_finite(**dict(zip(of_heads, inputs, strict=False)))
+        debug_check_finite(**tensors_of("student", student), **tensors_of("teacher", teacher))
         with without_autocast(weights.device.type):
             kd, ce, grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
                 student,
                 teacher,
                 rows,
                 spec,
-                wanted={name for name in student._fields if getattr(needs, f"student_{name}")},
+                wanted={name for name in student._fields if vars(needs).get(f"student_{name}")},
                 workspace_bytes=inputs.workspace_mb * 2**20,
             )
         if valid is not None:  # padding may hold anything, NaN included
@@ -283,7 +293,7 @@ def streamed(name: str, student_kind: type[Head], teacher_kind: type[Head]) -> N
         name,
         inputs_of(kinds),
         run=run,
-        gradients=tuple(of_student),
+        gradients=tuple(n for n, kind in of_student.items() if kind in (Tensor, Tensor | None)),
         terms=("kd", "ce"),
         saved_dtype=lambda inputs, field: saved_dtype(
             getattr(inputs, field), inputs.student_hidden, inputs.row_weights

@@ -8,7 +8,8 @@
 
 Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. Rows that
 are ignored are packed away before the first GEMM where their number is known (packing.py). What
-the logits come from and go back to is a head's (head.py); the chunk comes from a budget in bytes.
+the logits come from and go back to is a head's (head.py), what they are compared with a teacher's,
+which names the row kernel that reads it (teachers.py); the chunk comes from a budget in bytes.
 """
 
 from collections.abc import Set
@@ -22,12 +23,13 @@ from modxfer_fast.kernels.common.chunks import ChunkPlan
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
+from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher
 
 
 def stream(
     kernels: ModuleType,
     student: Head,
-    teacher: Head,
+    teacher: Teacher,
     rows: Rows,
     spec: KDSpec,
     *,
@@ -37,7 +39,7 @@ def stream(
     """Losses of all rows and the gradients asked for.
 
     Args:
-        kernels: backend module of the `kd_loss` room.
+        kernels: backend module of the `kd_loss` room, which has the teacher's row kernel.
         student, teacher: of all rows, [N, D_s] and [N, D_t].
         wanted: names of the tensors of `student` whose gradients are asked for.
 
@@ -52,7 +54,8 @@ def stream(
     count = weights.shape[0] if kept is None else kept.shape[0]
     blanks = "weight" in wanted and packing.runs_ignored_rows(valid, rows.num_valid)
     counting = valid if blanks else None
-    row_bytes = 2 * dtype.itemsize * pitch(student.vocab_size)
+    num_buffers = 1 + teacher.num_buffers
+    row_bytes = num_buffers * dtype.itemsize * pitch(student.vocab_size)
     if kept is not None or blanks:  # copied hidden states, and dhidden before it is scattered
         row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
     of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
@@ -65,31 +68,30 @@ def stream(
         rounds_single=student.rounds_single,
     )
     kd, ce = torch.zeros_like(weights), torch.zeros_like(weights)
+    row_kernel = getattr(kernels, f"{teacher.row_kernel}_{'fwd_bwd' if wanted else 'fwd'}")
     gradient = None
     if wanted:
         gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)
 
-    def run(span: slice, z_s: Tensor, z_t: Tensor) -> None:  # its rows are freed before the next's
+    def run(span: slice, z_s: Tensor, *z_t: Tensor) -> None:  # its rows are freed before the next's
         index = None if kept is None else kept[span]
         head = student.take(span, index)
         labels, row_weights = rows.take(span, index)
         if counting is not None:
             head = head.blanked(counting[span])
         logits = head.logits(z_s, plan.tile)
-        signal = teacher.take(span, index).signal(z_t, plan.tile)
+        signal = teacher.take(span, index).signal(z_t, plan.tile, spec)
         if gradient is None:
-            kd_rows, ce_rows, _ = kernels.kd_loss_fwd(logits, signal, labels, spec)
+            kd_rows, ce_rows, _ = row_kernel(logits, signal, labels, spec)
         else:
             dlogits = head.dlogits(logits)
-            kd_rows, ce_rows = kernels.kd_loss_fwd_bwd(
-                logits, signal, labels, row_weights, spec, dlogits
-            )
+            kd_rows, ce_rows = row_kernel(logits, signal, labels, row_weights, spec, dlogits)
             gradient.add(dlogits, head, span, index)
         packing.put(kd, span, index, kd_rows)
         packing.put(ce, span, index, ce_rows)
 
     with (
-        logits_buffers(plan.rows, student.vocab_size, dtype, device) as buffers,
+        logits_buffers(plan.rows, student.vocab_size, dtype, device, num_buffers) as buffers,
         gemm.fp32_sums(weights),
     ):
         for start in range(0, count, plan.rows):

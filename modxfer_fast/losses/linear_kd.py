@@ -13,6 +13,7 @@ from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.dispatch import check_name
 from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
+from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
 
 
 class LinearKDLoss(nn.Module):
@@ -55,8 +56,8 @@ class LinearKDLoss(nn.Module):
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_hidden: Tensor | Teacher,
+        teacher_weight: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         student_bias: Tensor | None = None,
@@ -70,7 +71,7 @@ class LinearKDLoss(nn.Module):
         )
         return loss_of_heads(
             Head(student_hidden, student_weight, student_bias),
-            Head(teacher_hidden, teacher_weight, teacher_bias),
+            teacher_of(teacher_hidden, teacher_weight, teacher_bias),
             self.spec,
             tokens,
             self.launch,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modxfer_fast import linear_kd_loss
+from modxfer_fast import linear_kd_loss, linear_kd_loss_terms
 from modxfer_fast.kernels.common import KDSpec, packing
 from modxfer_fast.kernels.common.head import Head, HeadGradient
 from modxfer_fast.kernels.common.rows import Launch, Tokens
@@ -135,6 +135,9 @@ class Logits(NamedTuple):
 
     values: Tensor
 
+    row_kernel = property(lambda self: "kd_loss")
+    num_buffers = property(lambda self: 0)
+
     @property
     def vocab_size(self) -> int:
         return self.values.shape[-1]
@@ -158,8 +161,9 @@ class Logits(NamedTuple):
     def take(self, span, index):
         return Logits(packing.take(self.values, span, index))
 
-    def signal(self, out, tile):
-        return self.values.to(out.dtype)
+    def signal(self, buffers, tile, spec):
+        assert not buffers
+        return self.values
 
     def row_bytes(self):
         return self.vocab_size * self.values.itemsize
@@ -190,6 +194,9 @@ def test_a_teacher_of_another_kind(labelled, reduction):
             loss = loss_of_heads(
                 *(Head(h, w), teacher, KDSpec("jsd"), Tokens(**options), Launch(1, "reference"))
             ).loss
+            options |= {"divergence": "jsd", "workspace_mb": 1, "backend": "reference"}
+            assert torch.equal(loss, linear_kd_loss(h, w, teacher, **options))
+            assert torch.equal(loss, linear_kd_loss_terms(h, w, teacher, **options).loss)
         grads.append(torch.autograd.grad(loss.sum(), (h, w)))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
@@ -263,6 +270,19 @@ def test_a_head_of_another_kind(reduction):
         grads.append(torch.autograd.grad(terms.loss.sum(), (h, w)))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("beside", [{"teacher_weight": 1}, {"teacher_bias": 1}])
+def test_a_teacher_of_another_kind_has_no_weight_beside_it(beside):
+    beside = {name: torch.ones(5, 3) for name in beside}
+    teacher = Logits(torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"expected None beside a Logits, .* got a Tensor"):
+        linear_kd_loss(torch.ones(2, 3), torch.ones(5, 3), teacher, **beside)
+
+
+def test_hidden_states_have_a_weight_beside_them():
+    with pytest.raises(ValueError, match=r"teacher_weight: expected \[V, D_t\] .* got None"):
+        linear_kd_loss(torch.ones(2, 3), torch.ones(5, 3), torch.ones(2, 3))
 
 
 def test_a_teacher_of_another_kind_is_checked():
