@@ -18,7 +18,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -485,7 +485,8 @@ def _make_compute_loss(
     def split(model: nn.Module, role: str) -> SplitCausalLM:
         if model not in parts:
             try:
-                parts[model] = SplitCausalLM.of(model, role)
+                with _without_autocast(model):
+                    parts[model] = SplitCausalLM.of(model, role)
             except (TypeError, ValueError) as error:
                 parts[model] = str(error)
         found = parts[model]
@@ -544,6 +545,21 @@ def _make_compute_loss(
             return function(self, model, inputs, return_outputs, num_items_in_batch)
 
     return compute_loss
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """The model's own forward in the place of accelerate's, which rounds under mixed precision."""
+    own = model.__dict__.get("_original_forward")
+    if own is None:
+        yield
+        return
+    wrapped = model.forward
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def _count(declined: Counter, reason: str) -> None:

@@ -224,6 +224,20 @@ def test_compute_loss_is_trls(trainer, name):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+def test_mixed_precision_is_trls(trainer):
+    student, teacher = tiny_llama(), tiny_llama(48, seed=1)
+    it = trainer("gkd", student, teacher, bf16=True)
+    model = it.accelerator.prepare(student)  # as `train` does: the forward is then under autocast
+    expected = it.compute_loss(model, batch())
+    with ours.patch_trl() as report:
+        loss = it.compute_loss(model, batch())
+        assert not report.declined
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.0)
+    exact = tiny_llama()
+    it = trainer("gkd", exact, teacher)
+    assert it.compute_loss(exact, batch()) != expected  # autocast is on
+
+
 @pytest.mark.parametrize("name", ["gkd", "gold"])
 def test_training_makes_no_logits(trainer, patched, name, monkeypatch):
     student, teacher = tiny_llama(), tiny_llama(48, seed=1)
