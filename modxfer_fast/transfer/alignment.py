@@ -5,6 +5,7 @@ their vocabularies. All characters of an example are on one axis: those of a sec
 the first one's, with a gap of one.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,11 +39,7 @@ class Text:
 
     @classmethod
     def of(cls, example: Example, index: int) -> "Text":
-        """Read a text, a list of words, or a tuple of two texts.
-
-        Raises:
-            TransferError: anything else; `index` names it.
-        """
+        """Of a text, a list of words, or a tuple of two texts; `index` names it in errors."""
         if isinstance(example, str):
             return cls(example, None, tuple(_runs(example)))
         if not isinstance(example, list | tuple):
@@ -84,15 +81,7 @@ class TokenizedText:
 
 
 class Side:
-    """The tokenizer of the teacher or of the student.
-
-    Args:
-        is_pair: whether the examples are pairs of texts.
-
-    Raises:
-        TransferError: it is slow and so has no offsets, has no padding token, or needs all of
-            `max_length` for special tokens.
-    """
+    """The tokenizer of the teacher or of the student; `is_pair` of pairs of texts."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, role: str, max_length: int, *, is_pair: bool
@@ -204,12 +193,7 @@ def _spans(text: Text, encoding: Encoding) -> list[Span | None]:
 
 def _runs(text: str) -> list[Span]:
     """Runs of characters that are not white space."""
-    runs, start = [], 0
-    for word in text.split():
-        start = text.index(word, start)
-        runs.append((start, start + len(word)))
-        start += len(word)
-    return runs
+    return [match.span() for match in re.finditer(r"\S+", text)]
 
 
 def _merged_starts(spans: Sequence[Span]) -> list[int]:

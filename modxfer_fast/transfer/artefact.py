@@ -2,8 +2,7 @@
 
     tensors.safetensors     named tensors
     facts.json              what it is ("kind"), and where it comes from
-    SHA256SUMS              of the two, as `sha256sum -c SHA256SUMS` reads it; none inside a folder
-                            that is sealed as a whole
+    complete.json           their checksums (files/sealed.py); a job seals its stages itself
 
 It is written beside its place and renamed, so it is complete or absent.
 """
@@ -17,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modxfer_fast.files import new_folder, sha256_of, write_json, write_text
+from modxfer_fast.files import MARKER, damaged_files, new_folder, seal, write_json
 from modxfer_fast.transfer.errors import TransferError
 
-TENSORS, FACTS, CHECKSUMS = "tensors.safetensors", "facts.json", "SHA256SUMS"
+TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
 
 def write_artefact(
@@ -43,28 +42,22 @@ def write_artefact(
             older artefact stays as it was. Or the folder holds something else, which stays.
     """
     folder = Path(folder)
-    check_replaceable(folder, CHECKSUMS, "artefact")
+    check_replaceable(folder, MARKER, "artefact")
     try:
         with new_folder(folder) as scratch:
-            save_file(
-                {name: t.contiguous().cpu() for name, t in tensors.items()}, scratch / TENSORS
-            )
+            on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(on_cpu, scratch / TENSORS)
             write_json(scratch / FACTS, {"kind": kind, "facts": dict(facts)})
             if checksums:
-                sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in (FACTS, TENSORS)]
-                write_text(scratch / CHECKSUMS, "".join(sums))
+                seal(scratch)
     except (OSError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be written ({error})") from error
 
 
 def check_replaceable(folder: Path, mark: str, kind: str) -> None:
-    """That writing a folder anew loses nobody's other files.
+    """Raise a TransferError where a folder holds something else than its `kind`.
 
-    Args:
-        mark: a file that every `kind` of folder has.
-
-    Raises:
-        TransferError: it is there, not empty, and without the mark.
+    Every folder of the kind has the file `mark`.
     """
     if not folder.exists() or (folder / mark).is_file():
         return
@@ -86,29 +79,19 @@ def read_artefact(
     folder = Path(folder)
     if not folder.is_dir():
         raise TransferError(f"{folder}: no such folder; expected {kind}")
-    for name in (*([CHECKSUMS] if checksums else []), FACTS, TENSORS):
+    for name in (*([MARKER] if checksums else []), FACTS, TENSORS):
         if not (folder / name).is_file():
             raise TransferError(f"{folder / name}: no such file; expected it in {kind}")
+    if checksums and (damaged := damaged_files(folder)):
+        raise TransferError(
+            f"{folder / damaged[0]}: expected the file as it was written, with the checksum in "
+            f"{MARKER}, got another; make {kind} again"
+        )
     try:
-        if checksums:
-            _compare(folder, kind)
         content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if content["kind"] != kind:
-            raise TransferError(f"{folder}: expected {kind}, got {content['kind']}")
-        return load_file(folder / TENSORS), content["facts"]
-    except TransferError:
-        raise
+        found, facts, tensors = content["kind"], content["facts"], load_file(folder / TENSORS)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TransferError(f"{folder}: cannot be read as {kind} ({error})") from error
-
-
-def _compare(folder: Path, kind: str) -> None:
-    lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-    expected = {name: checksum for checksum, name in (line.split() for line in lines)}
-    for name in (FACTS, TENSORS):
-        found = sha256_of(folder / name)
-        if expected.get(name) != found:
-            raise TransferError(
-                f"{folder / name}: expected checksum {expected.get(name)}, got {found}; "
-                f"make {kind} again"
-            )
+    if found != kind:
+        raise TransferError(f"{folder}: expected {kind}, got {found}")
+    return tensors, facts

@@ -1,22 +1,25 @@
-"""Puts a module into a model of its architecture, every tensor or none."""
+"""Puts a module into a model of its architecture, every tensor or none, and saves it there."""
 
+from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from modxfer_fast._version import __version__
+from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.models.architecture import head_modules
+from modxfer_fast.models.checks import listed
+from modxfer_fast.transfer.artefact import check_replaceable
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.kinds import KINDS
-from modxfer_fast.transfer.modules import PeftModuleState, check_base_model
+from modxfer_fast.transfer.modules import CONFIG, PeftModuleState, adapter_state, check_base_model
 
+PROVENANCE = "transfer.json"
 _TASKS_WITH_HEAD = ("TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS")
 
 
@@ -39,18 +42,49 @@ def attach(module: PeftModuleState, model: nn.Module, adapter_name: str = "defau
     # PEFT asks for a head in any case
     set_peft_model_state_dict(wrapped, {**fresh, **state}, adapter_name)
     loaded = adapter_state(wrapped, adapter_name)
-    changed = [name for name, tensor in state.items() if not _equal(tensor, loaded[name])]
-    if changed:
+    if changed := unequal(state, loaded):
         raise TransferError(f"module: PEFT did not load {', '.join(changed)}")
     return wrapped
 
 
-def config_for(module: PeftModuleState, model: nn.Module) -> PeftConfig:
-    """The module's configuration with the head of this model among what is trained and saved.
+def save_adapter(
+    module: PeftModuleState,
+    student: nn.Module,
+    folder: str | Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """What `PeftModel.from_pretrained(student, folder)` loads, and transfer.json beside it.
+
+    The head that the folder holds is the module's own, or the student's as it is now. The student
+    is copied and stays without PEFT; an older adapter is replaced only by a complete one.
+
+    Args:
+        provenance: more facts for transfer.json; what `transport` recorded is there already.
 
     Raises:
-        TransferError: the module is of a task, and the model has no head.
+        TransferError: the module does not fit the student, the disk refuses the folder, or the
+            folder holds something other than an adapter, which stays.
     """
+    folder = Path(folder)
+    check_replaceable(folder, CONFIG, "adapter")
+    wrapped = attach(module, deepcopy(student))
+    facts = {
+        "modxfer_fast": __version__,
+        "student": student.config.name_or_path or None,
+        **module.facts,
+        **(provenance or {}),
+    }
+    try:
+        with new_folder(folder) as scratch:
+            wrapped.save_pretrained(str(scratch), save_embedding_layers=False)
+            write_json(scratch / PROVENANCE, facts)
+    except (OSError, SafetensorError) as error:
+        raise TransferError(f"{folder}: cannot be written ({error})") from error
+
+
+def config_for(module: PeftModuleState, model: nn.Module) -> PeftConfig:
+    """The module's configuration with the head of this model among what is trained and saved."""
     config = deepcopy(module.config)
     task = getattr(config.task_type, "value", config.task_type)
     if module.head or task in _TASKS_WITH_HEAD:
@@ -65,30 +99,22 @@ def config_for(module: PeftModuleState, model: nn.Module) -> PeftConfig:
     return config
 
 
-def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Tensors of an adapter and its head, named as in a file."""
-    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-
-
 def check_tensors(
     found: dict[str, Tensor], expected: dict[str, Tensor], *, fresh_head: bool = False
 ) -> None:
-    """That both hold the same names and shapes.
+    """Raise a TransferError, with names, unless both hold tensors of the same names and shapes.
 
-    Args:
-        fresh_head: heads, i.e. what PEFT saves whole, may be missing in `found`.
-
-    Raises:
-        TransferError: naming what is missing, left over, or of another shape.
+    With `fresh_head`, heads, i.e. what PEFT saves whole, may be missing in `found`.
     """
     missing = [name for name in expected if name not in found]
     if fresh_head:
-        missing = [name for name in missing if _is_of_module(name)]
+        missing = [name for name in missing if any(f".{kind}_" in name for kind in KINDS)]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         raise TransferError(
             "module: every tensor must have its place in the student and the other way round; "
-            f"missing: {_listed(missing)}; without a place: {_listed(unexpected)}"
+            f"missing: {listed(missing) or 'none'}; "
+            f"without a place: {listed(unexpected) or 'none'}"
         )
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
@@ -98,15 +124,8 @@ def check_tensors(
             )
 
 
-def _is_of_module(name: str) -> bool:
-    return any(f".{kind}_" in name for kind in KINDS)
-
-
-def _listed(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _equal(tensor: Tensor, loaded: Tensor) -> bool:
-    return torch.equal(tensor.to(loaded), loaded)
+def unequal(tensors: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that a model has not taken as they are; one with NaN is among them."""
+    return [
+        name for name, x in tensors.items() if not torch.equal(x.to(loaded[name]), loaded[name])
+    ]

@@ -42,10 +42,20 @@ class FeatureTaps:
     def __init__(self, model: nn.Module, sites: Iterable[Site], role: str):
         self._architecture = Architecture.of(model)
         self._model = without_peft(model)
+        self.device = self._model.device
         self.role = role
         self.sites = tuple(sites)
-        for site in self.sites:
-            self._check(site)
+        spaces, num_layers = self._architecture.spaces, self._architecture.num_layers
+        for space, layer in self.sites:
+            if space not in spaces:
+                raise TransferError(
+                    f"spaces: the {role} ({self._architecture.family}) has {', '.join(spaces)}; "
+                    f"got {space!r}"
+                )
+            if not 0 <= layer < num_layers:
+                raise TransferError(
+                    f"layer_pairs: the {role} has layers 0 to {num_layers - 1}, got {layer}"
+                )
         self._max_tokens = max_tokens(self._model.config.get_text_config())
         # the head reads features and makes none
         self._backbone = self._model.base_model
@@ -108,18 +118,6 @@ class FeatureTaps:
         role = next(role for role in self._architecture.modules if site.space in ROLES[role])
         linear = _inside(block, self._architecture.modules[role])
         return Tap(linear, of_output=ROLES[role].writes == site.space)
-
-    def _check(self, site: Site) -> None:
-        spaces, num_layers = self._architecture.spaces, self._architecture.num_layers
-        if site.space not in spaces:
-            raise TransferError(
-                f"spaces: the {self.role} ({self._architecture.family}) has "
-                f"{', '.join(spaces)}; got {site.space!r}"
-            )
-        if not 0 <= site.layer < num_layers:
-            raise TransferError(
-                f"layer_pairs: the {self.role} has layers 0 to {num_layers - 1}, got {site.layer}"
-            )
 
 
 @contextlib.contextmanager

@@ -18,15 +18,17 @@ A student deeper than the teacher repeats layers: its groups are empty and fall 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import accumulate, chain, pairwise
 
 from torch import Tensor
 
 from modxfer_fast.config.transfer_names import LAYER_MAPS
 from modxfer_fast.models.architecture import Architecture
-from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.errors import TransferError, check_choice
 
+_Path = tuple[float, tuple[int, ...]]  # the sum of CKA, and the teacher layers
 COMBINE = ("single", "mean", "mean_product", "reference_avg")
 
 
@@ -45,12 +47,8 @@ class LayerMap:
     combine: str = "single"
 
     def __post_init__(self):
-        if self.kind not in LAYER_MAPS:
-            raise TransferError(f"kind: expected one of {', '.join(LAYER_MAPS)}, got {self.kind!r}")
-        if self.combine not in COMBINE:
-            raise TransferError(
-                f"combine: expected one of {', '.join(COMBINE)}, got {self.combine!r}"
-            )
+        check_choice("kind", self.kind, LAYER_MAPS)
+        check_choice("combine", self.combine, COMBINE)
         for student, teachers in enumerate(self.sources):
             if not teachers:
                 raise TransferError(f"sources: student layer {student} has no teacher layer")
@@ -79,10 +77,9 @@ class LayerMap:
 
     def check_fits(self, student: Architecture, teacher: Architecture) -> None:
         """Raise a TransferError unless both models have the layers that are named here."""
-        if self.num_student_layers != student.num_layers:
+        if (found := self.num_student_layers) != student.num_layers:
             raise TransferError(
-                f"layer_map: expected {student.num_layers} student layers, "
-                f"got {self.num_student_layers}"
+                f"layer_map: expected {student.num_layers} student layers, got {found}"
             )
         deepest = max(t for _, t in self.pairs)
         if deepest >= teacher.num_layers:
@@ -92,11 +89,7 @@ class LayerMap:
 
     def facts(self) -> dict:
         """As written beside an adapter."""
-        return {
-            "kind": self.kind,
-            "sources": [list(teachers) for teachers in self.sources],
-            "combine": self.combine,
-        }
+        return asdict(self) | {"sources": [list(teachers) for teachers in self.sources]}
 
 
 def make_layer_map(
@@ -119,8 +112,7 @@ def make_layer_map(
     Raises:
         TransferError: unknown kind; layers or cka missing, of another size or out of range.
     """
-    if kind not in LAYER_MAPS:
-        raise TransferError(f"layer map: expected one of {', '.join(LAYER_MAPS)}, got {kind!r}")
+    check_choice("layer map", kind, LAYER_MAPS)
     if num_student_layers < 1 or num_teacher_layers < 1:
         raise TransferError(
             "num_student_layers, num_teacher_layers: expected at least one each, got "
@@ -138,29 +130,30 @@ def make_layer_map(
             f"combine: expected with the layer map 'explicit' only, got {combine!r} with {kind!r}"
         )
     if kind == "cka":
-        return LayerMap(
-            "cka",
-            tuple(
-                (t,) for t in _best_path(_check_cka(cka, num_student_layers, num_teacher_layers))
-            ),
-        )
+        shape = (num_student_layers, num_teacher_layers)
+        if cka is None or tuple(cka.shape) != shape:
+            raise TransferError(
+                f"cka: expected a matrix {list(shape)} with the layer map 'cka', got "
+                f"{'none' if cka is None else list(cka.shape)}"
+            )
+        if not cka.isfinite().all():
+            raise TransferError("cka: expected finite values, got NaN or infinity")
+        return LayerMap(kind, tuple((t,) for t in _best_path(cka)))
     if kind == "uniform":
-        last = max(num_student_layers - 1, 1)
+        steps = max(num_student_layers - 1, 1)
         chosen = [
-            math.floor(i * (num_teacher_layers - 1) / last + 0.5) for i in range(num_student_layers)
+            math.floor(i * (num_teacher_layers - 1) / steps + 0.5)
+            for i in range(num_student_layers)
         ]
         return LayerMap(kind, tuple((t,) for t in chosen))
-    groups = _groups(num_student_layers, num_teacher_layers)
+    # the first teacher layer of each group, and the end of the last
+    bounds = [i * num_teacher_layers // num_student_layers for i in range(num_student_layers + 1)]
+    groups = tuple(tuple(range(start, max(end, start + 1))) for start, end in pairwise(bounds))
     if kind == "skip":
         return LayerMap(kind, tuple(group[:1] for group in groups))
     if kind == "skip_last":
         return LayerMap(kind, tuple(group[-1:] for group in groups))
     return LayerMap(kind, groups, combine=kind)
-
-
-def _groups(num_student_layers: int, num_teacher_layers: int) -> tuple[tuple[int, ...], ...]:
-    bounds = [i * num_teacher_layers // num_student_layers for i in range(num_student_layers + 1)]
-    return tuple(tuple(range(start, max(end, start + 1))) for start, end in pairwise(bounds))
 
 
 def _explicit(layers, num_student_layers, num_teacher_layers, combine) -> LayerMap:
@@ -170,53 +163,35 @@ def _explicit(layers, num_student_layers, num_teacher_layers, combine) -> LayerM
             f"layers: expected one entry for each of the {num_student_layers} student layers, "
             f"got {len(sources)}"
         )
-    for teachers in sources:
-        for t in teachers:
-            if not 0 <= t < num_teacher_layers:
-                raise TransferError(
-                    f"layers: expected teacher layers 0 to {num_teacher_layers - 1}, got {t}"
-                )
+    for t in chain.from_iterable(sources):
+        if not 0 <= t < num_teacher_layers:
+            raise TransferError(
+                f"layers: expected teacher layers 0 to {num_teacher_layers - 1}, got {t}"
+            )
     several = any(len(teachers) > 1 for teachers in sources)
     return LayerMap("explicit", sources, combine or ("mean" if several else "single"))
 
 
-def _check_cka(cka: Tensor | None, num_student_layers: int, num_teacher_layers: int) -> Tensor:
-    expected = (num_student_layers, num_teacher_layers)
-    if cka is None or tuple(cka.shape) != expected:
-        raise TransferError(
-            f"cka: expected a matrix {list(expected)} with the layer map 'cka', got "
-            f"{'none' if cka is None else list(cka.shape)}"
-        )
-    if not cka.isfinite().all():
-        raise TransferError("cka: expected finite values, got NaN or infinity")
-    return cka
-
-
-def _best_path(cka: Tensor) -> list[int]:
+def _best_path(cka: Tensor) -> tuple[int, ...]:
     """The increasing assignment with the largest sum; of equal ones the shallowest.
 
-    best[i][t] is the best sum for student layers 0..i with layer i at t; strictly increasing, or
-    not decreasing where the student is deeper than the teacher.
+    Strictly increasing, or not decreasing where the student is deeper than the teacher.
     """
     num_student_layers, num_teacher_layers = cka.shape
     step = 1 if num_student_layers <= num_teacher_layers else 0
-    score = cka.double().tolist()
-    best = [score[0]]
-    came_from: list[list[int]] = []
-    for i in range(1, num_student_layers):
-        row, previous = [], []
-        winner = None  # the best place of layer i - 1 among those that leave room for t
-        for t in range(num_teacher_layers):
-            candidate = t - step
-            if candidate >= 0 and (winner is None or best[-1][candidate] > best[-1][winner]):
-                winner = candidate
-            row.append(-math.inf if winner is None else best[-1][winner] + score[i][t])
-            previous.append(-1 if winner is None else winner)
-        best.append(row)
-        came_from.append(previous)
-    t = max(range(num_teacher_layers), key=best[-1].__getitem__)
-    path = [t]
-    for previous in reversed(came_from):
-        t = previous[t]
-        path.append(t)
-    return path[::-1]
+    first, *others = cka.double().tolist()
+    # by the teacher layer of the last student layer so far
+    best: list[_Path] = [(score, (t,)) for t, score in enumerate(first)]
+    too_shallow: list[_Path] = [(-math.inf, ())] * step
+    for scores in others:
+        before = too_shallow + list(accumulate(best, _better))[: num_teacher_layers - step]
+        best = [
+            (total + score, (*path, t))
+            for t, ((total, path), score) in enumerate(zip(before, scores, strict=True))
+        ]
+    return reduce(_better, best)[1]
+
+
+def _better(one: _Path, other: _Path) -> _Path:
+    """The one with the larger sum, and of equal ones the first."""
+    return other if other[0] > one[0] else one

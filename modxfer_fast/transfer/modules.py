@@ -13,10 +13,11 @@ compacter    attention, ffn                compacter_{down,up}.{left,right,bias}
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -24,9 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modxfer_fast.models.architecture import Architecture, Role, without_peft
-from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.models.checks import listed
+from modxfer_fast.transfer.errors import TransferError, check_choice
 from modxfer_fast.transfer.kinds import PeftKind, Slot, Slots, kind_of
 
+Content = TypeVar("Content")
 PREFIX = "base_model.model."
 CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -64,11 +67,8 @@ class PeftModuleState:
                 with tensors that have no place in `model`, or with trained modules other than the
                 head, which no map moves.
         """
-        folder = Path(folder)
-        config = load_config(folder)
-        if not any_base:
-            check_base_model(config, model, folder)
-        return cls._from_state(config, load_tensors(folder), Architecture.of(model), str(folder))
+        config, tensors = load_adapter(Path(folder), model, any_base=any_base)
+        return cls._from_state(config, tensors, Architecture.of(model), str(folder))
 
     @classmethod
     def from_model(cls, model: PeftModel, adapter_name: str = "default") -> "PeftModuleState":
@@ -79,14 +79,8 @@ class PeftModuleState:
         """
         if not isinstance(model, PeftModel):
             raise TransferError(f"model: expected a PeftModel, got {type(model).__name__}")
-        if adapter_name not in model.peft_config:
-            raise TransferError(
-                f"adapter_name: expected one of {', '.join(model.peft_config)}, "
-                f"got {adapter_name!r}"
-            )
-        state = get_peft_model_state_dict(
-            model, adapter_name=adapter_name, save_embedding_layers=False
-        )
+        check_choice("adapter_name", adapter_name, model.peft_config)
+        state = adapter_state(model, adapter_name)
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         config = deepcopy(model.peft_config[adapter_name])
         return cls._from_state(config, tensors, Architecture.of(model), f"adapter {adapter_name!r}")
@@ -99,20 +93,21 @@ class PeftModuleState:
         kind.check(config)
         slots: dict[Slot, dict[str, Tensor]] = {}
         head, strangers = {}, []
+        saved = set(config.modules_to_save or ())
         pattern = re.compile(rf"(.+)\.({kind.tensors})")
         for name, tensor in state.items():
             match = pattern.fullmatch(name)
             slot = kind.slot(config, architecture, match[1]) if match else None
             if match and slot:
                 slots.setdefault(slot, {})[match[2]] = tensor
-            elif match is None and _is_saved_module(config, name):
+            elif match is None and saved & set(name.removeprefix(PREFIX).split(".")):
                 head[name.removeprefix(PREFIX)] = tensor
             else:
                 strangers.append(name)
         if strangers:
             raise TransferError(
                 f"{source}: expected tensors of linears in the blocks {architecture.layers}.* of a "
-                f"{architecture.family} model, got {_listed(strangers)}"
+                f"{architecture.family} model, got {listed(strangers)}"
             )
         if not slots:
             raise TransferError(f"{source}: holds no tensor of a {kind} module")
@@ -120,7 +115,7 @@ class PeftModuleState:
         if in_body:
             raise TransferError(
                 f"{source}: expected no trained modules but the head beside the {kind} module, "
-                f"got {_listed(in_body)}"
+                f"got {listed(in_body)}"
             )
         return cls(config, architecture, dict(sorted(slots.items())), head)
 
@@ -157,60 +152,49 @@ class PeftModuleState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, head included, named as PEFT saves them."""
-        state = {}
-        for slot, tensors in self.slots.items():
-            for name, tensor in tensors.items():
-                state[f"{PREFIX}{self._module(slot)}.{name}"] = tensor
+        state = {
+            f"{PREFIX}{self._module(slot)}.{name}": tensor
+            for slot, tensors in self.slots.items()
+            for name, tensor in tensors.items()
+        }
         return state | {PREFIX + name: tensor for name, tensor in self.head.items()}
 
 
+def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of an adapter and its head, named as in a file."""
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+
+
 def load_config(folder: Path) -> PeftConfig:
-    """adapter_config.json of an adapter folder.
+    """adapter_config.json of an adapter folder; a TransferError where PEFT cannot read it."""
+    return _read(folder, CONFIG, lambda file: PeftConfig.from_pretrained(str(file.parent)))
 
-    Raises:
-        TransferError: missing, unreadable, or of a type that PEFT does not know.
-    """
-    if not (folder / CONFIG).is_file():
-        raise TransferError(f"{folder}: expected an adapter folder with {CONFIG}")
+
+def load_adapter(
+    folder: Path, model: nn.Module, *, any_base: bool
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Both files of an adapter folder, after `check_base_model`."""
+    config = load_config(folder)
+    if not any_base:
+        check_base_model(config, model, folder)
+    return config, _read(folder, _WEIGHTS, load_file)
+
+
+def _read(folder: Path, name: str, read: Callable[[Path], Content]) -> Content:
+    if not (folder / name).is_file():
+        raise TransferError(f"{folder}: expected an adapter folder with {name}")
     try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise TransferError(f"{folder / CONFIG}: cannot be read ({error})") from error
-
-
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """adapter_model.safetensors of an adapter folder.
-
-    Raises:
-        TransferError: missing or unreadable.
-    """
-    if not (folder / _WEIGHTS).is_file():
-        raise TransferError(f"{folder}: expected an adapter folder with {_WEIGHTS}")
-    try:
-        return load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise TransferError(f"{folder / _WEIGHTS}: cannot be read ({error})") from error
+        return read(folder / name)
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise TransferError(f"{folder / name}: cannot be read ({error})") from error
 
 
 def check_base_model(config: PeftConfig, model: nn.Module, source: str | Path) -> None:
-    """That an adapter belongs to this model, as far as both have a name.
-
-    Raises:
-        TransferError: naming both.
-    """
+    """Raise a TransferError unless an adapter belongs to this model, as far as both have a name."""
     expected = without_peft(model).config.name_or_path
     found = config.base_model_name_or_path
     if expected and found and not same_model(expected, found):
         raise TransferError(f"{source}: expected an adapter of {expected}, got one of {found}")
-
-
-def _is_saved_module(config: PeftConfig, name: str) -> bool:
-    parts = name.removeprefix(PREFIX).split(".")
-    return any(module in parts for module in config.modules_to_save or ())
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def same_model(a: str, b: str) -> bool:

@@ -13,24 +13,20 @@ is cut into batches shows in the time per token, the memory, or (on a CPU) a bit
 Memory: 4 CHUNK_ROWS D bytes a site; 8 D_x D_y bytes a pair, 8 D^2 a site with a Gram matrix.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import check_float, check_row_tensor, without_autocast
-from modxfer_fast.kernels.correlation.op import (
-    MAX_ROWS,
-    correlation_centre,
-    correlation_gram,
-    correlation_product,
-)
+from modxfer_fast.kernels.correlation import op
 
-CHUNK_ROWS = MAX_ROWS
+CHUNK_ROWS = op.MAX_ROWS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Moments:
     """Moments of one pair of sites over `count` rows, fp64; variances are divided by `count`.
 
@@ -54,6 +50,69 @@ class Moments:
         """Pearson correlation [D_x, D_y] in [-1, 1]; 0 for a constant feature."""
         scaled = self.cov_xy * _inverse_std(self.var_x)[:, None]
         return scaled.mul_(_inverse_std(self.var_y)).clamp_(-1.0, 1.0)
+
+    def on_cpu(self) -> "Moments":
+        """The same numbers on the host, where assignments and decompositions run."""
+        parts = vars(self).items()
+        moved: dict[str, Any] = {name: x.cpu() for name, x in parts if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
+    def swapped(self) -> "Moments":
+        """x and y exchanged."""
+        return replace(
+            self,
+            mean_x=self.mean_y,
+            mean_y=self.mean_x,
+            var_x=self.var_y,
+            var_y=self.var_x,
+            cov_xx=self.cov_yy,
+            cov_yy=self.cov_xx,
+            cov_xy=self.cov_xy.T,
+        )
+
+    def block(self, x: slice, y: slice) -> "Moments":
+        """The features x of the one side and y of the other."""
+        return replace(
+            self,
+            mean_x=self.mean_x[x],
+            mean_y=self.mean_y[y],
+            var_x=self.var_x[x],
+            var_y=self.var_y[y],
+            cov_xx=_if_there(lambda cov: cov[x, x], self.cov_xx),
+            cov_yy=_if_there(lambda cov: cov[y, y], self.cov_yy),
+            cov_xy=self.cov_xy[x, y],
+        )
+
+    def about(self, x: Tensor, y: Tensor) -> "Moments":
+        """Second moments about the points x [D_x] and y [D_y], not the means, which become 0."""
+        dx, dy = self.mean_x - x, self.mean_y - y
+        return replace(
+            self,
+            mean_x=torch.zeros_like(dx),
+            mean_y=torch.zeros_like(dy),
+            var_x=self.var_x + dx * dx,
+            var_y=self.var_y + dy * dy,
+            cov_xx=_if_there(lambda cov: cov + torch.outer(dx, dx), self.cov_xx),
+            cov_yy=_if_there(lambda cov: cov + torch.outer(dy, dy), self.cov_yy),
+            cov_xy=self.cov_xy + torch.outer(dx, dy),
+        )
+
+    def uncentred(self) -> "Moments":
+        """Second moments about 0."""
+        return self.about(torch.zeros_like(self.mean_x), torch.zeros_like(self.mean_y))
+
+    def in_units(self, x: float, y: float) -> "Moments":
+        """The features of each side divided by a unit."""
+        return replace(
+            self,
+            mean_x=self.mean_x / x,
+            mean_y=self.mean_y / y,
+            var_x=self.var_x / x**2,
+            var_y=self.var_y / y**2,
+            cov_xx=_if_there(lambda cov: cov / x**2, self.cov_xx),
+            cov_yy=_if_there(lambda cov: cov / y**2, self.cov_yy),
+            cov_xy=self.cov_xy / (x * y),
+        )
 
 
 class StreamingMoments:
@@ -85,7 +144,15 @@ class StreamingMoments:
     ):
         self.x_widths = _checked_widths("x_widths", x_widths)
         self.y_widths = _checked_widths("y_widths", y_widths)
-        self.pairs = _checked_pairs(pairs, len(self.x_widths), len(self.y_widths))
+        self.pairs = tuple((int(a), int(b)) for a, b in pairs)
+        xs, ys = len(self.x_widths), len(self.y_widths)
+        for a, b in self.pairs:
+            if not (0 <= a < xs and 0 <= b < ys):
+                raise ValueError(
+                    f"pairs: expected (a, b) with a in [0, {xs}) and b in [0, {ys}), got {(a, b)}"
+                )
+        if len(set(self.pairs)) != len(self.pairs):
+            raise ValueError(f"pairs: expected each pair once, got {self.pairs}")
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows: expected a positive integer, got {chunk_rows}")
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
@@ -98,7 +165,8 @@ class StreamingMoments:
                 (a, b): self._zeros(self.x_widths[a], self.y_widths[b]) for a, b in self.pairs
             }
         self._work_dtype = torch.float32
-        self._filled = 0
+        self._filled = 0  # rows that wait in the buffers of the sites
+        self._is_centred = False  # a row has counted, and the sites have their shifts
         # rows that do not count are left out where finding them costs no wait, else multiplied as 0
         self._packs = self.device.type == "cpu"
         self._mask: Tensor | None = None  # of the rows that wait, where they are not packed
@@ -157,7 +225,8 @@ class StreamingMoments:
         y.check_finite()
         if not product.isfinite().all():
             raise ValueError(_too_large(f"{x.name} and {y.name}"))
-        (mean_x, var_x, cov_xx), (mean_y, var_y, cov_yy) = x.moments(count), y.moments(count)
+        mean_x, var_x, cov_xx = x.moments(count)
+        mean_y, var_y, cov_yy = y.moments(count)
         cov_xy = (product / count).sub_(torch.outer(x.sums[0] / count, y.sums[0] / count))
         return Moments(count, mean_x, mean_y, var_x, var_y, cov_xx, cov_yy, cov_xy)
 
@@ -171,44 +240,49 @@ class StreamingMoments:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"other: expected {name} {mine}, got {theirs}")
-        for mine, theirs in zip(self._sites(), other._sites(), strict=True):
+        sites = list(zip(self._sites(), other._sites(), strict=True))
+        for mine, theirs in sites:
             if (mine.gram is None) != (theirs.gram is None):
                 raise ValueError(f"other: expected Gram matrices where these are, at {mine.name}")
         self._flush()
         other._flush()
         if other._work_dtype == torch.float64:
             self._widen()
-        for mine, theirs in zip(self._sites(), other._sites(), strict=True):
-            if theirs.shift is not None and mine.shift is None:
-                mine.shift = theirs.shift.clone()
-        # products first: they need the sums of both sides as they are
+        if not other._is_centred:  # no row has counted there
+            return
+        if not self._is_centred:
+            self._is_centred = True
+            for mine, theirs in sites:
+                mine.shift.copy_(theirs.shift)
+        count, steps = other._count, [theirs.shift - mine.shift for mine, theirs in sites]
+
+        def add(product: Tensor, more: Tensor, x: int, y: int) -> None:
+            # sum (u + p)(v + q) = sum u v + p sum v + q sum u + n p q, with the steps p and q
+            product += more
+            product += torch.outer(steps[x], sites[y][1].sums[0] + count * steps[y])
+            product += torch.outer(sites[x][1].sums[0], steps[y])
+
         for (a, b), product in self._products.items():
-            _merge_products(
-                product, other._products[a, b], self._xs[a], self._ys[b],
-                other._xs[a], other._ys[b], other._count,
-            )  # fmt: skip
-        for mine, theirs in zip(self._sites(), other._sites(), strict=True):
-            mine.merge(theirs, other._count)
-        self._count += other._count
+            add(product, other._products[a, b], a, len(self._xs) + b)
+        for index, (mine, theirs) in enumerate(sites):
+            if mine.gram is not None and theirs.gram is not None:
+                theirs.fill_gram()
+                add(mine.gram, theirs.gram, index, index)
+            step = steps[index]
+            mine.sums[1] += theirs.sums[1] + 2 * step * theirs.sums[0] + count * step.square()
+            mine.sums[0] += theirs.sums[0] + count * step
+        self._count += count
 
     def state_dict(self) -> dict[str, Tensor]:
         """All sums, without copying them: "count", "x.0.sums", "product.0.0", ..."""
         self._flush()
-        state = {
-            "count": self._count,
+        for site in self._sites():
+            site.fill_gram()
+        return self._sums() | {
             "x_widths": torch.tensor(self.x_widths, dtype=torch.int64),
             "y_widths": torch.tensor(self.y_widths, dtype=torch.int64),
             "pairs": torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
         }
-        for side, sites in (("x", self._xs), ("y", self._ys)):
-            for index, site in enumerate(sites):
-                state[f"{side}.{index}.shift"] = site.shift_or_zero()
-                state[f"{side}.{index}.sums"] = site.sums
-                if site.gram is not None:
-                    state[f"{side}.{index}.gram"] = site.symmetric_gram()
-        for (a, b), product in self._products.items():
-            state[f"product.{a}.{b}"] = product
-        return state
 
     @classmethod
     def from_state_dict(
@@ -223,39 +297,37 @@ class StreamingMoments:
         Raises:
             ValueError: an entry is missing, or has another shape than the widths say.
         """
-        for name in ("count", "x_widths", "y_widths", "pairs"):
-            _entry(state, name, None)
+        sizes = (_entry(state, name).tolist() for name in ("x_widths", "y_widths", "pairs"))
         new = cls(
-            state["x_widths"].tolist(),
-            state["y_widths"].tolist(),
-            [tuple(pair) for pair in state["pairs"].tolist()],
+            *sizes,
             gram_x="x.0.gram" in state,
             gram_y="y.0.gram" in state,
             device=device,
             backend=backend,
         )
-        new._count.copy_(state["count"])
-        for side, sites in (("x", new._xs), ("y", new._ys)):
-            for index, site in enumerate(sites):
-                for name in ("sums", "gram"):
-                    values = getattr(site, name)
-                    if values is not None:
-                        values.copy_(_entry(state, f"{side}.{index}.{name}", values.shape))
-                shift = _entry(state, f"{side}.{index}.shift", (site.width,))
-                if int(state["count"]) > 0:
-                    site.shift = shift.to(new.device, torch.float64, copy=True)
-                if (shift != shift.float()).any():
-                    new._widen()
-        for (a, b), product in new._products.items():
-            product.copy_(_entry(state, f"product.{a}.{b}", product.shape))
+        for name, sums in new._sums().items():
+            sums.copy_(_entry(state, name, sums.shape))
+        new._is_centred = int(state["count"]) > 0
+        if any((site.shift != site.shift.float()).any() for site in new._sites()):
+            new._widen()
         return new
 
-    def _make_sites(self, side: str, widths: tuple[int, ...], gram: bool) -> list["_Site"]:
-        def make(index: int, width: int) -> _Site:
-            products = self._zeros(width, width) if gram else None
-            return _Site(f"{side}[{index}]", self._zeros(2, width), products)
+    def _sums(self) -> dict[str, Tensor]:
+        """Every accumulator by its name in `state_dict`."""
+        named = {"count": self._count}
+        for side, sites in (("x", self._xs), ("y", self._ys)):
+            for index, site in enumerate(sites):
+                for name in ("shift", "sums", "gram"):
+                    if getattr(site, name) is not None:
+                        named[f"{side}.{index}.{name}"] = getattr(site, name)
+        return named | {f"product.{a}.{b}": part for (a, b), part in self._products.items()}
 
-        return [make(index, width) for index, width in enumerate(widths)]
+    def _make_sites(self, side: str, widths: tuple[int, ...], gram: bool) -> list["_Site"]:
+        zeros = self._zeros
+        return [
+            _Site(f"{side}[{i}]", zeros(n), zeros(2, n), zeros(n, n) if gram else None)
+            for i, n in enumerate(widths)
+        ]
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -324,35 +396,33 @@ class StreamingMoments:
         self._filled = 0
 
     def _take(self, blocks: list[Tensor], mask: Tensor | None) -> None:
-        """Adds one chunk of raw rows to all sums; a site is centred where it is first needed."""
-        # before a row has counted there is no mean to centre about: only then a GPU is waited for
-        if self._xs[0].shift is None and mask is not None and not mask.any():
-            return
+        """Adds one chunk of raw rows to all sums; its rows are centred where first needed."""
+        sites = self._sites()
+        if not self._is_centred:
+            # before a row has counted there is no mean: only then a GPU is waited for
+            if mask is not None and not mask.any():
+                return
+            self._is_centred = True
+            for site, block in zip(sites, blocks, strict=True):
+                site.shift.copy_(_mean(block, mask, self._work_dtype))
         rows = blocks[0].shape[0]
         self._count += rows if mask is None else mask.sum()
         centred: dict[int, Tensor] = {}
 
         def centre(index: int) -> Tensor:
             if index not in centred:
-                site, block = self._sites()[index], blocks[index]
-                if site.shift is None:
-                    site.shift = _mean(block, mask, self._work_dtype)
-                centred[index] = self._buffer(site)[:rows]
-                correlation_centre(
-                    block,
-                    site.shift,
-                    centred[index],
-                    site.sums,
-                    mask=mask,
-                    backend=self._backend,
+                site, out = sites[index], self._buffer(sites[index])[:rows]
+                op.correlation_centre(
+                    blocks[index], site.shift, out, site.sums, mask=mask, backend=self._backend
                 )
                 if site.gram is not None:
-                    correlation_gram(centred[index], site.gram, backend=self._backend)
+                    op.correlation_gram(out, site.gram, backend=self._backend)
+                centred[index] = out
             return centred[index]
 
         for (a, b), product in self._products.items():
             x, y = centre(a), centre(len(self._xs) + b)
-            correlation_product(x, y, product, backend=self._backend)
+            op.correlation_product(x, y, product, backend=self._backend)
         for index in range(len(blocks)):
             centre(index)
 
@@ -364,22 +434,22 @@ class StreamingMoments:
         return site.buffer
 
 
-@dataclasses.dataclass
+@dataclass
 class _Site:
     """Sums of one site about its shift, the mean of its first chunk.
 
     Attributes:
         name: as the caller of `update` knows it, "xs[0]".
+        shift: [D]; 0 until rows have come.
         sums: [2, D], of the centred features and of their squares.
         gram: [D, D] or None; filled above the diagonal.
-        shift: [D]; None until rows have come.
         buffer: [chunk_rows, D], raw rows that wait, then centred ones while they are multiplied.
     """
 
     name: str
+    shift: Tensor
     sums: Tensor
     gram: Tensor | None
-    shift: Tensor | None = None
     buffer: Tensor | None = None
 
     @property
@@ -403,49 +473,20 @@ class _Site:
         offset, square = self.sums / count
         var = square - offset.square()
         # the mean of equal fp64 numbers may be the number next to them
-        assert self.shift is not None  # rows have come: `count` divides
         rounding = 4 * torch.finfo(torch.float64).eps * self.shift
         var = var.masked_fill(var <= rounding.square(), 0.0)
-        if self.gram is None:
-            return self.shift + offset, var, None
-        cov = (self.symmetric_gram() / count).sub_(torch.outer(offset, offset))
-        cov.diagonal().copy_(var)
+        cov = None
+        if self.gram is not None:
+            self.fill_gram()
+            cov = (self.gram / count).sub_(torch.outer(offset, offset))
+            cov.diagonal().copy_(var)
         return self.shift + offset, var, cov
 
-    def symmetric_gram(self) -> Tensor:
-        """`gram` with its lower triangle filled."""
-        gram = self.gram
-        assert gram is not None  # who asks has seen it
-        upper = gram.triu(1)
-        return gram.triu_().add_(upper.t())
-
-    def shift_or_zero(self) -> Tensor:
-        return torch.zeros_like(self.sums[0]) if self.shift is None else self.shift
-
-    def merge(self, other: "_Site", count: Tensor) -> None:
+    def fill_gram(self) -> None:
+        """Copies what `gram` has above its diagonal below."""
         if self.gram is not None:
-            _merge_products(self.gram, other.symmetric_gram(), self, self, other, other, count)
-        if other.shift is None:
-            return
-        assert self.shift is not None  # of all merged sites, which the caller has centred
-        step = other.shift - self.shift
-        self.sums[1] += other.sums[1] + 2 * step * other.sums[0] + count * step.square()
-        self.sums[0] += other.sums[0] + count * step
-
-
-def _merge_products(
-    product: Tensor, more: Tensor, x: _Site, y: _Site, more_x: _Site, more_y: _Site, count: Tensor
-) -> None:
-    """product += more, which was summed about the shifts of more_x and more_y.
-
-    sum (u + p)(v + q) = sum u v + p sum v + q sum u + n p q, with p and q the steps between shifts.
-    """
-    if more_x.shift is None or more_y.shift is None or x.shift is None or y.shift is None:
-        return  # no row of `more` has counted
-    step_x, step_y = more_x.shift - x.shift, more_y.shift - y.shift
-    product += more
-    product += torch.outer(step_x, more_y.sums[0] + count * step_y)
-    product += torch.outer(more_x.sums[0], step_y)
+            upper = self.gram.triu(1)
+            self.gram.triu_().add_(upper.t())
 
 
 def _too_large(name: str) -> str:
@@ -462,6 +503,10 @@ def _mean(rows: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return mean.to(dtype).double()
 
 
+def _if_there(change: Callable[[Tensor], Tensor], cov: Tensor | None) -> Tensor | None:
+    return None if cov is None else change(cov)
+
+
 def _inverse_std(var: Tensor) -> Tensor:
     return torch.where(var > 0, var, 1.0).rsqrt() * (var > 0)
 
@@ -473,21 +518,7 @@ def _checked_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
     return widths
 
 
-def _checked_pairs(
-    pairs: Sequence[tuple[int, int]], xs: int, ys: int
-) -> tuple[tuple[int, int], ...]:
-    pairs = tuple((int(a), int(b)) for a, b in pairs)
-    for a, b in pairs:
-        if not (0 <= a < xs and 0 <= b < ys):
-            raise ValueError(
-                f"pairs: expected (a, b) with a in [0, {xs}) and b in [0, {ys}), got {(a, b)}"
-            )
-    if len(set(pairs)) != len(pairs):
-        raise ValueError(f"pairs: expected each pair once, got {pairs}")
-    return pairs
-
-
-def _entry(state: Mapping[str, Tensor], name: str, shape: Sequence[int] | None) -> Tensor:
+def _entry(state: Mapping[str, Tensor], name: str, shape: Sequence[int] | None = None) -> Tensor:
     if name not in state:
         raise ValueError(f"state: expected an entry {name!r}, got none")
     if shape is not None and tuple(state[name].shape) != tuple(shape):

@@ -13,7 +13,7 @@ only in `positions`, where they are equal with one tokenizer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config.transfer_names import PAIRINGS, POOLINGS
 from modxfer_fast.data import tokenizer_digest
-from modxfer_fast.transfer.alignment import (
-    Example,
-    Row,
-    Side,
-    Text,
-    TokenizedText,
-    position_rows,
-    span_rows,
-)
-from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer import alignment
+from modxfer_fast.transfer.alignment import Row, Text, TokenizedText
+from modxfer_fast.transfer.errors import TransferError, check_choice
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,6 @@ class Pooling:
         return means.to(dtype)
 
     def to(self, device: torch.device | str) -> "Pooling":
-        """The same on another device."""
         return Pooling(self.tokens.to(device), self.starts.to(device))
 
 
@@ -134,16 +126,14 @@ class Pairing:
 
     def __post_init__(self):
         for name, known in (("kind", PAIRINGS), ("pooling", POOLINGS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise TransferError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            check_choice(name, getattr(self, name), known)
         for name in ("max_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise TransferError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def batches(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[alignment.Example],
         teacher_tokenizer: PreTrainedTokenizerBase,
         student_tokenizer: PreTrainedTokenizerBase,
     ) -> "PairedBatches":
@@ -170,7 +160,7 @@ class PairedBatches(Sequence[PairedBatch]):
     def __init__(
         self,
         pairing: Pairing,
-        examples: Sequence[Example],
+        examples: Sequence[alignment.Example],
         teacher_tokenizer: PreTrainedTokenizerBase,
         student_tokenizer: PreTrainedTokenizerBase,
     ):
@@ -182,14 +172,13 @@ class PairedBatches(Sequence[PairedBatch]):
             raise TransferError("examples: expected only pairs or only single texts, got both")
         is_pair = self._texts[0].second is not None
         self._teacher, self._student = (
-            Side(tokenizer, role, pairing.max_length, is_pair=is_pair)
+            alignment.Side(tokenizer, role, pairing.max_length, is_pair=is_pair)
             for tokenizer, role in ((teacher_tokenizer, "teacher"), (student_tokenizer, "student"))
         )
+        options = asdict(pairing)
         self.facts: dict[str, Any] = {
-            "pairing": pairing.kind,
-            "pooling": pairing.pooling,
-            "max_length": pairing.max_length,
-            "batch_size": pairing.batch_size,
+            "pairing": options.pop("kind"),
+            **options,
             "teacher_tokenizer": tokenizer_digest(teacher_tokenizer),
             "student_tokenizer": tokenizer_digest(student_tokenizer),
         }
@@ -215,8 +204,10 @@ class PairedBatches(Sequence[PairedBatch]):
 
     def _rows(self, text: Text, teacher: TokenizedText, student: TokenizedText) -> list[Row]:
         if self._pairing.kind == "positions":
-            return position_rows(teacher, student)
-        return span_rows(text, teacher, student, whole_words=self._pairing.kind == "words")
+            return alignment.position_rows(teacher, student)
+        return alignment.span_rows(
+            text, teacher, student, whole_words=self._pairing.kind == "words"
+        )
 
     def _pool(self, rows: list[list[list[int]]], inputs: Mapping[str, Tensor]) -> Pooling:
         """Pooling of the positions of every row of every text."""
@@ -228,22 +219,18 @@ class PairedBatches(Sequence[PairedBatch]):
             for positions in of_text:
                 starts.append(len(tokens))
                 tokens += [i * width + position for position in positions[used]]
-        return Pooling(
-            torch.tensor(tokens, dtype=torch.int64), torch.tensor(starts, dtype=torch.int64)
-        )
+        return Pooling(*(torch.tensor(part, dtype=torch.int64) for part in (tokens, starts)))
 
 
 def _counts(student: Sequence[TokenizedText], rows: Sequence[Sequence[Row]]) -> PairCounts:
-    kept = [
-        position
-        for tokens, of_text in zip(student, rows, strict=True)
-        for _, mine in of_text
-        for position in mine
-        if tokens.spans[position] is not None
-    ]
     return PairCounts(
         examples=len(student),
         rows=sum(map(len, rows)),
         student_tokens=sum(len(tokens.content) for tokens in student),
-        kept_tokens=len(kept),
+        kept_tokens=sum(
+            tokens.spans[position] is not None
+            for tokens, of_text in zip(student, rows, strict=True)
+            for _, mine in of_text
+            for position in mine
+        ),
     )

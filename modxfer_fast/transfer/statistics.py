@@ -4,6 +4,7 @@ What a map between the models can be fitted from: means, variances, covariances 
 between the sides, per space and pair of layers. Rows themselves are never kept.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -38,9 +39,7 @@ class Statistics:
         self.spaces: tuple[str, ...] = tuple(facts["spaces"])
         self.layer_pairs: tuple[LayerPair, ...] = tuple((s, t) for s, t in facts["layer_pairs"])
         self._fit, self._held_out = fit, held_out
-        student_sites, teacher_sites = _sites(self.spaces, self.layer_pairs)
-        self._student_index = {site: a for a, site in enumerate(student_sites)}
-        self._teacher_index = {site: b for b, site in enumerate(teacher_sites)}
+        self._student_sites, self._teacher_sites = _sites(self.spaces, self.layer_pairs)
 
     def moments(self, space: str, s: int, t: int, *, held_out: bool = False) -> Moments:
         """Moments of student layer `s` (x) and teacher layer `t` (y) in `space`.
@@ -62,10 +61,8 @@ class Statistics:
                 f"statistics: no token is held out ({self.facts['batches']} batches, "
                 f"held_out_every {self.facts['held_out_every']}); use more batches or smaller ones"
             )
-        source = self._held_out if held_out else self._fit
-        return source.moments(
-            self._student_index[Site(space, s)], self._teacher_index[Site(space, t)]
-        )
+        a, b = self._student_sites[Site(space, s)], self._teacher_sites[Site(space, t)]
+        return (self._held_out if held_out else self._fit).moments(a, b)
 
     def cka(self, space: str = "layer_out") -> Tensor:
         """Linear CKA of every pair of layers, [L_s, L_t] fp64; NaN where it was not collected."""
@@ -150,16 +147,13 @@ def collect_statistics(
     student_sites, teacher_sites = _sites(spaces, pairs)
     taps_t = FeatureTaps(teacher, teacher_sites, "teacher")
     taps_s = FeatureTaps(student, student_sites, "student")
-    device_t, device_s = _device(teacher), _device(student)
-    index_t = {site: b for b, site in enumerate(teacher_sites)}
-    index_s = {site: a for a, site in enumerate(student_sites)}
+    sites = [
+        (student_sites[Site(space, s)], teacher_sites[Site(space, t)])
+        for space in spaces
+        for s, t in pairs
+    ]
     streams = [
-        StreamingMoments(
-            taps_s.widths,
-            taps_t.widths,
-            [(index_s[Site(k, s)], index_t[Site(k, t)]) for k in spaces for s, t in pairs],
-            device=device_s,
-        )
+        StreamingMoments(taps_s.widths, taps_t.widths, sites, device=taps_s.device)
         for _ in ("fit", "held_out")
     ]
 
@@ -168,10 +162,10 @@ def collect_statistics(
         for i, batch in enumerate(batches):
             counts = counts.plus(batch.counts)
             if batch.counts.rows:
-                ys = _rows(taps_t, batch.teacher_inputs, batch.teacher_pool, device_t)
-                xs = _rows(taps_s, batch.student_inputs, batch.student_pool, device_s)
+                ys = _rows(taps_t, batch.teacher_inputs, batch.teacher_pool)
+                xs = _rows(taps_s, batch.student_inputs, batch.student_pool)
                 is_held_out = held_out_every > 0 and (i + 1) % held_out_every == 0
-                streams[is_held_out].update(xs, [y.to(device_s) for y in ys], None)
+                streams[is_held_out].update(xs, [y.to(taps_s.device) for y in ys], None)
                 tokens[is_held_out] += batch.counts.rows
             if progress is not None:
                 progress(i + 1, len(batches))
@@ -217,14 +211,11 @@ def linear_cka(moments: Moments) -> float:
     return float(norm(moments.cov_xy) ** 2 / scale) if scale > 0 else 0.0
 
 
-def _sites(
-    spaces: Sequence[str], pairs: Sequence[LayerPair]
-) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    """Sites of the student and of the teacher, each once: the order of the accumulators."""
-    layers_s, layers_t = (sorted(set(layers)) for layers in zip(*pairs, strict=True))
-    return (
-        tuple(Site(space, s) for space in spaces for s in layers_s),
-        tuple(Site(space, t) for space in spaces for t in layers_t),
+def _sites(spaces: Sequence[str], pairs: Sequence[LayerPair]) -> tuple[dict[Site, int], ...]:
+    """Sites of the student and of the teacher, each with its place among the accumulators."""
+    sides = (sorted(set(layers)) for layers in zip(*pairs, strict=True))
+    return tuple(
+        {Site(*site): i for i, site in enumerate(itertools.product(spaces, side))} for side in sides
     )
 
 
@@ -234,23 +225,20 @@ def _layer_pairs(
     if isinstance(layer_pairs, str):
         if layer_pairs != "all":
             raise TransferError(f'layer_pairs: expected pairs or "all", got {layer_pairs!r}')
-        return tuple(
-            (s, t)
-            for s in range(Architecture.of(student).num_layers)
-            for t in range(Architecture.of(teacher).num_layers)
+        layers_s, layers_t = (
+            range(Architecture.of(each).num_layers) for each in (student, teacher)
         )
+        return tuple(itertools.product(layers_s, layers_t))
     pairs = tuple(dict.fromkeys((int(s), int(t)) for s, t in layer_pairs))
     if not pairs:
         raise TransferError("layer_pairs: expected at least one, got none")
     return pairs
 
 
-def _rows(
-    taps: FeatureTaps, inputs: Mapping[str, Tensor], pool: Pooling, device: torch.device
-) -> list[Tensor]:
+def _rows(taps: FeatureTaps, inputs: Mapping[str, Tensor], pool: Pooling) -> list[Tensor]:
     """Rows [n, width] of each site."""
-    on_device = {name: value.to(device) for name, value in inputs.items()}
-    rows = taps.run(on_device, pool.to(device))
+    on_device = {name: value.to(taps.device) for name, value in inputs.items()}
+    rows = taps.run(on_device, pool.to(taps.device))
     # one synchronisation a batch: NaN and infinity survive a sum
     finite = torch.stack([features.sum(dtype=torch.float64) for features in rows]).isfinite()
     if not finite.all():
@@ -261,10 +249,6 @@ def _rows(
             f"{first.layer}"
         )
     return rows
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _model_facts(model: nn.Module, *, with_module: bool) -> dict[str, Any]:
@@ -281,10 +265,11 @@ def _model_facts(model: nn.Module, *, with_module: bool) -> dict[str, Any]:
 
 
 def _width_facts(statistics: Statistics, space: str) -> dict[str, Any]:
-    with_student = {s: (s, t) for s, t in statistics.layer_pairs}
-    with_teacher = {t: (s, t) for s, t in statistics.layer_pairs}
-    var_s = [statistics.moments(space, *pair).var_x for pair in with_student.values()]
-    var_t = [statistics.moments(space, *pair).var_y for pair in with_teacher.values()]
+    # any pair of a layer has its variance
+    with_student = {s: (s, t) for s, t in statistics.layer_pairs}.values()
+    with_teacher = {t: (s, t) for s, t in statistics.layer_pairs}.values()
+    var_s = [statistics.moments(space, *pair).var_x for pair in with_student]
+    var_t = [statistics.moments(space, *pair).var_y for pair in with_teacher]
     width_s, width_t = len(var_s[0]), len(var_t[0])
     return {
         "student": width_s,

@@ -7,7 +7,7 @@ compacter    as bottleneck, all refactored    as ridge
 ia3          vectors                          as ridge
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from modxfer_fast.config.transfer_names import HEADS
 from modxfer_fast.models.architecture import Architecture
 from modxfer_fast.models.families import OUTPUT_EMBEDDINGS
-from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.heads import rewrite_head
-from modxfer_fast.transfer.kept import kept_facts, power_kept
+from modxfer_fast.transfer.errors import TransferError, check_choice
 from modxfer_fast.transfer.kinds import Slot, Source
 from modxfer_fast.transfer.layer_maps import LayerMap
-from modxfer_fast.transfer.maps import Maps
-from modxfer_fast.transfer.maps.moment_views import on_cpu
+from modxfer_fast.transfer.maps.space_map import Maps
 from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.statistics import Statistics
-from modxfer_fast.transfer.updates import lora_updates
+from modxfer_fast.transfer.updates import kept_facts, lora_updates, power_kept
 
 
 def transport(
@@ -59,8 +56,7 @@ def transport(
             of a language model.
     """
     student = student if isinstance(student, Architecture) else Architecture.of(student)
-    if head not in HEADS:
-        raise TransferError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+    check_choice("head", head, HEADS)
     kind = module.kind
     if rank is not None and (not kind.is_low_rank or rank < 1):
         raise TransferError(
@@ -74,9 +70,13 @@ def transport(
         for (teacher, _), source in zip(teachers, sources, strict=True):
             if (power := power_kept(kind, source)) is not None:
                 kept.append((slot, teacher.layer, power))
-        options = {"rank": rank, "on_features": maps.method == "reduced_rank"}
-        seed = len(rewritten)  # each slot its own
-        rewritten[slot] = kind.rewrite(sources, layer_map.combine, seed=seed, **options)
+        rewritten[slot] = kind.rewrite(
+            sources,
+            layer_map.combine,
+            rank=rank,
+            on_features=maps.method == "reduced_rank",
+            seed=len(rewritten),  # each slot its own
+        )
         scaling[slot] = sources[0].scaling
     factored, residuals = kind.factored(module.config, rewritten)
     slots = {slot: _finished(module, tensors) for slot, tensors in factored.items()}
@@ -115,10 +115,15 @@ def slot_sources(
 ) -> dict[Slot, list[tuple[Slot, float]]]:
     """The student's slots, and for each the teacher's slots that it is made of with their weights.
 
-    Raises:
-        TransferError: as `transport`, for all that needs no maps.
+    Checks, as part of `transport`, all that needs no maps.
     """
-    _check_head(module)
+    of_language = [name for name in module.head if name.split(".")[0] in OUTPUT_EMBEDDINGS]
+    if of_language:
+        raise TransferError(
+            f"modules_to_save: expected a head for a task, got {', '.join(of_language)}, the "
+            "trained output embeddings of a language model, which no map moves and the student's "
+            "own do not replace; train the module without them"
+        )
     _check_places(module, student)
     layer_map.check_fits(student, module.architecture)
     found = {}
@@ -127,9 +132,14 @@ def slot_sources(
             slots = [Slot(t, place) for t in teachers]
             pairs = zip(slots, layer_map.weights(s), strict=True)
             there = [(slot, weight) for slot, weight in pairs if slot in module.slots]
+            if there and not any(weight for _, weight in there):
+                raise TransferError(
+                    f"layer_map: {layer_map.combine!r} leaves out the last of the teacher layers "
+                    f"{list(teachers)} of student layer {s}, the only one with a module at "
+                    f"{place!r}; zeros alone would never train; use 'mean'"
+                )
             if there:
                 found[Slot(s, place)] = there
-                _check_counted([weight for _, weight in there], layer_map, Slot(s, place))
     if not found:
         raise TransferError(
             "layer_map: the module has no tensors in any of the teacher layers "
@@ -139,18 +149,40 @@ def slot_sources(
     return found
 
 
+def rewrite_head(
+    module: PeftModuleState, maps: Maps, student: Architecture
+) -> Mapping[str, Tensor]:
+    """A linear classifier on the last hidden state, named as the teacher's, through its read map.
+
+    W_s = W_t read^T     b_s = b_t + W_t offset
+
+    Raises:
+        TransferError: a head that is more than one linear on the last block's output.
+    """
+    names = {name.rpartition(".")[2]: name for name in module.head}
+    if set(names) not in ({"weight"}, {"weight", "bias"}) or len(names) != len(module.head):
+        raise TransferError(
+            "head: 'transport' expects a head that is one linear, got "
+            f"{', '.join(module.head) or 'none'} in the module; use 'fresh'"
+        )
+    task = getattr(module.config.task_type, "value", module.config.task_type)
+    if task != "TOKEN_CLS" or not (module.architecture.post_norm and student.post_norm):
+        raise TransferError(
+            "head: 'transport' expects a token classifier that reads the output of the last block "
+            f"in both models, got the task {task} of a {module.architecture.family} model for a "
+            f"{student.family} model; use 'fresh'"
+        )
+    entry = maps["layer_out", student.num_layers - 1, module.architecture.num_layers - 1]
+    weight = module.head[names["weight"]]
+    head = {names["weight"]: entry.read_weight(weight).to(weight.dtype)}
+    if "bias" in names:
+        bias = module.head[names["bias"]]
+        head[names["bias"]] = (bias.double() + weight.double() @ entry.offset).to(bias.dtype)
+    return head
+
+
 def _layers(module: PeftModuleState) -> set[int]:
     return {slot.layer for slot in module.slots}
-
-
-def _check_head(module: PeftModuleState) -> None:
-    of_language = [name for name in module.head if name.split(".")[0] in OUTPUT_EMBEDDINGS]
-    if of_language:
-        raise TransferError(
-            f"modules_to_save: expected a head for a task, got {', '.join(of_language)}, the "
-            "trained output embeddings of a language model, which no map moves and the student's "
-            "own do not replace; train the module without them"
-        )
 
 
 def _notes(module: PeftModuleState, student: Architecture) -> list[str]:
@@ -179,15 +211,6 @@ def _check_places(module: PeftModuleState, student: Architecture) -> None:
             )
 
 
-def _check_counted(weights: Sequence[float], layer_map: LayerMap, slot: Slot) -> None:
-    if not any(weights):
-        raise TransferError(
-            f"layer_map: {layer_map.combine!r} leaves out the last of the teacher layers "
-            f"{list(layer_map.sources[slot.layer])} of student layer {slot.layer}, the only one "
-            f"with a module at {slot.place!r}; zeros alone would never train; use 'mean'"
-        )
-
-
 def _source(
     module: PeftModuleState,
     maps: Maps,
@@ -202,7 +225,7 @@ def _source(
     layers = slot.layer, teacher.layer
     moments = None
     if statistics is not None and reads in statistics.spaces:
-        moments = on_cpu(statistics.moments(reads, *layers))
+        moments = statistics.moments(reads, *layers).on_cpu()
     prefix = module.kind.prefix
     return Source(
         {name.removeprefix(prefix): tensor for name, tensor in module.slots[teacher].items()},

@@ -9,14 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from modxfer_fast.transfer.attach import adapter_state, attach, check_tensors
+from modxfer_fast.transfer.attach import adapter_state, attach, check_tensors, unequal
 from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.modules import (
-    PeftModuleState,
-    check_base_model,
-    load_config,
-    load_tensors,
-)
+from modxfer_fast.transfer.modules import PeftModuleState, load_adapter
 
 _ADAPTER = "default"
 
@@ -64,11 +59,10 @@ def verify(
     else:
         model, expected = _load(Path(module), copy, any_base)
     loaded = adapter_state(model, _ADAPTER)
-    for name, tensor in expected.items():
-        if not torch.equal(tensor.to(loaded[name]), loaded[name]):
-            if tensor.isnan().any():
-                raise TransferError(f"module: NaN or infinity in {name}")
-            raise TransferError(f"module: {name} is not in the student as it is in the file")
+    for name in unequal(expected, loaded):
+        if expected[name].isnan().any():
+            raise TransferError(f"module: NaN or infinity in {name}")
+        raise TransferError(f"module: {name} is not in the student as it is in the file")
     return VerifyReport(
         loaded=tuple(loaded),
         parameters=sum(tensor.numel() for tensor in loaded.values()),
@@ -77,9 +71,7 @@ def verify(
 
 
 def _load(folder: Path, student: nn.Module, any_base: bool) -> tuple[PeftModel, dict[str, Tensor]]:
-    config, tensors = load_config(folder), load_tensors(folder)
-    if not any_base:
-        check_base_model(config, student, folder)
+    config, tensors = load_adapter(folder, student, any_base=any_base)
     # what a fresh module has is compared first: PEFT's own errors name one tensor or none
     try:
         fresh = get_peft_model(deepcopy(student), deepcopy(config), _ADAPTER)

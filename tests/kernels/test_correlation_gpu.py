@@ -5,16 +5,14 @@ import torch
 
 from benchmarks.bench_correlation import GRAMS, Sums
 from benchmarks.rooms import Case, States
-from tests.correlation_inputs import rows
+from tests.correlation_inputs import assert_moments, device_rows, rows, tf32
 from tests.gpu import NEEDS_GPU, backend_on, free_or_skip, kernels_on, no_waiting
 from tests.inputs import DTYPES
 
-# what sizes are divided by on a CPU
-PART = {"cpu": 16, "cuda": 1}
 
-
-def sums_of(n: int, d_x: int, d_y: int, dtype: torch.dtype, device: str) -> Sums:
-    case = Case(States(n, d_x, d_y), dtype, device, GRAMS)
+def sums_of(x: torch.Tensor, y: torch.Tensor) -> Sums:
+    device = x.device.type
+    case = Case(States(len(x), x.shape[1], y.shape[1]), x.dtype, device, GRAMS)
     return Sums(case, backend_on(device, "correlation"))
 
 
@@ -23,35 +21,25 @@ def sums_of(n: int, d_x: int, d_y: int, dtype: torch.dtype, device: str) -> Sums
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("allow_tf32", [False, True])
 def test_correlation(allow_tf32, dtype, widths, device):
-    n, d_x, d_y = (-(-size // PART[device]) for size in (10000, *widths))
-    x, y = (rows(n, width, dtype, seed, device) for seed, width in enumerate((d_x, d_y)))
-    mask = torch.arange(n, device=device) % 4 != 1
+    x, y, mask = device_rows(10000, widths, dtype, device)
+    n = len(x)
     x[~mask] = float("nan")
-    sums = sums_of(n, d_x, d_y, dtype, device)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    try:
+    sums = sums_of(x, y)
+    with tf32(allow_tf32):
         for first, last in ((0, 7 * n // 10), (7 * n // 10, 7 * n // 10 + 7), (7 * n // 10 + 7, n)):
             sums.update(x[first:last], y[first:last], mask[first:last])
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    result = sums.moments()
-    joint = torch.cat([x[mask], y[mask]], 1).double().t()
-    truth, cov = torch.corrcoef(joint), torch.cov(joint, correction=0)
-    assert sums.count == mask.sum()
-    assert (result["correlation"] - truth[:d_x, d_x:]).abs().max() < 2e-6
-    for name, wanted in (("cov_xx", cov[:d_x, :d_x]), ("cov_yy", cov[d_x:, d_x:])):
-        assert (result[name] - wanted).abs().max() < 2e-6 * cov.diagonal().max()
+    found = sums.moments()
+    grams = found["cov_xx"], found["cov_yy"]
+    assert_moments(x[mask], y[mask], sums.count, found["correlation"], *grams)
 
 
 @pytest.mark.first
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_runs_are_equal(dtype, device):
-    n, d_x, d_y = (size // PART[device] for size in (6000, 768, 1024))
-    x, y = rows(n, d_x, dtype, 0, device), rows(n, d_y, dtype, 1, device)
+    x, y, _ = device_rows(6000, (768, 1024), dtype, device)
     runs = []
     for _ in range(3):
-        runs.append(sums_of(n, d_x, d_y, dtype, device))
+        runs.append(sums_of(x, y))
         runs[-1].update(x, y)
     first, *others = ([*run.sums, run.product, *map(torch.triu, run.grams)] for run in runs)
     for other in others:
@@ -61,10 +49,8 @@ def test_two_runs_are_equal(dtype, device):
 @pytest.mark.first
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_waits_for_the_gpu_after_the_first_chunk(dtype, device):
-    n, d_x, d_y = (size // PART[device] for size in (5000, 256, 384))
-    x, y = rows(n, d_x, dtype, 0, device), rows(n, d_y, dtype, 1, device)
-    mask = torch.arange(n, device=device) % 4 != 1
-    sums = sums_of(n, d_x, d_y, dtype, device)
+    x, y, mask = device_rows(5000, (256, 384), dtype, device)
+    sums = sums_of(x, y)
     sums.update(x, y, mask)
     with no_waiting(device):
         sums.update(x, y, mask)

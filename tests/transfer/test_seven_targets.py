@@ -24,9 +24,9 @@ from modxfer_fast.transfer import (
     make_layer_map,
     transport,
 )
-from modxfer_fast.transfer.kept import power_kept, share_kept, warnings
 from modxfer_fast.transfer.kinds import KINDS, Source
 from modxfer_fast.transfer.kinds.lora import A, B
+from modxfer_fast.transfer.updates import power_kept, share_kept, warnings
 from tests.transfer_clones import (
     bases,
     clone,

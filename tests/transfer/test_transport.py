@@ -24,7 +24,6 @@ from modxfer_fast.transfer import (
 )
 from modxfer_fast.transfer.features import FeatureTaps, Site
 from modxfer_fast.transfer.kinds.lora import VARIANTS, truncated
-from modxfer_fast.transfer.maps.moment_views import uncentred
 from tests.transfer_clones import bases, batches, clone, logits, original, statistics, trained
 from tests.transfer_inputs import tiny_model
 
@@ -207,7 +206,7 @@ def test_reduced_rank_is_closest_on_the_students_features():
         pair.module, maps, replace(pair.layer_map, combine="mean_product"), pair.student
     )
     for (s, place), tensors in moved.slots.items():
-        gram = uncentred(pair.facts.moments("attention_in", s, 2 * s)).cov_xx
+        gram = pair.facts.moments("attention_in", s, 2 * s).uncentred().cov_xx
         mean = (
             sum(
                 b @ a
@@ -304,7 +303,7 @@ def test_ia3_is_the_least_squares_vector():
     assert moved.slots[0, "ffn_up"]["ia3_l"].shape == (1, 16)
     for (s, place), tensors in moved.slots.items():
         space = {"key": "key", "ffn_up": "ffn_in"}[place]
-        moments = uncentred(pair.facts.moments(space, s, 2 * s))
+        moments = pair.facts.moments(space, s, 2 * s).uncentred()
         step = pair.module.slots[2 * s, place]["ia3_l"].flatten() - 1
         # E s_a y_a for y = (t * step) @ write, from E s t
         cross = moments.cov_xy @ torch.diag(step) @ maps[space, s, 2 * s].write

@@ -19,8 +19,8 @@ from modxfer_fast.jobs.task.models import ADAPTER, TaskModel, text_collator
 from modxfer_fast.jobs.task.stages import TrainingOptions, train
 from modxfer_fast.models import patch_peft_model
 from modxfer_fast.report import ConsoleCallback, JobConsole
-from modxfer_fast.transfer.heads import rewrite_head
-from modxfer_fast.transfer.kept import warnings
+from modxfer_fast.transfer.transport import rewrite_head
+from modxfer_fast.transfer.updates import warnings
 
 Loaded = TypeVar("Loaded")
 

@@ -26,7 +26,7 @@ from modxfer_fast.jobs.transfer.graph import TransferGraph
 from modxfer_fast.report import METRIC_NAMES
 from modxfer_fast.report.transfer_plots import plot_learning
 from modxfer_fast.report.transfer_table import CellResult, Checkpoint, Group, group_results
-from modxfer_fast.transfer.kept import share_kept
+from modxfer_fast.transfer.updates import share_kept
 
 
 class TransferJob(Job):

@@ -87,11 +87,7 @@ class PeftKind(ABC):
         return None
 
     def module_name(self, config: PeftConfig, architecture: Architecture, slot: Slot) -> str:
-        """Dotted name of the module that a slot's tensors sit in.
-
-        Raises:
-            TransferError: the architecture has no such place; those it has are listed.
-        """
+        """Dotted name of the module that a slot's tensors sit in; it must be there."""
         there = self.places(config, architecture)
         if slot.place not in there:
             raise TransferError(
@@ -109,11 +105,7 @@ class PeftKind(ABC):
         return True
 
     def scaling(self, config: PeftConfig, module: str, tensors: Mapping[str, Tensor]) -> float:
-        """What the update of a module is multiplied by beside its tensors.
-
-        Args:
-            module: dotted name in the model without PEFT.
-        """
+        """What an update is multiplied by; `module` is a dotted name in the model without PEFT."""
         return 1.0
 
     @abstractmethod
@@ -180,6 +172,14 @@ class PeftKind(ABC):
             for indices, paths in names.items()
         ]
         return rf"(.*\.)?({'|'.join(parts)})"
+
+
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Of several sources; a single one with weight 1 stays bit-equal."""
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total
 
 
 def places_of_every_block(slots: Sequence[Slot], student: Architecture) -> list[str] | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from modxfer_fast.models.architecture import Role
 from modxfer_fast.models.bottleneck import bottleneck_sites
 from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.kinds.base import PeftKind, Place, Source, places_of_every_block
+from modxfer_fast.transfer.kinds import base
+from modxfer_fast.transfer.kinds.base import PeftKind, Source
 from modxfer_fast.transfer.maps.lsa import assign
 
 DOWN, DOWN_BIAS, UP, UP_BIAS = "down.weight", "down.bias", "up.weight", "up.bias"
@@ -30,7 +31,7 @@ class Bottleneck(PeftKind):
     def places(self, config, architecture):
         """`attention` and `ffn`, as far as the placement has them."""
         return {
-            "attention" if site.writes == "attention_out" else "ffn": Place(
+            "attention" if site.writes == "attention_out" else "ffn": base.Place(
                 site.path, Role(site.reads, site.writes)
             )
             for site in bottleneck_sites(architecture, config.placement)
@@ -46,11 +47,11 @@ class Bottleneck(PeftKind):
             )
         if combine == "mean_product":
             mapped = [mapped[0], *(_reordered(parts, mapped[0]) for parts in mapped[1:])]
-        result = {name: sources[0].weight * tensor for name, tensor in mapped[0].items()}
-        for source, parts in zip(sources[1:], mapped[1:], strict=True):
-            for name, tensor in parts.items():
-                result[name] = result[name] + source.weight * tensor
-        return result
+        weights = [source.weight for source in sources]
+        return {
+            name: base.weighted_sum(weights, [parts[name] for parts in mapped])
+            for name in mapped[0]
+        }
 
     def update(self, source):
         return source.tensors[UP].double(), None
@@ -62,7 +63,7 @@ class Bottleneck(PeftKind):
 
     def targets(self, config, student, slots):
         """As for every kind, and None for all sites."""
-        chosen = places_of_every_block(slots, student)
+        chosen = base.places_of_every_block(slots, student)
         if chosen is not None and len(chosen) == len(self.places(config, student)):
             return None
         return super().targets(config, student, slots)

@@ -5,7 +5,7 @@ not. Rules and factors are refitted by least squares, a shared rule to all proje
 what is lost is reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -32,11 +32,7 @@ class Compacter(Bottleneck):
         return {**super().rewrite(dense, combine), **rules}
 
     def factored(self, config, slots):
-        """left, right, bias and rule of both projections, and relative residuals of the fits.
-
-        Raises:
-            TransferError: a width that the number of terms does not divide.
-        """
+        """left, right, bias and rule of both projections, and relative residuals of the fits."""
         places = [(slot, part) for slot in slots for part in _PARTS]
         is_shared = "rule" in next(iter(slots.values()))
         result: dict[Slot, dict[str, Tensor]] = {slot: {} for slot in slots}
@@ -45,7 +41,12 @@ class Compacter(Bottleneck):
             weights = [slots[slot][f"{part}.weight"].T for slot, part in together]
             slot, part = together[0]
             rule = _rule(slots[slot], part)
-            _check_widths(weights, len(rule))
+            for weight in weights:
+                if any(width % len(rule) for width in weight.shape):
+                    raise TransferError(
+                        "phm_dim: expected a divisor of the student's widths "
+                        f"{list(weight.shape)}, got {len(rule)}"
+                    )
             rule, fits = phm_refit_rule(weights, rule, config.phm_rank)
             for (slot, part), fit in zip(together, fits, strict=True):
                 result[slot] |= {
@@ -61,23 +62,13 @@ class Compacter(Bottleneck):
         return _dense(source.tensors)[UP].double(), None
 
 
-def _check_widths(weights: Sequence[Tensor], terms: int) -> None:
-    for weight in weights:
-        if any(width % terms for width in weight.shape):
-            raise TransferError(
-                f"phm_dim: expected a divisor of the student's widths {list(weight.shape)}, "
-                f"got {terms}"
-            )
-
-
 def _rule(tensors: Mapping[str, Tensor], part: str) -> Tensor:
     return tensors["rule"] if "rule" in tensors else tensors[f"{part}.rule"]
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = {}
+    dense = {name: tensor for name, tensor in tensors.items() if name.endswith("bias")}
     for part in _PARTS:
         factors = (_rule(tensors, part), tensors[f"{part}.left"], tensors[f"{part}.right"])
-        parts[f"{part}.weight"] = phm_dense(*(factor.double() for factor in factors)).T
-        parts[f"{part}.bias"] = tensors[f"{part}.bias"]
-    return parts
+        dense[f"{part}.weight"] = phm_dense(*(factor.double() for factor in factors)).T
+    return dense

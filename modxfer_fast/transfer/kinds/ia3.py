@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.transfer.kinds.base import PeftKind, Source
-from modxfer_fast.transfer.maps.moment_views import uncentred
 
 _VECTOR = "ia3_l"  # [d_out, 1], or [1, d_in] of a feed-forward linear, whose input it multiplies
 
@@ -59,7 +58,7 @@ def _change(source: Source) -> Tensor:
         return (selected * step).sum(1)
     if moments is None:
         return ((read * step) * write.T).sum(1)
-    moments = uncentred(moments)
+    moments = moments.uncentred()
     matched = ((moments.cov_xy * step) * write.T).sum(1)
     power = moments.var_x
     return torch.where(power > 0, matched / torch.where(power > 0, power, 1.0), 0.0)

@@ -14,16 +14,14 @@ begins: with both at 0 neither would ever have a gradient.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from modxfer_fast.transfer.errors import TransferError
-from modxfer_fast.transfer.kinds.base import PeftKind, Source, places_of_every_block
-from modxfer_fast.transfer.maps.moment_views import uncentred
-from modxfer_fast.transfer.maps.numerics import inverse_or_zero
+from modxfer_fast.transfer.kinds.base import PeftKind, Source, places_of_every_block, weighted_sum
+from modxfer_fast.transfer.maps.scaling import inverse_or_zero
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _ROUNDING = 1e-12
@@ -103,12 +101,14 @@ class LoRA(PeftKind):
                 "'mean_product' averages modules of different ranks"
             )
         else:
-            up, down = (_sum(weights, [parts[name] for parts in factors]) for name in (B, A))
+            up, down = (
+                weighted_sum(weights, [parts[name] for parts in factors]) for name in (B, A)
+            )
         if add_products or ranks != {wanted}:
             up, down = truncated(up, down, wanted, _gram(sources[0]) if on_features else None)
         result = {A: _trainable(down, up, seed), B: up}
         if BIAS in factors[0]:
-            result[BIAS] = _sum(weights, [parts[BIAS] for parts in factors])
+            result[BIAS] = weighted_sum(weights, [parts[BIAS] for parts in factors])
         return result
 
     def update(self, source):
@@ -188,18 +188,10 @@ def _mapped(source: Source, scaling: float) -> dict[str, Tensor]:
 
 def _gram(source: Source) -> Tensor:
     """Second moments of the student's own features about 0: a LoRA sees them with their mean."""
-    gram = None if source.moments is None else uncentred(source.moments).cov_xx
+    gram = None if source.moments is None else source.moments.uncentred().cov_xx
     if gram is None:
         raise TransferError(
             "statistics: expected with the method 'reduced_rank', with the Gram matrices of the "
             "student's features; got none"
         )
     return gram
-
-
-def _sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    # a single source stays bit-equal: 1 * x + nothing
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total = total + weight * tensor
-    return total

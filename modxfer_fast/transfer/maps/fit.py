@@ -15,47 +15,31 @@ random_matched   truncate; transport then redraws every tensor from its own mean
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import reduce
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES, WRITES
 from modxfer_fast.models.architecture import ROLES, SPACES, Architecture
-from modxfer_fast.transfer.errors import TransferError
+from modxfer_fast.transfer.errors import TransferError, check_choice
 from modxfer_fast.transfer.layer_maps import LayerMap
+from modxfer_fast.transfer.maps import heads
 from modxfer_fast.transfer.maps.controls import CONTROLS
-from modxfer_fast.transfer.maps.heads import (
-    KEY_VALUE_SPACES,
-    QUERY_SPACES,
-    HeadCounts,
-    Pairs,
-    fit_by_heads,
-    pair_heads,
-    selection_by_heads,
-)
-from modxfer_fast.transfer.maps.kd_projection import ProjectionMaps, Projections
+from modxfer_fast.transfer.maps.kd_projection import ProjectionMaps
 from modxfer_fast.transfer.maps.lsa import fit_lsa
-from modxfer_fast.transfer.maps.moment_views import (
-    in_units,
-    on_cpu,
-    pooled,
-    uncentred,
-    units_of,
-)
 from modxfer_fast.transfer.maps.procrustes import fit_procrustes
 from modxfer_fast.transfer.maps.ridge import GRID, fit_ridge
-from modxfer_fast.transfer.maps.scores import finite, scores
-from modxfer_fast.transfer.maps.space_map import Key, Maps, SpaceMap
+from modxfer_fast.transfer.maps.scores import scores
+from modxfer_fast.transfer.maps.space_map import Fitted, Key, Maps, SpaceMap
+from modxfer_fast.transfer.modules import PeftModuleState
 from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import Statistics
-
-if TYPE_CHECKING:  # modules know their kinds, which rewrite through maps
-    from modxfer_fast.transfer.modules import PeftModuleState
 
 # What a LoRA writes into the gate or the up projection lies anywhere in the space of the hidden
 # neurons, but the outputs of these linears span no more than they read. Behind the non-linearity
@@ -103,12 +87,10 @@ class MapOptions:
     measured_at: Mapping[str, str] = field(default_factory=lambda: dict(MEASURED_AT))
 
     def __post_init__(self):
-        if self.scope not in SCOPES:
-            raise TransferError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
-        if self.scale is not None and self.scale not in SCALES:
-            raise TransferError(f"scale: expected one of {', '.join(SCALES)}, got {self.scale!r}")
-        if self.write not in WRITES:
-            raise TransferError(f"write: expected one of {', '.join(WRITES)}, got {self.write!r}")
+        check_choice("scope", self.scope, SCOPES)
+        if self.scale is not None:
+            check_choice("scale", self.scale, SCALES)
+        check_choice("write", self.write, WRITES)
         if not self.ridge or min(self.ridge) <= 0:
             raise TransferError(f"ridge: expected penalties above 0, got {self.ridge}")
         for space in (*self.measured_at, *self.measured_at.values()):
@@ -117,7 +99,7 @@ class MapOptions:
                     f"measured_at: expected spaces among {', '.join(SPACES)}, got {space!r}"
                 )
 
-    def resolved(self, module: "PeftModuleState | None") -> "MapOptions":
+    def resolved(self, module: PeftModuleState | None) -> "MapOptions":
         """The same with `means` decided for this module."""
         if self.means is not None:
             return self
@@ -153,7 +135,7 @@ def fit_maps(
     *,
     teacher: Architecture | nn.Module,
     student: Architecture | nn.Module,
-    module: "PeftModuleState | None" = None,
+    module: PeftModuleState | None = None,
     spaces: Sequence[str] | None = None,
     options: MapOptions | None = None,
     head: bool = False,
@@ -187,10 +169,12 @@ def fit_maps(
         raise TransferError(f"module, spaces: expected exactly one of them, got {both}")
     spaces = module.spaces if module is not None else tuple(spaces or ())
     options = (options or MapOptions()).resolved(module)
-    teacher_parts, student_parts = _architecture(teacher), _architecture(student)
+    teacher_parts, student_parts = (
+        model if isinstance(model, Architecture) else Architecture.of(model)
+        for model in (teacher, student)
+    )
     _check(method, statistics, layer_map, teacher_parts, student_parts, spaces)
-    pairs = layer_map.pairs
-    keys = [(space, s, t) for space in dict.fromkeys(spaces) for s, t in pairs]
+    keys = [(space, s, t) for space in dict.fromkeys(spaces) for s, t in layer_map.pairs]
     last = ("layer_out", student_parts.num_layers - 1, teacher_parts.num_layers - 1)
     fitter = _Fitter(statistics, method, teacher_parts, student_parts, options, seed)
     if method == "kd_projection":
@@ -205,9 +189,7 @@ def fit_maps(
     if head and last not in fitters:
         keys.append(last)
         # a head has a bias, whatever the module has
-        with_means = replace(options, means=True)
-        fitters[last] = _Fitter(statistics, method, teacher_parts, student_parts, with_means, seed)
-        fitters[last].projection_maps = fitter.projection_maps
+        fitters[last] = replace(fitter, options=replace(options, means=True))
     maps = {}
     # the assignment and the decompositions release the interpreter's lock
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, len(keys))) as workers:
@@ -219,7 +201,7 @@ def fit_maps(
     return Maps(
         maps,
         method,
-        options={**asdict(options), "measured_at": dict(options.measured_at)},
+        options=asdict(options),
         facts={
             "layer_map": layer_map.facts(),
             "seed": seed,
@@ -228,13 +210,8 @@ def fit_maps(
     )
 
 
-def _architecture(model: Architecture | nn.Module) -> Architecture:
-    return model if isinstance(model, Architecture) else Architecture.of(model)
-
-
 def _check(method, statistics, layer_map, teacher, student, spaces) -> None:
-    if method not in MAP_METHODS:
-        raise TransferError(f"method: expected one of {', '.join(MAP_METHODS)}, got {method!r}")
+    check_choice("method", method, MAP_METHODS)
     if not spaces:
         raise TransferError("spaces: expected at least one, got none")
     both = [space for space in teacher.spaces if space in student.spaces]
@@ -260,41 +237,36 @@ def _projection_maps(folder, teacher, student, moments) -> ProjectionMaps:
             "teacher, student: expected models for the method 'kd_projection', whose linears carry "
             "the projections into a block; got architectures"
         )
-    return ProjectionMaps(Projections.load(folder), teacher, student, moments)
+    return ProjectionMaps(folder, teacher, student, moments)
 
 
+@dataclass
 class _Fitter:
     """Fits the map of any key; several threads may ask at once."""
 
-    def __init__(self, statistics, method, teacher, student, options, seed):
-        self.statistics: Statistics | None = statistics
-        self.method: str = method
-        self.teacher: Architecture = teacher
-        self.student: Architecture = student
-        self.options: MapOptions = options
-        self.seed: int = seed
-        self.scale = options.scale or _DEFAULT_SCALE.get(method, "feature")
-        self.projection_maps: ProjectionMaps | None = None
-        self._global: tuple[Tensor, Tensor, dict[str, float]] | None = None
+    statistics: Statistics | None
+    method: str
+    teacher: Architecture
+    student: Architecture
+    options: MapOptions
+    seed: int
+    projection_maps: ProjectionMaps | None = None
+
+    def __post_init__(self):
+        self.scale = self.options.scale or _DEFAULT_SCALE.get(self.method, "feature")
+        there = self.statistics
+        self._holds_out = there is not None and there.facts["held_out_tokens"] >= 2
+        self._global: Fitted | None = None
         self._units: dict[Key, tuple[float, float]] = {}
-        self._pairs: dict[tuple[int, int], dict[str, Pairs]] = {}
+        self._pairs: dict[tuple[int, int], dict[str, heads.Pairs]] = {}
         # statistics put the last rows and triangles in place when they are first asked for
         self._lock = Lock()
 
     def moments(self, space: str, s: int, t: int) -> Moments:
-        """Moments of a pair on the host.
-
-        Raises:
-            TransferError: they were not collected, or hold NaN or infinity.
-        """
-        if self.statistics is None:
-            raise TransferError(
-                f"statistics: expected for the space {space!r} with the method {self.method!r}, "
-                "got none"
-            )
-        with self._lock:
-            moments = on_cpu(self.statistics.moments(space, s, t))
-        if not finite(moments):
+        """Moments of a pair on the host, all finite."""
+        moments = self._collected(space, s, t)
+        numbers = [x for x in vars(moments).values() if isinstance(x, Tensor)]
+        if not all(x.isfinite().all() for x in numbers):
             raise TransferError(
                 f"statistics: NaN or infinity in the space {space!r} of student layer {s} and "
                 f"teacher layer {t}"
@@ -303,10 +275,16 @@ class _Fitter:
 
     def held_out(self, space: str, s: int, t: int) -> Moments | None:
         """Moments of the held-out tokens, None where they are too few."""
-        if self.statistics is None or self.statistics.facts["held_out_tokens"] < 2:
-            return None
+        return self._collected(space, s, t, held_out=True) if self._holds_out else None
+
+    def _collected(self, space: str, s: int, t: int, *, held_out: bool = False) -> Moments:
+        if self.statistics is None:
+            raise TransferError(
+                f"statistics: expected for the space {space!r} with the method {self.method!r}, "
+                "got none"
+            )
         with self._lock:
-            return on_cpu(self.statistics.moments(space, s, t, held_out=True))
+            return self.statistics.moments(space, s, t, held_out=held_out).on_cpu()
 
     def moments_if_collected(self, space: str, s: int, t: int) -> Moments | None:
         """None where statistics lack this space or pair, or there are none."""
@@ -320,9 +298,8 @@ class _Fitter:
         if not keys or self.method in (*DATA_FREE_METHODS, "kd_projection"):
             return
         for key in keys:
-            moments = self.moments(self._site(key[0]), *key[1:])
-            self._units[key] = units_of(self._about(moments))
-
+            moments = self._about(self.moments(self._site(key[0]), *key[1:]))
+            self._units[key] = _deviation(moments.var_x), _deviation(moments.var_y)
         self._global = self._fit_together(keys, self._about)
         if self.method in _REGRESSIONS and not self.options.means:
             # pooled moments have no means left to choose by: what writes is fitted apart
@@ -330,33 +307,33 @@ class _Fitter:
             read, _, others = self._global
             self._global = read, write, {**numbers, **others}
 
-    def _fit_together(
-        self, keys: list[Key], view: Callable[[Moments], Moments]
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        def together(moments: Callable[[str, int, int], Moments | None]) -> Moments:
-            return pooled(
-                in_units(view(found), *self._units[space, s, t])
+    def _fit_together(self, keys: list[Key], view: Callable[[Moments], Moments]) -> Fitted:
+        def together(*, held_out: bool) -> Moments:
+            """Within-pair moments of all pairs, each pair counted alike; means are 0."""
+            several = (
+                view(self._collected(self._site(space), s, t, held_out=held_out)).in_units(
+                    *self._units[space, s, t]
+                )
                 for space, s, t in keys
-                if (found := moments(self._site(space), s, t)) is not None
             )
+            total = reduce(_sum, (pair.about(pair.mean_x, pair.mean_y) for pair in several))
+            return total.in_units(len(keys) ** 0.5, len(keys) ** 0.5)
 
-        held_out = None
-        if self.statistics is not None and self.statistics.facts["held_out_tokens"] >= 2:
-            held_out = together(self.held_out)
-        return self._dense(together(self.moments), held_out, "layer_out", 0, 0)
+        held_out = together(held_out=True) if self._holds_out else None
+        return self._dense(together(held_out=False), held_out, "layer_out", 0, 0)
 
     def fit(self, key: Key) -> SpaceMap:
         """The map of one space and pair."""
         space, s, t = key
         site = self._site(space)
+        numbers: dict[str, float] = {}
         if self.method in DATA_FREE_METHODS:
             moments = self.moments_if_collected(site, s, t)
-            read, write, numbers = self._data_free(site)
+            read, write = self._data_free(site)
             mean_s, mean_t = read.new_zeros(read.shape[0]), read.new_zeros(read.shape[1])
         elif (projections := self._projections(site)) is not None:
             moments = self.moments_if_collected(site, s, t)
             read, write, mean_s, mean_t = projections.fit(site, s, t)
-            numbers = {}
         else:
             moments = self.moments(site, s, t)
             mean_s, mean_t = moments.mean_x, moments.mean_y
@@ -366,7 +343,12 @@ class _Fitter:
                 read, write, numbers = self._dense(moments, self.held_out(site, s, t), site, s, t)
         if not self.options.means:
             mean_s, mean_t = torch.zeros_like(mean_s), torch.zeros_like(mean_t)
-        self._check_widths(key, read)
+        expected = (self.student.width(space), self.teacher.width(space))
+        if tuple(read.shape) != expected:
+            raise TransferError(
+                f"maps: expected {list(expected)} for the space {space!r} of student layer {s} and "
+                f"teacher layer {t}, got {list(read.shape)} measured at {site!r}"
+            )
         fit = {}
         if moments is not None:
             fit = scores(read, write, self.held_out(site, s, t) or moments)
@@ -389,7 +371,7 @@ class _Fitter:
         measured = site in apart or self._is_wide(site)
         return None if measured and self._is_collected(site) else self.projection_maps
 
-    def _pooled_map(self, key: Key) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def _pooled_map(self, key: Key) -> Fitted:
         assert self._global is not None  # keys have units once it is there
         read, write, numbers = self._global
         if self.scale == "none" and self.method not in _REGRESSIONS:
@@ -397,16 +379,14 @@ class _Fitter:
         unit_s, unit_t = self._units[key]
         return read * (unit_t / unit_s), write * (unit_s / unit_t), numbers
 
-    def _dense(
-        self, moments: Moments, held: Moments | None, site: str, s: int, t: int
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def _dense(self, moments: Moments, held: Moments | None, site: str, s: int, t: int) -> Fitted:
         heads_s, heads_t = self.student.heads(site), self.teacher.heads(site)
         aware = self.options.head_aware
         if aware is None:
             aware = self.method not in _REGRESSIONS or self._is_wide(site)
         if heads_s is not None and heads_t is not None and aware:
             pairs = self._head_pairs(s, t)[site]
-            fitted = fit_by_heads(self._on_moments, moments, held, heads_s, heads_t, pairs)
+            fitted = heads.fit_by_heads(self._on_moments, moments, held, heads_s, heads_t, pairs)
         else:
             fitted = self._on_moments(moments, held, self._span(site))
         if self.method != "shuffled":
@@ -415,18 +395,16 @@ class _Fitter:
         order = torch.randperm(read.shape[0], generator=self._generator(site, s, t))
         return read[order], write[:, order], numbers
 
-    def _head_pairs(self, s: int, t: int) -> dict[str, Pairs]:
+    def _head_pairs(self, s: int, t: int) -> dict[str, heads.Pairs]:
         """The same for all spaces that heads share, whichever of them maps are fitted for."""
-        if (s, t) in self._pairs:
-            return self._pairs[s, t]
-        spaces = [
-            space for space in (*QUERY_SPACES, *KEY_VALUE_SPACES) if self._is_collected(space)
-        ]
-        self._pairs[s, t] = pair_heads(
-            {space: self.moments(space, s, t).correlation() for space in spaces},
-            HeadCounts(self.student.num_heads, self.student.num_kv_heads),
-            HeadCounts(self.teacher.num_heads, self.teacher.num_kv_heads),
-        )
+        if (s, t) not in self._pairs:
+            shared = (*heads.QUERY_SPACES, *heads.KEY_VALUE_SPACES)
+            there = [space for space in shared if self._is_collected(space)]
+            self._pairs[s, t] = heads.pair_heads(
+                {space: self.moments(space, s, t).correlation() for space in there},
+                heads.HeadCounts(self.student.num_heads, self.student.num_kv_heads),
+                heads.HeadCounts(self.teacher.num_heads, self.teacher.num_kv_heads),
+            )
         return self._pairs[s, t]
 
     def _is_wide(self, site: str) -> bool:
@@ -438,7 +416,7 @@ class _Fitter:
 
     def _on_moments(
         self, moments: Moments, held: Moments | None, span: int | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+    ) -> Fitted:
         if self.method not in _FITS_MEANS:
             return fit_lsa(moments, self.scale, absolute=self.method == "lsa_abs")
         if self.method == "procrustes":
@@ -464,33 +442,33 @@ class _Fitter:
             return None
         return min(parts.width(reads) for parts in (self.teacher, self.student))
 
-    def _data_free(self, site: str) -> tuple[Tensor, Tensor, dict[str, float]]:
-        choose = CONTROLS["truncate" if self.method == "random_matched" else self.method]
-        read, write = selection_by_heads(
-            choose,
+    def _data_free(self, site: str) -> tuple[Tensor, Tensor]:
+        return heads.selection_by_heads(
+            CONTROLS["truncate" if self.method == "random_matched" else self.method],
             self.student.width(site),
             self.teacher.width(site),
             self.student.heads(site) or 1,
             self.teacher.heads(site) or 1,
-            shared=site in KEY_VALUE_SPACES,
+            shared=site in heads.KEY_VALUE_SPACES,
         )
-        return read, write, {}
 
     def _generator(self, site: str, s: int, t: int) -> torch.Generator:
         # a number of its own for every map: the order does not depend on which maps are fitted
         number = (self.seed * len(SPACES) + SPACES.index(site)) * 4096 + s
         return torch.Generator().manual_seed(number * 4096 + t)
 
-    def _check_widths(self, key: Key, read: Tensor) -> None:
-        space, s, t = key
-        expected = (self.student.width(space), self.teacher.width(space))
-        if tuple(read.shape) != expected:
-            raise TransferError(
-                f"maps: expected {list(expected)} for the space {space!r} of student layer {s} and "
-                f"teacher layer {t}, got {list(read.shape)} measured at {self._site(space)!r}"
-            )
-
     def _about(self, moments: Moments) -> Moments:
         """About 0 for a method that can do without means, where they are not carried."""
         centred = self.options.means or self.method not in _FITS_MEANS
-        return moments if centred else uncentred(moments)
+        return moments if centred else moments.uncentred()
+
+
+def _deviation(variance: Tensor) -> float:
+    """Of a whole space, sqrt of its mean variance; 1 for one that does not vary."""
+    return variance.clamp(min=0).mean().sqrt().item() or 1.0
+
+
+def _sum(a: Moments, b: Moments) -> Moments:
+    pairs = [(getattr(a, part.name), getattr(b, part.name)) for part in fields(Moments)]
+    sums: list[Any] = [None if x is None or y is None else x + y for x, y in pairs]
+    return Moments(*sums)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.transfer.maps.lsa import assign
-from modxfer_fast.transfer.maps.moment_views import block
+from modxfer_fast.transfer.maps.space_map import Fitted
 from modxfer_fast.transfer.moments import Moments
 
-Fit = Callable[[Moments, Moments | None], tuple[Tensor, Tensor, dict[str, float]]]
+Fit = Callable[[Moments, Moments | None], Fitted]
 Pairs = tuple[tuple[int, int], ...]  # (student's head, teacher's head)
 QUERY_SPACES, KEY_VALUE_SPACES = ("query", "context"), ("key", "value")
 
@@ -110,7 +110,7 @@ def fit_by_heads(
     heads_s: int,
     heads_t: int,
     pairs: Pairs,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
+) -> Fitted:
     """read and write that are zero outside the paired heads; numbers of the method averaged.
 
     Args:
@@ -125,15 +125,11 @@ def fit_by_heads(
     numbers = []
     for a, b in pairs:
         x, y = slice(a * size_s, (a + 1) * size_s), slice(b * size_t, (b + 1) * size_t)
-        inner = None if held_out is None else block(held_out, x, y)
-        read[x, y], write[y, x], more = fit(block(moments, x, y), inner)
+        read[x, y], write[y, x], more = fit(moments.block(x, y), held_out and held_out.block(x, y))
         read[x, y] /= sum(other == b for _, other in pairs)
         numbers.append(more)
-    return (
-        read,
-        write,
-        {name: sum(more[name] for more in numbers) / len(numbers) for name in numbers[0]},
-    )
+    means = {name: sum(more[name] for more in numbers) / len(numbers) for name in numbers[0]}
+    return read, write, means
 
 
 def selection_by_heads(

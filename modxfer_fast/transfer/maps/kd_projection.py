@@ -23,8 +23,8 @@ E is over the student's second moments if statistics are given, else over white 
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -41,121 +41,56 @@ _CHANGES = ("attention_out", "ffn_out")  # added to the stream: they have no sha
 _PENALTY = 1e-6
 
 
-@dataclass(frozen=True)
-class Projection:
-    """One trained pair: W [d_t, d_s] and b [d_t], fp64, between numbered hidden states.
-
-    weight, bias: None where states of equal width were compared as they are, so that W is I.
-    """
+class Projection(NamedTuple):
+    """One trained pair: W [d_t, d_s] and b [d_t], fp64, between numbered hidden states."""
 
     student: int
     teacher: int
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def between(self, teacher_width: int, student_width: int) -> "Projection":
-        """The pair with its matrices.
-
-        Raises:
-            TransferError: they are of other widths.
-        """
-        weight, bias = self.weight, self.bias
-        if weight is None:
-            weight = torch.eye(teacher_width, student_width, dtype=torch.float64)
-            bias = torch.zeros(teacher_width, dtype=torch.float64)
-        expected = (teacher_width, student_width)
-        if tuple(weight.shape) != expected or (self.weight is None and len(set(expected)) > 1):
-            got = "equal widths" if self.weight is None else str(list(weight.shape))
-            raise TransferError(
-                f"projections: expected {list(expected)} for this teacher and student, got {got}"
-            )
-        return Projection(self.student, self.teacher, weight, bias)
-
-
-@dataclass(frozen=True)
-class Projections:
-    """All pairs of one distillation.
-
-    Attributes:
-        normalised: whether the loss was blind to the length of the states.
-    """
-
-    pairs: tuple[Projection, ...]
-    normalised: bool
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Projections":
-        """From projections.json and projections.safetensors beside a student.
-
-        Raises:
-            TransferError: a file is missing or cannot be read, or names no layer.
-        """
-        folder = Path(folder)
-        facts_file, tensors_file = folder / "projections.json", folder / "projections.safetensors"
-        try:
-            _expect(facts_file)
-            facts = json.loads(facts_file.read_text(encoding="utf-8"))
-            tensors = {}
-            if any(layer["projection"] for layer in facts["layers"]):
-                tensors = load_file(_expect(tensors_file))
-            pairs = tuple(_projection(layer, tensors) for layer in facts["layers"])
-            normalised = facts["norm"] != "none" or facts["loss"] in ("cosine", "normalized_mse")
-        except (KeyError, ValueError, OSError) as error:
-            raise TransferError(f"{folder}: projections cannot be read ({error})") from error
-        if not pairs:
-            raise TransferError(f"{facts_file}: expected layers, found none")
-        return cls(pairs, normalised)
-
-    def nearest(self, student_depth: float, teacher_depth: float, student_layers, teacher_layers):
-        """The pair closest to two hidden states, in units of each model's depth."""
-        return min(
-            self.pairs,
-            key=lambda pair: (
-                abs(pair.student - student_depth) / student_layers
-                + abs(pair.teacher - teacher_depth) / teacher_layers,
-                pair.student,
-                pair.teacher,
-            ),
-        )
-
-
-def _expect(file: Path) -> Path:
-    if not file.is_file():
-        raise TransferError(
-            f"method: 'kd_projection' expects {file.name} in {file.parent}, as distillation by "
-            "hidden states writes it; found none"
-        )
-    return file
-
-
-def _projection(layer: dict, tensors: dict[str, Tensor]) -> Projection:
-    name = layer["projection"]
-    if name is None:
-        return Projection(layer["student"], layer["teacher"], None, None)
-    if f"{name}.weight" in tensors:
-        weight = tensors[f"{name}.weight"].double()
-    else:
-        weight = tensors[f"{name}.up"].double() @ tensors[f"{name}.down"].double()
-    bias = tensors.get(f"{name}.bias", torch.zeros(weight.shape[0])).double()
-    return Projection(layer["student"], layer["teacher"], weight, bias)
+    weight: Tensor
+    bias: Tensor
 
 
 class ProjectionMaps:
     """read, write, mean_s and mean_t of any space, from the projections of one distillation.
 
     Args:
+        folder: of the student, with projections.json and projections.safetensors.
         teacher, student: the models; their linears are read for the spaces inside a block.
         moments: (space, student layer, teacher layer) -> Moments or None.
+
+    Raises:
+        TransferError: a file is missing or cannot be read, names no layer, or has projections of
+            other widths than these models.
     """
 
-    def __init__(self, projections: Projections, teacher: nn.Module, student: nn.Module, moments):
+    def __init__(self, folder: str | Path, teacher: nn.Module, student: nn.Module, moments):
         self.teacher, self.student = without_peft(teacher), without_peft(student)
         self.teacher_parts = Architecture.of(teacher)
         self.student_parts = Architecture.of(student)
         self.moments = moments
-        widths = self.teacher_parts.hidden_size, self.student_parts.hidden_size
-        pairs = tuple(pair.between(*widths) for pair in projections.pairs)
-        self.projections = Projections(pairs, projections.normalised)
+        expected = self.teacher_parts.hidden_size, self.student_parts.hidden_size
+        facts_file = Path(folder) / "projections.json"
+        try:
+            facts = json.loads(_expect(facts_file).read_text(encoding="utf-8"))
+            tensors = {}
+            if any(layer["projection"] for layer in facts["layers"]):
+                tensors = load_file(_expect(facts_file.with_suffix(".safetensors")))
+            self.pairs = [_projection(layer, tensors, expected[0]) for layer in facts["layers"]]
+            # whether the loss was blind to the length of the states
+            self.normalised = facts["norm"] != "none" or facts["loss"] in (
+                "cosine",
+                "normalized_mse",
+            )
+        except (KeyError, ValueError, OSError) as error:
+            raise TransferError(f"{folder}: projections cannot be read ({error})") from error
+        if not self.pairs:
+            raise TransferError(f"{facts_file}: expected layers, found none")
+        for pair, layer in zip(self.pairs, facts["layers"], strict=True):
+            if tuple(pair.weight.shape) != expected:
+                got = list(pair.weight.shape) if layer["projection"] else "equal widths"
+                raise TransferError(
+                    f"projections: expected {list(expected)} for these models, got {got}"
+                )
 
     @staticmethod
     def covers(space: str) -> bool:
@@ -187,10 +122,15 @@ class ProjectionMaps:
 
     def _residual(self, space: str, s: int, t: int) -> tuple[Tensor, Tensor]:
         """read of a space in the residual stream, and the constant that goes with it."""
-        depth = _DEPTH[space]
-        pair = self.projections.nearest(
-            s + depth, t + depth, self.student_parts.num_layers, self.teacher_parts.num_layers
-        )
+        depth_s, depth_t = s + _DEPTH[space], t + _DEPTH[space]
+
+        def distance(pair: Projection) -> tuple[float, int, int]:
+            """In units of each model's depth."""
+            away = abs(pair.student - depth_s) / self.student_parts.num_layers
+            away += abs(pair.teacher - depth_t) / self.teacher_parts.num_layers
+            return away, pair.student, pair.teacher
+
+        pair = min(self.pairs, key=distance)
         read, bias = pair.weight.T, pair.bias
         if space in _CHANGES:
             bias = torch.zeros_like(bias)
@@ -204,7 +144,7 @@ class ProjectionMaps:
                 "block is a normalised state, of another size than the hidden states that the "
                 "projections are of; got none"
             )
-        if behind_norm or (self.projections.normalised and is_measured):
+        if behind_norm or (self.normalised and is_measured):
             # where a norm hides the length, t = g (s W^T) has one number left to fit
             power = ((moments.cov_xx @ read) * read).sum()
             gain = (read * moments.cov_xy).sum() / power if power > 0 else torch.tensor(1.0)
@@ -232,3 +172,24 @@ def _rotation(xx: Tensor, xy: Tensor, yy: Tensor) -> Tensor:
     length = yy.trace()
     ratio = (xx.trace() / length).sqrt() if length > 0 else length
     return ratio * polar(xy).T
+
+
+def _expect(file: Path) -> Path:
+    if not file.is_file():
+        raise TransferError(
+            f"method: 'kd_projection' expects {file.name} in {file.parent}, as distillation by "
+            "hidden states writes it; found none"
+        )
+    return file
+
+
+def _projection(layer: dict, tensors: dict[str, Tensor], teacher_width: int) -> Projection:
+    name = layer["projection"]
+    if name is None:  # states of equal width were compared as they are
+        weight = torch.eye(teacher_width, dtype=torch.float64)
+    elif f"{name}.weight" in tensors:
+        weight = tensors[f"{name}.weight"].double()
+    else:
+        weight = tensors[f"{name}.up"].double() @ tensors[f"{name}.down"].double()
+    bias = tensors.get(f"{name}.bias", torch.zeros(weight.shape[0])).double()
+    return Projection(layer["student"], layer["teacher"], weight, bias)

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from modxfer_fast.transfer.maps.scaling import scaled
+from modxfer_fast.transfer.maps.space_map import Fitted
 from modxfer_fast.transfer.moments import Moments
 
 
@@ -31,9 +32,7 @@ def selection(correlation: Tensor, *, absolute: bool) -> Tensor:
     return z
 
 
-def fit_lsa(
-    moments: Moments, scale: str, *, absolute: bool
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """read, write and no further numbers."""
+def fit_lsa(moments: Moments, scale: str, *, absolute: bool) -> Fitted:
+    """Has no numbers to tell."""
     z = selection(moments.correlation(), absolute=absolute)
     return *scaled(z, moments, scale), {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.transfer.maps.scaling import scaled
+from modxfer_fast.transfer.maps.space_map import Fitted
 from modxfer_fast.transfer.moments import Moments
 
 _RANK = 1e-8  # singular values below this part of the largest are rounding
@@ -29,10 +30,8 @@ def polar(cross: Tensor, count: int | None = None, span: int | None = None) -> T
     return u[:, kept] @ vt[kept]
 
 
-def fit_procrustes(
-    moments: Moments, scale: str, span: int | None = None
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """read, write and the rank of Q.
+def fit_procrustes(moments: Moments, scale: str, span: int | None = None) -> Fitted:
+    """Its number is the rank of Q.
 
     With scale "global" or "none" K is the covariance and Q a rotation of the features as they are;
     with "feature" K is the correlation and each feature counts the same. span: as in `polar`.

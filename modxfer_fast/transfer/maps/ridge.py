@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modxfer_fast.transfer.maps.moment_views import about, swapped, uncentred
-from modxfer_fast.transfer.maps.numerics import deviations, inverse_or_zero
 from modxfer_fast.transfer.maps.procrustes import fit_procrustes
+from modxfer_fast.transfer.maps.scaling import deviations, inverse_or_zero
+from modxfer_fast.transfer.maps.space_map import Fitted
 from modxfer_fast.transfer.moments import Moments
 
 GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -65,16 +65,14 @@ def regress(
 ) -> tuple[Tensor, float]:
     """M [d_x, d_y] that predicts deviations of y from those of x, and its penalty.
 
-    Args:
-        held_out: moments of other tokens, or None: then the penalty is 1e-3.
-        grid: of penalties.
+    The penalty is chosen from the grid on held-out tokens, and 1e-3 without any.
     """
     assert moments.cov_xx is not None  # `fit_maps` has asked for it
     problem = Regression(moments.cov_xx, moments.cov_xy)
     if held_out is None:
         penalty = _WITHOUT_HELD_OUT
     else:
-        held_out = about(held_out, moments.mean_x, moments.mean_y)
+        held_out = held_out.about(moments.mean_x, moments.mean_y)
         penalty = problem.choose(held_out, moments.var_y, sorted(grid))
     return problem.solve(penalty), penalty
 
@@ -87,8 +85,8 @@ def fit_ridge(
     means: bool,
     write: str,
     span: int | None = None,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """read, write, and the numbers of their fit.
+) -> Fitted:
+    """Its numbers are the penalties, and what `fit_procrustes` tells of a rotation.
 
     Args:
         means: whether read is about the means, or, for a module without a constant term, about 0.
@@ -100,11 +98,9 @@ def fit_ridge(
     if write == "rotation":
         _, back, numbers = fit_procrustes(moments, "global", span)
     else:
-        other = None if held_out is None else swapped(held_out)
-        back, penalty = regress(swapped(moments), other, grid)
+        back, penalty = regress(moments.swapped(), held_out and held_out.swapped(), grid)
         numbers = {"ridge_write": penalty}
     if not means:
-        moments = uncentred(moments)
-        held_out = None if held_out is None else uncentred(held_out)
+        moments, held_out = moments.uncentred(), held_out and held_out.uncentred()
     read, penalty = regress(moments, held_out, grid)
     return read, back, {"ridge_read": penalty, **numbers}

@@ -10,11 +10,9 @@ All are of deviations from the means. A feature that does not vary is left out; 
 leaves at its mean counts as 0. r2 can be negative: selections and rotations are not fitted to it.
 """
 
-import torch
 from torch import Tensor
 
-from modxfer_fast.transfer.maps.moment_views import swapped
-from modxfer_fast.transfer.maps.numerics import deviations, inverse_or_zero
+from modxfer_fast.transfer.maps.scaling import deviations, inverse_or_zero
 from modxfer_fast.transfer.moments import Moments
 from modxfer_fast.transfer.statistics import linear_cka
 
@@ -27,7 +25,7 @@ def scores(read: Tensor, write: Tensor, moments: Moments) -> dict[str, float]:
     forward = _prediction(read, moments)
     if forward is not None:
         result["correlation"], result["r2_read"] = forward
-    backward = _prediction(write, swapped(moments))
+    backward = _prediction(write, moments.swapped())
     if backward is not None:
         result["r2_write"] = backward[1]
     return result
@@ -51,9 +49,3 @@ def _prediction(matrix: Tensor, moments: Moments) -> tuple[float, float] | None:
     correlation = covariance * inverse_or_zero(std_y * variance.clamp(min=0).sqrt())
     mean = correlation[predicted].mean().item() if predicted.any() else 0.0
     return mean, r2[varies].mean().item()
-
-
-def finite(moments: Moments) -> bool:
-    """Whether every number of the moments is one."""
-    tensors = (moments.mean_x, moments.mean_y, moments.cov_xy, moments.cov_xx, moments.cov_yy)
-    return all(torch.isfinite(tensor).all() for tensor in tensors if tensor is not None)

@@ -9,7 +9,7 @@ so a linear update B A of the teacher becomes (write^T B) (A read^T) in the stud
 selection matrix Z [d_s, d_t] is read = Z, write = Z^T.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from modxfer_fast.transfer.errors import TransferError
 KIND = "maps"
 _PARTS = ("read", "write", "mean_s", "mean_t")
 Key = tuple[str, int, int]  # space, student layer, teacher layer
+Fitted = tuple[Tensor, Tensor, dict[str, float]]  # read, write and numbers of the fit
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SpaceMap:
         return self.write.T @ weight.double()
 
 
-class Maps(Mapping[Key, SpaceMap]):
+class Maps(dict[Key, SpaceMap]):
     """All maps that were fitted together, by (space, student layer, teacher layer).
 
     Attributes:
@@ -82,31 +83,20 @@ class Maps(Mapping[Key, SpaceMap]):
         options: Mapping | None = None,
         facts: Mapping | None = None,
     ):
-        self._maps = dict(maps)
+        super().__init__(maps)
         self.method = method
         self.options = dict(options or {})
         self.facts = dict(facts or {})
 
-    def __getitem__(self, key: Key) -> SpaceMap:
-        if key not in self._maps:
-            space, s, t = key
-            there = ", ".join(sorted({name for name, _, _ in self._maps}))
-            pairs = sorted({(a, b) for name, a, b in self._maps if name == space})
-            raise TransferError(
-                f"maps: expected one for the space {space!r} of student layer {s} and teacher "
-                f"layer {t}; there are maps for the spaces {there}"
-                + (f", for {space!r} of the layers {pairs}" if pairs else "")
-            )
-        return self._maps[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._maps
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._maps)
-
-    def __len__(self) -> int:
-        return len(self._maps)
+    def __missing__(self, key: Key) -> SpaceMap:
+        space, s, t = key
+        there = ", ".join(sorted({name for name, _, _ in self}))
+        pairs = sorted({(a, b) for name, a, b in self if name == space})
+        raise TransferError(
+            f"maps: expected one for the space {space!r} of student layer {s} and teacher "
+            f"layer {t}; there are maps for the spaces {there}"
+            + (f", for {space!r} of the layers {pairs}" if pairs else "")
+        )
 
     def fits(self) -> list[dict]:
         """One row per map: space, student, teacher and its fit scores."""
