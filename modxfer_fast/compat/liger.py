@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modxfer_fast.compat.log_probs import jsd_addends, jsd_gradient
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss, linear_kd_loss_terms
 
 __all__ = [
@@ -276,8 +276,6 @@ class _LogProbsDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_q, log_p, counts, beta):
-        spec = KDSpec(divergence="jsd", beta=beta).checked()
-        terms = DIVERGENCES[spec.divergence].terms
         dtype = torch.promote_types(log_q.dtype, torch.float32)
         rows, classes = log_q.shape
         divisor = rows if counts is None else counts.sum().clamp(min=1)
@@ -287,10 +285,7 @@ class _LogProbsDivergence(torch.autograd.Function):
         for start in range(0, rows, step):
             span = slice(start, start + step)
             x, y = log_q[span].to(dtype), log_p[span].to(dtype)
-            p, q = y.exp(), x.exp()
-            f, u = terms(p, q, y - x, spec.beta)
-            if spec.divergence == "reverse_kl":
-                u = u + q  # the records leave out what has no part in a gradient of logits
+            f, u = jsd_addends(y, x, beta), jsd_gradient(y, x, beta)
             if counts is not None:
                 f, u = (v.masked_fill(~counts[span, None], 0.0) for v in (f, u))
             total += f.sum()

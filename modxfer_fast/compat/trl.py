@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.compat.log_probs import jsd_addends
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss
 
@@ -119,7 +119,7 @@ def _addends(
     student: Tensor, teacher: Tensor, beta: float, temperature: float, are_probs: bool
 ) -> Tensor:
     """[..., V] in at least fp32, whose sums over classes are the divergence."""
-    spec = KDSpec(divergence="jsd", beta=beta, temperature=temperature).checked()
+    KDSpec(divergence="jsd", beta=beta, temperature=temperature).checked()
     dtype = torch.promote_types(student.dtype, torch.float32)
     logs = []
     for values in (student, teacher.detach()):
@@ -127,11 +127,9 @@ def _addends(
         if are_probs:
             logs.append(values.clamp(min=_SMALLEST_PROBABILITY).log())
         else:
-            logs.append((values / spec.temperature).log_softmax(-1))
+            logs.append((values / temperature).log_softmax(-1))
     log_q, log_p = logs
-    terms = DIVERGENCES[spec.divergence].terms
-    f, _ = terms(log_p.exp(), log_q.exp(), log_p - log_q, float(beta))
-    return f
+    return jsd_addends(log_p, log_q, beta)
 
 
 def chunked_divergence_loss(
