@@ -8,7 +8,7 @@ the `kd_loss` room, as `dispatch.ROOMS` lists them:
     <row_kernel>_fwd_bwd(logits, signal, labels, row_weights, spec, dlogits) -> kd, ce [M]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -32,6 +32,8 @@ class Teacher(Protocol):
 
     @property
     def num_buffers(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
     # --- of a user's tensors, in this order
 
