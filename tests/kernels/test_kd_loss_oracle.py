@@ -232,22 +232,30 @@ def test_betas_next_to_one_in_scalars_of_a_gpu(backend, beta, monkeypatch):
     """A GPU receives scalars in fp32, the interpreter in fp64: here they are rounded first."""
     from modxfer_fast.kernels.kd_loss import triton_impl
 
-    in_fp64 = triton_impl._spec_args
+    class InFp32:
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-    def in_fp32(*args):
-        rounded = in_fp64(*args)
-        for name, value in rounded.items():
-            if isinstance(value, float):
-                rounded[name] = torch.tensor(value, dtype=torch.float32).item()
-        return rounded
+        def __getitem__(self, grid):
+            def launch(*tensors, **scalars):
+                for name, value in scalars.items():
+                    if isinstance(value, float):
+                        scalars[name] = torch.tensor(value, dtype=torch.float32).item()
+                        rounded.add(name)
+                return self.kernel[grid](*tensors, **scalars)
 
-    monkeypatch.setattr(triton_impl, "_spec_args", in_fp32)
+            return launch
+
+    rounded = set()
+    for name in ("_kd_loss_fwd_kernel", "_kd_loss_bwd_kernel"):
+        monkeypatch.setattr(triton_impl, name, InFp32(getattr(triton_impl, name)))
     student, teacher = logits()
     _, grads = oracle(student, teacher, "jsd", beta, 1.0)
     leaf = student.clone().requires_grad_()
     loss = kd_loss(leaf, teacher, divergence="jsd", beta=beta, reduction="sum", backend=backend)
     (grad,) = torch.autograd.grad(loss, leaf)
     assert (grad.double() - grads).norm() <= 1e-6 * grads.norm()
+    assert {"beta", "rest"} <= rounded
 
 
 # --- the definition in other words
