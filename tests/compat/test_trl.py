@@ -253,6 +253,55 @@ def test_training_makes_no_logits(trainer, patched, name, monkeypatch):
     assert not patched.declined
 
 
+def test_distillation_trainer_end_to_end(theirs, tmp_path):
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    from modxfer_fast.data import train_tokenizer
+
+    tokenizer = train_tokenizer(["a few words"], 300)
+    size = len(tokenizer)
+    options = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 6,
+        "beta": 0.3,
+        "temperature": 1.4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+    }
+    logs = []
+    for is_patched in (False, True):
+        report = ours.patch_trl() if is_patched else None
+        student = tiny_llama(vocab_size=size)
+        it = DistillationTrainer(
+            model=student,
+            teacher_model=tiny_llama(48, seed=1, vocab_size=size),
+            args=DistillationConfig(**options),
+            train_dataset=Dataset.from_dict({"prompt": ["a few", "words", "a", "few words"]}),
+            processing_class=tokenizer,
+        )
+        it.train()
+        logs.append(
+            [
+                [row[n] for n in ("loss", "entropy", "grad_norm")]
+                for row in it.state.log_history
+                if "loss" in row
+            ]
+        )
+        if report is not None:
+            report.unpatch()
+            assert not report.declined
+    assert len(logs[0]) == 2
+    torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_what_ours_does_not_cover_is_trls_and_counted(trainer, patched):
     student, teacher = tiny_llama(), tiny_llama(48, seed=1)
     it = trainer("gkd", student, teacher)
