@@ -503,6 +503,13 @@ def _make_compute_loss(
             raise _Declined(
                 f"the student has {student.classes} classes, the teacher {teacher.classes}"
             )
+        scales = []
+        for role, parts_of in (("student", student), ("teacher", teacher)):
+            # what is not in the states already
+            scale, cap = getattr(parts_of, "bend", (1.0, None))
+            if cap is not None:
+                raise _Declined(f"the {role}'s logits are soft-capped")
+            scales.append(scale)
         trainer.teacher_model.eval()
 
         def run(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -514,8 +521,8 @@ def _make_compute_loss(
                 )[:, :-1]
             with _whole(*student.head.parameters(False), *teacher.head.parameters(False)):
                 loss, _, _ = _divergence(
-                    (hidden, *student.weight_and_bias(), 1.0),
-                    (target, *teacher.weight_and_bias(), 1.0),
+                    (hidden, *student.weight_and_bias(), scales[0]),
+                    (target, *teacher.weight_and_bias(), scales[1]),
                     labels[:, 1:] != _IGNORED,
                     beta=trainer.beta,
                     temperature=temperature,

@@ -224,6 +224,24 @@ def test_compute_loss_is_trls(trainer, name):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bends", [{"logit_scale": 0.25}, {"final_logit_softcapping": 2.0}])
+def test_models_that_bend_their_logits(trainer, bends):
+    if "logit_scale" in bends:
+        from transformers import CohereConfig as Config
+        from transformers import CohereForCausalLM as Model
+    else:
+        from transformers import Gemma2Config as Config
+        from transformers import Gemma2ForCausalLM as Model
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "initializer_range": 0.5, "pad_token_id": 0, **bends}
+    student = Model(Config(**sizes))
+    it = trainer("gkd", student, tiny_llama(48, seed=1))
+    expected = it.compute_loss(student, batch())
+    with ours.patch_trl():
+        torch.testing.assert_close(it.compute_loss(student, batch()), expected)
+
+
 def test_mixed_precision_is_trls(trainer):
     student, teacher = tiny_llama(), tiny_llama(48, seed=1)
     it = trainer("gkd", student, teacher, bf16=True)
