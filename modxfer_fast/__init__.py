@@ -12,6 +12,11 @@ from modxfer_fast.kernels.dispatch import BackendError, use_backend
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.kernels.linear_kd_loss import (
     KDTerms,
+    TeacherHead,
+    TeacherLogits,
+    TeacherLogProbs,
+    TeacherMixture,
+    TeacherProbs,
     linear_kd_loss,
     linear_kd_loss_terms,
     release_workspace,
@@ -41,6 +46,11 @@ __all__ = [
     "LinearKDLoss",
     "LoraProjectionLoss",
     "LoraTarget",
+    "TeacherHead",
+    "TeacherLogProbs",
+    "TeacherLogits",
+    "TeacherMixture",
+    "TeacherProbs",
     "__version__",
     "kd_loss",
     "linear_kd_loss",

@@ -114,6 +114,20 @@ def dweight(dlogits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> N
         out.copy_(torch.mm(dlogits_t, hidden))
 
 
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, where out has the dtype of the sums and a factor may be narrower.
+
+    On a GPU tensor cores take both in the narrower of their dtypes.
+    """
+    if left.dtype == right.dtype == out.dtype:
+        out.addmm_(left, right)
+    elif out.is_cuda:
+        narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+        torch.addmm(out, left.to(narrow), right.to(narrow), out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(left.to(out.dtype), right.to(out.dtype))
+
+
 def _widened_tiles(weight: Tensor, dtype: torch.dtype, tile: int) -> Iterator[tuple[slice, Tensor]]:
     buffer = torch.empty(min(tile, weight.shape[0]), weight.shape[1], dtype=dtype)
     for start in range(0, weight.shape[0], tile):

@@ -5,7 +5,7 @@ is one of the kinds of linear_kd_loss/teachers.py, whose row kernel reads logits
 """
 
 from collections.abc import Sequence, Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from modxfer_fast.kernels.common import gemm, packing
 from modxfer_fast.kernels.common.autocast import cast_for_autocast
 from modxfer_fast.kernels.common.backward import saved_dtype
-from modxfer_fast.kernels.common.checks import check_float, check_same_device
+from modxfer_fast.kernels.common.checks import FLOATS, check_float, check_same_device
 from modxfer_fast.kernels.common.chunks import ChunkPlan
 from modxfer_fast.kernels.common.spec import KDSpec
 
@@ -73,9 +73,17 @@ class Head(NamedTuple):
                 f"{role}_weight, got {tuple(hidden.shape)}"
             )
         if weight.dtype != hidden.dtype:
+            is_stored = (
+                ""
+                if weight.dtype in FLOATS
+                else (
+                    ", which is no weight but what one is stored as: give a "
+                    "QuantizedWeight(weight, dequantize)"
+                )
+            )
             raise TypeError(
                 f"{role}_weight: expected {hidden.dtype}, the dtype of {role}_hidden, "
-                f"got {weight.dtype}"
+                f"got {weight.dtype}{is_stored}"
             )
         check_same_device(f"{role}_weight", weight, f"{role}_hidden", hidden)
         if bias is None:
@@ -101,6 +109,11 @@ class Head(NamedTuple):
                 f"got {self.vocab_size}"
             )
         check_same_device("teacher_hidden", self.hidden, "student_hidden", student.hidden)
+
+    def leading(self, classes: int) -> "Head":
+        """The head of the first classes, views whose other rows have a gradient of 0."""
+        hidden, weight, bias = self
+        return Head(hidden, weight[:classes], None if bias is None else bias[:classes])
 
     # --- a chunk of rows
 
@@ -128,6 +141,10 @@ class Head(NamedTuple):
         if self.weight.dtype == logits.dtype or gemm.is_widened(self.weight, logits.dtype):
             return logits
         return logits.view(self.weight.dtype)[:, : logits.shape[1]]
+
+    def dhidden(self, dlogits: Tensor, out: Tensor, tile: int) -> None:
+        """out [m, D] = dlogits weight."""
+        gemm.dhidden(dlogits, self.weight, out, tile)
 
     def gradient(
         self, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
@@ -160,7 +177,7 @@ class HeadGradient:
     """Takes dlogits, chunk after chunk, to the gradients of a head.
 
     Args:
-        head: of all rows.
+        head: a `Head`, or one with its fields, of all rows.
         wanted: names of its tensors whose gradients are asked for.
         row_weights: [N]; their dtype is that of the sums over chunks.
         plan: of the chunks. If there is one, dweight is rounded by its GEMM instead of summed.
@@ -168,9 +185,9 @@ class HeadGradient:
     """
 
     def __init__(
-        self, head: Head, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
+        self, head: Any, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
     ):
-        hidden, weight, bias = head
+        hidden, weight, bias = head.hidden, head.weight, head.bias
         self._tile, self._started = plan.tile, False
         self._dtypes = {
             name: saved_dtype(getattr(head, name), hidden, row_weights) for name in wanted
@@ -188,12 +205,12 @@ class HeadGradient:
                 bias.shape, device=bias.device, dtype=row_weights.dtype
             )
 
-    def add(self, dlogits: Tensor, rows: Head, span: slice, index: Tensor | None) -> None:
+    def add(self, dlogits: Tensor, rows: Any, span: slice, index: Tensor | None) -> None:
         """dlogits [m, V] of `rows`, which `head.take(span, index)` gave."""
         sums = self._sums
         if "hidden" in sums:
             dhidden = sums["hidden"][span] if index is None else torch.empty_like(rows.hidden)
-            gemm.dhidden(dlogits, rows.weight, dhidden, self._tile)
+            rows.dhidden(dlogits, dhidden, self._tile)
             if index is not None:
                 sums["hidden"].index_copy_(0, index, dhidden)
         if "weight" in sums:

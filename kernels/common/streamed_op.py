@@ -82,12 +82,18 @@ def define_op(
         loss = name.rpartition("_")[0]  # what a user called
 
         def setup_context(ctx, inputs, output):
+            # torch wants a gradient for each tensor of a list, and of an empty one an empty list
+            ctx.absent = {
+                field: [None] * len(value)
+                for field, value in zip(kinds, inputs, strict=True)
+                if isinstance(value, list) and all(isinstance(each, Tensor) for each in value)
+            }
             save(ctx, read(*inputs), output)
 
         def by_position(ctx, *grads):
             refuse_double_backward(loss)
             found = backward(ctx, *grads)
-            return tuple([found.get(field) for field in kinds])
+            return tuple([found.get(field, ctx.absent.get(field)) for field in kinds])
 
         torch.library.register_autograd(qualified, by_position, setup_context=setup_context)
     return getattr(torch.ops.modxfer, name).default
@@ -100,13 +106,38 @@ def _result(name: str) -> str:
 
 def save_values(ctx, *values: Any) -> None:
     """Keeps tensors and constants for the backward, where `saved_values` has them."""
-    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
-    ctx.constants = [None if isinstance(value, Tensor) else value for value in values]
+    lists = [value for value in values if _is_tensors(value)]
+    ctx.save_for_backward(
+        *[value if isinstance(value, Tensor) else None for value in values],
+        *[tensor for tensors in lists for tensor in tensors],
+    )
+    ctx.constants = [
+        _Count(len(value)) if _is_tensors(value) else None if isinstance(value, Tensor) else value
+        for value in values
+    ]
 
 
 def saved_values(ctx) -> list[Any]:
-    pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
-    return [constant if tensor is None else tensor for tensor, constant in pairs]
+    count = len(ctx.constants)
+    saved, rest = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+    values: list[Any] = []
+    for tensor, constant in zip(saved, ctx.constants, strict=True):
+        if isinstance(constant, _Count):
+            values.append(rest[: constant.count])
+            del rest[: constant.count]
+        else:
+            values.append(constant if tensor is None else tensor)
+    return values
+
+
+class _Count(NamedTuple):
+    """Stands for a list of so many saved tensors."""
+
+    count: int
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
 
 
 class StreamedOp(Generic[Inputs]):

@@ -1,7 +1,13 @@
 from modxfer_fast.kernels.common.scratch import release_workspace
+from modxfer_fast.kernels.linear_kd_loss.mixture import TeacherHead, TeacherMixture
 from modxfer_fast.kernels.linear_kd_loss.op import (
     KDTerms,
     linear_kd_loss,
     linear_kd_loss_terms,
     loss_of_heads,
+)
+from modxfer_fast.kernels.linear_kd_loss.teachers import (
+    TeacherLogits,
+    TeacherLogProbs,
+    TeacherProbs,
 )

@@ -43,7 +43,8 @@ from modxfer_fast.kernels.common import (
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
-from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
+from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
+from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values, teacher_of
 
 Arguments = ParamSpec("Arguments")
 
@@ -92,7 +93,8 @@ def linear_kd_loss(
         student_weight: [V, D_s], dtype of student_hidden. Frozen (requires_grad=False), its GEMM
             is not computed.
         teacher_hidden: [..., D_t], same leading dimensions; D_t and dtype may differ. A constant.
-            Or a teacher of another kind, an object of linear_kd_loss/teachers.py.
+            Or a teacher of another kind: `TeacherLogits`, `TeacherLogProbs`, `TeacherProbs`, or
+            several as a `TeacherMixture`.
         teacher_weight: [V, D_t], dtype of teacher_hidden. None beside a teacher of another kind.
         labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
@@ -237,12 +239,21 @@ def loss_of_heads(
 
 
 def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
-    """What of a head or teacher is to be a tensor, and is there, as `<role>_<field>`."""
-    return {
-        f"{role}_{name}": value
-        for (name, kind), value in zip(head.__annotations__.items(), head, strict=True)
-        if kind in (Tensor, Tensor | None) and value is not None
-    }
+    """What of a head or teacher is to be a tensor, and is there, as `<role>_<field>`.
+
+    Whatever is no option is to be one: an nn.Linear in place of its weight is found here.
+    """
+    found = {}
+    for name, value in zip(head._fields, head, strict=True):
+        if isinstance(value, list):
+            found |= {
+                f"{role}_{name}[{i}]": each
+                for i, each in enumerate(value)
+                if not isinstance(each, float)
+            }
+        elif value is not None and not isinstance(value, (str, bool, int, float)):
+            found[f"{role}_{name}"] = value
+    return found
 
 
 def _kinds(role: str, head: type[Any]) -> dict[str, Any]:
@@ -301,4 +312,15 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
     )
 
 
-streamed("linear_kd_loss", Head, Head)
+def taught_by(name: str, teacher_kind: type[Any]) -> None:
+    """Defines the ops of every kind of student with teachers of this kind."""
+    for suffix, student_kind in STUDENT_KINDS.items():
+        streamed(f"{name}{suffix}", student_kind, teacher_kind)
+
+
+# suffix of an op's name -> kind
+STUDENT_KINDS: dict[str, type[Any]] = {"": Head}
+
+taught_by("linear_kd_loss", Head)
+taught_by("linear_kd_loss_of_values", Values)
+taught_by("linear_kd_loss_of_mixture", Mixture)

@@ -23,6 +23,7 @@ from modxfer_fast.kernels.common.chunks import ChunkPlan
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
+from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher
 
 
@@ -68,7 +69,7 @@ def stream(
         rounds_single=student.rounds_single,
     )
     kd, ce = torch.zeros_like(weights), torch.zeros_like(weights)
-    row_kernel = getattr(kernels, f"{teacher.row_kernel}_{'fwd_bwd' if wanted else 'fwd'}")
+    row_kernel = row_function(kernels, teacher, "fwd_bwd" if wanted else "fwd")
     gradient = None
     if wanted:
         gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)

@@ -1,21 +1,25 @@
 """Teachers of `linear_kd_loss`: what each gives the row kernels for a chunk of rows.
 
-A kind of teacher is a NamedTuple whose fields become inputs of the op (`op.streamed` registers it).
-It says which row kernel reads it, `<row_kernel>_fwd` and `<row_kernel>_fwd_bwd` of the backends of
-the `kd_loss` room, as `dispatch.ROOMS` lists them:
+A user's object has `kind()`, or is itself of the kind: a NamedTuple whose fields become inputs of
+the op (`op.taught_by` registers it). It says which row kernel reads it, `<row_kernel>_fwd` and
+`<row_kernel>_fwd_bwd` of the backends of the `kd_loss` room, as `dispatch.ROOMS` lists them:
 
     <row_kernel>_fwd(logits, signal, labels, spec) -> kd, ce [M], statistics
     <row_kernel>_fwd_bwd(logits, signal, labels, row_weights, spec, dlogits) -> kd, ce [M]
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common import KDSpec, check_float, check_same_device, packing
 from modxfer_fast.kernels.common.head import Head
+
+_COLUMNS = 4096  # of a teacher's classes that are gathered at once
 
 
 class Teacher(Protocol):
@@ -78,7 +82,7 @@ def teacher_of(hidden: Any, weight: Tensor | None, bias: Tensor | None) -> Any:
     Raises:
         ValueError: an object with a weight or bias beside it, or hidden states without a weight.
     """
-    if not hasattr(hidden, "row_kernel"):
+    if not (hasattr(hidden, "row_kernel") or hasattr(hidden, "kind")):
         if weight is None:
             raise ValueError(
                 "teacher_weight: expected [V, D_t] beside hidden states, or a teacher such as "
@@ -91,4 +95,149 @@ def teacher_of(hidden: Any, weight: Tensor | None, bias: Tensor | None) -> Any:
                 f"{name}: expected None beside a {type(hidden).__name__}, which is a whole "
                 f"teacher, got a {type(value).__name__}"
             )
-    return hidden
+    return hidden.kind() if hasattr(hidden, "kind") else hidden
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TeacherLogits:
+    """A teacher whose logits are there already; the row kernels read them as they are.
+
+    Attributes:
+        logits: [..., V], the leading dimensions of student_hidden, any float dtype. A constant. A
+            logit of -inf excludes its class.
+    """
+
+    logits: Tensor
+
+    def kind(self) -> "Values":
+        check_float("TeacherLogits: logits", self.logits)
+        return Values(self.logits, "logits")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TeacherLogProbs:
+    """A teacher given by the logarithms of its probabilities at temperature 1.
+
+    At another temperature p is softmax(log_probs / temperature). A row whose probabilities do not
+    sum to 1 is divided by their sum.
+
+    Attributes:
+        log_probs: [..., V], the leading dimensions of student_hidden, at most 0; -inf is a
+            probability of 0. A constant.
+    """
+
+    log_probs: Tensor
+
+    def kind(self) -> "Values":
+        check_float("TeacherLogProbs: log_probs", self.log_probs)
+        return Values(self.log_probs, "log_probs")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TeacherProbs:
+    """A teacher given by its probabilities at temperature 1; see `TeacherLogProbs`.
+
+    Logarithms are taken a chunk at a time.
+
+    Attributes:
+        probs: [..., V], the leading dimensions of student_hidden, in [0, 1]. A constant. In half
+            precision what is below its smallest number is 0, and excluded.
+    """
+
+    probs: Tensor
+
+    def kind(self) -> "Values":
+        check_float("TeacherProbs: probs", self.probs)
+        return Values(self.probs, "probs")
+
+
+class Values(NamedTuple):
+    """A teacher of one value a class.
+
+    Attributes:
+        values: [N, V]; [..., V] before `flat`. [N, V_t] with ids.
+        holds: "logits", "log_probs" or "probs".
+        ids: [V] int64, the columns that are the student's classes; None for all of them.
+    """
+
+    values: Tensor
+    holds: str
+    ids: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.values.shape[-1] if self.ids is None else self.ids.shape[0]
+
+    @property
+    def row_kernel(self) -> str:
+        return "kd_loss"
+
+    @property
+    def num_buffers(self) -> int:
+        return 0 if self.ids is None and self.holds != "probs" else 1
+
+    def detach(self) -> "Values":
+        return self._replace(values=self.values.detach())
+
+    def cast(self) -> "Values":
+        return self
+
+    def check(self, role: str) -> None:
+        if self.values.dim() == 0 or self.values.shape[-1] == 0:
+            raise ValueError(
+                f"{role}_{self.holds}: expected shape [..., V] with V > 0, "
+                f"got {tuple(self.values.shape)}"
+            )
+
+    def check_teacher(self, student: Any) -> None:
+        name, expected = f"teacher_{self.holds}", (*student.hidden.shape[:-1], student.vocab_size)
+        if (*self.values.shape[:-1], self.vocab_size) != tuple(expected):
+            raise ValueError(
+                f"{name}: expected shape {tuple(expected)}, the leading dimensions of "
+                f"student_hidden and the student's vocabulary, got {tuple(self.values.shape)}"
+            )
+        check_same_device(name, self.values, "student_hidden", student.hidden)
+
+    def flat(self, rows: int) -> "Values":
+        return self._replace(values=self.values.reshape(rows, self.values.shape[-1]))
+
+    def leading(self, classes: int) -> "Values":
+        return self._replace(values=self.values[..., :classes])
+
+    def take(self, span: slice, index: Tensor | None) -> "Values":
+        return self._replace(values=packing.take(self.values, span, index))
+
+    def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
+        values = self.values
+        self._check_values()
+        if not self.num_buffers:
+            return packing.row_major(values)
+        out = buffers[0][: values.shape[0]]
+        if self.ids is None:
+            out.copy_(values)
+        else:
+            for start in range(0, out.shape[1], _COLUMNS):
+                columns = slice(start, start + _COLUMNS)
+                out[:, columns] = values.index_select(1, self.ids[columns])
+        return out.log_() if self.holds == "probs" else out
+
+    def _check_values(self) -> None:
+        """On a GPU only under MODXFER_DEBUG=1. A NaN is a broken model, whose loss is NaN."""
+        values = self.values
+        if self.holds == "logits" or not (values.device.type == "cpu" or env.debug()):
+            return
+        rounding = 4 * torch.finfo(values.dtype).eps
+        top, expected = (0.0, "at most 0") if self.holds == "log_probs" else (1.0, "in [0, 1]")
+        bad = values > top + rounding
+        if self.holds == "probs":
+            bad |= values < 0.0
+        if bad.any():
+            raise ValueError(
+                f"teacher_{self.holds}: expected values {expected}, got {values[bad][0].item()}"
+            )
+
+    def row_bytes(self) -> int:
+        return self.values.shape[-1] * self.values.itemsize
+
+    def widened_bytes(self, dtype: torch.dtype) -> int:
+        return 0
