@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from modxfer_fast.compat.log_probs import jsd_addends, jsd_gradient
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss, linear_kd_loss_terms
+from modxfer_fast.kernels.linear_kd_loss import TeacherProbs, linear_kd_loss, linear_kd_loss_terms
 
 __all__ = [
     "LigerFusedLinearJSD",
     "LigerFusedLinearJSDLoss",
+    "LigerFusedLinearKLDivLoss",
     "LigerJSD",
     "LigerKLDIVLoss",
     "LigerTVDLoss",
@@ -233,6 +234,66 @@ class LigerFusedLinearJSD(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"jsd_beta={self.jsd_beta}, ignore_index={self.ignore_index}, "
+            f"temperature={self.temperature}"
+        )
+
+
+class LigerFusedLinearKLDivLoss(nn.Module):
+    """KL(target || softmax(student_input student_weight^T / temperature)) of given probabilities.
+
+    Rows of a target are divided by their sum, where Liger takes them as they are.
+
+    Args:
+        reduction: "batchmean" (over the tokens that count), "mean" (over their classes too) or
+            "sum".
+        ignore_index: the label of tokens that do not count.
+        temperature: divides the student's logits alone.
+        eps: accepted; a class of probability 0 adds nothing.
+        accum_dtype: accepted; a weight's gradient is summed in fp32 whatever it says.
+    """
+
+    def __init__(
+        self,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        eps: float = 1e-10,
+        accum_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if reduction not in _REDUCTIONS[1:]:
+            raise ValueError(
+                f"reduction: expected one of {', '.join(_REDUCTIONS[1:])}, got {reduction!r}"
+            )
+        self.reduction = reduction
+        self.temperature = temperature
+        self.ignore_index = ignore_index
+        self.eps = eps
+        self.accum_dtype = accum_dtype
+        KDSpec(temperature=temperature).checked()
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        target: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 scalar of [N, D], [V, D], probabilities [N, V], a constant, and labels [N] int64 or
+        None, as which every token counts."""
+        loss = linear_kd_loss(
+            student_input / self.temperature,  # the target is at its own
+            student_weight,
+            TeacherProbs(target),
+            labels=shift_labels,
+            ignore_index=self.ignore_index,
+            reduction="sum" if self.reduction == "sum" else "mean",
+        )
+        return loss / target.shape[-1] if self.reduction == "mean" else loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
             f"temperature={self.temperature}"
         )
 

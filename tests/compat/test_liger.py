@@ -150,6 +150,21 @@ def test_fused_linear_jsd(heads, labelled, beta, temperature):
 
 @needs_liger
 @pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_fused_linear_kl_div(heads, labelled, reduction, temperature):
+    (hidden, weight, _), _, labels = heads
+    target = rows(1)[0].exp()
+    target[:, 0] = 0.0
+    target = target / target.sum(-1, keepdim=True)
+    tensors = (hidden, weight, target, labels if labelled else None)
+    kinds = (peer("LigerFusedLinearKLDivLoss"), ours.LigerFusedLinearKLDivLoss)
+    expected, got = (kind(reduction, IGNORED, temperature)(*tensors) for kind in kinds)
+    assert_same(expected, got, (hidden, weight))
+
+
+@needs_liger
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_jsd_of_log_probs(heads, labelled, beta, dtype, monkeypatch):
