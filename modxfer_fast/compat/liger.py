@@ -281,10 +281,11 @@ class LigerFusedLinearKLDivLoss(nn.Module):
     ) -> Tensor:
         """fp32 scalar of [N, D], [V, D], probabilities [N, V], a constant, and labels [N] int64 or
         None, as which every token counts."""
+        teacher: Any = TeacherProbs(target)
         loss = linear_kd_loss(
             student_input / self.temperature,  # the target is at its own
             student_weight,
-            TeacherProbs(target),
+            teacher,
             labels=shift_labels,
             ignore_index=self.ignore_index,
             reduction="sum" if self.reduction == "sum" else "mean",
