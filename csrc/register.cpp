@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "Tensor row_weights, int divergence, float beta, float temperature, float kd_weight, "
       "float ce_weight, Tensor(a!) dlogits) -> (Tensor kd, Tensor ce)");
   m.def(
+      "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
+      "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, float beta, "
+      "float temperature, float kd_weight, float ce_weight, Tensor(a!)? dlogits) "
+      "-> (Tensor kd, Tensor ce)");
+  m.def(
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "
       "norm, "
       "float norm_eps, Tensor(a!)? dz) -> Tensor loss");
@@ -55,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
   m.impl("kd_loss_fwd", TORCH_BOX(&modxfer::kd_loss_fwd));
   m.impl("kd_loss_bwd", TORCH_BOX(&modxfer::kd_loss_bwd));
   m.impl("kd_loss_fwd_bwd", TORCH_BOX(&modxfer::kd_loss_fwd_bwd));
+  m.impl("topk_kd_loss", TORCH_BOX(&modxfer::topk_kd_loss));
   m.impl("projection_loss_rows", TORCH_BOX(&modxfer::projection_loss_rows));
   m.impl("projection_loss_low_rank", TORCH_BOX(&modxfer::projection_loss_low_rank));
   m.impl("lora_shrink", TORCH_BOX(&modxfer::lora_shrink));

@@ -31,7 +31,10 @@ from modxfer_fast.kernels.names import BACKENDS
 # what the module of every backend has; of kd_loss, the row kernels that teachers of linear_kd_loss
 # name (linear_kd_loss/teachers.py)
 ROOMS = {
-    "kd_loss": ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd"),
+    "kd_loss": (
+        *("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd"),
+        *("topk_kd_loss_fwd", "topk_kd_loss_fwd_bwd"),
+    ),
     "linear_kd_loss": ("linear_kd_loss_fwd",),
     "projection_loss": ("projection_loss_fwd", "projection_loss_rows"),
     "relation_loss": ("relation_loss_fwd",),

@@ -9,7 +9,7 @@ import importlib
 
 from modxfer_fast._version import __version__
 from modxfer_fast.kernels.dispatch import BackendError, use_backend
-from modxfer_fast.kernels.kd_loss import kd_loss
+from modxfer_fast.kernels.kd_loss import TeacherTopK, kd_loss
 from modxfer_fast.kernels.linear_kd_loss import (
     KDTerms,
     TeacherHead,
@@ -51,6 +51,7 @@ __all__ = [
     "TeacherLogits",
     "TeacherMixture",
     "TeacherProbs",
+    "TeacherTopK",
     "__version__",
     "kd_loss",
     "linear_kd_loss",

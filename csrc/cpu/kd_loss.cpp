@@ -195,4 +195,134 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   return {kd, ce};
 }
 
+// --- a teacher that lists a few classes
+
+namespace {
+
+// The rows of such a teacher; an id outside [0, V) is absent.
+class TopKRows {
+ public:
+  TopKRows(const Tensor& ids, const Tensor& log_probs, const std::optional<Tensor>& log_tail,
+           int64_t tail, double missing, int64_t rows, int64_t vocab_size)
+      : is_wide_(ids.scalar_type() == ScalarType::Long),
+        ids_(ids.data_ptr()),
+        log_probs_(floats(log_probs)),
+        width_(ids.size(1)),
+        vocab_size_(vocab_size),
+        tail_(static_cast<TopKTail>(tail)),
+        missing_(static_cast<float>(missing)) {
+    STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous() &&
+                        (is_wide_ || ids.scalar_type() == ScalarType::Int),
+                    "ids: expected contiguous int64 or int32 of [M, K]");
+    STD_TORCH_CHECK(0 <= tail && tail < static_cast<int64_t>(TopKTail::kCount),
+                    "tail: expected one that these C++ kernels were built with");
+    check_per_row(log_probs, rows * width_);
+    if (tail_ != TopKTail::kBucket) return;
+    STD_TORCH_CHECK(log_tail.has_value(), "log_tail: expected one a row");
+    check_per_row(*log_tail, rows);
+    log_tail_ = floats(*log_tail);
+  }
+
+  int64_t width() const { return width_; }
+
+  // Those of a row that are there, in buffers of `width` each.
+  TopKRow read(int64_t row, int64_t* ids, float* log_p) const {
+    int64_t count = 0;
+    for (int64_t k = row * width_; k < (row + 1) * width_; ++k) {
+      const int64_t id = is_wide_ ? static_cast<const int64_t*>(ids_)[k]
+                                  : int64_t{static_cast<const int32_t*>(ids_)[k]};
+      if (id < 0 || id >= vocab_size_) continue;
+      ids[count] = id;
+      log_p[count++] = log_probs_[k];
+    }
+    return {ids, log_p, count, log_tail_ == nullptr ? 0.0f : log_tail_[row], tail_, missing_};
+  }
+
+ private:
+  bool is_wide_;
+  const void* ids_;
+  const float* log_probs_;
+  const float* log_tail_ = nullptr;
+  int64_t width_;
+  int64_t vocab_size_;
+  TopKTail tail_;
+  float missing_;
+};
+
+// What a thread holds for them.
+class TopKBuffers {
+ public:
+  TopKBuffers(int64_t vocab_size, int64_t width, const Rows& student, int64_t dlogits_size = 0)
+      : others_(2 * vocab_size),
+        list_(5 * (width + 1)),
+        student(student.buffer_size()),
+        dlogits(dlogits_size),
+        ids(width),
+        log_p(width),
+        vocab_size_(vocab_size),
+        width_(width + 1) {}
+
+  TopKScratch scratch() {
+    float *e = others_.data(), *z = list_.data();
+    return {e, e + vocab_size_, z, z + width_, z + 2 * width_, z + 3 * width_, z + 4 * width_};
+  }
+
+ private:
+  std::vector<float> others_, list_;
+
+ public:
+  std::vector<float> student, dlogits;
+  std::vector<int64_t> ids;
+  std::vector<float> log_p;
+
+ private:
+  int64_t vocab_size_, width_;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
+                                        std::optional<Tensor> log_tail, int64_t tail,
+                                        double missing, std::optional<Tensor> labels,
+                                        std::optional<Tensor> row_weights, int64_t divergence,
+                                        double beta, double temperature, double kd_weight,
+                                        double ce_weight, std::optional<Tensor> dlogits) {
+  const int64_t M = student_logits.size(0), V = student_logits.size(1);
+  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
+  const Rows student(student_logits), grad(dlogits.value_or(student_logits));
+  const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);
+  const Labels label(labels, M, V);
+  const float* weights = nullptr;
+  if (dlogits.has_value()) {
+    check_same_shape(student_logits, *dlogits);
+    STD_TORCH_CHECK(row_weights.has_value(), "row_weights: expected them beside dlogits");
+    check_per_row(*row_weights, M);
+    weights = floats(*row_weights);
+  }
+  Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
+  float *kd_rows = floats(kd), *ce_rows = floats(ce);
+  torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
+    TopKBuffers buffers(V, teacher.width(), student, weights == nullptr ? 0 : grad.buffer_size());
+    const TopKScratch scratch = buffers.scratch();
+    for (int64_t row = begin; row < end; ++row) {
+      const float* z = student.read(row, buffers.student.data());
+      const TopKRow of_row = teacher.read(row, buffers.ids.data(), buffers.log_p.data());
+      TopKStats stats;
+      const KdLosses losses = kernels.topk_fwd(z, V, of_row, label[row], spec, stats, scratch);
+      kd_rows[row] = losses.kd;
+      ce_rows[row] = losses.ce;
+      if (weights == nullptr) continue;
+      float* target = grad.target(row, buffers.dlogits.data());
+      if (weights[row] == 0.0f) {
+        std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
+      } else {
+        kernels.topk_grad(z, V, of_row, label[row], weights[row], spec, stats, scratch, target);
+      }
+      grad.commit(row, target);
+    }
+  });
+  return {kd, ce};
+}
+
 }  // namespace modxfer

@@ -141,11 +141,14 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
   if (has_ce) dlogits[label] -= ce_scale;
 }
 
+#include "topk_kd_loss_rows.h"
+
 template <int64_t... kIds>
 constexpr std::array<KdRowKernels, sizeof...(kIds)> kernels_of(
     std::integer_sequence<int64_t, kIds...>) {
   return {KdRowKernels{kIsaName, row_fwd<static_cast<Divergence>(kIds)>,
-                       row_recompute<static_cast<Divergence>(kIds)>, row_grad}...};
+                       row_recompute<static_cast<Divergence>(kIds)>, row_grad,
+                       topk_row_fwd<static_cast<Divergence>(kIds)>, topk_row_grad}...};
 }
 
 // By divergence.

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, compiled
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 
 available = compiled.available
 supports = compiled.supports
@@ -42,6 +43,39 @@ def kd_loss_fwd_bwd(
 ) -> tuple[Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd_bwd(
         student_logits, teacher_logits, labels, row_weights, *_scalars(spec), dlogits
+    )
+
+
+def topk_kd_loss_fwd(
+    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, None]:
+    return *_topk(student_logits, teacher, labels, None, spec, None), None
+
+
+def topk_kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _topk(student_logits, teacher, labels, row_weights, spec, dlogits)
+
+
+def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[Tensor, Tensor]:
+    ids, log_probs, log_tail, tail, missing = teacher
+    return compiled.ops().topk_kd_loss(
+        student_logits,
+        ids.contiguous(),
+        log_probs.contiguous(),
+        log_tail,
+        TAILS.index(tail),
+        missing,
+        labels,
+        row_weights,
+        *_scalars(spec),
+        dlogits,
     )
 
 

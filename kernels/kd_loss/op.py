@@ -34,6 +34,8 @@ from modxfer_fast.kernels.common import (
 )
 from modxfer_fast.kernels.common.packing import row_major
 from modxfer_fast.kernels.common.rows import Tokens
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.kd_loss.topk_op import topk_rows
 
 
 class _Inputs(NamedTuple):
@@ -53,7 +55,7 @@ _BackwardInputs = streamed_op.inputs_of(
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TeacherTopK,
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
@@ -72,7 +74,7 @@ def kd_loss(
 
     Args:
         student_logits: [..., V], fp64, fp32, fp16 or bf16. The gradient flows here only.
-        teacher_logits: [..., V], same shape; a constant.
+        teacher_logits: [..., V], same shape; a constant. Or a `TeacherTopK` of K classes a row.
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
         divergence, beta, temperature, kd_weight, ce_weight, token_weights, normalizer,
@@ -86,7 +88,10 @@ def kd_loss(
     Raises:
         ValueError, TypeError, RuntimeError, BackendError: as `linear_kd_loss` does.
     """
-    refuse_transforms("kd_loss", student_logits, teacher_logits)
+    of_teacher: tuple[Tensor, ...] = (
+        teacher_logits[:2] if isinstance(teacher_logits, TeacherTopK) else (teacher_logits,)
+    )
+    refuse_transforms("kd_loss", student_logits, *of_teacher)
     spec = KDSpec(
         divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
     ).checked()
@@ -94,16 +99,22 @@ def kd_loss(
     _check(student_logits, teacher_logits)
     tokens = Tokens(labels, token_weights, normalizer, reduction, ignore_index)
     tokens.check(spec.ce_weight, "student_logits", student_logits)
-    backend = dispatch.resolve("kd_loss", student_logits, teacher_logits, backend=backend)
+    backend = dispatch.resolve("kd_loss", student_logits, of_teacher[-1], backend=backend)
 
     lead, vocab_size = student_logits.shape[:-1], student_logits.shape[-1]
     student_logits = student_logits.reshape(-1, vocab_size)
-    teacher_logits = teacher_logits.detach().reshape(-1, vocab_size)
     labels = None if labels is None else labels.reshape(-1)
     valid = valid_rows(labels, ignore_index)
 
     numbers, names = spec.numbers(), spec.names()
-    rows, _ = _fwd(student_logits, teacher_logits, labels, numbers, names, ignore_index, backend)
+    options = (labels, numbers, names, ignore_index, backend)
+    if isinstance(teacher_logits, TeacherTopK):
+        rows = topk_rows(
+            student_logits, teacher_logits.detach().flat(len(student_logits)), *options
+        )
+    else:
+        teacher_logits = teacher_logits.detach().reshape(-1, vocab_size)
+        rows, _ = _fwd(student_logits, teacher_logits, *options)
     weights = combine_row_weights(valid, token_weights, rows, rows.dtype)
     rows = torch.where(weights != 0, rows * weights, 0.0)
     if reduction == "none":
@@ -112,13 +123,17 @@ def kd_loss(
     return rows.sum() if divisor is None else rows.sum() / divisor
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def _check(student_logits: Tensor, teacher_logits: Tensor | TeacherTopK) -> None:
     check_float("student_logits", student_logits)
-    check_float("teacher_logits", teacher_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
         raise ValueError(
             f"student_logits: expected shape [..., V] with V > 0, got {tuple(student_logits.shape)}"
         )
+    if isinstance(teacher_logits, TeacherTopK):
+        teacher_logits.check()
+        teacher_logits.check_rows("student_logits", student_logits)
+        return
+    check_float("teacher_logits", teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"teacher_logits: expected the shape of student_logits, "

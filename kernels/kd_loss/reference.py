@@ -9,12 +9,15 @@ test. The other functions are the backend interface: f and u of each class are t
     dlogits = row_weight (kd_weight / temperature (u - q sum(u)) + ce_weight (softmax(z) - onehot))
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
 
 
 def available() -> tuple[bool, str]:
@@ -109,6 +112,84 @@ def kd_loss_fwd_bwd(
     kd, ce, stats = kd_loss_fwd(student_logits, teacher_logits, labels, spec)
     kd_loss_bwd(student_logits, teacher_logits, labels, row_weights, stats, spec, dlogits)
     return kd, ce
+
+
+def topk_kd_loss_fwd(
+    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, None]:
+    """Per-row losses kd, ce [M] against a teacher that lists K classes; formulas in topk.py."""
+    z = _promote(student_logits)
+    kd, _ = _topk_divergence(z, teacher, spec)
+    ce, _ = _cross_entropy(z, labels, spec)
+    return kd, ce, None
+
+
+def topk_kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Returns kd, ce [M] and writes dlogits [M, V], which may lie over student_logits."""
+    z = _promote(student_logits)
+    kd, dkd = _topk_divergence(z, teacher, spec)
+    ce, dce = _cross_entropy(z, labels, spec)
+    dz = spec.kd_weight * dkd + spec.ce_weight * dce
+    row_weights = row_weights[:, None].to(dz.dtype)
+    dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
+    return kd, ce
+
+
+def _topk_divergence(z: Tensor, teacher: TopKRows, spec: KDSpec) -> tuple[Tensor, Tensor]:
+    """[M] divergences and their gradients [M, V]."""
+    vocab_size = z.shape[-1]
+    listed = (teacher.ids >= 0) & (teacher.ids < vocab_size)
+    # one more column, which the absent ones have for themselves
+    columns = torch.where(listed, teacher.ids, vocab_size).long()
+    x, _, logd = _shifted(z, spec.temperature)
+    log_q = torch.cat([x - logd, torch.full_like(logd, -torch.inf)], dim=-1)
+    log_q_listed = log_q.gather(-1, columns)
+    log_q = log_q.scatter(-1, columns, -torch.inf)[:, :vocab_size]  # of the others
+    log_p = teacher.log_probs.to(z.dtype).masked_fill(~listed, -torch.inf)
+    log_q_tail = log_q.logsumexp(-1, keepdim=True)
+    if teacher.log_tail is not None:
+        log_p_tail = teacher.log_tail[:, None].to(z.dtype)
+        # nothing of the student's is left, and of the teacher's no more than rounding
+        is_full = listed.sum(-1, keepdim=True) == vocab_size
+        is_gone = (log_q_tail == -torch.inf) & (is_full | (log_p_tail < math.log(ROUNDING)))
+        log_q_listed = torch.cat([log_q_listed, log_q_tail], dim=-1)
+        log_p = torch.cat([log_p, log_p_tail.masked_fill(is_gone, -torch.inf)], dim=-1)
+
+    q, q_listed = log_q.exp(), log_q_listed.exp()
+    f, u = _terms(log_q_listed, log_p, spec)
+    u = u + teacher.missing * q_listed
+    kd, u_sum, u_others = f.sum(-1), u.sum(-1, keepdim=True), torch.zeros_like(q)
+    if teacher.tail == "renormalise":
+        f_others, u_others = _terms(log_q, torch.full_like(log_q, -torch.inf), spec)
+        kd, u_sum = kd + f_others.sum(-1), u_sum + u_others.sum(-1, keepdim=True)
+    elif teacher.tail == "bucket":
+        # from the logits: next to a sure student's, log q of the others has lost its digits
+        others = z.masked_fill(log_q == -torch.inf, -torch.inf)
+        share = (others / spec.temperature).softmax(-1).masked_fill(log_q == -torch.inf, 0.0)
+        u_others = share * u[:, -1:]
+    if teacher.tail != "none" and DIVERGENCES[spec.divergence].row_sums == "mean_under_p":
+        u_sum = -torch.ones_like(u_sum)  # exactly: equal rows then have no gradient
+    dz = torch.cat([u_others - q * u_sum, torch.zeros_like(u_sum)], dim=-1)
+    dz = dz.scatter(-1, columns, (u - q_listed * u_sum)[:, : columns.shape[-1]])
+    return kd, dz[:, :vocab_size] / spec.temperature
+
+
+def _cross_entropy(z: Tensor, labels: Tensor | None, spec: KDSpec) -> tuple[Tensor, Tensor]:
+    """[M] cross entropies at temperature 1 and their gradients [M, V]; 0 without a label."""
+    if labels is None or spec.ce_weight == 0.0:
+        return torch.zeros_like(z[:, 0]), torch.zeros_like(z)
+    has_label, safe = _label_index(labels, z.shape[-1])
+    log_q = z.log_softmax(-1)
+    ce = torch.where(has_label, -log_q.gather(-1, safe[:, None]).squeeze(-1), 0.0)
+    dz = log_q.exp().scatter_add(-1, safe[:, None], -torch.ones_like(z[:, :1]))
+    return ce, torch.where(has_label[:, None], dz, 0.0)
 
 
 def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:

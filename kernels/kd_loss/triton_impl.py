@@ -27,6 +27,7 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec, triton_device
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.config import row_config
+from modxfer_fast.kernels.kd_loss.topk import TopKRows
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -443,6 +444,29 @@ def kd_loss_fwd_bwd(
     logits = (student_logits, teacher_logits)
     _launch(_kd_loss_fwd_bwd_kernel, *logits, labels, spec, row_weights, kd, ce, dlogits)
     return kd, ce
+
+
+def topk_kd_loss_fwd(
+    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, None]:
+    from modxfer_fast.kernels.kd_loss import triton_topk  # which imports what stands here
+
+    return triton_topk.topk_kd_loss_fwd(student_logits, teacher, labels, spec)
+
+
+def topk_kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    from modxfer_fast.kernels.kd_loss import triton_topk
+
+    return triton_topk.topk_kd_loss_fwd_bwd(
+        student_logits, teacher, labels, row_weights, spec, dlogits
+    )
 
 
 def _row_outputs(student_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ from modxfer_fast.kernels.common import (
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values, teacher_of
 
@@ -93,8 +94,8 @@ def linear_kd_loss(
         student_weight: [V, D_s], dtype of student_hidden. Frozen (requires_grad=False), its GEMM
             is not computed.
         teacher_hidden: [..., D_t], same leading dimensions; D_t and dtype may differ. A constant.
-            Or a teacher of another kind: `TeacherLogits`, `TeacherLogProbs`, `TeacherProbs`, or
-            several as a `TeacherMixture`.
+            Or a teacher of another kind: `TeacherLogits`, `TeacherLogProbs`, `TeacherProbs`,
+            `TeacherTopK` of K classes a row, or several as a `TeacherMixture`.
         teacher_weight: [V, D_t], dtype of teacher_hidden. None beside a teacher of another kind.
         labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
@@ -282,6 +283,8 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         spec = KDSpec.read(inputs.names, inputs.numbers)
         check_label_values(rows.labels, rows.ignore_index, student.vocab_size)
         valid, weights = rows.valid(), rows.row_weights
+        if hasattr(teacher, "check_values"):
+            teacher.check_values(spec, valid, student.vocab_size)
         counted = f"the labels other than ignore_index={rows.ignore_index}"
         check_num_valid(rows.num_valid, valid, counted)
         debug_check_finite(**tensors_of("student", student), **tensors_of("teacher", teacher))
@@ -324,3 +327,4 @@ STUDENT_KINDS: dict[str, type[Any]] = {"": Head}
 taught_by("linear_kd_loss", Head)
 taught_by("linear_kd_loss_of_values", Values)
 taught_by("linear_kd_loss_of_mixture", Mixture)
+taught_by("linear_topk_kd_loss", TeacherTopK)

@@ -21,6 +21,8 @@ FUNCTIONS = {
     "kd_loss_fwd",
     "kd_loss_bwd",
     "kd_loss_fwd_bwd",
+    "topk_kd_loss_fwd",
+    "topk_kd_loss_fwd_bwd",
     "projection_loss_rows",
     "shrink",
     "expand",

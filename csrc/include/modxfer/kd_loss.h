@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "modxfer/topk_kd_loss.h"
+
 namespace modxfer {
 
 // In the order of kernels/divergences.py, which has their formulas.
@@ -55,6 +57,13 @@ struct KdRowKernels {
   // dlogits from q and u; dlogits may be the student's row itself.
   void (*grad)(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
                const KdStats& stats, const KdScratch& scratch, float* dlogits);
+  // The same of a teacher that lists a few classes: losses, statistics and the scratch, and from
+  // these dlogits, which may be the student's row itself.
+  KdLosses (*topk_fwd)(const float* student, int64_t V, const TopKRow& teacher, int64_t label,
+                       const KdSpec& spec, TopKStats& stats, const TopKScratch& scratch);
+  void (*topk_grad)(const float* student, int64_t V, const TopKRow& teacher, int64_t label,
+                    float row_weight, const KdSpec& spec, const TopKStats& stats,
+                    const TopKScratch& scratch, float* dlogits);
 };
 
 // The kernels of a divergence for the instruction set in use.

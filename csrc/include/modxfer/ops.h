@@ -36,6 +36,14 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
                                            int64_t divergence, double beta, double temperature,
                                            double kd_weight, double ce_weight, Tensor dlogits);
 
+// of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
+std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
+                                        std::optional<Tensor> log_tail, int64_t tail,
+                                        double missing, std::optional<Tensor> labels,
+                                        std::optional<Tensor> row_weights, int64_t divergence,
+                                        double beta, double temperature, double kd_weight,
+                                        double ce_weight, std::optional<Tensor> dlogits);
+
 // -> loss [M]; writes dz [M, D] where given, which may be z
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
                             int64_t norm, double norm_eps, std::optional<Tensor> dz);

@@ -1,0 +1,267 @@
+"""Teachers of which K classes a row are known: what a server, an API or a cache of logits gives.
+
+N rows   K classes listed   V classes   A the listed ids of a row   p teacher   q student
+
+    bucket       the classes that are not listed are one more, with the rest of the mass on either
+                 side: p_tail = 1 - sum_A p, q_tail = the sum of q over them. The divergence of
+                 K + 1 classes; never negative, 0 where student and teacher agree on all of them
+    renormalise  p over the listed classes is divided by its sum, the others have p = 0; the student
+                 keeps its softmax over V. DistillKit's "zero" for the missing mass
+    none         the addends of the listed classes, p as it is, and nothing for the rest. What verl
+                 and VeOmni sum; may be negative
+
+In the student's logits, with f, u of kernels/divergences.py for p, q of a class and U = sum u:
+
+    listed       dD/dz_i = (u_i - q_i U) / temperature
+    not listed   dD/dz_j = (q_j / q_tail u_tail - q_j U) / temperature     bucket
+                 dD/dz_j = (u(0, q_j) - q_j U) / temperature               renormalise
+                 dD/dz_j = -q_j U / temperature                            none
+
+The u of a record may lack a multiple c q of q, of which the gradient of a whole distribution does
+not depend. That of "none", whose sum has no whole, does: there u + c q takes its place.
+
+No teacher is [N, V] anywhere; q_tail is a sum over the classes that are not listed, not 1 minus one
+over those that are, which would be noise where a student is sure.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.kernels import env
+from modxfer_fast.kernels.common import KDSpec, packing
+from modxfer_fast.kernels.common.checks import (
+    check_constant,
+    check_float,
+    check_same_device,
+    check_tensor,
+)
+from modxfer_fast.kernels.common.scalars import check_number, is_finite
+from modxfer_fast.kernels.divergences import DIVERGENCES
+
+TAILS = ("bucket", "renormalise", "none")
+# What a sum of probabilities, or a logarithm, may exceed its bound by: rounding to four decimals.
+ROUNDING = 1e-4
+
+
+class TopKRows(NamedTuple):
+    """What the row kernels `topk_kd_loss` read of a teacher.
+
+    Attributes:
+        ids: [M, K], int64 or int32; what lies outside [0, V) is absent. No id twice in a row.
+        log_probs: [M, K], fp32 or fp64, at the loss's temperature and, for "renormalise", of sum 1.
+        log_tail: [M], its dtype: the logarithm of the mass that is not listed; of "bucket".
+        tail: one of `TAILS`.
+        missing: c of the record's u; of "none", and 0 otherwise.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor | None
+    tail: str
+    missing: float = 0.0
+
+
+class TeacherTopK(NamedTuple):
+    """A teacher that tells its K likeliest classes, or any others, and their log-probabilities.
+
+    Attributes:
+        ids: [..., K], int64 or int32, classes of the student's vocabulary, none twice in a row. -1
+            is absent, for rows with fewer than K, whatever log_probs holds there.
+        log_probs: [..., K], any float, of the teacher's softmax over its whole vocabulary: their
+            probabilities sum to 1 at most. A constant.
+        tail: what becomes of the classes that are not listed: "bucket", "renormalise" or "none",
+            as the head of kernels/kd_loss/topk.py says.
+        temperature: at which the teacher's softmax was taken. A loss at another one can be had with
+            tail "renormalise" alone, which needs no more than the listed classes,
+            p_i^(temperature / temperature of the loss) over their sum; the rest of the mass cannot
+            be softened without the logits that it is made of.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: str = "bucket"
+    temperature: float = 1.0
+
+    @property
+    def row_kernel(self) -> str:
+        return "topk_kd_loss"
+
+    @property
+    def num_buffers(self) -> int:
+        return 0
+
+    # --- a user's tensors
+
+    def detach(self) -> "TeacherTopK":
+        return self._replace(ids=self.ids.detach(), log_probs=self.log_probs.detach())
+
+    def cast(self) -> "TeacherTopK":
+        return self
+
+    def check(self, role: str = "teacher") -> None:
+        """Raises ValueError or TypeError that names `<role>_ids`, `_log_probs` or another field."""
+        ids, log_probs, tail, temperature = self
+        check_tensor(f"{role}_ids", ids)
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{role}_ids: expected torch.int64 or torch.int32, got {ids.dtype}")
+        if ids.dim() == 0 or ids.shape[-1] == 0:
+            raise ValueError(
+                f"{role}_ids: expected shape [..., K] with K > 0, got {tuple(ids.shape)}"
+            )
+        check_float(f"{role}_log_probs", log_probs)
+        check_constant(f"{role}_log_probs", log_probs)
+        if log_probs.shape != ids.shape:
+            raise ValueError(
+                f"{role}_log_probs: expected the shape of {role}_ids, {tuple(ids.shape)}, "
+                f"got {tuple(log_probs.shape)}"
+            )
+        check_same_device(f"{role}_log_probs", log_probs, f"{role}_ids", ids)
+        if tail not in TAILS:
+            near = difflib.get_close_matches(str(tail), TAILS, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}{hint}")
+        check_number(f"{role}_temperature", temperature)
+        if not (temperature > 0.0 and is_finite(temperature)):
+            raise ValueError(f"{role}_temperature: expected a positive number, got {temperature}")
+
+    def check_teacher(self, student: Any) -> None:
+        """Raises ValueError where it cannot teach the rows of this head."""
+        self.check_rows("student_hidden", student.hidden)
+
+    def check_rows(self, name: str, like: Tensor) -> None:
+        """Raises ValueError beside rows `like` [..., D], the argument `name`."""
+        lead = like.shape[:-1]
+        if self.ids.shape[:-1] != lead:
+            raise ValueError(
+                f"teacher_ids: expected the leading dimensions of {name}, {tuple(lead)}, "
+                f"got {tuple(self.ids.shape[:-1])}"
+            )
+        check_same_device("teacher_ids", self.ids, name, like)
+
+    def check_values(self, spec: KDSpec, valid: Tensor | None, vocab_size: int) -> None:
+        """Raises ValueError for a loss that this teacher does not suit, or for values [N, K] that
+        are no teacher's; those on a GPU under MODXFER_DEBUG=1 alone.
+
+        Args:
+            valid: [N] bool, rows that count; the others may hold anything.
+        """
+        self._check_spec(spec)
+        ids, log_probs = self.ids, self.log_probs
+        if ids.numel() == 0 or not (ids.device.type == "cpu" or env.debug()):
+            return
+        if valid is not None:
+            ids, log_probs = ids[valid], log_probs[valid]
+        bad = (ids < -1) | (ids >= vocab_size)
+        if bad.any():
+            raise ValueError(
+                f"teacher_ids: expected values in [0, {vocab_size}), or -1 for none, "
+                f"got {ids[bad][0].item()}"
+            )
+        ordered = ids.sort(-1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if twice.any():
+            raise ValueError(
+                f"teacher_ids: expected no class twice in a row of them, "
+                f"got {ordered[:, 1:][twice][0].item()} twice"
+            )
+        log_p = log_probs.double().masked_fill(ids < 0, -torch.inf)
+        if (log_p > ROUNDING).any():
+            raise ValueError(
+                f"teacher_log_probs: expected logarithms of probabilities, at most 0, "
+                f"got {log_p[log_p > ROUNDING][0].item():.6g}"
+            )
+        if self.tail == "renormalise":
+            if not (ids >= 0).any(-1).all():
+                raise ValueError(
+                    "teacher_ids: expected a class in every row that counts, with tail "
+                    "'renormalise', got a row of -1 alone"
+                )
+            return
+        p = log_p.exp()
+        # each probability is as uncertain as its logarithm, times itself
+        entropy = -(p * log_p.clamp(min=-1e3)).sum(-1)
+        rounding = torch.finfo(log_probs.dtype).eps * (1.0 + entropy)
+        excess = p.sum(-1) - 1.0
+        if (excess > rounding + ROUNDING).any():
+            raise ValueError(
+                f"teacher_log_probs: expected probabilities whose sum is at most 1 in every row, "
+                f"got {1.0 + excess.max().item():.6g}; log-probabilities are those of the softmax "
+                f"over the whole vocabulary, or tail='renormalise'"
+            )
+
+    def _check_spec(self, spec: KDSpec) -> None:
+        if self.tail != "renormalise" and spec.temperature != self.temperature:
+            raise ValueError(
+                f"temperature: expected {self.temperature}, that of the teacher's log_probs, with "
+                f"tail {self.tail!r}, because the mass of classes that are not listed cannot be "
+                f"softened, got {spec.temperature}; take log_probs at that temperature and say so, "
+                f"TeacherTopK(..., temperature={spec.temperature}), or tail='renormalise'"
+            )
+        divergence = DIVERGENCES[spec.divergence]
+        if self.tail == "renormalise" and not math.isfinite(_of_one_class(spec, 0.0, 0.5)[0]):
+            raise ValueError(
+                f"divergence: expected one that is finite where the teacher gives a class nothing, "
+                f"with tail 'renormalise', got {divergence.name!r}, {divergence.formula}; "
+                f"tail='bucket' gives the classes that are not listed what mass is left"
+            )
+
+    def flat(self, rows: int) -> "TeacherTopK":
+        shape = (rows, self.ids.shape[-1])
+        return self._replace(ids=self.ids.reshape(shape), log_probs=self.log_probs.reshape(shape))
+
+    # --- of [N, K]
+
+    def take(self, span: slice, index: Tensor | None) -> "TeacherTopK":
+        ids, log_probs = (packing.take(tensor, span, index) for tensor in self[:2])
+        return self._replace(ids=ids, log_probs=log_probs)
+
+    def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> TopKRows:
+        return self.rows(spec)
+
+    def rows(self, spec: KDSpec) -> TopKRows:
+        """What the row kernels read, of [M, K] and a loss that `check_values` has passed."""
+        absent = self.ids < 0
+        log_p = self.log_probs.double().masked_fill(absent, -torch.inf)
+        dtype = torch.promote_types(self.log_probs.dtype, torch.float32)
+        if self.tail == "renormalise":
+            softened = log_p * (self.temperature / spec.temperature)
+            log_p = softened - softened.logsumexp(-1, keepdim=True)
+            return TopKRows(self.ids, log_p.to(dtype), None, self.tail)
+        log_p = log_p.clamp(max=0.0)
+        log_tail = None
+        if self.tail == "bucket":
+            # 1 - sum p where the sum may be next to 0 or 1; a softmax in fp32 says 1 of all above
+            # 1 - 6e-8, and a tail of nothing would be infinitely unlikely
+            p_tail = -log_p.logsumexp(-1).expm1()
+            log_tail = p_tail.clamp(min=torch.finfo(dtype).eps / 2).log().to(dtype)
+        missing = _missing(spec) if self.tail == "none" else 0.0
+        return TopKRows(self.ids, log_p.to(dtype), log_tail, self.tail, missing)
+
+    # --- bytes
+
+    def row_bytes(self) -> int:
+        return self.ids.shape[-1] * (self.ids.itemsize + 2 * torch.float64.itemsize)
+
+    def widened_bytes(self, dtype: torch.dtype) -> int:
+        return 0
+
+
+def _of_one_class(spec: KDSpec, p: float, q: float) -> tuple[float, float]:
+    """f and u of a class."""
+    of_p, of_q = torch.tensor([[p], [q]], dtype=torch.float64).unbind()
+    d, terms = of_p.log() - of_q.log(), DIVERGENCES[spec.divergence].terms
+    f, u = terms(of_p, of_q, d, spec.weight_of_p)
+    return f.item(), u.item()
+
+
+def _missing(spec: KDSpec) -> float:
+    """c of q dD/dq = u + c q, by a difference quotient of f, which is smooth where p is not q."""
+    p, q, step = 0.3, 0.5, 1e-5
+    above, below = (_of_one_class(spec, p, q + sign * step)[0] for sign in (1, -1))
+    slope = (above - below) / (2 * step)
+    return round(slope - _of_one_class(spec, p, q)[1] / q, 9)  # what a quotient is good for

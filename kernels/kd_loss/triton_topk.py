@@ -1,0 +1,313 @@
+"""KD loss of rows of logits against a teacher that lists K classes, one program per row.
+
+M rows   V classes   K listed, BLOCK_K - 1 at most   formulas in topk.py
+
+    0  the K logits, ids and log-probabilities, kept in registers
+    1  maximum and denominator of the classes that are not listed, "the others", online
+    2  f and u of the K classes and, one place behind them, of the tail
+    3  sum f and sum u of the others; of tail "renormalise"
+    4  dlogits of the others, left to right, then of the K classes
+
+Which class is listed is a bit of a word in `listed_ptr`, made by torch before the launch: V / 8
+bytes a row, 1/32 of the logits.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.config import row_config
+from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
+from modxfer_fast.kernels.kd_loss.triton_impl import (
+    LOG2E,
+    NO_MAX,
+    _divergence_terms,
+    _load_label,
+    _load_tile,
+    _row_outputs,
+)
+
+_WORD = 32
+P_ROUNDING = tl.constexpr(ROUNDING)
+
+
+@triton.jit
+def _load_others(row_ptr, listed_ptr, offs_v, V):
+    """fp32 logits; -inf at classes that are listed and past the end of the row."""
+    z = _load_tile(row_ptr, offs_v, V)
+    word = tl.load(listed_ptr + offs_v // 32, mask=offs_v < V, other=0)
+    return tl.where((word >> (offs_v % 32)) & 1 != 0, -float("inf"), z)
+
+
+@triton.jit
+def _others_stats(
+    student_ptr, listed_ptr,             # in   [V], [V / 32]
+    V, scale,                            # scale = log2(e) / temperature
+    NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Pass 1: (max, d, d_1) of the others, every lane for itself.
+
+    Right to left: the next pass begins with the tiles that this one leaves in the cache.
+    """
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    m = tl.full([LANES], NO_MAX, tl.float32)
+    d = tl.zeros([LANES], tl.float32)
+    d_1 = tl.zeros([LANES], tl.float32)
+    offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    for i in range(num_tiles):
+        offs_v = (num_tiles - 1 - i) * BLOCK_V + offs_lane
+        z = _load_others(student_ptr, listed_ptr, offs_v, V)
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        rise = m_new - m
+        x = z - m_new[:, None]
+        if NEEDS_D_1:
+            d_1 = d_1 * tl.exp2(-rise * LOG2E) + tl.sum(tl.exp2(x * LOG2E), axis=1)
+        d = d * tl.exp2(-rise * scale) + tl.sum(tl.exp2(x * scale), axis=1)
+        m = m_new
+    top = tl.max(m, axis=0)
+    rise = top - m
+    sum_d = tl.sum(d * tl.exp2(-rise * scale), axis=0)
+    sum_1 = sum_d
+    if NEEDS_D_1:
+        sum_1 = tl.sum(d_1 * tl.exp2(-rise * LOG2E), axis=0)
+    return top, sum_d, sum_1
+
+
+@triton.jit
+def _topk_kd_loss_kernel(
+    student_ptr,                         # in   [M, V]
+    ids_ptr, log_p_ptr, log_tail_ptr,    # in   [M, K], [M, K], [M]; fp32
+    listed_ptr,                          # in   [M, W], int32, a bit a class
+    labels_ptr, row_weights_ptr,         # in   [M]; int64, fp32
+    kd_ptr, ce_ptr,                      # out  [M], fp32
+    dlogits_ptr,                         # out  [M, V]
+    V, K,
+    stride_sm, stride_bm, stride_lm, stride_wm, stride_dm,
+    kd_weight, ce_weight, missing,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, TAIL: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * stride_sm
+    listed_ptr += row * stride_bm
+    label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    z_label = 0.0
+    if HAS_CE:
+        z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + offs_k, mask=offs_k < K, other=-1)
+    is_listed = (ids >= 0) & (ids < V)
+    ids = tl.where(is_listed, ids, -1).to(tl.int32)
+    z_k = tl.load(student_ptr + ids, mask=is_listed, other=-float("inf")).to(tl.float32)
+    log2_p = tl.load(log_p_ptr + row * K + offs_k, mask=is_listed, other=-float("inf")) * LOG2E
+
+    NEEDS_D_1: tl.constexpr = HAS_CE and not UNIT_TEMPERATURE
+    max_o, d_o, d_o1 = _others_stats(
+        student_ptr, listed_ptr, V, scale, NEEDS_D_1, BLOCK_V, VECTOR
+    )  # fmt: skip
+    max_all = tl.maximum(max_o, tl.max(z_k, axis=0))
+    below = max_o - max_all
+    x_k = z_k - max_all
+    logd = tl.log(d_o * tl.exp2(below * scale) + tl.sum(tl.exp2(x_k * scale), axis=0))
+    logd_1 = logd
+    if NEEDS_D_1:
+        logd_1 = tl.log(d_o1 * tl.exp2(below * LOG2E) + tl.sum(tl.exp2(x_k * LOG2E), axis=0))
+    ce = 0.0
+    if HAS_CE:
+        ce = tl.where(label >= 0, logd_1 - (z_label - max_all), 0.0)
+    tl.store(ce_ptr + row, ce)
+
+    log2_q = x_k * scale - logd * LOG2E
+    if TAIL == "bucket":
+        log2_tail = tl.load(log_tail_ptr + row) * LOG2E
+        # nothing of the student's is left, and of the teacher's no more than rounding
+        num_listed = tl.sum(is_listed.to(tl.int32), axis=0)
+        is_rounding = (num_listed == V) | (tl.exp2(log2_tail) < P_ROUNDING)
+        log2_tail = tl.where((d_o == 0) & is_rounding, -float("inf"), log2_tail)
+        log2_q_tail = below * scale + (tl.log(d_o) - logd) * LOG2E
+        log2_q = tl.where(offs_k == K, log2_q_tail, log2_q)
+        log2_p = tl.where(offs_k == K, log2_tail, log2_p)
+    q_k = tl.exp2(log2_q)
+    p_k = tl.exp2(log2_p)
+    f_k, u_k = _divergence_terms(
+        p_k, q_k, log2_p - log2_q, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE
+    )
+    if TAIL == "none":
+        u_k += missing * q_k
+    kd = tl.sum(f_k, axis=0)
+    u_sum = tl.sum(u_k, axis=0)
+    # q of the others is exp2(z scale) times this
+    share = tl.exp2(below * scale - logd * LOG2E)
+
+    if TAIL == "renormalise" and DIVERGENCE != "forward_kl":  # whose p is a factor
+        f_sum = tl.zeros([BLOCK_V], tl.float32)
+        u_others = tl.zeros([BLOCK_V], tl.float32)
+        for i in range(tl.cdiv(V, BLOCK_V)):
+            offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
+            z = _load_others(student_ptr, listed_ptr, offs_v, V)
+            q = tl.exp2((z - max_o) * scale) * share
+            zeros = tl.zeros([BLOCK_V], tl.float32)
+            f, u = _divergence_terms(
+                zeros, q, zeros - float("inf"),
+                beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE,
+            )  # fmt: skip
+            f_sum += f
+            u_others += u
+        kd += tl.sum(f_sum, axis=0)
+        u_sum += tl.sum(u_others, axis=0)
+    tl.store(kd_ptr + row, kd)
+    if TAIL != "none" and ROW_SUMS == "mean_under_p":
+        u_sum = -1.0
+
+    if HAS_GRADIENT:
+        row_weight = tl.load(row_weights_ptr + row * stride_wm)
+        dlogits_ptr += row * stride_dm
+        # all warps have read what they read of the row before one of them may write over it
+        tl.debug_barrier()
+        if row_weight == 0:
+            # an ignored row may hold anything
+            for i in range(tl.cdiv(V, BLOCK_V)):
+                offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
+                zeros = tl.zeros([BLOCK_V], dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + offs_v, zeros, mask=offs_v < V)
+        else:
+            kd_factor = row_weight * kd_weight * inv_temperature
+            ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
+            of_others = -u_sum * share
+            if TAIL == "bucket":
+                u_tail = tl.sum(tl.where(offs_k == K, u_k, 0.0), axis=0)
+                of_others += tl.where(d_o == 0, 0.0, u_tail / d_o)
+            for i in range(tl.cdiv(V, BLOCK_V)):
+                offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
+                z = _load_others(student_ptr, listed_ptr, offs_v, V)
+                e = tl.exp2((z - max_o) * scale)
+                dz = e * of_others
+                if TAIL == "renormalise" and DIVERGENCE != "forward_kl":
+                    zeros = tl.zeros([BLOCK_V], tl.float32)
+                    _, u = _divergence_terms(
+                        zeros, e * share, zeros - float("inf"),
+                        beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE,
+                    )  # fmt: skip
+                    dz += u
+                dz = kd_factor * dz
+                if HAS_CE:
+                    q_1 = e * share
+                    if not UNIT_TEMPERATURE:
+                        q_1 = tl.exp2((z - max_all - logd_1) * LOG2E)
+                    dz += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+                # one warp may not overwrite logits that another has yet to load
+                tl.debug_barrier()
+                tl.store(dlogits_ptr + offs_v, dz.to(dlogits_ptr.dtype.element_ty), mask=offs_v < V)
+            dz_k = kd_factor * (u_k - q_k * u_sum)
+            if HAS_CE:
+                q_1k = q_k
+                if not UNIT_TEMPERATURE:
+                    q_1k = tl.exp2((x_k - logd_1) * LOG2E)
+                dz_k += ce_factor * tl.where(ids == label, q_1k - 1.0, q_1k)
+            # behind what the loop has stored there
+            tl.debug_barrier()
+            tl.store(dlogits_ptr + ids, dz_k.to(dlogits_ptr.dtype.element_ty), mask=is_listed)
+
+
+def topk_kd_loss_fwd(
+    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, None]:
+    """Per-row losses kd, ce [M] fp32, unweighted; student_logits [M, V], last stride 1."""
+    return *_launch(student_logits, teacher, labels, None, spec, None), None
+
+
+def topk_kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Returns kd, ce and writes dlogits as `triton_impl.kd_loss_bwd` does, over the logits too."""
+    return _launch(student_logits, teacher, labels, row_weights, spec, dlogits)
+
+
+def _launch(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    spec: KDSpec,
+    dlogits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    kd, ce = _row_outputs(student_logits)
+    rows, vocab_size = student_logits.shape
+    if rows == 0:
+        return kd, ce
+    config = row_config(
+        vocab_size, rows, (student_logits.dtype,), warp_size=64 if torch.version.hip else 32
+    )
+    divergence, beta = DIVERGENCES[spec.divergence], spec.weight_of_p
+    listed = _listed(teacher.ids, vocab_size)
+    num_listed = teacher.ids.shape[1]
+    with torch.cuda.device_of(student_logits):
+        _topk_kd_loss_kernel[(rows,)](
+            student_logits,
+            teacher.ids.contiguous(),
+            teacher.log_probs.contiguous(),
+            teacher.log_tail,
+            listed,
+            labels,
+            row_weights,
+            kd,
+            ce,
+            dlogits,
+            V=vocab_size,
+            K=num_listed,
+            stride_sm=student_logits.stride(0),
+            stride_bm=listed.stride(0),
+            stride_lm=0 if labels is None else labels.stride(0),
+            stride_wm=0 if row_weights is None else row_weights.stride(0),
+            stride_dm=0 if dlogits is None else dlogits.stride(0),
+            kd_weight=spec.kd_weight,
+            ce_weight=spec.ce_weight,
+            missing=teacher.missing,
+            HAS_CE=labels is not None and spec.ce_weight != 0.0,
+            TAIL=teacher.tail,
+            HAS_GRADIENT=dlogits is not None,
+            BLOCK_V=config.block_v,
+            VECTOR=config.vector,
+            BLOCK_K=triton.next_power_of_2(num_listed + 1),  # the tail is behind the last
+            num_warps=config.num_warps,
+            # said here because the default differs between Triton releases
+            enable_fp_fusion=True,
+            scale=math.log2(math.e) / spec.temperature,
+            inv_temperature=1.0 / spec.temperature,
+            beta=beta,
+            rest=1.0 - beta,  # not left to the kernel, whose beta is rounded to fp32
+            log2_2_beta=math.log2(2.0 * beta) if divergence.reads_beta else 0.0,
+            log2_2_rest=math.log2(2.0 * (1.0 - beta)) if divergence.reads_beta else 0.0,
+            DIVERGENCE=divergence.name,
+            ROW_SUMS=divergence.row_sums,
+            UNIT_TEMPERATURE=spec.temperature == 1.0,
+        )
+    return kd, ce
+
+
+def _listed(ids: Tensor, vocab_size: int) -> Tensor:
+    """[M, W] int32, whose bit j of word w says that class 32 w + j is listed."""
+    absent = -(-vocab_size // _WORD) * _WORD  # in a word of its own, of which nothing is read
+    width = absent // _WORD + 1
+    safe = torch.where((ids >= 0) & (ids < vocab_size), ids, absent).long()
+    words = torch.zeros(ids.shape[0] * width, dtype=torch.int32, device=ids.device)
+    starts = torch.arange(0, len(words), width, device=ids.device)[:, None]
+    # a sum of different bits is their union; flat, because torch sums these in a fixed order
+    bits = torch.ones_like(safe, dtype=torch.int32) << (safe % _WORD).int()
+    words.scatter_add_(0, (starts + safe // _WORD).flatten(), bits.flatten())
+    return words.view(-1, width)
