@@ -12,6 +12,8 @@ from modxfer_fast.kernels.dispatch import BackendError, use_backend
 from modxfer_fast.kernels.kd_loss import TeacherTopK, kd_loss
 from modxfer_fast.kernels.linear_kd_loss import (
     KDTerms,
+    LoraWeight,
+    QuantizedWeight,
     TeacherHead,
     TeacherLogits,
     TeacherLogProbs,
@@ -46,6 +48,8 @@ __all__ = [
     "LinearKDLoss",
     "LoraProjectionLoss",
     "LoraTarget",
+    "LoraWeight",
+    "QuantizedWeight",
     "TeacherHead",
     "TeacherLogProbs",
     "TeacherLogits",

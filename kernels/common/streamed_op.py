@@ -123,8 +123,8 @@ def saved_values(ctx) -> list[Any]:
     values: list[Any] = []
     for tensor, constant in zip(saved, ctx.constants, strict=True):
         if isinstance(constant, _Count):
-            values.append(rest[: constant.count])
-            del rest[: constant.count]
+            values.append(rest[: constant.tensors])
+            del rest[: constant.tensors]
         else:
             values.append(constant if tensor is None else tensor)
     return values
@@ -133,7 +133,7 @@ def saved_values(ctx) -> list[Any]:
 class _Count(NamedTuple):
     """Stands for a list of so many saved tensors."""
 
-    count: int
+    tensors: int
 
 
 def _is_tensors(value: Any) -> bool:
@@ -151,6 +151,7 @@ class StreamedOp(Generic[Inputs]):
             names are True in needs.
         gradients: names of the inputs that are differentiated.
         terms: names of the further tensors.
+        keeps: from inputs to what has to live until the backward of `_rows`, which runs again.
         saved_dtype: from (inputs, name) to the dtype in which that gradient waits for the upstream
             one; without it, the input's.
     """
@@ -163,11 +164,13 @@ class StreamedOp(Generic[Inputs]):
         run: Callable[[Inputs, Any], tuple[Tensor, tuple[Tensor, ...], Gradients]],
         gradients: tuple[str, ...],
         terms: tuple[str, ...] = (),
+        keeps: Callable[[Inputs], Any] | None = None,
         saved_dtype: Callable[[Inputs, str], torch.dtype] | None = None,
     ):
         self.inputs: Callable[..., Inputs] = inputs
         self._run, self._gradients, self._terms = run, gradients, terms
         self._num_results = 1 + len(terms)
+        self._keeps = keeps
         self._saved_dtype = saved_dtype or (lambda values, name: getattr(values, name).dtype)
         self._fwd = define_op(
             f"{name}_fwd",
@@ -240,6 +243,7 @@ class StreamedOp(Generic[Inputs]):
         return {name: scaled(grad, dloss).to(dtype) for (name, dtype), grad in saved}
 
     def _save_rows(self, ctx, inputs, outputs):
+        ctx.kept = None if self._keeps is None else self._keeps(inputs)
         save_values(ctx, *inputs)
         ctx.mark_non_differentiable(*_as_tuple(outputs)[1:])
         ctx.set_materialize_grads(False)

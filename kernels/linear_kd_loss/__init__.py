@@ -1,3 +1,4 @@
+from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight
 from modxfer_fast.kernels.common.scratch import release_workspace
 from modxfer_fast.kernels.linear_kd_loss.mixture import TeacherHead, TeacherMixture
 from modxfer_fast.kernels.linear_kd_loss.op import (

@@ -30,12 +30,18 @@ from modxfer_fast.kernels.common import (
     check_tensor,
     packing,
 )
+from modxfer_fast.kernels.common.composed_head import (
+    ComposedHead,
+    LoraWeight,
+    QuantizedWeight,
+    head_of,
+)
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values
 
 OF = ("probabilities", "losses")
 # kinds that a mixture is made of, by the name under which they cross the op's boundary
-_DENSE: dict[str, Any] = {kind.__name__: kind for kind in (Head, Values)}
+_DENSE: dict[str, Any] = {kind.__name__: kind for kind in (Head, ComposedHead, Values)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,11 +53,11 @@ class TeacherHead:
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | LoraWeight | QuantizedWeight
     bias: Tensor | None = None
 
-    def kind(self) -> Head:
-        return Head(self.hidden, self.weight, self.bias)
+    def kind(self) -> Any:
+        return head_of(self.hidden, self.weight, self.bias)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,6 +180,10 @@ class Mixture(NamedTuple):
             name, *fields = codes.split(",")
             made.append(_DENSE[name]._make([_decoded(code, tensors) for code in fields]))
         return made
+
+    def of_teachers(self, teachers: Sequence[Any]) -> "Mixture":
+        """The mixture of others, as many."""
+        return self._with(teachers, self.weights)
 
     def _with(self, teachers: Sequence[Any], weights: Tensor | None) -> "Mixture":
         return Mixture.made_of(teachers, self.numbers, weights, self.of)

@@ -12,7 +12,7 @@ gradient accuracy as the student nears the teacher). See stream.py for the loop.
 
 FLOPs: 2 N V (3 D_s + D_t); 2 N V (2 D_s + D_t) when the head is frozen; 2 N V (D_s + D_t) without
 gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N V (D_s + D_t).
-Limits: equal vocabularies; no gradient to the teacher; no double backward.
+Limits: classes of one vocabulary, or a part of it; no gradient to the teacher; no double backward.
 """
 
 import inspect
@@ -40,12 +40,20 @@ from modxfer_fast.kernels.common import (
     valid_rows,
     without_autocast,
 )
+from modxfer_fast.kernels.common.composed_head import (
+    ComposedHead,
+    LoraWeight,
+    QuantizedWeight,
+    head_of,
+    quantized_in,
+)
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values, teacher_of
+from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
 
 Arguments = ParamSpec("Arguments")
 
@@ -66,9 +74,9 @@ class KDTerms(NamedTuple):
 
 def linear_kd_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | LoraWeight | QuantizedWeight,
     teacher_hidden: Tensor | Teacher,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | LoraWeight | QuantizedWeight | None = None,
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
@@ -85,6 +93,8 @@ def linear_kd_loss(
     scale_by_temperature_squared: bool = False,
     workspace_mb: int = 512,
     num_valid: int | None = None,
+    vocabulary: str = "equal",
+    teacher_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Distillation loss of a student's head against a teacher's, without storing their logits.
@@ -92,7 +102,8 @@ def linear_kd_loss(
     Args:
         student_hidden: [..., D_s], fp64, fp32, fp16 or bf16.
         student_weight: [V, D_s], dtype of student_hidden. Frozen (requires_grad=False), its GEMM
-            is not computed.
+            is not computed. Tied to an embedding, it receives the sum of both gradients from
+            autograd. Or a `LoraWeight`, or a `QuantizedWeight`.
         teacher_hidden: [..., D_t], same leading dimensions; D_t and dtype may differ. A constant.
             Or a teacher of another kind: `TeacherLogits`, `TeacherLogProbs`, `TeacherProbs`,
             `TeacherTopK` of K classes a row, or several as a `TeacherMixture`.
@@ -121,6 +132,11 @@ def linear_kd_loss(
             fp16 head keeps them until the backward.
         num_valid: number of labels that are not `ignore_index`, when the caller knows it on the
             host (a collator does). A GPU cannot pack rows without it and then runs all of them.
+        vocabulary: "equal", where another number of the teacher's classes is an error; or "common",
+            where the leading classes that both have are compared, and the rest is masked on both
+            sides, in the cross entropy too: heads of one tokenizer padded to different sizes.
+        teacher_ids: [V] int64, the teacher's class of each of the student's, for a student whose
+            vocabulary is a part of the teacher's; the teacher's other classes are masked.
         backend: "triton", "cpp" or "reference"; None takes the best available.
 
     Returns:
@@ -137,11 +153,12 @@ def linear_kd_loss(
     Under `torch.autocast` the student's hidden states and head are cast as `F.linear` would.
     """
     return loss_of_heads(
-        Head(student_hidden, student_weight, student_bias),
+        head_of(student_hidden, student_weight, student_bias),
         teacher_of(teacher_hidden, teacher_weight, teacher_bias),
         KDSpec(divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
         Launch(workspace_mb, backend),
+        Vocabulary(vocabulary, teacher_ids),
     ).loss
 
 
@@ -173,21 +190,26 @@ def linear_kd_loss_terms(
     **options,
 ):
     """`linear_kd_loss` with its two parts beside it; same arguments and errors."""
-    spec, tokens, launch = (
+    spec, tokens, launch, vocabulary = (
         kind(**{name: options[name] for name in kind.__annotations__ if name in options})
-        for kind in (KDSpec, Tokens, Launch)
+        for kind in (KDSpec, Tokens, Launch, Vocabulary)
     )
     if unknown := options.keys() - _ARGUMENTS:
         raise TypeError(
             f"linear_kd_loss_terms: expected options of linear_kd_loss, got {', '.join(unknown)}"
         )
-    student = Head(student_hidden, student_weight, student_bias)
+    student = head_of(student_hidden, student_weight, student_bias)
     teacher = teacher_of(teacher_hidden, teacher_weight, teacher_bias)
-    return loss_of_heads(student, teacher, spec, tokens, launch)
+    return loss_of_heads(student, teacher, spec, tokens, launch, vocabulary)
 
 
 def loss_of_heads(
-    student: Head, teacher: Teacher, spec: KDSpec, tokens: Tokens, launch: Launch
+    student: Any,
+    teacher: Teacher,
+    spec: KDSpec,
+    tokens: Tokens,
+    launch: Launch,
+    vocabulary: Vocabulary | None = None,
 ) -> KDTerms:
     """`linear_kd_loss_terms` of what its arguments make.
 
@@ -204,6 +226,9 @@ def loss_of_heads(
     student, teacher = student.cast(), teacher.detach().cast()
     student.check("student")
     teacher.check("teacher")
+    vocabulary = vocabulary or Vocabulary()
+    vocabulary.check()
+    student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
     tokens.check(spec.ce_weight, "student_hidden", student.hidden)
     check_workspace(launch.workspace_mb)
@@ -239,20 +264,25 @@ def loss_of_heads(
     return KDTerms(loss, kd.sum() / count, ce.sum() / count)
 
 
+_LISTS = ("parts", "tensors")  # fields of heads and teachers that are lists of tensors
+_OPTIONS = ("numbers",)  # those that are lists of numbers
+
+
 def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
     """What of a head or teacher is to be a tensor, and is there, as `<role>_<field>`.
 
-    Whatever is no option is to be one: an nn.Linear in place of its weight is found here.
+    Whatever is no option is to be one: an nn.Linear in place of its weight is found here. Options
+    in lists are not looked at.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in zip(head._fields, head, strict=True):
-        if isinstance(value, list):
-            found |= {
-                f"{role}_{name}[{i}]": each
-                for i, each in enumerate(value)
-                if not isinstance(each, float)
-            }
-        elif value is not None and not isinstance(value, (str, bool, int, float)):
+        if name in _LISTS:
+            found |= {f"{role}_{name}[{i}]": each for i, each in enumerate(value)}
+        elif (
+            name not in _OPTIONS
+            and value is not None
+            and not isinstance(value, (str, bool, int, float))
+        ):
             found[f"{role}_{name}"] = value
     return found
 
@@ -309,6 +339,11 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         run=run,
         gradients=tuple(n for n, kind in of_student.items() if kind in (Tensor, Tensor | None)),
         terms=("kd", "ce"),
+        keeps=lambda inputs: [
+            QuantizedWeight.named(name)
+            for field in ("student_quantized", "teacher_quantized", "teacher_layout")
+            for name in quantized_in(getattr(inputs, field, ""))
+        ],
         saved_dtype=lambda inputs, field: saved_dtype(
             getattr(inputs, field), inputs.student_hidden, inputs.row_weights
         ),
@@ -322,9 +357,10 @@ def taught_by(name: str, teacher_kind: type[Any]) -> None:
 
 
 # suffix of an op's name -> kind
-STUDENT_KINDS: dict[str, type[Any]] = {"": Head}
+STUDENT_KINDS: dict[str, type[Any]] = {"": Head, "_in_tiles": ComposedHead}
 
 taught_by("linear_kd_loss", Head)
+taught_by("linear_kd_loss_of_tiles", ComposedHead)
 taught_by("linear_kd_loss_of_values", Values)
 taught_by("linear_kd_loss_of_mixture", Mixture)
 taught_by("linear_topk_kd_loss", TeacherTopK)

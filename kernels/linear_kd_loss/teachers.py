@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import KDSpec, check_float, check_same_device, packing
-from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.composed_head import head_of
 
 _COLUMNS = 4096  # of a teacher's classes that are gathered at once
 
@@ -76,7 +76,7 @@ class Teacher(Protocol):
         """Of a row of what is widened tile by tile to `dtype`; 0 for none."""
 
 
-def teacher_of(hidden: Any, weight: Tensor | None, bias: Tensor | None) -> Any:
+def teacher_of(hidden: Any, weight: Any, bias: Tensor | None) -> Any:
     """The teacher that a user's arguments mean: a `Head`, or the object given in place of hidden.
 
     Raises:
@@ -88,7 +88,7 @@ def teacher_of(hidden: Any, weight: Tensor | None, bias: Tensor | None) -> Any:
                 "teacher_weight: expected [V, D_t] beside hidden states, or a teacher such as "
                 f"TeacherLogits in place of teacher_hidden, got None beside {type(hidden).__name__}"
             )
-        return Head(hidden, weight, bias)
+        return head_of(hidden, weight, bias)
     for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
         if value is not None:
             raise ValueError(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction, check_workspace
-from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.dispatch import check_name
 from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
+from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
 
 
 class LinearKDLoss(nn.Module):
@@ -38,6 +39,7 @@ class LinearKDLoss(nn.Module):
         reduction: str = "mean",
         scale_by_temperature_squared: bool = False,
         workspace_mb: int = 512,
+        vocabulary: str = "equal",
         backend: str | None = None,
     ):
         super().__init__()
@@ -46,7 +48,9 @@ class LinearKDLoss(nn.Module):
         )
         self.tokens = Tokens(reduction=reduction, ignore_index=ignore_index)
         self.launch = Launch(workspace_mb, backend)
+        self.vocabulary = Vocabulary(vocabulary)
         self.spec.checked()
+        self.vocabulary.check()
         check_integer("ignore_index", ignore_index)
         check_reduction(reduction, None)
         check_workspace(workspace_mb)
@@ -55,9 +59,9 @@ class LinearKDLoss(nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_weight: Tensor | LoraWeight | QuantizedWeight,
         teacher_hidden: Tensor | Teacher,
-        teacher_weight: Tensor | None = None,
+        teacher_weight: Tensor | LoraWeight | QuantizedWeight | None = None,
         *,
         labels: Tensor | None = None,
         student_bias: Tensor | None = None,
@@ -65,16 +69,18 @@ class LinearKDLoss(nn.Module):
         token_weights: Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
         num_valid: int | None = None,
+        teacher_ids: Tensor | None = None,
     ) -> Tensor:
         tokens = self.tokens._replace(
             labels=labels, token_weights=token_weights, normalizer=normalizer, num_valid=num_valid
         )
         return loss_of_heads(
-            Head(student_hidden, student_weight, student_bias),
+            head_of(student_hidden, student_weight, student_bias),
             teacher_of(teacher_hidden, teacher_weight, teacher_bias),
             self.spec,
             tokens,
             self.launch,
+            self.vocabulary._replace(teacher_ids=teacher_ids),
         ).loss
 
     @property
@@ -82,6 +88,7 @@ class LinearKDLoss(nn.Module):
         """What the module was built with, by name; to change one, replace `spec`, say."""
         tokens = {"ignore_index": self.tokens.ignore_index, "reduction": self.tokens.reduction}
         options = {**dataclasses.asdict(self.spec), **tokens, **self.launch._asdict()}
+        options["vocabulary"] = self.vocabulary.vocabulary
         return MappingProxyType(options)
 
     def extra_repr(self) -> str:
