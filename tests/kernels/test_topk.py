@@ -190,6 +190,7 @@ def check(inputs: Inputs, divergence: str, *, backend: str, **options) -> None:
         assert_within_budget(got.detach(), truth[name], plain[name].to(got.dtype), name, scale)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
 @pytest.mark.parametrize(("tail", "divergence"), CASES)
@@ -199,6 +200,7 @@ def test_loss_and_gradients(tail, divergence, beside, backend):
     check(inputs, divergence, backend=backend, **options)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tail", "divergence"), CASES)
@@ -217,6 +219,7 @@ def test_listed_classes_are_softened(temperature, backend):
     check(inputs, "forward_kl", backend=backend, temperature=temperature, ce_weight=0.5)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("vocab_size", "k"), [(1, 1), (2, 1), (5, 5), (17, 3), (33, 32), (64, 1)])
@@ -248,6 +251,7 @@ def test_the_whole_list_is_the_dense_teacher(divergence, backend):
 # --- kd_loss, reductions, what is trained
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tail", TAILS)
@@ -342,6 +346,7 @@ def test_chunks_change_nothing():
 # --- numbers at the edge
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gap", [30.0, 80.0, 1e4, 1e9])
 @pytest.mark.parametrize("divergence", DEFINITIONS)
@@ -431,6 +436,7 @@ def test_a_student_equal_to_its_teacher(divergence, backend):
     assert grad.abs().max() < 1e-6
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("where", ["listed", "other"])
