@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "modxfer/ops.h"
-#include "rows.h"
+#include "bent_rows.h"
 
 namespace modxfer {
 namespace {
@@ -79,7 +79,8 @@ int64_t grain(int64_t vocab_size) {
 // What a thread holds: the scratch of the row kernels, and fp32 copies of half-precision rows.
 class Buffers {
  public:
-  Buffers(int64_t vocab_size, const Rows& student, const Rows& teacher, int64_t dlogits_size = 0)
+  Buffers(int64_t vocab_size, const BentRows& student, const BentRows& teacher,
+          int64_t dlogits_size = 0)
       : scratch_(2 * vocab_size),
         student(student.buffer_size()),
         teacher(teacher.buffer_size()),
@@ -98,14 +99,15 @@ class Buffers {
   int64_t vocab_size_;
 };
 
-void write_row(const KdRowKernels& kernels, const Rows& dlogits, int64_t row, const float* student,
-               int64_t V, int64_t label, float row_weight, const KdSpec& spec, const KdStats& stats,
-               Buffers& buffers) {
+void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& dlogits,
+               int64_t row, const float* student, int64_t V, int64_t label, float row_weight,
+               const KdSpec& spec, const KdStats& stats, Buffers& buffers) {
   float* target = dlogits.target(row, buffers.dlogits.data());
   if (row_weight == 0.0f) {
     std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
   } else {
     kernels.grad(student, V, label, row_weight, spec, stats, buffers.scratch(), target);
+    logits.unbend(student, target);
   }
   dlogits.commit(row, target);
 }
@@ -115,11 +117,12 @@ void write_row(const KdRowKernels& kernels, const Rows& dlogits, int64_t row, co
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,
                                                double beta, double temperature, double kd_weight,
-                                               double ce_weight) {
+                                               double ce_weight, std::vector<double> bends) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Rows student(student_logits), teacher(teacher_logits);
+  const Bends of(bends);
+  const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V);
   check_same_shape(student_logits, teacher_logits);
   Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
@@ -141,11 +144,14 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
 
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                  Tensor row_weights, Tensor stats, int64_t divergence, double beta,
-                 double temperature, double kd_weight, double ce_weight, Tensor dlogits) {
+                 double temperature, double kd_weight, double ce_weight, std::vector<double> bends,
+                 Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
+  const Bends of(bends);
+  const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
+  const Rows grad(dlogits);
   const Labels label(labels, M, V);
   check_same_shape(student_logits, teacher_logits);
   check_same_shape(student_logits, dlogits);
@@ -159,8 +165,8 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
       kernels.recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
-      write_row(kernels, grad, row, z_s, V, label[row], weights[row], spec, stats_rows[row],
-                buffers);
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec,
+                stats_rows[row], buffers);
     }
   });
 }
@@ -168,11 +174,14 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
                                            int64_t divergence, double beta, double temperature,
-                                           double kd_weight, double ce_weight, Tensor dlogits) {
+                                           double kd_weight, double ce_weight,
+                                           std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Rows student(student_logits), teacher(teacher_logits), grad(dlogits);
+  const Bends of(bends);
+  const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
+  const Rows grad(dlogits);
   const Labels label(labels, M, V);
   check_same_shape(student_logits, teacher_logits);
   check_same_shape(student_logits, dlogits);
@@ -189,7 +198,8 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
       const KdLosses losses = kernels.fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch());
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
-      write_row(kernels, grad, row, z_s, V, label[row], weights[row], spec, stats, buffers);
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, stats,
+                buffers);
     }
   });
   return {kd, ce};

@@ -6,6 +6,7 @@ from modxfer_fast.kernels.common.backward import (
     saved_dtype,
     scaled,
 )
+from modxfer_fast.kernels.common.bend import Bend
 from modxfer_fast.kernels.common.checks import (
     check_constant,
     check_float,

@@ -6,10 +6,12 @@ tensor (`scalars.py`): in the string, each temperature of an annealed one would 
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from modxfer_fast.kernels.common.bend import Bend
 from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
 from modxfer_fast.kernels.divergences import DIVERGENCES, WITH_BETA
 
@@ -40,19 +42,24 @@ class Spec:
         return [getattr(self, name) for name in self._numbers]
 
     def numbers(self) -> Tensor:
-        """The values, [n] fp64 on the CPU."""
-        return pack(*self.values())
+        """The values, [n] fp64 on the CPU; None travels as NaN."""
+        return pack(*[math.nan if value is None else value for value in self.values()])
 
     @classmethod
     def read(cls, names: str, numbers: Tensor) -> Self:
         """The spec whose `names()` and `numbers()` these are."""
         kind: Any = cls  # mypy: type[Self] is no Hashable
-        return _parsed(kind, names, *numbers.tolist())
+        values = [None if math.isnan(value) else value for value in numbers.tolist()]
+        return _parsed(kind, names, *values)
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(kind: Any, names: str, *numbers: float) -> Any:
+def _parsed(kind: Any, names: str, *numbers: float | None) -> Any:
     return kind(*names.split(), *numbers)
+
+
+# Options that a model's configuration decides, where the model is known and not its head alone.
+OF_MODELS = frozenset(name for role in ("student", "teacher") for name in Bend().options(role))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,8 @@ class KDSpec(Spec):
         temperature: divides both rows of logits before the softmax of the divergence.
         kd_weight: factor of the divergence.
         ce_weight: factor of the cross entropy with the label, always at temperature 1.
+        student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: what a model
+            does to the logits of its head before anything else, see `bend.py`.
         scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
 
     Row kernels take one that is `checked`.
@@ -75,12 +84,34 @@ class KDSpec(Spec):
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    student_logit_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float | None = None
     scale_by_temperature_squared: bool = False
 
     @property
     def weight_of_p(self) -> float:
         """`beta` as a number."""
         return 0.5 if self.beta is None else self.beta
+
+    @property
+    def student_bend(self) -> Bend:
+        """From the student's raw logits to what the loss is of."""
+        return Bend(self.student_logit_scale, self.student_softcap)
+
+    @property
+    def teacher_bend(self) -> Bend:
+        """The same of the teacher."""
+        return Bend(self.teacher_logit_scale, self.teacher_softcap)
+
+    @property
+    def bends(self) -> list[float]:
+        """`Bend.numbers` of student and teacher for kernels; none where neither bends."""
+        sides = (self.student_bend, self.teacher_bend)
+        if all(side.is_identity for side in sides):
+            return []
+        return [number for side in sides for number in side.numbers()]
 
     def checked(self) -> "KDSpec":
         """Validates what a user passed, and resolves it to what the row kernels read.
@@ -115,11 +146,15 @@ class KDSpec(Spec):
             check_number(name, value)
             if not is_finite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value}")
+        self.student_bend.check("student")
+        self.teacher_bend.check("teacher")
         ends = DIVERGENCES[divergence].ends
         if ends is not None and beta in (0.0, 1.0):
             divergence = ends[int(beta)]
         if self.scale_by_temperature_squared:
             kd_weight *= temperature**2
         return KDSpec(
-            divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight)
+            *(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight)),
+            *(self.student_logit_scale, self.student_softcap),
+            *(self.teacher_logit_scale, self.teacher_softcap),
         )

@@ -16,7 +16,9 @@ _IDS = {name: index for index, name in enumerate(DIVERGENCES)}
 def kd_loss_fwd(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return compiled.ops().kd_loss_fwd(student_logits, teacher_logits, labels, *_scalars(spec))
+    return compiled.ops().kd_loss_fwd(
+        student_logits, teacher_logits, labels, *_scalars(spec), spec.bends
+    )
 
 
 def kd_loss_bwd(
@@ -29,7 +31,8 @@ def kd_loss_bwd(
     dlogits: Tensor,
 ) -> None:
     compiled.ops().kd_loss_bwd(
-        student_logits, teacher_logits, labels, row_weights, stats, *_scalars(spec), dlogits
+        *(student_logits, teacher_logits, labels, row_weights, stats, *_scalars(spec)),
+        *(spec.bends, dlogits),
     )
 
 
@@ -42,7 +45,8 @@ def kd_loss_fwd_bwd(
     dlogits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd_bwd(
-        student_logits, teacher_logits, labels, row_weights, *_scalars(spec), dlogits
+        *(student_logits, teacher_logits, labels, row_weights, *_scalars(spec)),
+        *(spec.bends, dlogits),
     )
 
 
@@ -80,5 +84,6 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[
 
 
 def _scalars(spec: KDSpec) -> tuple[float, ...]:
-    """In the order of csrc's schemas, which is that of the fields."""
-    return _IDS[spec.divergence], *spec.values()
+    """In the order of csrc's schemas."""
+    divergence = _IDS[spec.divergence]
+    return divergence, spec.weight_of_p, spec.temperature, spec.kd_weight, spec.ce_weight

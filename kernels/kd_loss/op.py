@@ -93,7 +93,8 @@ def kd_loss(
     )
     refuse_transforms("kd_loss", student_logits, *of_teacher)
     spec = KDSpec(
-        divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
+        *(divergence, beta, temperature, kd_weight, ce_weight),
+        scale_by_temperature_squared=scale_by_temperature_squared,
     ).checked()
     check_reduction(reduction, normalizer)
     _check(student_logits, teacher_logits)

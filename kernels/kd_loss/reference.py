@@ -34,10 +34,11 @@ def kd_loss_reference(
     """The definition: per-row divergence and cross entropy, [M] each, unweighted.
 
     Args:
-        student_logits, teacher_logits: [M, V]. Computed in their dtype, at least fp32.
+        student_logits, teacher_logits: [M, V], raw where the spec bends them. Computed in their
+            dtype, at least fp32.
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
-    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
+    z_s, z_t = _bent(student_logits, teacher_logits, spec)
     log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
     log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
     f, _ = _terms(log_q, log_p, spec)
@@ -59,7 +60,7 @@ def kd_loss_fwd(
         logd = log sum exp((z - max) / temperature), logd_1 the same of the student at
         temperature 1, which means something only in a row with a cross entropy.
     """
-    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
+    z_s, z_t = _bent(student_logits, teacher_logits, spec)
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
     x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
     f, u = _terms(x_s - logd_s, x_t - logd_t, spec)
@@ -85,7 +86,7 @@ def kd_loss_bwd(
     dlogits: Tensor,
 ) -> None:
     """Writes dlogits [M, V]; it may be student_logits itself, or overlap its memory."""
-    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
+    z_s, z_t = _bent(student_logits, teacher_logits, spec)
     max_s, logd_s, max_t, logd_t, u_sum, logd_1 = stats.to(z_s.dtype).unsqueeze(-1).unbind(1)
     log_q = (z_s - max_s) / spec.temperature - logd_s
     log_p = (z_t - max_t) / spec.temperature - logd_t
@@ -96,6 +97,7 @@ def kd_loss_bwd(
         dce = ((z_s - max_s) - logd_1).exp()
         dce.scatter_add_(-1, safe[:, None], -torch.ones_like(max_s))
         dz += spec.ce_weight * torch.where(has_label[:, None], dce, 0.0)
+    dz = dz * spec.student_bend.slope(z_s)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
 
@@ -202,6 +204,12 @@ def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     maximum = z.amax(-1, keepdim=True)
     x = (z - maximum) / temperature
     return x, maximum, x.exp().sum(-1, keepdim=True).log()
+
+
+def _bent(student_logits: Tensor, teacher_logits: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
+    """z_s and z_t, at least fp32."""
+    z_s, z_t = _promote(student_logits), _promote(teacher_logits)
+    return spec.student_bend.of(z_s), spec.teacher_bend.of(z_t)
 
 
 def _promote(z: Tensor) -> Tensor:

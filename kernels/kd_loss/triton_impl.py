@@ -12,6 +12,7 @@ Passes over the two rows of logits; f and u are those of `reference.py`:
 KL(p || q) = sum p ((z_t - max_t) - (z_s - max_s)) / temperature + log(d_s / d_t) needs no
 normalised probability, nor does KL(q || p): they skip pass 2. ROW_SUMS, of the divergence's record
 in `kernels.divergences`, says which passes there are. Loss alone skips pass 3.
+A model that scales or caps its logits has it done to each tile that is loaded (triton_bend.py).
 Consecutive passes run in opposite directions: a pass begins with the tiles that the one before it
 left in the cache. Pass 3 always runs left to right, because dlogits may lie over the student's
 logits with half their width.
@@ -28,6 +29,7 @@ from modxfer_fast.kernels.common import KDSpec, triton_device
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.topk import TopKRows
+from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -39,6 +41,12 @@ NO_MAX = tl.constexpr(-1e38)
 def _load_tile(row_ptr, offs_v, V):
     """fp32 logits; -inf, a class without probability, past the end of the row."""
     return tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _load_bent(row_ptr, offs_v, V, BEND: tl.constexpr):
+    """The tile as its model gives it."""
+    return bend(_load_tile(row_ptr, offs_v, V), BEND)
 
 
 @triton.jit
@@ -65,6 +73,7 @@ def _softmax_stats(
     V,
     scale, inv_temperature,              # scale = log2(e) / temperature
     ROW_SUMS: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: (max_s, d_s, max_t, d_t, d_1, mean), mean of d under p or of -d under q, or 0.
 
@@ -86,8 +95,8 @@ def _softmax_stats(
         if ROW_SUMS != "normalised":
             tile = num_tiles - 1 - i
         offs_v = tile * BLOCK_V + offs_lane
-        z_s = _load_tile(student_ptr, offs_v, V)
-        z_t = _load_tile(teacher_ptr, offs_v, V)
+        z_s = _load_bent(student_ptr, offs_v, V, BEND_S)
+        z_t = _load_bent(teacher_ptr, offs_v, V, BEND_T)
         m_s_new = tl.maximum(m_s, tl.max(z_s, axis=1))
         m_t_new = tl.maximum(m_t, tl.max(z_t, axis=1))
         rise_s = m_s_new - m_s
@@ -191,7 +200,7 @@ def _divergence_sums(
     V,
     max_s, logd_s, max_t, logd_t,
     scale, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: sum f and sum u, right to left."""
     f_sum = tl.zeros([BLOCK_V], tl.float32)
@@ -199,8 +208,8 @@ def _divergence_sums(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = _load_tile(student_ptr, offs_v, V)
-        z_t = _load_tile(teacher_ptr, offs_v, V)
+        z_s = _load_bent(student_ptr, offs_v, V, BEND_S)
+        z_t = _load_bent(teacher_ptr, offs_v, V, BEND_T)
         p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         f, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
         f_sum += f
@@ -215,11 +224,13 @@ def _row_loss(
     scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Passes 1 and 2: (kd, ce) of one row and its statistics."""
     max_s, d_s, max_t, d_t, d_1, kd = _softmax_stats(
-        student_ptr, teacher_ptr, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, BLOCK_V, VECTOR
-    )
+        student_ptr, teacher_ptr, V, scale, inv_temperature,
+        ROW_SUMS, NEEDS_D_1, BLOCK_V, VECTOR, BEND_S, BEND_T,
+    )  # fmt: skip
     logd_s = tl.log(d_s)
     logd_t = tl.log(d_t)
     logd_1 = tl.log(d_1)
@@ -230,11 +241,12 @@ def _row_loss(
     else:
         kd, u_sum = _divergence_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
-            scale, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE, BLOCK_V,
+            scale, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     ce = 0.0
     if HAS_CE:
         z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+        z_label = bend(z_label, BEND_S)
         ce = tl.where(label >= 0, logd_1 - (z_label - max_s), 0.0)
     return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1
 
@@ -248,7 +260,7 @@ def _write_dlogits(
     row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
     scale, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 3, left to right: dlogits may lie over the student's logits, see the barriers."""
     # all warps have read the label's logit before one of them may zero it
@@ -264,8 +276,8 @@ def _write_dlogits(
         ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-            z_s = _load_tile(student_ptr, offs_v, V)
-            z_t = _load_tile(teacher_ptr, offs_v, V)
+            z_s = _load_bent(student_ptr, offs_v, V, BEND_S)
+            z_t = _load_bent(teacher_ptr, offs_v, V, BEND_T)
             p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
             _, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
             dlogits = kd_factor * (u - q * u_sum)
@@ -274,6 +286,7 @@ def _write_dlogits(
                 if not UNIT_TEMPERATURE:
                     q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
                 dlogits += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+            dlogits = unbend(dlogits, z_s, BEND_S)
             # without this barrier one warp may overwrite logits that another has yet to load
             tl.debug_barrier()
             tl.store(
@@ -302,6 +315,7 @@ def _kd_loss_fwd_kernel(
     scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
@@ -309,7 +323,7 @@ def _kd_loss_fwd_kernel(
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, V,
         scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
+        DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR, BEND_S, BEND_T,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
@@ -333,7 +347,7 @@ def _kd_loss_bwd_kernel(
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
@@ -351,7 +365,7 @@ def _kd_loss_bwd_kernel(
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
         row_weight, kd_weight * inv_temperature, ce_weight,
         scale, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V,
+        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
 
@@ -367,6 +381,7 @@ def _kd_loss_fwd_bwd_kernel(
     kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride_sm
@@ -377,6 +392,7 @@ def _kd_loss_fwd_bwd_kernel(
         student_ptr, teacher_ptr, label, V,
         scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
         DIVERGENCE, ROW_SUMS, HAS_CE, HAS_CE and not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
+        BEND_S, BEND_T,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
@@ -385,7 +401,7 @@ def _kd_loss_fwd_bwd_kernel(
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
         row_weight, kd_weight * inv_temperature, ce_weight,
         scale, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V,
+        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
 
@@ -521,6 +537,8 @@ def _launch(
             HAS_CE=labels is not None and spec.ce_weight != 0.0,
             UNIT_TEMPERATURE=spec.temperature == 1.0,
             BLOCK_V=config.block_v,
+            BEND_S=bend_constants(spec.student_bend),
+            BEND_T=bend_constants(spec.teacher_bend),
             num_warps=config.num_warps,
             # said here because the default differs between Triton releases
             enable_fp_fusion=True,

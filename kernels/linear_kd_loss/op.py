@@ -3,6 +3,7 @@
 N rows (B*T tokens)   V classes   D_s, D_t widths   p teacher   q student
 
     z_s = student_hidden student_weight^T + student_bias         z_t likewise
+    z = cap tanh(scale z / cap)                                  of a model that has either
     loss = sum_n row_weight_n (kd_weight D(p_n, q_n) + ce_weight CE(softmax(z_s,n), label_n))
 
 D and its conventions are those of `kd_loss`. Fused: both projections, the loss, and the gradients
@@ -86,6 +87,10 @@ def linear_kd_loss(
     ce_weight: float = 0.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
     ignore_index: int = -100,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -117,6 +122,10 @@ def linear_kd_loss(
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
         student_bias, teacher_bias: [V], dtypes of their weights.
+        student_logit_scale, student_softcap: what the student's model does to the logits z of its
+            head, bias included: cap tanh(scale z / cap), as in Gemma 2; None is no cap. Of an
+            infinite logit nothing changes: -inf excludes its class. Not beside a TeacherTopK.
+        teacher_logit_scale, teacher_softcap: the same of the teacher's, if it has a head.
         token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
             constant.
         normalizer: positive number or 0-d tensor that replaces the mean's denominator, the number
@@ -155,7 +164,11 @@ def linear_kd_loss(
     return loss_of_heads(
         head_of(student_hidden, student_weight, student_bias),
         teacher_of(teacher_hidden, teacher_weight, teacher_bias),
-        KDSpec(divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared),
+        KDSpec(
+            *(divergence, beta, temperature, kd_weight, ce_weight),
+            *(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
+            scale_by_temperature_squared,
+        ),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
         Launch(workspace_mb, backend),
         Vocabulary(vocabulary, teacher_ids),
@@ -230,6 +243,18 @@ def loss_of_heads(
     vocabulary.check()
     student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
+    if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
+        raise ValueError(
+            "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
+            f"{type(teacher).__name__}, which has no head that they could follow, "
+            f"got {spec.teacher_logit_scale} and {spec.teacher_softcap}"
+        )
+    if spec.bends and teacher.row_kernel != "kd_loss":
+        raise ValueError(
+            "student_logit_scale, student_softcap: expected 1 and None beside a "
+            f"{type(teacher).__name__}, whose row kernels take logits as they are, "
+            f"got {spec.student_logit_scale} and {spec.student_softcap}"
+        )
     tokens.check(spec.ce_weight, "student_hidden", student.hidden)
     check_workspace(launch.workspace_mb)
     read = [t for t in tensors_of("teacher", teacher).values() if t.is_floating_point()]

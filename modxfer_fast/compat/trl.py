@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.compat.log_probs import jsd_addends
-from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common import Bend, KDSpec
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss
 
@@ -163,7 +163,8 @@ def chunked_divergence_loss(
         num_items_in_batch: divides the sum over tokens; None divides by those that count here.
         student_lm_head_bias, teacher_lm_head_bias: [V] or None.
         student_logit_scale, teacher_logit_scale: factors of the logits, bias included.
-        student_final_logit_softcapping, teacher_final_logit_softcapping: None.
+        student_final_logit_softcapping, teacher_final_logit_softcapping: soft caps of the scaled
+            logits, or None.
         temperature: divides both logits, and those of the entropy.
 
     Returns:
@@ -171,19 +172,16 @@ def chunked_divergence_loss(
         loss alone has a gradient.
 
     Raises:
-        ValueError, TypeError: as `linear_kd_loss`; or soft-capped logits.
+        ValueError, TypeError: as `linear_kd_loss`.
     """
-    if student_final_logit_softcapping is not None or teacher_final_logit_softcapping is not None:
-        raise ValueError(
-            "student_final_logit_softcapping, teacher_final_logit_softcapping: expected None, "
-            f"got {student_final_logit_softcapping}, {teacher_final_logit_softcapping}"
-        )
+    of_student = Bend(student_logit_scale, student_final_logit_softcapping)
+    of_teacher = Bend(teacher_logit_scale, teacher_final_logit_softcapping)
     student = (student_lm_head_weight, student_lm_head_bias)
     teacher = (teacher_lm_head_weight, teacher_lm_head_bias)
     with _whole(*student, *teacher):
         return _divergence(
-            (student_hidden_states, *student, student_logit_scale),
-            (teacher_hidden_states, *teacher, teacher_logit_scale),
+            (student_hidden_states, *student, of_student),
+            (teacher_hidden_states, *teacher, of_teacher),
             completion_mask,
             beta=beta,
             temperature=temperature,
@@ -191,7 +189,7 @@ def chunked_divergence_loss(
         )
 
 
-_Side = tuple[Tensor, Tensor, Tensor | None, float]  # states, weight, bias, factor of the logits
+_Side = tuple[Tensor, Tensor, Tensor | None, Bend]  # states, weight, bias, bend of the logits
 
 
 def _divergence(
@@ -204,8 +202,9 @@ def _divergence(
     num_items: Tensor | int | None,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = _plain(*student)
-    teacher_hidden, teacher_weight, teacher_bias = _plain(*teacher)
+    of_student, of_teacher = student[3], teacher[3]
+    hidden, weight, bias = _plain(*student[:3])
+    teacher_hidden, teacher_weight, teacher_bias = _plain(*teacher[:3])
     valid = mask != 0
     count = valid.sum()
     num_valid = int(count)  # one wait on a GPU; then neither prompt nor padding reaches a GEMM
@@ -215,6 +214,7 @@ def _divergence(
         "num_valid": num_valid,
         "temperature": temperature,
         "student_bias": bias,
+        **of_student.options("student"),
     }
     divisor = count if num_items is None else num_items
     loss = linear_kd_loss(
@@ -227,6 +227,7 @@ def _divergence(
         beta=beta,
         normalizer=torch.as_tensor(divisor, device=hidden.device).reshape(()),
         **options,
+        **of_teacher.options("teacher"),
     )
     entropy = loss.new_zeros(())
     if with_entropy:
@@ -246,9 +247,9 @@ def _divergence(
 
 
 def _plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Whole tensors of one dtype; the factor of the logits is on states and bias."""
+    """Whole tensors of one dtype."""
     from torch.distributed.tensor import DTensor
 
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -256,9 +257,6 @@ def _plain(
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
-    if scale != 1.0:
-        hidden = hidden * scale
-        bias = None if bias is None else bias * scale
     return hidden, weight, bias
 
 
@@ -427,11 +425,6 @@ def _make_chunked(function: Callable, declined: Counter) -> Callable:
 
     @functools.wraps(function)
     def loss(*args, **kwargs):
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
-        for role in ("student", "teacher"):
-            if given.get(f"{role}_final_logit_softcapping") is not None:
-                _count(declined, f"the {role}'s logits are soft-capped")
-                return function(*args, **kwargs)
         return chunked_divergence_loss(*args, **kwargs)
 
     return loss
@@ -503,13 +496,6 @@ def _make_compute_loss(
             raise _Declined(
                 f"the student has {student.classes} classes, the teacher {teacher.classes}"
             )
-        scales = []
-        for role, parts_of in (("student", student), ("teacher", teacher)):
-            # what is not in the states already
-            scale, cap = getattr(parts_of, "bend", (1.0, None))
-            if cap is not None:
-                raise _Declined(f"the {role}'s logits are soft-capped")
-            scales.append(scale)
         trainer.teacher_model.eval()
 
         def run(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -521,8 +507,8 @@ def _make_compute_loss(
                 )[:, :-1]
             with _whole(*student.head.parameters(False), *teacher.head.parameters(False)):
                 loss, _, _ = _divergence(
-                    (hidden, *student.weight_and_bias(), scales[0]),
-                    (target, *teacher.weight_and_bias(), scales[1]),
+                    (hidden, *student.weight_and_bias(), student.bend),
+                    (target, *teacher.weight_and_bias(), teacher.bend),
                     labels[:, 1:] != _IGNORED,
                     beta=trainer.beta,
                     temperature=temperature,

@@ -127,6 +127,7 @@ class LossSection(LogitsSection):
 
     divergence: of p, the teacher, and q, the student: {FORMULAS}.
     beta: weight of p, for {WITH_BETA} alone; null is 0.5.
+    What models do to their logits, a scale or a soft cap, is read from their configurations.
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.engine.features.taps import LayerStates
+from modxfer_fast.kernels.common import Bend
 
 
 class TokenSet(NamedTuple):
@@ -66,12 +67,14 @@ class Answer(NamedTuple):
         output: last hidden states [B, T, D], or the logits [n, C] of a classifier.
         head: weight [V, D] and bias [V] or None, which make logits of hidden states; None where
             there is no head, or where `output` is logits already.
+        bend: what the model does to those logits.
         states: of the layers that were asked for.
     """
 
     output: Tensor
     head: tuple[Tensor, Tensor | None] | None = None
     states: LayerStates = LayerStates()
+    bend: Bend = Bend()
 
     def leading(self, num_classes: int | None) -> "Answer":
         """With a head of the first classes, views, where the others' gradient is then zero; of

@@ -9,7 +9,7 @@ from torch import Tensor
 from modxfer_fast import KDTerms
 from modxfer_fast.config.loss import LOSS_IMPLS
 from modxfer_fast.data.collator import IGNORE_INDEX
-from modxfer_fast.kernels.common import KDSpec, check_workspace
+from modxfer_fast.kernels.common import Bend, KDSpec, check_workspace
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.divergences import DIVERGENCES
@@ -54,14 +54,22 @@ class Objective(KDSpec):
         labels: Tensor,
         normalizer: Tensor | float | None,
         num_valid: int | None,
+        *,
+        bends: tuple[Bend, Bend] = (Bend(), Bend()),
     ) -> KDTerms:
-        """Hidden states [B, T, D_s] and [B, T, D_t], heads ([V, D], [V] or None), labels [B, T]."""
+        """Hidden states [B, T, D_s] and [B, T, D_t], heads ([V, D], [V] or None), labels [B, T].
+
+        Args:
+            bends: what student and teacher do to the logits of their heads.
+        """
+        of_student, of_teacher = bends
+        spec = replace(self, **of_student.options("student"), **of_teacher.options("teacher"))
         student, teacher = Head(student_hidden, *student_head), Head(teacher_hidden, *teacher_head)
         if self.impl == "dense":
-            return self._dense(student, teacher, labels, normalizer)
+            return spec._dense(student, teacher, labels, normalizer)
         tokens = Tokens(labels, normalizer=normalizer, num_valid=num_valid)
         launch = Launch(self.workspace_mb, self.backend)
-        return loss_of_heads(student, teacher, self, tokens, launch)
+        return loss_of_heads(student, teacher, spec, tokens, launch)
 
     def _dense(
         self, student: Head, teacher: Head, labels: Tensor, normalizer: Tensor | float | None
@@ -69,11 +77,12 @@ class Objective(KDSpec):
         spec = self.checked()
         valid = labels != IGNORE_INDEX
         count = valid.sum().clamp(min=1)
-        logits = F.linear(*student).float()
+        logits = spec.student_bend.of(F.linear(*student).float())
         kd = ce = logits.new_zeros(())
         if spec.kd_weight:
             with torch.no_grad():
-                log_p = _log_probs(F.linear(*teacher).float(), spec.temperature)
+                teacher_logits = spec.teacher_bend.of(F.linear(*teacher).float())
+                log_p = _log_probs(teacher_logits, spec.temperature)
             assert spec.beta is not None  # `checked` gave a number
             log_q = _log_probs(logits, spec.temperature)
             rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)

@@ -35,6 +35,10 @@ class LinearKDLoss(nn.Module):
         temperature: float = 1.0,
         kd_weight: float = 1.0,
         ce_weight: float = 0.0,
+        student_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_softcap: float | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         scale_by_temperature_squared: bool = False,
@@ -44,7 +48,9 @@ class LinearKDLoss(nn.Module):
     ):
         super().__init__()
         self.spec = KDSpec(
-            divergence, beta, temperature, kd_weight, ce_weight, scale_by_temperature_squared
+            *(divergence, beta, temperature, kd_weight, ce_weight),
+            *(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
+            scale_by_temperature_squared,
         )
         self.tokens = Tokens(reduction=reduction, ignore_index=ignore_index)
         self.launch = Launch(workspace_mb, backend)

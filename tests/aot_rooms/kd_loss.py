@@ -19,6 +19,8 @@ DTYPES = {
 }
 # (ce_weight, temperature): without labels, sharing the softmax with the divergence, with its own
 OBJECTIVES = {"kd": (0.0, 1.0), "kd+ce": (0.5, 1.0), "kd+ce-t2": (0.5, 2.0)}
+# of "bent", which is "kd+ce" of models that cap or scale their logits
+BENT = {"student_softcap": 30.0, "teacher_logit_scale": 0.0625}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,16 @@ class Case:
 
     def launch(self) -> None:
         logits_dtype, dlogits_dtype = DTYPES[self.dtypes]
-        ce_weight, temperature = OBJECTIVES[self.objective]
-        spec = KDSpec(self.divergence, 0.5, temperature, 1.0, ce_weight)
+        is_bent = self.objective == "bent"
+        ce_weight, temperature = OBJECTIVES["kd+ce" if is_bent else self.objective]
+        bends = BENT if is_bent else {}
+        spec = KDSpec(self.divergence, 0.5, temperature, 1.0, ce_weight, **bends)
         shape = (self.rows, self.vocab_size)
         student = torch.empty(shape, dtype=logits_dtype, device="meta")
         teacher = torch.empty_like(student)
-        labels = torch.empty(self.rows, dtype=torch.int64, device="meta") if ce_weight else None
+        labels = (
+            torch.empty(self.rows, dtype=torch.int64, device="meta") if spec.ce_weight else None
+        )
         weights = torch.empty(self.rows, device="meta")
         stats = torch.empty(self.rows, 6, device="meta")
         dlogits = torch.empty(shape, dtype=dlogits_dtype, device="meta")
@@ -79,4 +85,4 @@ def core_cases() -> list[Case]:
         Case(function, divergence, objective, dtypes)
         for function, divergence in itertools.product(FUNCTIONS, DIVERGENCES)
         for objective, dtypes in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
-    ]
+    ] + [Case(function, "jsd", "bent", "fp32-bf16") for function in FUNCTIONS[::2]]

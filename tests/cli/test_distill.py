@@ -193,6 +193,24 @@ def test_a_model_that_cannot_be_packed(tmp_path, write_job, capsys):
     assert run["student"]["eval_kd"] < run["start"]["eval_kd"]
 
 
+def test_models_that_scale_and_cap_their_logits(tmp_path, write_job):
+    capped = {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 5.0}
+    scaled = {"model_type": "cohere", "logit_scale": 0.5}
+    path, out = write_job(
+        tmp_path,
+        teacher={"config": {**capped, "num_key_value_heads": 2}},
+        student={"config": scaled},
+        training={"save_strategy": "no"},
+        compare={"ce_only": False, "loss_rows": 8},
+    )
+    assert main(["distill", str(path)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    run = report["runs"][0]
+    assert run["student"]["eval_kd"] < run["start"]["eval_kd"]
+    student = AutoModelForCausalLM.from_pretrained(out / "seed-0" / "student")
+    assert student.config.logit_scale == 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

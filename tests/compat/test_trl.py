@@ -118,7 +118,15 @@ def heads(make):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
-@pytest.mark.parametrize("bends", [{}, {"student_logit_scale": 0.5, "teacher_logit_scale": 2.0}])
+@pytest.mark.parametrize(
+    "bends",
+    [
+        {},
+        {"student_logit_scale": 0.5, "teacher_logit_scale": 2.0},
+        {"student_final_logit_softcapping": 2.0, "teacher_final_logit_softcapping": 3.0},
+    ],
+    ids=["plain", "scaled", "capped"],
+)
 def test_chunked_divergence(theirs, heads, mask, beta, num_items, bends):
     student, teacher = heads
     options = {**student, **teacher, **bends, "num_items_in_batch": num_items, "temperature": 1.7}

@@ -10,8 +10,11 @@ from transformers import (
     CohereConfig,
     FalconH1Config,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
+    HyperCLOVAXConfig,
+    NanoChatConfig,
     OPTConfig,
     PhiConfig,
     T5Config,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.kernels.common import Bend
 from tests.support.models import tiny_llama
 
 SMALL = {
@@ -33,7 +37,7 @@ SMALL = {
     "eos_token_id": 2,
 }
 OLD = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LINEAR = {
+KNOWN = {
     "cohere": CohereConfig(**SMALL, logit_scale=0.25),
     "granite": GraniteConfig(**SMALL, logits_scaling=8.0),
     "phi-with-bias": PhiConfig(**SMALL),
@@ -47,13 +51,17 @@ LINEAR = {
         max_position_embeddings=64,
     ),
     "gpt2": GPT2Config(**OLD, n_embd=32, n_layer=1, n_head=4),
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0),
     "gemma2-without-cap": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=None),
+    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, final_logit_softcapping=5.0),
+    "hyperclovax": HyperCLOVAXConfig(**SMALL, logits_scaling=8.0),
+    "nanochat": NanoChatConfig(**SMALL, final_logit_softcapping=15.0),
 }
 
 
-@pytest.mark.parametrize("config", LINEAR.values(), ids=LINEAR.keys())
+@pytest.mark.parametrize("config", KNOWN.values(), ids=KNOWN.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_hidden_states_times_head_are_the_logits(config, dtype):
+def test_hidden_states_times_head_bent_are_the_logits(config, dtype):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, param in model.named_parameters():
@@ -62,7 +70,7 @@ def test_hidden_states_times_head_are_the_logits(config, dtype):
     split = SplitCausalLM.of(model, "student")
     ids = torch.randint(3, 97, (2, 7))
     with torch.no_grad():
-        logits = F.linear(split.hidden(ids, None, None), *split.weight_and_bias())
+        logits = split.bend.of(F.linear(split.hidden(ids, None, None), *split.weight_and_bias()))
         expected = model(ids).logits
     band = 4 * torch.finfo(dtype).eps * expected.abs().max()
     assert (logits - expected).abs().max() <= band
@@ -77,25 +85,46 @@ def test_the_probe_leaves_model_and_random_state_alone():
     assert "forward" not in model.get_decoder().__dict__
 
 
-def test_soft_capped_logits_are_refused():
-    model = AutoModelForCausalLM.from_config(
-        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0)
-    )
-    with pytest.raises(ValueError, match=r"teacher: .*final_logit_softcapping=30.0 bends them"):
-        SplitCausalLM.of(model, "teacher")
+BENDS = {
+    "cohere": Bend(scale=0.25),
+    "granite": Bend(scale=0.125),
+    "gemma2": Bend(cap=30.0),
+    "gemma2-without-cap": Bend(),
+    "hyperclovax": Bend(scale=8.0),
+    "nanochat": Bend(cap=15.0),
+}
 
 
-def test_unknown_functions_of_the_head_are_refused():
+@pytest.mark.parametrize(("name", "bend"), BENDS.items(), ids=BENDS.keys())
+def test_bends_are_those_of_the_configuration(name, bend):
+    model = AutoModelForCausalLM.from_config(KNOWN[name])
+    assert SplitCausalLM.of(model, "teacher").bend == bend
+
+
+def test_a_configuration_that_says_what_its_model_does_not_do():
+    plain = tiny_llama()
+    plain.config.final_logit_softcapping = 30.0
+    plain.config.logit_scale = 3.0
+    assert SplitCausalLM.of(plain, "student").bend == Bend()
+
+
+@pytest.mark.parametrize(
+    "bend", [lambda z: z * 1.7, lambda z: 50.0 * torch.tanh(z / 50.0)], ids=["scale", "cap"]
+)
+def test_unknown_functions_of_the_head_are_refused(bend):
     class Odd(type(tiny_llama())):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
-            output.logits = output.logits * 1.7
+            output.logits = bend(output.logits)
             return output
 
+    model = Odd(tiny_llama().config)
+    model.config.logit_scale = 2.5
     with pytest.raises(
-        ValueError, match="student: the logits of Odd are not its last hidden states"
+        ValueError,
+        match=r"student: the logits of Odd are not its last hidden states.* \(logit_scale=2.5\)",
     ):
-        SplitCausalLM.of(Odd(tiny_llama().config), "student")
+        SplitCausalLM.of(model, "student")
 
 
 def test_head_multiplier_is_found():
@@ -108,9 +137,8 @@ def test_head_multiplier_is_found():
         mamba_n_groups=1,
         mamba_d_state=8,
     )
-    assert (
-        SplitCausalLM.of(AutoModelForCausalLM.from_config(config), "student").logit_scale == 0.125
-    )
+    split = SplitCausalLM.of(AutoModelForCausalLM.from_config(config), "student")
+    assert split.bend == Bend(scale=0.125)
 
 
 def test_encoder_decoder_is_refused():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modxfer_fast.engine import DistillConfig, Objective
+from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS
 from tests.inputs import linear_inputs
 
@@ -13,12 +14,17 @@ CASES += [
 ]
 
 
+@pytest.mark.parametrize("bends", [(Bend(), Bend()), (Bend(0.5), Bend(1.0, 4.0))], ids=str)
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_dense_is_the_fused_loss_written_out(divergence, beta):
+def test_dense_is_the_fused_loss_written_out(divergence, beta, bends):
     inputs = linear_inputs(9, 50, delta=1.0, labels=True, bias=True)
     terms, grads = [], []
     for impl in ("fused", "dense"):
-        objective = Objective(divergence, beta, 2.0, 0.7, 0.4, True, impl=impl)
+        objective = Objective(
+            *(divergence, beta, 2.0, 0.7, 0.4),
+            scale_by_temperature_squared=True,
+            impl=impl,
+        )
         terms.append(
             objective.terms(
                 inputs.student_hidden[None],
@@ -28,6 +34,7 @@ def test_dense_is_the_fused_loss_written_out(divergence, beta):
                 inputs.labels[None],
                 normalizer=5,
                 num_valid=None,
+                bends=bends,
             )
         )
         grads.append(torch.autograd.grad(terms[-1].loss, list(inputs.trainable().values())))

@@ -7,7 +7,7 @@ import torch
 
 from modxfer_fast.config import HiddenStatesSection
 from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
-from modxfer_fast.engine.batch import Answer, Batch
+from modxfer_fast.engine.batch import Batch
 from modxfer_fast.engine.features.taps import LayerStates
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 
@@ -53,11 +53,10 @@ class CachedTeacher:
 
     def answer(self, batch, taps=None):
         self.asked += 1
-        output, head, states = self._answers[self._key(batch.inputs)]
-        wanted = (
-            {} if taps is None else {layer: states.hidden[layer] for layer in taps.hidden_layers}
-        )
-        return Answer(output, head, LayerStates(wanted))
+        answer = self._answers[self._key(batch.inputs)]
+        layers = () if taps is None else taps.hidden_layers
+        wanted = {layer: answer.states.hidden[layer] for layer in layers}
+        return answer._replace(states=LayerStates(wanted))
 
 
 def gradients(teacher, batches, hidden):

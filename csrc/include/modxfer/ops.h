@@ -23,18 +23,20 @@ void use_instruction_set(int64_t index);
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,
                                                double beta, double temperature, double kd_weight,
-                                               double ce_weight);
+                                               double ce_weight, std::vector<double> bends);
 
 // writes dlogits [M, V]
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                  Tensor row_weights, Tensor stats, int64_t divergence, double beta,
-                 double temperature, double kd_weight, double ce_weight, Tensor dlogits);
+                 double temperature, double kd_weight, double ce_weight, std::vector<double> bends,
+                 Tensor dlogits);
 
 // both for one row while it is in cache -> kd [M], ce [M]
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
                                            int64_t divergence, double beta, double temperature,
-                                           double kd_weight, double ce_weight, Tensor dlogits);
+                                           double kd_weight, double ce_weight,
+                                           std::vector<double> bends, Tensor dlogits);
 
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
 std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,

@@ -94,6 +94,23 @@ MODXFER_INLINE vf vexp(vf x) {
   return select(x < -87.33654f, vf{}, select(x == x, result, x));
 }
 
+// tanh to 2 ulp; an argument beyond 10 gives exactly +-1, NaN stays NaN.
+// Least maximum error polynomial of (tanh(x) / x - 1) / x^2 where 1 - e^-2x would cancel.
+MODXFER_INLINE vf vtanh(vf x) {
+  const vf size = vabs(x);
+  const vf s = x * x;
+  vf poly = splat(-0.00609671417f);
+  poly = poly * s + 0.020997179f;
+  poly = poly * s + -0.0538509096f;
+  poly = poly * s + 0.133327697f;
+  poly = poly * s + -0.333333289f;
+  const vf small = x + x * (s * poly);
+  const vf e = vexp(-2.0f * size);
+  const vf large = (1.0f - e) / (1.0f + e);
+  const vf signed_large = select(x < 0.0f, -large, large);
+  return select(size < 0.625f, small, signed_large);
+}
+
 // log(1 + y) for y in [0, 1], relative accuracy also for small y (Cephes logf polynomial).
 MODXFER_INLINE vf vlog1p_unit(vf y) {
   const vi upper = y > 0.41421356f;

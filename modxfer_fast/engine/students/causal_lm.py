@@ -1,9 +1,10 @@
-"""A causal language model as the fused loss needs it: backbone, linear head, and one factor.
+"""A causal language model as the fused loss needs it: backbone, linear head, and what bends logits.
 
-    logits = logit_scale * (backbone(input_ids) @ weight.T + bias)
+    logits = cap tanh(scale (backbone(input_ids) @ weight.T + bias) / cap)
 
-Whether a model is of this form is tried on its own head, not looked up by name: a stand-in replaces
-the backbone, and the logits of the model's real `forward` are compared with the formula.
+Scale and cap are those of the model's configuration, by the table of models/logits.py. Whether the
+model is of this form is tried on its own head, not looked up by name: a stand-in replaces the
+backbone, and the logits of the model's real `forward` are compared with the formula.
 """
 
 import inspect
@@ -24,14 +25,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
 from modxfer_fast.engine.deepspeed import gathered, true_shape
+from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.labels import AlignedLabels
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students.text import TextModel, read_tokens
+from modxfer_fast.kernels.common import Bend
 from modxfer_fast.models.architecture import without_peft
-
-# Configuration entries that multiply or divide the logits (Cohere, Granite, Falcon-H1, ...).
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+from modxfer_fast.models.logits import bends_of, entries_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SplitCausalLM(TextModel):
 
     Attributes:
         head: linear map to the vocabulary, weight [V, D], bias [V] or None.
-        logit_scale: constant factor of the logits, folded into hidden states and bias.
+        bend: what the model does to the logits that the head gives.
     """
 
     kind = "causal_lm"
@@ -48,7 +48,7 @@ class SplitCausalLM(TextModel):
     row = "output classes"
 
     head: nn.Linear
-    logit_scale: float
+    bend: Bend
 
     @classmethod
     def of(cls, model: nn.Module, role: str) -> "SplitCausalLM":
@@ -62,7 +62,7 @@ class SplitCausalLM(TextModel):
                 "computed outside the backbone; set it to False"
             )
         head = _linear_head(base, role)
-        return cls(backbone, head, _logit_scale(base, backbone, head, role))
+        return cls(backbone, head, _bend(base, backbone, head, role))
 
     def collator(self, collator: Callable[[list], dict], all_tokens: bool) -> AlignedLabels:
         return AlignedLabels(collator)
@@ -100,7 +100,7 @@ class SplitCausalLM(TextModel):
         if objective.kd_weight == 0.0:
             # of no width, so that its GEMM costs nothing; its divergence has weight 0
             nothing = answer.head[0].detach()[:, :0], None
-            target = Answer(answer.output.detach()[..., :0], nothing)
+            target = Answer(answer.output.detach()[..., :0], nothing)  # no bend: logits of 0
         assert target is not None
         assert target.head is not None
         assert batch.labels is not None
@@ -112,9 +112,15 @@ class SplitCausalLM(TextModel):
             batch.labels,
             batch.compared.normalizer,
             batch.compared.num_valid,
+            bends=(answer.bend, target.bend),
         )
         count = batch.compared.number(loss.device)
         return Terms(loss, {"kd": (kd * count, count), "ce": (ce * count, count)})
+
+    def answer(
+        self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None
+    ) -> Answer:
+        return super().answer(inputs, rows, taps)._replace(bend=self.bend)
 
     def uncalled_parameters(self) -> Iterable[nn.Parameter]:
         return self.head.parameters(recurse=False)
@@ -125,7 +131,7 @@ class SplitCausalLM(TextModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, T, D], `logit_scale` included.
+        """Last hidden states [B, T, D].
 
         With `position_ids` they alone say what belongs together: transformers keeps documents of a
         packed row apart where positions restart, but only when it gets no 2-D mask. Padding
@@ -135,7 +141,7 @@ class SplitCausalLM(TextModel):
             output = self.backbone(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
-            return self._scaled(output[0])
+            return output[0]
         if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
             raise ValueError(
                 f"position_ids: {type(self.backbone).__name__} takes none, so it cannot keep "
@@ -146,15 +152,11 @@ class SplitCausalLM(TextModel):
             # the variable-length kernels recognise packed documents in a single row only
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         output = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return self._scaled(output[0].reshape(*shape, -1))
+        return output[0].reshape(*shape, -1)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Head tensors. Read them in a wrapped `forward`, where ZeRO-3 gathers what is read."""
-        bias = self.head.bias
-        return self.head.weight, None if bias is None else self._scaled(bias)
-
-    def _scaled(self, values: Tensor) -> Tensor:
-        return values if self.logit_scale == 1.0 else values * self.logit_scale
+        return self.head.weight, self.head.bias
 
 
 def base_model(model: nn.Module, role: str) -> PreTrainedModel:
@@ -218,43 +220,40 @@ class _StandInOutput(BaseModelOutputWithPast):
 
 
 @torch.no_grad()
-def _logit_scale(base: PreTrainedModel, backbone: nn.Module, head: nn.Linear, role: str) -> float:
-    """The factor between head and logits, found on the head alone, whatever else is partitioned."""
+def _bend(base: PreTrainedModel, backbone: nn.Module, head: nn.Linear, role: str) -> Bend:
+    """What is between head and logits, found on the head alone, whatever else is partitioned."""
     with gathered(head.parameters(recurse=False)):
         weight = head.weight
         hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(weight)
-        # large logits, so that a soft cap cannot pass for linear
-        hidden *= 1000.0 / F.linear(hidden, weight).abs().amax().clamp(min=1e-3)
-        linear = F.linear(hidden, weight, head.bias).float()
+        # rows of large logits, where a cap cannot pass for linear, and of small ones, where it is
+        # still to be told from another cap
+        hidden /= F.linear(hidden, weight).abs().amax(-1, keepdim=True).clamp(min=1e-3)
+        hidden *= hidden.new_tensor([1000.0, 200.0, 40.0, 8.0])[:, None]
+        linear = F.linear(hidden, weight, head.bias)
+        dtype = torch.promote_types(linear.dtype, torch.float32)
 
         patched = backbone.__dict__.get("forward")
         backbone.forward = lambda *args, **kwargs: _StandInOutput(last_hidden_state=hidden)
         try:
             ids = torch.zeros(1, 4, dtype=torch.int64, device=weight.device)
-            logits = base(input_ids=ids, use_cache=False).logits.float()
+            logits = base(input_ids=ids, use_cache=False).logits.to(dtype)
         finally:
             del backbone.forward
             if patched is not None:
                 backbone.forward = patched
 
-    band = 4 * torch.finfo(weight.dtype).eps * linear.abs().max()
-    for scale in _candidate_scales(base.config):
-        if logits.shape == linear.shape and (logits - scale * linear).abs().max() <= scale * band:
-            return scale
-    values = ((name, getattr(base.config, name, None)) for name in _SOFT_CAPS)
-    caps = ", ".join(f"{name}={value}" for name, value in values if value is not None)
+    if logits.shape == linear.shape:
+        eps = torch.finfo(weight.dtype).eps
+        for bend in bends_of(base.config):
+            expected = bend.of(linear.to(dtype))
+            band = 4 * eps * expected.abs().amax(-1, keepdim=True)
+            if ((logits - expected).abs() <= band).all():
+                return bend
+    known = entries_of(base.config)
     raise ValueError(
-        f"{role}: the logits of {type(base).__name__} are not its last hidden states times its head"
-        + (f" ({caps} bends them)" if caps else "")
+        f"{role}: the logits of {type(base).__name__} are not its last hidden states times its "
+        "head, nor scaled or capped by an entry of its configuration that is known"
+        + (f" ({known})" if known else "")
         + ", so the fused linear loss would distil another function"
     )
-
-
-def _candidate_scales(config) -> list[float]:
-    scales = [1.0]
-    for name in _SCALES:
-        value = getattr(config, name, None)
-        if isinstance(value, int | float) and value > 0:
-            scales += [float(value), 1.0 / value]
-    return scales

@@ -145,14 +145,16 @@ def time_head(
     read = parts.read(**batch)
     common = parts.common_classes(teacher)
     with torch.no_grad():
-        student_hidden, head, _ = parts.answer(read.inputs).leading(common)
-        teacher_hidden, teacher_head, _ = teacher.answer(read).leading(common)
+        answer = parts.answer(read.inputs).leading(common)
+        target = teacher.answer(read).leading(common)
+    head, teacher_head = answer.head, target.head
     assert head is not None  # a causal language model has one
     assert teacher_head is not None
     weight, bias = head
     teacher_weight, teacher_bias = teacher_head
 
-    student_hidden, teacher_hidden = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
+    student_hidden, teacher_hidden = answer.output.flatten(0, 1), target.output.flatten(0, 1)
+    options = {**options, **answer.bend.options("student"), **target.bend.options("teacher")}
     labels = batch["labels"].flatten()
 
     def step(head: torch.Tensor, tokens: int | None = None) -> None:
