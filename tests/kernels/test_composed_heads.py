@@ -18,7 +18,7 @@ from modxfer_fast import (
     linear_kd_loss,
 )
 from tests.inputs import BACKENDS, NATIVE
-from tests.kernels.test_teachers import D, N, V, check, divergence_rows, labels, randn, total
+from tests.kernels.test_given_teachers import D, N, V, check, divergence_rows, labels, randn, total
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
