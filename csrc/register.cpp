@@ -11,19 +11,20 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def("use_instruction_set(int index) -> ()");
   m.def(
       "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int divergence, "
-      "float beta, float temperature, float kd_weight, float ce_weight, float[] bends) "
+      "float[] constants, float temperature, float kd_weight, float ce_weight, float[] bends) "
       "-> (Tensor kd, Tensor ce, Tensor stats)");
   m.def(
       "kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, Tensor stats, int divergence, float beta, float temperature, "
+      "Tensor row_weights, Tensor stats, int divergence, float[] constants, float temperature, "
       "float kd_weight, float ce_weight, float[] bends, Tensor(a!) dlogits) -> ()");
   m.def(
       "kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, int divergence, float beta, float temperature, float kd_weight, "
+      "Tensor row_weights, int divergence, float[] constants, float temperature, float kd_weight, "
       "float ce_weight, float[] bends, Tensor(a!) dlogits) -> (Tensor kd, Tensor ce)");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
-      "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, float beta, "
+      "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, float[] "
+      "constants, "
       "float temperature, float kd_weight, float ce_weight, Tensor(a!)? dlogits) "
       "-> (Tensor kd, Tensor ce)");
   m.def(

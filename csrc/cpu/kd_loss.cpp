@@ -43,14 +43,20 @@ class Labels {
   int64_t vocab_size_;
 };
 
-KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_weight,
-                 double ce_weight) {
+KdSpec make_spec(int64_t divergence, const std::vector<double>& constants, double temperature,
+                 double kd_weight, double ce_weight) {
   STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences,
                   "divergence: expected one that these C++ kernels were built with");
-  return {static_cast<Divergence>(divergence),   static_cast<float>(beta),
-          static_cast<float>(1.0 - beta),        static_cast<float>(std::log(beta)),
-          static_cast<float>(std::log1p(-beta)), static_cast<float>(1.0 / temperature),
-          static_cast<float>(kd_weight),         static_cast<float>(ce_weight)};
+  STD_TORCH_CHECK(constants.size() == 4, "constants: expected four numbers");
+  const auto c = [&](int i) { return static_cast<float>(constants[i]); };
+  return {static_cast<Divergence>(divergence),
+          c(0),
+          c(1),
+          c(2),
+          c(3),
+          static_cast<float>(1.0 / temperature),
+          static_cast<float>(kd_weight),
+          static_cast<float>(ce_weight)};
 }
 
 void check_same_shape(const Tensor& student, const Tensor& other) {
@@ -116,10 +122,11 @@ void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& 
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,
-                                               double beta, double temperature, double kd_weight,
-                                               double ce_weight, std::vector<double> bends) {
+                                               std::vector<double> constants, double temperature,
+                                               double kd_weight, double ce_weight,
+                                               std::vector<double> bends) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, constants, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -143,11 +150,11 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
 }
 
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                 Tensor row_weights, Tensor stats, int64_t divergence, double beta,
-                 double temperature, double kd_weight, double ce_weight, std::vector<double> bends,
-                 Tensor dlogits) {
+                 Tensor row_weights, Tensor stats, int64_t divergence,
+                 std::vector<double> constants, double temperature, double kd_weight,
+                 double ce_weight, std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, constants, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -173,11 +180,11 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
 
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
-                                           int64_t divergence, double beta, double temperature,
-                                           double kd_weight, double ce_weight,
+                                           int64_t divergence, std::vector<double> constants,
+                                           double temperature, double kd_weight, double ce_weight,
                                            std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, constants, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -264,7 +271,7 @@ class TopKBuffers {
  public:
   TopKBuffers(int64_t vocab_size, int64_t width, const Rows& student, int64_t dlogits_size = 0)
       : others_(2 * vocab_size),
-        list_(5 * (width + 1)),
+        list_(7 * (width + 1)),
         student(student.buffer_size()),
         dlogits(dlogits_size),
         ids(width),
@@ -274,7 +281,8 @@ class TopKBuffers {
 
   TopKScratch scratch() {
     float *e = others_.data(), *z = list_.data();
-    return {e, e + vocab_size_, z, z + width_, z + 2 * width_, z + 3 * width_, z + 4 * width_};
+    const int64_t w = width_;
+    return {e, e + vocab_size_, z, z + w, z + 2 * w, z + 3 * w, z + 4 * w, z + 5 * w, z + 6 * w};
   }
 
  private:
@@ -295,10 +303,11 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
                                         std::optional<Tensor> row_weights, int64_t divergence,
-                                        double beta, double temperature, double kd_weight,
-                                        double ce_weight, std::optional<Tensor> dlogits) {
+                                        std::vector<double> constants, double temperature,
+                                        double kd_weight, double ce_weight,
+                                        std::optional<Tensor> dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, constants, temperature, kd_weight, ce_weight);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Rows student(student_logits), grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);

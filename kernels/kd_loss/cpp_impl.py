@@ -83,7 +83,8 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[
     )
 
 
-def _scalars(spec: KDSpec) -> tuple[float, ...]:
+def _scalars(spec: KDSpec) -> tuple[int, list[float], float, float, float]:
     """In the order of csrc's schemas."""
-    divergence = _IDS[spec.divergence]
-    return divergence, spec.weight_of_p, spec.temperature, spec.kd_weight, spec.ce_weight
+    constants = list(spec.record.kernel_constants(*spec.parameters))
+    weights = (spec.temperature, spec.kd_weight, spec.ce_weight)
+    return _IDS[spec.divergence], constants, *weights

@@ -59,6 +59,7 @@ def kd_loss(
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
+    alpha: float | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -77,7 +78,7 @@ def kd_loss(
         teacher_logits: [..., V], same shape; a constant. Or a `TeacherTopK` of K classes a row.
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
-        divergence, beta, temperature, kd_weight, ce_weight, token_weights, normalizer,
+        divergence, alpha, beta, temperature, kd_weight, ce_weight, token_weights, normalizer,
             scale_by_temperature_squared, backend: as for `linear_kd_loss`.
         reduction: "mean", "sum", or "none" (shape [...]).
 
@@ -93,7 +94,7 @@ def kd_loss(
     )
     refuse_transforms("kd_loss", student_logits, *of_teacher)
     spec = KDSpec(
-        *(divergence, beta, temperature, kd_weight, ce_weight),
+        *(divergence, beta, temperature, kd_weight, ce_weight, alpha),
         scale_by_temperature_squared=scale_by_temperature_squared,
     ).checked()
     check_reduction(reduction, normalizer)

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from modxfer_fast.config.section import NotNegative, OneOf, Positive, PositiveInt, Section
-from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from modxfer_fast.kernels.divergences import (
+    ALPHAS,
+    BETAS,
+    DIVERGENCES,
+    FORMULAS,
+    resolve,
+)
 from modxfer_fast.kernels.names import (
     BACKENDS,
     IMPLS,
@@ -126,13 +132,14 @@ class LossSection(LogitsSection):
     __doc__ = f"""Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is plain PyTorch.
 
     divergence: of p, the teacher, and q, the student: {FORMULAS}.
-    beta: weight of p, for {WITH_BETA} alone; null is 0.5.
+    alpha, beta: of those that read them; null is, of alpha, {ALPHAS}; of beta, {BETAS}.
     What models do to their logits, a scale or a soft cap, is read from their configurations.
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """
 
     divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "forward_kl"
-    beta: Annotated[float, Field(ge=0, le=1)] | None = None
+    alpha: float | None = None
+    beta: float | None = None
     workspace_mb: PositiveInt = 512
     backend: Backend = None
     impl: Annotated[str, OneOf(LOSS_IMPLS)] = "fused"
@@ -141,10 +148,7 @@ class LossSection(LogitsSection):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.beta is not None and not DIVERGENCES[self.divergence].reads_beta:
-            raise ValueError(
-                f"beta: expected with divergence: {WITH_BETA} alone, got it with {self.divergence}"
-            )
+        resolve(self.divergence, self.alpha, self.beta)
         return self
 
     def of_logits(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class LinearKDLoss(nn.Module):
         self,
         *,
         divergence: str = "forward_kl",
+        alpha: float | None = None,
         beta: float | None = None,
         temperature: float = 1.0,
         kd_weight: float = 1.0,
@@ -48,7 +49,7 @@ class LinearKDLoss(nn.Module):
     ):
         super().__init__()
         self.spec = KDSpec(
-            *(divergence, beta, temperature, kd_weight, ce_weight),
+            *(divergence, beta, temperature, kd_weight, ce_weight, alpha),
             *(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
             scale_by_temperature_squared,
         )

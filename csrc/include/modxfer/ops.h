@@ -22,20 +22,21 @@ void use_instruction_set(int64_t index);
 // -> kd [M], ce [M], stats [M, 6]
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,
-                                               double beta, double temperature, double kd_weight,
-                                               double ce_weight, std::vector<double> bends);
+                                               std::vector<double> constants, double temperature,
+                                               double kd_weight, double ce_weight,
+                                               std::vector<double> bends);
 
 // writes dlogits [M, V]
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                 Tensor row_weights, Tensor stats, int64_t divergence, double beta,
-                 double temperature, double kd_weight, double ce_weight, std::vector<double> bends,
-                 Tensor dlogits);
+                 Tensor row_weights, Tensor stats, int64_t divergence,
+                 std::vector<double> constants, double temperature, double kd_weight,
+                 double ce_weight, std::vector<double> bends, Tensor dlogits);
 
 // both for one row while it is in cache -> kd [M], ce [M]
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
-                                           int64_t divergence, double beta, double temperature,
-                                           double kd_weight, double ce_weight,
+                                           int64_t divergence, std::vector<double> constants,
+                                           double temperature, double kd_weight, double ce_weight,
                                            std::vector<double> bends, Tensor dlogits);
 
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
@@ -43,8 +44,9 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
                                         std::optional<Tensor> row_weights, int64_t divergence,
-                                        double beta, double temperature, double kd_weight,
-                                        double ce_weight, std::optional<Tensor> dlogits);
+                                        std::vector<double> constants, double temperature,
+                                        double kd_weight, double ce_weight,
+                                        std::optional<Tensor> dlogits);
 
 // -> loss [M]; writes dz [M, D] where given, which may be z
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
