@@ -11,16 +11,23 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def("use_instruction_set(int index) -> ()");
   m.def(
       "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int divergence, "
-      "float beta, float temperature, float kd_weight, float ce_weight, float[] bends) "
-      "-> (Tensor kd, Tensor ce, Tensor stats)");
+      "float[] numbers, float[] bends, Tensor(a!)? extras) -> (Tensor kd, Tensor ce, Tensor "
+      "stats)");
   m.def(
       "kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, Tensor stats, int divergence, float beta, float temperature, "
-      "float kd_weight, float ce_weight, float[] bends, Tensor(a!) dlogits) -> ()");
+      "Tensor row_weights, Tensor stats, int divergence, float[] numbers, float[] bends, "
+      "Tensor(a!) dlogits) -> ()");
   m.def(
       "kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, int divergence, float beta, float temperature, float kd_weight, "
-      "float ce_weight, float[] bends, Tensor(a!) dlogits) -> (Tensor kd, Tensor ce)");
+      "Tensor row_weights, int divergence, float[] numbers, float[] bends, Tensor(a!) dlogits, "
+      "Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor? labels, float ce_weight, float label_smoothing, "
+      "float z_loss_weight, Tensor(a!)? extras) -> Tensor ce");
+  m.def(
+      "cross_entropy_fwd_bwd(Tensor logits, Tensor? labels, Tensor row_weights, float ce_weight, "
+      "float label_smoothing, float z_loss_weight, Tensor(a!) dlogits, Tensor(b!)? extras) "
+      "-> Tensor ce");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, float beta, "
@@ -61,6 +68,8 @@ STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
   m.impl("kd_loss_bwd", TORCH_BOX(&modxfer::kd_loss_bwd));
   m.impl("kd_loss_fwd_bwd", TORCH_BOX(&modxfer::kd_loss_fwd_bwd));
   m.impl("topk_kd_loss", TORCH_BOX(&modxfer::topk_kd_loss));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&modxfer::cross_entropy_fwd));
+  m.impl("cross_entropy_fwd_bwd", TORCH_BOX(&modxfer::cross_entropy_fwd_bwd));
   m.impl("projection_loss_rows", TORCH_BOX(&modxfer::projection_loss_rows));
   m.impl("projection_loss_low_rank", TORCH_BOX(&modxfer::projection_loss_low_rank));
   m.impl("lora_shrink", TORCH_BOX(&modxfer::lora_shrink));

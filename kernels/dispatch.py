@@ -34,6 +34,7 @@ ROOMS = {
     "kd_loss": (
         *("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd"),
         *("topk_kd_loss_fwd", "topk_kd_loss_fwd_bwd"),
+        *("cross_entropy_fwd", "cross_entropy_fwd_bwd"),
     ),
     "linear_kd_loss": ("linear_kd_loss_fwd",),
     "projection_loss": ("projection_loss_fwd", "projection_loss_rows"),

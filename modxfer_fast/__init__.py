@@ -11,7 +11,9 @@ from modxfer_fast._version import __version__
 from modxfer_fast.kernels.dispatch import BackendError, use_backend
 from modxfer_fast.kernels.kd_loss import TeacherTopK, kd_loss
 from modxfer_fast.kernels.linear_kd_loss import (
+    ByProducts,
     KDTerms,
+    LogProbTerms,
     LoraWeight,
     QuantizedWeight,
     TeacherHead,
@@ -19,8 +21,11 @@ from modxfer_fast.kernels.linear_kd_loss import (
     TeacherLogProbs,
     TeacherMixture,
     TeacherProbs,
+    linear_cross_entropy,
     linear_kd_loss,
     linear_kd_loss_terms,
+    linear_log_probs,
+    linear_log_probs_terms,
     release_workspace,
 )
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group
@@ -41,11 +46,13 @@ _LAZY = {
 
 __all__ = [
     "BackendError",
+    "ByProducts",
     "CausalCollator",
     "DistillConfig",
     "DistillTrainer",
     "KDTerms",
     "LinearKDLoss",
+    "LogProbTerms",
     "LoraProjectionLoss",
     "LoraTarget",
     "LoraWeight",
@@ -58,8 +65,11 @@ __all__ = [
     "TeacherTopK",
     "__version__",
     "kd_loss",
+    "linear_cross_entropy",
     "linear_kd_loss",
     "linear_kd_loss_terms",
+    "linear_log_probs",
+    "linear_log_probs_terms",
     "lora_linear",
     "lora_linear_group",
     "lora_projection_loss",

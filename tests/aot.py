@@ -39,7 +39,10 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ROOMS = ("kd_loss", "topk_kd_loss", "projection_loss", "lora_linear", "correlation")
+ROOMS = (
+    *("kd_loss", "topk_kd_loss", "cross_entropy"),
+    *("projection_loss", "lora_linear", "correlation"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,47 +11,52 @@
 #include <cmath>
 #include <vector>
 
-#include "modxfer/ops.h"
 #include "bent_rows.h"
+#include "labels.h"
+#include "modxfer/ops.h"
 
 namespace modxfer {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-// A label outside [0, V) means no cross entropy.
-class Labels {
- public:
-  Labels(const std::optional<Tensor>& labels, int64_t rows, int64_t vocab_size)
-      : vocab_size_(vocab_size) {
-    if (!labels.has_value()) return;
-    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->numel() == rows,
-                    "labels: expected int64, one a row");
-    data_ = static_cast<const int64_t*>(labels->data_ptr());
-    stride_ = labels->stride(0);
-  }
-
-  int64_t operator[](int64_t row) const {
-    if (data_ == nullptr) return -1;
-    const int64_t label = data_[row * stride_];
-    return label < vocab_size_ ? label : -1;
-  }
-
- private:
-  const int64_t* data_ = nullptr;
-  int64_t stride_ = 0;
-  int64_t vocab_size_;
-};
-
-KdSpec make_spec(int64_t divergence, double beta, double temperature, double kd_weight,
-                 double ce_weight) {
-  STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences,
-                  "divergence: expected one that these C++ kernels were built with");
+// numbers: beta, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight.
+KdSpec make_spec(int64_t divergence, const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences && numbers.size() == 6,
+                  "divergence, numbers: expected those that these C++ kernels were built with");
+  const double beta = numbers[0], temperature = numbers[1];
   return {static_cast<Divergence>(divergence),   static_cast<float>(beta),
           static_cast<float>(1.0 - beta),        static_cast<float>(std::log(beta)),
           static_cast<float>(std::log1p(-beta)), static_cast<float>(1.0 / temperature),
-          static_cast<float>(kd_weight),         static_cast<float>(ce_weight)};
+          static_cast<float>(numbers[2]),        static_cast<float>(numbers[3]),
+          static_cast<float>(numbers[4]),        static_cast<float>(numbers[5])};
 }
+
+// Where the by-products of rows go, [M, 1] (lse alone) or [M, 6], or nowhere.
+class Extras {
+ public:
+  Extras(const std::optional<Tensor>& extras, int64_t rows) {
+    if (!extras.has_value()) return;
+    STD_TORCH_CHECK(extras->scalar_type() == ScalarType::Float && extras->is_contiguous() &&
+                        extras->dim() == 2 && extras->size(0) == rows &&
+                        (extras->size(1) == 1 || extras->size(1) == kAll),
+                    "extras: expected contiguous float32 [M, 1] or [M, 6]");
+    data_ = static_cast<float*>(extras->data_ptr());
+    width_ = extras->size(1);
+  }
+
+  bool has_all() const { return width_ == kAll; }
+  KdExtras* room(KdExtras& own) const { return data_ == nullptr ? nullptr : &own; }
+
+  void put(int64_t row, const KdExtras& own) const {
+    std::copy_n(reinterpret_cast<const float*>(&own), width_, data_ + row * width_);
+  }
+
+ private:
+  static constexpr int64_t kAll = sizeof(KdExtras) / sizeof(float);
+  float* data_ = nullptr;
+  int64_t width_ = 0;
+};
 
 void check_same_shape(const Tensor& student, const Tensor& other) {
   STD_TORCH_CHECK(
@@ -116,14 +121,17 @@ void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& 
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,
-                                               double beta, double temperature, double kd_weight,
-                                               double ce_weight, std::vector<double> bends) {
+                                               std::vector<double> numbers,
+                                               std::vector<double> bends,
+                                               std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, numbers);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V);
+  const Extras more(extras, M);
+  const auto fwd = kernels.fwd[more.has_all() || spec.label_smoothing != 0.0f];
   check_same_shape(student_logits, teacher_logits);
   Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
   Tensor stats = empty_fp32(student_logits, {M, 6});
@@ -132,9 +140,12 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
     Buffers buffers(V, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
-      const KdLosses losses = kernels.fwd(student.read(row, buffers.student.data()),
-                                          teacher.read(row, buffers.teacher.data()), V, label[row],
-                                          spec, stats_rows[row], buffers.scratch());
+      KdExtras own;
+      KdExtras* room = more.room(own);
+      const KdLosses losses =
+          fwd(student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()),
+              V, label[row], spec, stats_rows[row], buffers.scratch(), room);
+      if (room != nullptr) more.put(row, own);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
     }
@@ -143,11 +154,10 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
 }
 
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                 Tensor row_weights, Tensor stats, int64_t divergence, double beta,
-                 double temperature, double kd_weight, double ce_weight, std::vector<double> bends,
-                 Tensor dlogits) {
+                 Tensor row_weights, Tensor stats, int64_t divergence, std::vector<double> numbers,
+                 std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, numbers);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -173,11 +183,11 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
 
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
-                                           int64_t divergence, double beta, double temperature,
-                                           double kd_weight, double ce_weight,
-                                           std::vector<double> bends, Tensor dlogits) {
+                                           int64_t divergence, std::vector<double> numbers,
+                                           std::vector<double> bends, Tensor dlogits,
+                                           std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, numbers);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -186,6 +196,8 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   check_same_shape(student_logits, teacher_logits);
   check_same_shape(student_logits, dlogits);
   check_per_row(row_weights, M);
+  const Extras more(extras, M);
+  const auto fwd = kernels.fwd[more.has_all() || spec.label_smoothing != 0.0f];
   Tensor kd = empty_fp32(student_logits, {M}), ce = empty_fp32(student_logits, {M});
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   const float* weights = floats(row_weights);
@@ -195,7 +207,10 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
       KdStats stats;
-      const KdLosses losses = kernels.fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch());
+      KdExtras own;
+      KdExtras* room = more.room(own);
+      const KdLosses losses = fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch(), room);
+      if (room != nullptr) more.put(row, own);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
       write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, stats,
@@ -298,7 +313,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         double beta, double temperature, double kd_weight,
                                         double ce_weight, std::optional<Tensor> dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, beta, temperature, kd_weight, ce_weight);
+  const KdSpec spec = make_spec(divergence, {beta, temperature, kd_weight, ce_weight, 0.0, 0.0});
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Rows student(student_logits), grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);

@@ -44,9 +44,9 @@ MODXFER_INLINE vf load_n(const float* src, int n) {
   return n == kLanes ? load(src) : load_tail(src, n, -__builtin_inff());
 }
 
-template <Divergence kDivergence>
+template <Divergence kDivergence, bool kMore>
 KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch) {
+                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch, KdExtras* extras) {
   vf max_s = splat(-__builtin_inff()), max_t = max_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     max_s = vmax(load_n(student + i, n), max_s);
@@ -56,11 +56,14 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
   stats.max_t = reduce_max(max_t);
 
   const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
-  const bool needs_d1 = has_ce && spec.inv_temperature != 1.0f;
+  const bool needs_d1 =
+      (has_ce || spec.z_loss_weight != 0.0f || extras != nullptr) && spec.inv_temperature != 1.0f;
   double d_s = 0, d_t = 0, d_1 = 0;
+  double x_sum = 0, e_x_s = 0, e_x_t = 0;  // of z_s - max_s; of e^x x at the temperature
+  vi shared{};                             // classes that are the largest on both sides
   for (int64_t block = 0; block < V; block += kBlock) {
     const int64_t end = block + kBlock < V ? block + kBlock : V;
-    vf sum_s{}, sum_t{}, sum_1{};
+    vf sum_s{}, sum_t{}, sum_1{}, sum_x{}, sum_e_x_s{}, sum_e_x_t{};
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf x_s = load_n(student + i, n) - stats.max_s;
       const vf x_t = load_n(teacher + i, n) - stats.max_t;
@@ -69,12 +72,23 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
       sum_s += e_s;
       sum_t += e_t;
       if (needs_d1) sum_1 += vexp(x_s);
+      if constexpr (kMore) {
+        sum_x += n == kLanes ? x_s : load_tail(student + i, n, stats.max_s) - stats.max_s;
+        sum_e_x_s += select(e_s == 0.0f, vf{}, e_s * x_s);
+        sum_e_x_t += select(e_t == 0.0f, vf{}, e_t * x_t);
+        shared |= (x_s == 0.0f) & (x_t == 0.0f);
+      }
       store_n(scratch.q + i, n, e_s);
       store_n(scratch.u + i, n, e_t);
     });
     d_s += reduce_sum(sum_s);
     d_t += reduce_sum(sum_t);
     d_1 += reduce_sum(sum_1);
+    if constexpr (kMore) {
+      x_sum += reduce_sum(sum_x);
+      e_x_s += reduce_sum(sum_e_x_s);
+      e_x_t += reduce_sum(sum_e_x_t);
+    }
   }
   const double logd_s = __builtin_log(d_s), logd_t = __builtin_log(d_t);
   const double logd_1 = needs_d1 ? __builtin_log(d_1) : logd_s;
@@ -103,7 +117,23 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
     u_sum += reduce_sum(sum_u);
   }
   stats.u_sum = kDivergence == Divergence::kForwardKl ? -1.0f : static_cast<float>(u_sum);
-  const double ce = has_ce ? logd_1 - (static_cast<double>(student[label]) - stats.max_s) : 0.0;
+  double ce = has_ce ? logd_1 - (static_cast<double>(student[label]) - stats.max_s) : 0.0;
+  if constexpr (kMore) {
+    const double mean = logd_1 - x_sum / static_cast<double>(V);
+    if (has_ce && spec.label_smoothing != 0.0f) ce += spec.label_smoothing * (mean - ce);
+    if (extras != nullptr) {
+      const float x_label = label >= 0 ? student[label] - stats.max_s : 0.0f;
+      extras->label_log_prob = label >= 0 ? static_cast<float>(x_label - logd_1) : 0.0f;
+      extras->is_label_top = label >= 0 && x_label == 0.0f ? 1.0f : 0.0f;
+      const double scale = spec.inv_temperature;
+      extras->student_entropy = static_cast<float>(logd_s - scale * e_x_s / d_s);
+      extras->teacher_entropy = static_cast<float>(logd_t - scale * e_x_t / d_t);
+      extras->is_top_shared = 0.0f;
+      for (int i = 0; i < kLanes; ++i)
+        extras->is_top_shared = shared[i] ? 1.0f : extras->is_top_shared;
+    }
+  }
+  if (extras != nullptr) extras->lse = static_cast<float>(stats.max_s + logd_1);
   return {static_cast<float>(f_sum), static_cast<float>(ce)};
 }
 
@@ -124,21 +154,25 @@ void row_recompute(const float* student, const float* teacher, int64_t V, const 
 void row_grad(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
               const KdStats& stats, const KdScratch& scratch, float* dlogits) {
   const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
-  const bool needs_q1 = has_ce && spec.inv_temperature != 1.0f;
+  const bool has_z = spec.z_loss_weight != 0.0f;
+  const bool needs_q1 = (has_ce || has_z) && spec.inv_temperature != 1.0f;
   const float kd_scale = row_weight * spec.kd_weight * spec.inv_temperature;
   const float ce_scale = has_ce ? row_weight * spec.ce_weight : 0.0f;
+  float q1_scale = ce_scale;
+  if (has_z) q1_scale += 2.0f * row_weight * spec.z_loss_weight * (stats.max_s + stats.logd_1);
+  const float shift = ce_scale * spec.label_smoothing / static_cast<float>(V);
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const vf q = load_or_zero(scratch.q + i, n);
     const vf u = load_or_zero(scratch.u + i, n);
     vf dz = kd_scale * (u - q * stats.u_sum);
     if (needs_q1) {
-      dz += ce_scale * vexp(load_n(student + i, n) - stats.max_s - stats.logd_1);
+      dz += q1_scale * vexp(load_n(student + i, n) - stats.max_s - stats.logd_1);
     } else {
-      dz += ce_scale * q;
+      dz += q1_scale * q;
     }
-    store_n(dlogits + i, n, dz);
+    store_n(dlogits + i, n, dz - shift);
   });
-  if (has_ce) dlogits[label] -= ce_scale;
+  if (has_ce) dlogits[label] -= ce_scale * (1.0f - spec.label_smoothing);
 }
 
 #include "topk_kd_loss_rows.h"
@@ -146,9 +180,13 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
 template <int64_t... kIds>
 constexpr std::array<KdRowKernels, sizeof...(kIds)> kernels_of(
     std::integer_sequence<int64_t, kIds...>) {
-  return {KdRowKernels{kIsaName, row_fwd<static_cast<Divergence>(kIds)>,
-                       row_recompute<static_cast<Divergence>(kIds)>, row_grad,
-                       topk_row_fwd<static_cast<Divergence>(kIds)>, topk_row_grad}...};
+  return {KdRowKernels{
+      kIsaName,
+      {row_fwd<static_cast<Divergence>(kIds), false>, row_fwd<static_cast<Divergence>(kIds), true>},
+      row_recompute<static_cast<Divergence>(kIds)>,
+      row_grad,
+      topk_row_fwd<static_cast<Divergence>(kIds)>,
+      topk_row_grad}...};
 }
 
 // By divergence.

@@ -76,14 +76,16 @@ def check_labels(labels: Tensor | None, ce_weight: float, ignore_index: int) -> 
         raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
 
 
-def check_label_values(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
+def check_label_values(
+    labels: Tensor | None, ignore_index: int, vocab_size: int, name: str = "labels"
+) -> None:
     """Labels in [0, vocab_size) or ignore_index; on a GPU only under MODXFER_DEBUG=1."""
     if labels is None or labels.numel() == 0 or not (labels.device.type == "cpu" or env.debug()):
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bad.any():
         raise ValueError(
-            f"labels: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, "
+            f"{name}: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, "
             f"got {labels[bad][0].item()}"
         )
 

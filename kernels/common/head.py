@@ -60,17 +60,22 @@ class Head(NamedTuple):
         return self._replace(hidden=self.hidden.reshape(rows, self.hidden.shape[-1]))
 
     def check(self, role: str) -> None:
-        """Raises ValueError or TypeError that names `<role>_hidden`, `_weight` or `_bias`."""
+        """Raises ValueError or TypeError that names `<role>_hidden`, `_weight` or `_bias`.
+
+        Args:
+            role: "student", "teacher", or "" where there is one head alone: "hidden".
+        """
         hidden, weight, bias = self
-        check_float(f"{role}_hidden", hidden)
+        role = f"{role}_" if role else ""
+        check_float(f"{role}hidden", hidden)
         if weight.dim() != 2 or weight.shape[0] == 0:
             raise ValueError(
-                f"{role}_weight: expected shape [V, D] with V > 0, got {tuple(weight.shape)}"
+                f"{role}weight: expected shape [V, D] with V > 0, got {tuple(weight.shape)}"
             )
         if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
-                f"{role}_hidden: expected shape [..., {weight.shape[1]}], the width of "
-                f"{role}_weight, got {tuple(hidden.shape)}"
+                f"{role}hidden: expected shape [..., {weight.shape[1]}], the width of "
+                f"{role}weight, got {tuple(hidden.shape)}"
             )
         if weight.dtype != hidden.dtype:
             is_stored = (
@@ -82,18 +87,18 @@ class Head(NamedTuple):
                 )
             )
             raise TypeError(
-                f"{role}_weight: expected {hidden.dtype}, the dtype of {role}_hidden, "
+                f"{role}weight: expected {hidden.dtype}, the dtype of {role}hidden, "
                 f"got {weight.dtype}{is_stored}"
             )
-        check_same_device(f"{role}_weight", weight, f"{role}_hidden", hidden)
+        check_same_device(f"{role}weight", weight, f"{role}hidden", hidden)
         if bias is None:
             return
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
             raise ValueError(
-                f"{role}_bias: expected {weight.dtype} of shape {tuple(weight.shape[:1])}, "
+                f"{role}bias: expected {weight.dtype} of shape {tuple(weight.shape[:1])}, "
                 f"got {bias.dtype} of shape {tuple(bias.shape)}"
             )
-        check_same_device(f"{role}_bias", bias, f"{role}_hidden", hidden)
+        check_same_device(f"{role}bias", bias, f"{role}hidden", hidden)
 
     def check_teacher(self, student: "Head") -> None:
         """Raises ValueError where this head cannot teach `student`."""

@@ -72,6 +72,8 @@ class KDSpec(Spec):
         temperature: divides both rows of logits before the softmax of the divergence.
         kd_weight: factor of the divergence.
         ce_weight: factor of the cross entropy with the label, always at temperature 1.
+        label_smoothing: share of the label's probability that goes to all classes alike.
+        z_loss_weight: factor of (log sum exp z)^2, the z-loss, always at temperature 1.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: what a model
             does to the logits of its head before anything else, see `bend.py`.
         scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
@@ -84,6 +86,8 @@ class KDSpec(Spec):
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
     student_logit_scale: float = 1.0
     student_softcap: float | None = None
     teacher_logit_scale: float = 1.0
@@ -148,6 +152,16 @@ class KDSpec(Spec):
                 raise ValueError(f"{name}: expected a finite number, got {value}")
         self.student_bend.check("student")
         self.teacher_bend.check("teacher")
+        check_number("label_smoothing", self.label_smoothing)
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(
+                f"label_smoothing: expected a number in [0, 1], got {self.label_smoothing}"
+            )
+        check_number("z_loss_weight", self.z_loss_weight)
+        if not (self.z_loss_weight >= 0.0 and is_finite(self.z_loss_weight)):
+            raise ValueError(
+                f"z_loss_weight: expected a number of at least 0, got {self.z_loss_weight}"
+            )
         ends = DIVERGENCES[divergence].ends
         if ends is not None and beta in (0.0, 1.0):
             divergence = ends[int(beta)]
@@ -155,6 +169,7 @@ class KDSpec(Spec):
             kd_weight *= temperature**2
         return KDSpec(
             *(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight)),
+            *(float(self.label_smoothing), float(self.z_loss_weight)),
             *(self.student_logit_scale, self.student_softcap),
             *(self.teacher_logit_scale, self.teacher_softcap),
         )

@@ -152,6 +152,7 @@ class StreamedOp(Generic[Inputs]):
         gradients: names of the inputs that are differentiated.
         terms: names of the further tensors.
         keeps: from inputs to what has to live until the backward of `_rows`, which runs again.
+        columns: from (inputs, name of a term) to k where that is [N, k]; None for [N].
         saved_dtype: from (inputs, name) to the dtype in which that gradient waits for the upstream
             one; without it, the input's.
     """
@@ -165,11 +166,12 @@ class StreamedOp(Generic[Inputs]):
         gradients: tuple[str, ...],
         terms: tuple[str, ...] = (),
         keeps: Callable[[Inputs], Any] | None = None,
+        columns: Callable[[Inputs, str], int | None] = lambda inputs, name: None,
         saved_dtype: Callable[[Inputs, str], torch.dtype] | None = None,
     ):
         self.inputs: Callable[..., Inputs] = inputs
         self._run, self._gradients, self._terms = run, gradients, terms
-        self._num_results = 1 + len(terms)
+        self._num_results, self._columns = 1 + len(terms), columns
         self._keeps = keeps
         self._saved_dtype = saved_dtype or (lambda values, name: getattr(values, name).dtype)
         self._fwd = define_op(
@@ -212,20 +214,24 @@ class StreamedOp(Generic[Inputs]):
 
     def _fake_fwd(self, inputs):
         weights = inputs.row_weights
-        terms = [torch.empty_like(weights) for _ in self._terms]
         pairs = zip(self._gradients, inputs.needs, strict=True)
         grads = [
             self._fake_gradient(inputs, name) if need else weights.new_empty(0)
             for name, need in pairs
         ]
-        return weights.new_empty(()), *terms, *grads
+        return weights.new_empty(()), *self._fake_terms(inputs), *grads
+
+    def _fake_terms(self, inputs):
+        widths = [self._columns(inputs, name) for name in self._terms]
+        n, empty = inputs.row_weights.shape[0], inputs.row_weights.new_empty
+        return [empty(n) if width is None else empty(n, width) for width in widths]
 
     def _fake_gradient(self, inputs, name):
         tensor = getattr(inputs, name)
         return tensor.new_empty(tensor.shape, dtype=self._saved_dtype(inputs, name))
 
     def _fake_rows(self, inputs):
-        rows, *terms = [torch.empty_like(inputs.row_weights) for _ in ("rows", *self._terms)]
+        rows, terms = torch.empty_like(inputs.row_weights), self._fake_terms(inputs)
         return (rows, *terms) if terms else rows
 
     def _save_fwd(self, ctx, inputs, outputs):

@@ -1,5 +1,6 @@
 """KD loss rows in threaded, vectorised C++ (csrc/cpu/kd_loss.cpp)."""
 
+import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, compiled
@@ -14,10 +15,14 @@ _IDS = {name: index for index, name in enumerate(DIVERGENCES)}
 
 
 def kd_loss_fwd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd(
-        student_logits, teacher_logits, labels, *_scalars(spec), spec.bends
+        student_logits, teacher_logits, labels, *_scalars(spec), spec.bends, extras
     )
 
 
@@ -43,10 +48,11 @@ def kd_loss_fwd_bwd(
     row_weights: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd_bwd(
         *(student_logits, teacher_logits, labels, row_weights, *_scalars(spec)),
-        *(spec.bends, dlogits),
+        *(spec.bends, dlogits, extras),
     )
 
 
@@ -78,12 +84,43 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[
         missing,
         labels,
         row_weights,
-        *_scalars(spec),
+        _IDS[spec.divergence],
+        *spec.values()[:4],
         dlogits,
     )
 
 
-def _scalars(spec: KDSpec) -> tuple[float, ...]:
-    """In the order of csrc's schemas."""
-    divergence = _IDS[spec.divergence]
-    return divergence, spec.weight_of_p, spec.temperature, spec.kd_weight, spec.ce_weight
+def cross_entropy_fwd(
+    student_logits: Tensor,
+    signal: None,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
+) -> tuple[Tensor, Tensor, None]:
+    ce = compiled.ops().cross_entropy_fwd(student_logits, labels, *_hard(spec), extras)
+    return torch.zeros_like(ce), ce, None
+
+
+def cross_entropy_fwd_bwd(
+    student_logits: Tensor,
+    signal: None,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+    extras: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    ce = compiled.ops().cross_entropy_fwd_bwd(
+        student_logits, labels, row_weights, *_hard(spec), dlogits, extras
+    )
+    return torch.zeros_like(ce), ce
+
+
+def _scalars(spec: KDSpec) -> tuple[int, list[float]]:
+    """The divergence, and the numbers in the order of csrc's make_spec."""
+    numbers = [spec.weight_of_p, spec.temperature, spec.kd_weight, *_hard(spec)]
+    return _IDS[spec.divergence], numbers
+
+
+def _hard(spec: KDSpec) -> tuple[float, float, float]:
+    return spec.ce_weight, spec.label_smoothing, spec.z_loss_weight

@@ -3,6 +3,7 @@
 N rows (B*T tokens)   V classes   p, q = softmax of teacher, student logits / temperature
 
     loss_n = kd_weight D_n + ce_weight CE(softmax(student_n), label_n)
+             + z_loss_weight (log sum exp student_n)^2
 
 D is a divergence of `kernels/divergences.py`, evaluated in log space from fp32 logits.
 Probabilities are never stored: the forward keeps six numbers a row, the backward reads both logits
@@ -34,7 +35,7 @@ from modxfer_fast.kernels.common import (
 )
 from modxfer_fast.kernels.common.packing import row_major
 from modxfer_fast.kernels.common.rows import Tokens
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
 from modxfer_fast.kernels.kd_loss.topk_op import topk_rows
 
 
@@ -63,6 +64,8 @@ def kd_loss(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     ignore_index: int = -100,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -77,8 +80,9 @@ def kd_loss(
         teacher_logits: [..., V], same shape; a constant. Or a `TeacherTopK` of K classes a row.
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
-        divergence, beta, temperature, kd_weight, ce_weight, token_weights, normalizer,
-            scale_by_temperature_squared, backend: as for `linear_kd_loss`.
+        divergence, beta, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight,
+            token_weights, normalizer, scale_by_temperature_squared, backend: as for
+            `linear_kd_loss`.
         reduction: "mean", "sum", or "none" (shape [...]).
 
     Returns:
@@ -93,7 +97,13 @@ def kd_loss(
     )
     refuse_transforms("kd_loss", student_logits, *of_teacher)
     spec = KDSpec(
-        *(divergence, beta, temperature, kd_weight, ce_weight),
+        divergence,
+        beta=beta,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
         scale_by_temperature_squared=scale_by_temperature_squared,
     ).checked()
     check_reduction(reduction, normalizer)
@@ -110,6 +120,7 @@ def kd_loss(
     numbers, names = spec.numbers(), spec.names()
     options = (labels, numbers, names, ignore_index, backend)
     if isinstance(teacher_logits, TeacherTopK):
+        refuse_hard_options(spec)
         rows = topk_rows(
             student_logits, teacher_logits.detach().flat(len(student_logits)), *options
         )
@@ -151,7 +162,10 @@ def _run_fwd(inputs: _Inputs) -> tuple[Tensor, Tensor]:
     kd, ce, stats = dispatch.load("kd_loss", inputs.backend).kd_loss_fwd(
         row_major(student), row_major(teacher), labels, spec
     )
-    return spec.kd_weight * kd + spec.ce_weight * ce, stats
+    rows = spec.kd_weight * kd + spec.ce_weight * ce
+    if spec.z_loss_weight:
+        rows = rows + spec.z_loss_weight * (stats[:, 0] + stats[:, 5]).square()  # max_s + logd_1
+    return rows, stats
 
 
 def _fake_fwd(inputs: _Inputs) -> tuple[Tensor, Tensor]:

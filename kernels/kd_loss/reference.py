@@ -7,6 +7,8 @@ test. The other functions are the backend interface: f and u of each class are t
 `kernels.divergences`, and
 
     dlogits = row_weight (kd_weight / temperature (u - q sum(u)) + ce_weight (softmax(z) - onehot))
+
+Label smoothing and the z-loss are in reference_cross_entropy.py.
 """
 
 import math
@@ -17,7 +19,29 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.reference_cross_entropy import (
+    cross_entropy_fwd,
+    cross_entropy_fwd_bwd,
+    hard_dlogits,
+    hard_terms_reference,
+    label_index,
+    write_extras,
+)
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
+
+__all__ = [
+    "available",
+    "cross_entropy_fwd",
+    "cross_entropy_fwd_bwd",
+    "hard_terms_reference",
+    "kd_loss_bwd",
+    "kd_loss_fwd",
+    "kd_loss_fwd_bwd",
+    "kd_loss_reference",
+    "supports",
+    "topk_kd_loss_fwd",
+    "topk_kd_loss_fwd_bwd",
+]
 
 
 def available() -> tuple[bool, str]:
@@ -33,6 +57,8 @@ def kd_loss_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition: per-row divergence and cross entropy, [M] each, unweighted.
 
+    The z-loss beside them is that of `hard_terms_reference`.
+
     Args:
         student_logits, teacher_logits: [M, V], raw where the spec bends them. Computed in their
             dtype, at least fp32.
@@ -42,23 +68,27 @@ def kd_loss_reference(
     log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
     log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
     f, _ = _terms(log_q, log_p, spec)
-    kd = f.sum(-1)
-    if labels is None or spec.ce_weight == 0.0:
-        return kd, torch.zeros_like(kd)
-    has_label, safe = _label_index(labels, z_s.shape[-1])
-    nll = -F.log_softmax(z_s, dim=-1).gather(-1, safe[:, None]).squeeze(-1)
-    return kd, torch.where(has_label, nll, 0.0)
+    return f.sum(-1), hard_terms_reference(z_s, labels, spec)[0]
 
 
 def kd_loss_fwd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses and what the backward needs of them.
+
+    Args:
+        extras: [M, 1] or [M, 6], written where given: what `cross_entropy_fwd` writes, with the
+            student's entropy at the temperature; then the teacher's, and 1 where a class that is
+            the student's largest is the teacher's too.
 
     Returns:
         kd, ce: [M]. stats: [M, 6] = max_s, logd_s, max_t, logd_t, u_sum, logd_1 with
         logd = log sum exp((z - max) / temperature), logd_1 the same of the student at
-        temperature 1, which means something only in a row with a cross entropy.
+        temperature 1, which means something only where there is a term of temperature 1.
     """
     z_s, z_t = _bent(student_logits, teacher_logits, spec)
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
@@ -68,11 +98,20 @@ def kd_loss_fwd(
     if DIVERGENCES[spec.divergence].row_sums == "mean_under_p":
         u_sum = -torch.ones_like(max_s)  # exactly: equal rows then have no gradient
     logd_1 = (z_s - max_s).exp().sum(-1, keepdim=True).log()
-    ce = torch.zeros_like(max_s[:, 0])
+    lse = max_s + logd_1
+    has_label, safe = label_index(z_s, labels)
+    nll = torch.where(has_label, (lse - z_s.gather(-1, safe[:, None])).squeeze(-1), 0.0)
+    ce = torch.zeros_like(nll)
     if labels is not None and spec.ce_weight != 0.0:
-        has_label, safe = _label_index(labels, z_s.shape[-1])
-        nll = (max_s + logd_1 - z_s.gather(-1, safe[:, None])).squeeze(-1)
-        ce = torch.where(has_label, nll, 0.0)
+        mean = torch.where(has_label, (lse - z_s).mean(-1), 0.0) if spec.label_smoothing else nll
+        ce = (1 - spec.label_smoothing) * nll + spec.label_smoothing * mean
+    if extras is not None:
+        write_extras(extras, z_s, x_s - logd_s, lse, has_label, safe)
+    if extras is not None and extras.shape[1] > 4:
+        log_p = x_t - logd_t
+        p = log_p.exp()
+        extras[:, 4] = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+        extras[:, 5] = ((z_s == max_s) & (z_t == max_t)).any(-1).to(extras.dtype)
     return f.sum(-1), ce, torch.cat([max_s, logd_s, max_t, logd_t, u_sum, logd_1], dim=-1)
 
 
@@ -92,11 +131,9 @@ def kd_loss_bwd(
     log_p = (z_t - max_t) / spec.temperature - logd_t
     _, u = _terms(log_q, log_p, spec)
     dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
-    if labels is not None and spec.ce_weight != 0.0:
-        has_label, safe = _label_index(labels, z_s.shape[-1])
-        dce = ((z_s - max_s) - logd_1).exp()
-        dce.scatter_add_(-1, safe[:, None], -torch.ones_like(max_s))
-        dz += spec.ce_weight * torch.where(has_label[:, None], dce, 0.0)
+    if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
+        log_q1 = (z_s - max_s) - logd_1
+        dz += hard_dlogits(log_q1, max_s + logd_1, *label_index(z_s, labels), spec)
     dz = dz * spec.student_bend.slope(z_s)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
@@ -109,9 +146,10 @@ def kd_loss_fwd_bwd(
     row_weights: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both in one call; returns kd, ce [M] and writes dlogits [M, V]."""
-    kd, ce, stats = kd_loss_fwd(student_logits, teacher_logits, labels, spec)
+    kd, ce, stats = kd_loss_fwd(student_logits, teacher_logits, labels, spec, extras)
     kd_loss_bwd(student_logits, teacher_logits, labels, row_weights, stats, spec, dlogits)
     return kd, ce
 
@@ -187,7 +225,7 @@ def _cross_entropy(z: Tensor, labels: Tensor | None, spec: KDSpec) -> tuple[Tens
     """[M] cross entropies at temperature 1 and their gradients [M, V]; 0 without a label."""
     if labels is None or spec.ce_weight == 0.0:
         return torch.zeros_like(z[:, 0]), torch.zeros_like(z)
-    has_label, safe = _label_index(labels, z.shape[-1])
+    has_label, safe = label_index(z, labels)
     log_q = z.log_softmax(-1)
     ce = torch.where(has_label, -log_q.gather(-1, safe[:, None]).squeeze(-1), 0.0)
     dz = log_q.exp().scatter_add(-1, safe[:, None], -torch.ones_like(z[:, :1]))
@@ -214,8 +252,3 @@ def _bent(student_logits: Tensor, teacher_logits: Tensor, spec: KDSpec) -> tuple
 
 def _promote(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
-def _label_index(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    has_label = (labels >= 0) & (labels < vocab_size)
-    return has_label, torch.where(has_label, labels, 0)

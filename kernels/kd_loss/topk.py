@@ -265,3 +265,17 @@ def _missing(spec: KDSpec) -> float:
     above, below = (_of_one_class(spec, p, q + sign * step)[0] for sign in (1, -1))
     slope = (above - below) / (2 * step)
     return round(slope - _of_one_class(spec, p, q)[1] / q, 9)  # what a quotient is good for
+
+
+def refuse_hard_options(spec: KDSpec, by_products: bool = False) -> None:
+    """Raises ValueError for what the rows of a TeacherTopK do not compute."""
+    for name, value, none in (
+        ("label_smoothing", spec.label_smoothing if spec.ce_weight else 0.0, 0.0),
+        ("z_loss_weight", spec.z_loss_weight, 0.0),
+        ("by_products", by_products, False),
+    ):
+        if value:
+            raise ValueError(
+                f"{name}: expected {none} beside a TeacherTopK, whose rows do not compute "
+                f"it, got {value}"
+            )

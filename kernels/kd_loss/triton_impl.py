@@ -9,6 +9,7 @@ Passes over the two rows of logits; f and u are those of `reference.py`:
     2  sum f and sum u, for a divergence that needs normalised probabilities
     3  dlogits = row_weight (kd_weight / temperature (u - q sum u) + ce_weight (q_1 - onehot))
 
+Label smoothing, z-loss and by-products (extras) change passes 1 and 3 where they are asked for.
 KL(p || q) = sum p ((z_t - max_t) - (z_s - max_s)) / temperature + log(d_s / d_t) needs no
 normalised probability, nor does KL(q || p): they skip pass 2. ROW_SUMS, of the divergence's record
 in `kernels.divergences`, says which passes there are. Loss alone skips pass 3.
@@ -19,6 +20,7 @@ logits with half their width.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -27,117 +29,12 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, triton_device
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss import triton_cross_entropy
 from modxfer_fast.kernels.kd_loss.config import row_config
-from modxfer_fast.kernels.kd_loss.topk import TopKRows
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
 
-LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-# Stands for the maximum of a lane that has seen only -inf: finite, so that differences are not NaN.
-NO_MAX = tl.constexpr(-1e38)
-
-
-@triton.jit
-def _load_tile(row_ptr, offs_v, V):
-    """fp32 logits; -inf, a class without probability, past the end of the row."""
-    return tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _load_bent(row_ptr, offs_v, V, BEND: tl.constexpr):
-    """The tile as its model gives it."""
-    return bend(_load_tile(row_ptr, offs_v, V), BEND)
-
-
-@triton.jit
-def _add_cross(cross, keep, d_a, rise_a, rise_b, e_a, x_a, x_b):
-    """Moves sum e_a (x_a - x_b) to maxima higher by rise_a and rise_b, and adds a tile to it.
-
-    A term without weight is dropped, also where x_b = -inf makes it infinite.
-    """
-    moved = cross + d_a * (rise_b - rise_a)
-    added = tl.sum(tl.where(e_a > 0, e_a * (x_a - x_b), 0.0), axis=1)
-    return tl.where(keep > 0, keep * moved, 0.0) + added
-
-
-@triton.jit
-def _merge_cross(cross, keep, d_a, rise_a, rise_b):
-    """The lanes' cross sums, brought to the row's maxima and added."""
-    moved = cross + d_a * (rise_b - rise_a)
-    return tl.sum(tl.where(keep > 0, keep * moved, 0.0), axis=0)
-
-
-@triton.jit
-def _softmax_stats(
-    student_ptr, teacher_ptr,            # in   [V]
-    V,
-    scale, inv_temperature,              # scale = log2(e) / temperature
-    ROW_SUMS: tl.constexpr, NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
-    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
-):  # fmt: skip
-    """Pass 1: (max_s, d_s, max_t, d_t, d_1, mean), mean of d under p or of -d under q, or 0.
-
-    Every lane, the owner of VECTOR neighbouring columns, keeps an online softmax of its own: inside
-    the loop no warp waits for another, and one rescaling serves VECTOR logits.
-    """
-    LANES: tl.constexpr = BLOCK_V // VECTOR
-    m_s = tl.full([LANES], NO_MAX, tl.float32)
-    m_t = tl.full([LANES], NO_MAX, tl.float32)
-    d_s = tl.zeros([LANES], tl.float32)
-    d_t = tl.zeros([LANES], tl.float32)
-    d_1 = tl.zeros([LANES], tl.float32)
-    cross = tl.zeros([LANES], tl.float32)
-
-    offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    num_tiles = tl.cdiv(V, BLOCK_V)
-    for i in range(num_tiles):
-        tile = i
-        if ROW_SUMS != "normalised":
-            tile = num_tiles - 1 - i
-        offs_v = tile * BLOCK_V + offs_lane
-        z_s = _load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = _load_bent(teacher_ptr, offs_v, V, BEND_T)
-        m_s_new = tl.maximum(m_s, tl.max(z_s, axis=1))
-        m_t_new = tl.maximum(m_t, tl.max(z_t, axis=1))
-        rise_s = m_s_new - m_s
-        rise_t = m_t_new - m_t
-        keep_s = tl.exp2(-rise_s * scale)
-        keep_t = tl.exp2(-rise_t * scale)
-        x_s = z_s - m_s_new[:, None]
-        x_t = z_t - m_t_new[:, None]
-        e_s = tl.exp2(x_s * scale)
-        e_t = tl.exp2(x_t * scale)
-        if ROW_SUMS == "mean_under_p":
-            cross = _add_cross(cross, keep_t, d_t, rise_t, rise_s, e_t, x_t, x_s)
-        if ROW_SUMS == "mean_under_q":
-            cross = _add_cross(cross, keep_s, d_s, rise_s, rise_t, e_s, x_s, x_t)
-        if NEEDS_D_1:
-            d_1 = d_1 * tl.exp2(-rise_s * LOG2E) + tl.sum(tl.exp2(x_s * LOG2E), axis=1)
-        d_s = d_s * keep_s + tl.sum(e_s, axis=1)
-        d_t = d_t * keep_t + tl.sum(e_t, axis=1)
-        m_s = m_s_new
-        m_t = m_t_new
-
-    max_s = tl.max(m_s, axis=0)
-    max_t = tl.max(m_t, axis=0)
-    rise_s = max_s - m_s
-    rise_t = max_t - m_t
-    keep_s = tl.exp2(-rise_s * scale)
-    keep_t = tl.exp2(-rise_t * scale)
-    sum_s = tl.sum(d_s * keep_s, axis=0)
-    sum_t = tl.sum(d_t * keep_t, axis=0)
-    sum_1 = sum_s
-    if NEEDS_D_1:
-        sum_1 = tl.sum(d_1 * tl.exp2(-rise_s * LOG2E), axis=0)
-    # the logarithm of one ratio loses less than the difference of two logarithms near 10
-    mean = 0.0
-    if ROW_SUMS == "mean_under_p":
-        cross_sum = _merge_cross(cross, keep_t, d_t, rise_t, rise_s)
-        mean = cross_sum / sum_t * inv_temperature + tl.log(sum_s / sum_t)
-    if ROW_SUMS == "mean_under_q":
-        cross_sum = _merge_cross(cross, keep_s, d_s, rise_s, rise_t)
-        mean = cross_sum / sum_s * inv_temperature + tl.log(sum_t / sum_s)
-    return max_s, sum_s, max_t, sum_t, sum_1, mean
 
 
 @triton.jit
@@ -208,8 +105,8 @@ def _divergence_sums(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = _load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = _load_bent(teacher_ptr, offs_v, V, BEND_T)
+        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
+        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
         p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         f, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
         f_sum += f
@@ -220,16 +117,17 @@ def _divergence_sums(
 @triton.jit
 def _row_loss(
     student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
+    extras_ptr,                          # out  [EXTRAS]
     V,
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
-    NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
-    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+    NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Passes 1 and 2: (kd, ce) of one row and its statistics."""
-    max_s, d_s, max_t, d_t, d_1, kd = _softmax_stats(
-        student_ptr, teacher_ptr, V, scale, inv_temperature,
-        ROW_SUMS, NEEDS_D_1, BLOCK_V, VECTOR, BEND_S, BEND_T,
+    max_s, d_s, max_t, d_t, d_1, kd, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
+        student_ptr, teacher_ptr, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, SMOOTHS,
+        EXTRAS > 1, BLOCK_V, VECTOR, BEND_S, BEND_T,
     )  # fmt: skip
     logd_s = tl.log(d_s)
     logd_t = tl.log(d_t)
@@ -248,6 +146,18 @@ def _row_loss(
         z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
         z_label = bend(z_label, BEND_S)
         ce = tl.where(label >= 0, logd_1 - (z_label - max_s), 0.0)
+        if SMOOTHS:
+            ce += tl.where(label >= 0, smoothing * ((logd_1 - mean_x) - ce), 0.0)
+    if EXTRAS > 0:
+        tl.store(extras_ptr, max_s + logd_1)
+    if EXTRAS > 1:
+        z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+        x_label = bend(z_label, BEND_S) - max_s
+        tl.store(extras_ptr + 1, tl.where(label >= 0, x_label - logd_1, 0.0))
+        tl.store(extras_ptr + 2, tl.where((label >= 0) & (x_label == 0), 1.0, 0.0))
+        tl.store(extras_ptr + 3, logd_s - mean_x_s * inv_temperature)
+        tl.store(extras_ptr + 4, logd_t - mean_x_t * inv_temperature)
+        tl.store(extras_ptr + 5, shares_top)
     return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1
 
 
@@ -258,9 +168,11 @@ def _write_dlogits(
     V,
     max_s, logd_s, max_t, logd_t, u_sum, logd_1,
     row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
+    smoothing, z_loss_weight,
     scale, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 3, left to right: dlogits may lie over the student's logits, see the barriers."""
     # all warps have read the label's logit before one of them may zero it
@@ -274,18 +186,29 @@ def _write_dlogits(
     else:
         kd_factor = row_weight * kd_scale
         ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
+        q_1_factor = ce_factor
+        if HAS_Z:
+            q_1_factor += 2.0 * row_weight * z_loss_weight * (max_s + logd_1)
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-            z_s = _load_bent(student_ptr, offs_v, V, BEND_S)
-            z_t = _load_bent(teacher_ptr, offs_v, V, BEND_T)
+            z_s = load_bent(student_ptr, offs_v, V, BEND_S)
+            z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
             p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
             _, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
             dlogits = kd_factor * (u - q * u_sum)
-            if HAS_CE:
+            if HAS_CE or HAS_Z:
                 q_1 = q
                 if not UNIT_TEMPERATURE:
                     q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
-                dlogits += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+                if not SMOOTHS and not HAS_Z:
+                    dlogits += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+                else:
+                    dlogits += q_1_factor * q_1
+                    if SMOOTHS:
+                        dlogits -= ce_factor * smoothing / V
+                    if HAS_CE:
+                        of_label = ce_factor * (1.0 - smoothing)
+                        dlogits = tl.where(offs_v == label, dlogits - of_label, dlogits)
             dlogits = unbend(dlogits, z_s, BEND_S)
             # without this barrier one warp may overwrite logits that another has yet to load
             tl.debug_barrier()
@@ -295,10 +218,10 @@ def _write_dlogits(
 
 
 @triton.jit
-def _load_label(labels_ptr, row, stride_lm, V, HAS_CE: tl.constexpr):
+def _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS: tl.constexpr):
     """The row's label, or -1 where it has none in [0, V)."""
     label = -1
-    if HAS_CE:
+    if HAS_LABELS:
         raw = tl.load(labels_ptr + row * stride_lm)
         label = tl.where((raw >= 0) & (raw < V), raw, -1).to(tl.int32)
     return label
@@ -310,20 +233,25 @@ def _kd_loss_fwd_kernel(
     labels_ptr,                          # in   [M], int64
     kd_ptr, ce_ptr,                      # out  [M], fp32
     stats_ptr,                           # out  [M, 6], fp32
+    extras_ptr,                          # out  [M, EXTRAS], fp32, or None
     V,
     stride_sm, stride_tm, stride_lm,     # strides, in elements
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
-    label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
+    if EXTRAS > 0:
+        extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
-        student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, V,
-        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, BLOCK_V, VECTOR, BEND_S, BEND_T,
+        student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, extras_ptr, V,
+        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
+        DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, SMOOTHS, EXTRAS, BLOCK_V, VECTOR,
+        BEND_S, BEND_T,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
@@ -345,9 +273,11 @@ def _kd_loss_bwd_kernel(
     dlogits_ptr,                         # out  [M, V]
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
-    kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+    kd_weight, ce_weight, smoothing, z_loss_weight,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
@@ -363,9 +293,9 @@ def _kd_loss_bwd_kernel(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label,
         dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
-        row_weight, kd_weight * inv_temperature, ce_weight,
+        row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
+        DIVERGENCE, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
 
@@ -376,54 +306,68 @@ def _kd_loss_fwd_bwd_kernel(
     row_weights_ptr,                     # in   [M], fp32
     kd_ptr, ce_ptr,                      # out  [M], fp32
     dlogits_ptr,                         # out  [M, V]
+    extras_ptr,                          # out  [M, EXTRAS], fp32, or None
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
-    kd_weight, ce_weight, scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    kd_weight, ce_weight, smoothing, z_loss_weight,
+    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr, EXTRAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride_sm
     teacher_ptr += row * stride_tm
-    label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    if EXTRAS > 0:
+        extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
-        student_ptr, teacher_ptr, label, V,
-        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, ROW_SUMS, HAS_CE, HAS_CE and not UNIT_TEMPERATURE, BLOCK_V, VECTOR,
-        BEND_S, BEND_T,
+        student_ptr, teacher_ptr, label, extras_ptr, V,
+        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
+        DIVERGENCE, ROW_SUMS, HAS_CE,
+        (HAS_CE or HAS_Z or EXTRAS > 0) and not UNIT_TEMPERATURE,
+        SMOOTHS, EXTRAS, BLOCK_V, VECTOR, BEND_S, BEND_T,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
     _write_dlogits(
         student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
-        row_weight, kd_weight * inv_temperature, ce_weight,
+        row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, beta, rest, log2_2_beta, log2_2_rest,
-        DIVERGENCE, HAS_CE, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
+        DIVERGENCE, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
 
+cross_entropy_fwd = triton_cross_entropy.cross_entropy_fwd
+cross_entropy_fwd_bwd = triton_cross_entropy.cross_entropy_fwd_bwd
 available = triton_device.available
 supports = triton_device.supports
 
 
 def kd_loss_fwd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, spec: KDSpec
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses and what the backward needs of them.
 
     Args:
         student_logits, teacher_logits: [M, V], last stride 1, any row stride.
         labels: [M] int64 or None.
+        extras: written where given, as `reference.kd_loss_fwd` says.
 
     Returns:
         kd, ce: [M] fp32, unweighted. stats: [M, 6] fp32 as `reference.kd_loss_fwd` documents them.
     """
     kd, ce = _row_outputs(student_logits)
     stats = kd.new_empty(len(kd), 6)
-    _launch(_kd_loss_fwd_kernel, student_logits, teacher_logits, labels, spec, kd, ce, stats)
+    logits = (student_logits, teacher_logits)
+    _launch(_kd_loss_fwd_kernel, *logits, labels, spec, extras, kd, ce, stats)
     return kd, ce, stats
 
 
@@ -444,7 +388,7 @@ def kd_loss_bwd(
             buffer in which every row begins where the row of logits begins.
     """
     logits = (student_logits, teacher_logits)
-    _launch(_kd_loss_bwd_kernel, *logits, labels, spec, row_weights, stats, dlogits)
+    _launch(_kd_loss_bwd_kernel, *logits, labels, spec, None, row_weights, stats, dlogits)
 
 
 def kd_loss_fwd_bwd(
@@ -454,35 +398,25 @@ def kd_loss_fwd_bwd(
     row_weights: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both in one launch; returns kd, ce [M] fp32 and writes dlogits as `kd_loss_bwd` does."""
     kd, ce = _row_outputs(student_logits)
     logits = (student_logits, teacher_logits)
-    _launch(_kd_loss_fwd_bwd_kernel, *logits, labels, spec, row_weights, kd, ce, dlogits)
+    _launch(_kd_loss_fwd_bwd_kernel, *logits, labels, spec, extras, row_weights, kd, ce, dlogits)
     return kd, ce
 
 
-def topk_kd_loss_fwd(
-    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
-) -> tuple[Tensor, Tensor, None]:
+def topk_kd_loss_fwd(*args: Any) -> tuple[Tensor, Tensor, None]:
     from modxfer_fast.kernels.kd_loss import triton_topk  # which imports what stands here
 
-    return triton_topk.topk_kd_loss_fwd(student_logits, teacher, labels, spec)
+    return triton_topk.topk_kd_loss_fwd(*args)
 
 
-def topk_kd_loss_fwd_bwd(
-    student_logits: Tensor,
-    teacher: TopKRows,
-    labels: Tensor | None,
-    row_weights: Tensor,
-    spec: KDSpec,
-    dlogits: Tensor,
-) -> tuple[Tensor, Tensor]:
+def topk_kd_loss_fwd_bwd(*args: Any) -> tuple[Tensor, Tensor]:
     from modxfer_fast.kernels.kd_loss import triton_topk
 
-    return triton_topk.topk_kd_loss_fwd_bwd(
-        student_logits, teacher, labels, row_weights, spec, dlogits
-    )
+    return triton_topk.topk_kd_loss_fwd_bwd(*args)
 
 
 def _row_outputs(student_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -496,9 +430,10 @@ def _launch(
     teacher_logits: Tensor,
     labels: Tensor | None,
     spec: KDSpec,
+    extras: Tensor | None,
     *others: Tensor,
 ) -> None:
-    """A program for each row; others: the kernel's other tensors."""
+    """A program for each row; others: the kernel's other tensors, before extras."""
     rows, vocab_size = student_logits.shape
     if rows == 0:
         return
@@ -510,19 +445,21 @@ def _launch(
     log2_2_beta, log2_2_rest = (
         math.log2(2.0 * part) if divergence.reads_beta else 0.0 for part in (beta, rest)
     )
-    of_passes: dict[str, float | str] = {}
+    of_passes: dict[str, Any] = {}
+    has_ce = labels is not None and spec.ce_weight != 0.0
     if kernel is not _kd_loss_bwd_kernel:  # 1 and 2
         of_passes |= {"ROW_SUMS": divergence.row_sums, "VECTOR": config.vector}
+        num_extras = 0 if extras is None else extras.shape[1]
+        has_labels = has_ce or (num_extras > 1 and labels is not None)
+        of_passes |= {"extras_ptr": extras, "EXTRAS": num_extras, "HAS_LABELS": has_labels}
     if kernel is not _kd_loss_fwd_kernel:  # 3
         row_weights, *_, dlogits = others
         of_passes |= {"stride_wm": row_weights.stride(0), "stride_dm": dlogits.stride(0)}
         of_passes |= {"kd_weight": spec.kd_weight, "ce_weight": spec.ce_weight}
+        of_passes |= {"z_loss_weight": spec.z_loss_weight, "HAS_Z": spec.z_loss_weight != 0.0}
     with torch.cuda.device_of(student_logits):
         kernel[(rows,)](
-            student_logits,
-            teacher_logits,
-            labels,
-            *others,
+            *(student_logits, teacher_logits, labels, *others),
             V=vocab_size,
             stride_sm=student_logits.stride(0),
             stride_tm=teacher_logits.stride(0),
@@ -534,13 +471,14 @@ def _launch(
             log2_2_beta=log2_2_beta,
             log2_2_rest=log2_2_rest,
             DIVERGENCE=divergence.name,
-            HAS_CE=labels is not None and spec.ce_weight != 0.0,
+            smoothing=spec.label_smoothing,
+            HAS_CE=has_ce,
+            SMOOTHS=has_ce and spec.label_smoothing != 0.0,
             UNIT_TEMPERATURE=spec.temperature == 1.0,
             BLOCK_V=config.block_v,
             BEND_S=bend_constants(spec.student_bend),
             BEND_T=bend_constants(spec.teacher_bend),
             num_warps=config.num_warps,
-            # said here because the default differs between Triton releases
-            enable_fp_fusion=True,
+            enable_fp_fusion=True,  # said because the default differs between Triton releases
             **of_passes,
         )

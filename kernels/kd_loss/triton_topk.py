@@ -24,13 +24,11 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
 from modxfer_fast.kernels.kd_loss.triton_impl import (
-    LOG2E,
-    NO_MAX,
     _divergence_terms,
     _load_label,
-    _load_tile,
     _row_outputs,
 )
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_tile
 
 _WORD = 32
 P_ROUNDING = tl.constexpr(ROUNDING)
@@ -39,7 +37,7 @@ P_ROUNDING = tl.constexpr(ROUNDING)
 @triton.jit
 def _load_others(row_ptr, listed_ptr, offs_v, V):
     """fp32 logits; -inf at classes that are listed and past the end of the row."""
-    z = _load_tile(row_ptr, offs_v, V)
+    z = load_tile(row_ptr, offs_v, V)
     word = tl.load(listed_ptr + offs_v // 32, mask=offs_v < V, other=0)
     return tl.where((word >> (offs_v % 32)) & 1 != 0, -float("inf"), z)
 

@@ -340,18 +340,20 @@ def row_function(kernels: ModuleType, teacher: Teacher, suffix: str) -> Callable
     return function
 
 
-def _sum_fwd(function, logits, losses: Losses, labels, spec: KDSpec):
+def _sum_fwd(function, logits, losses: Losses, labels, spec: KDSpec, *extras):
     total, ce = None, None
     for weight, signal in zip(losses.weights, losses.signals, strict=True):
-        kd, ce_rows, _ = function(logits, signal, labels, spec)
+        kd, ce_rows, _ = function(logits, signal, labels, spec, *extras)
         ce = ce_rows if ce is None else ce
         total = _plus(total, kd, weight)
     return total, ce, None
 
 
-def _sum_fwd_bwd(function, logits, losses: Losses, labels, row_weights, spec: KDSpec, dlogits):
+def _sum_fwd_bwd(
+    function, logits, losses: Losses, labels, row_weights, spec: KDSpec, dlogits, *extras
+):
     """As a row kernel. The sum of gradients is made aside: each call reads the student's logits."""
-    of_teachers = dataclasses.replace(spec, ce_weight=0.0)
+    of_teachers = dataclasses.replace(spec, ce_weight=0.0, z_loss_weight=0.0)
     of_labels = dataclasses.replace(spec, kd_weight=0.0)
     dtotal, dpart = losses.total[: logits.shape[0]], losses.part[: logits.shape[0]]
     dtotal.zero_()
@@ -363,8 +365,8 @@ def _sum_fwd_bwd(function, logits, losses: Losses, labels, row_weights, spec: KD
         kd, _ = function(logits, signal, None, weighted, of_teachers, dpart)
         dtotal += dpart
         total = _plus(total, kd, weight)
-    if spec.ce_weight != 0.0:
-        _, ce = function(logits, logits, labels, row_weights, of_labels, dpart)
+    if spec.ce_weight != 0.0 or spec.z_loss_weight != 0.0:
+        _, ce = function(logits, logits, labels, row_weights, of_labels, dpart, *extras)
         dtotal += dpart
     dlogits.copy_(dtotal)
     return total, ce

@@ -4,7 +4,8 @@ N rows (B*T tokens)   V classes   D_s, D_t widths   p teacher   q student
 
     z_s = student_hidden student_weight^T + student_bias         z_t likewise
     z = cap tanh(scale z / cap)                                  of a model that has either
-    loss = sum_n row_weight_n (kd_weight D(p_n, q_n) + ce_weight CE(softmax(z_s,n), label_n))
+    loss = sum_n row_weight_n (kd_weight D(p_n, q_n) + ce_weight CE(softmax(z_s,n), label_n)
+                               + z_loss_weight (log sum exp z_s,n)^2)
 
 D and its conventions are those of `kd_loss`. Fused: both projections, the loss, and the gradients
 of student_hidden, student_weight and student_bias; logits [N, V] exist for one chunk of rows at a
@@ -51,12 +52,38 @@ from modxfer_fast.kernels.common.composed_head import (
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
-from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values, teacher_of
+from modxfer_fast.kernels.linear_kd_loss.teachers import (
+    NUM_EXTRAS,
+    NoTeacher,
+    Teacher,
+    Values,
+    teacher_of,
+)
 from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
 
 Arguments = ParamSpec("Arguments")
+
+
+class ByProducts(NamedTuple):
+    """What the rows of a loss showed on the way, detached; [...] each, 0 where a token is ignored.
+
+    Attributes:
+        label_log_prob: log-probability of the label under the student at temperature 1; 0 without
+            labels.
+        label_is_top: 1 where the label's logit is the student's largest, or one of several.
+        student_entropy: of q, the student's softmax at the temperature of the divergence, in nats.
+        teacher_entropy: of p, likewise. None without a teacher.
+        agreement: 1 where a class with the student's largest logit has the teacher's largest too.
+            None without a teacher.
+    """
+
+    label_log_prob: Tensor
+    label_is_top: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None = None
+    agreement: Tensor | None = None
 
 
 class KDTerms(NamedTuple):
@@ -65,12 +92,18 @@ class KDTerms(NamedTuple):
     Attributes:
         loss: fp32 scalar, or one value a token for reduction="none".
         kd: fp32 scalar, mean divergence over the tokens that count, unweighted.
-        ce: fp32 scalar, mean cross entropy over the same tokens; 0 when ce_weight is 0.
+        ce: fp32 scalar, mean cross entropy over the same tokens, with its label smoothing; 0 when
+            ce_weight is 0.
+        z_loss: fp32 scalar, mean of (log sum exp z)^2 likewise; 0 when z_loss_weight is 0, None
+            where it is not computed.
+        by_products: of each token, where they are asked for.
     """
 
     loss: Tensor
     kd: Tensor
     ce: Tensor
+    z_loss: Tensor | None = None
+    by_products: ByProducts | None = None
 
 
 def linear_kd_loss(
@@ -85,6 +118,8 @@ def linear_kd_loss(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     student_logit_scale: float = 1.0,
@@ -121,6 +156,10 @@ def linear_kd_loss(
             KL and 1 is reverse KL. None is 0.5. An error beside another divergence.
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
+        label_smoothing: in [0, 1], the share of the label's probability in the cross entropy that
+            goes to all V classes alike (Szegedy et al. 2016), as in torch.
+        z_loss_weight: at least 0, factor of (log sum exp z)^2 of the student's logits at
+            temperature 1 (the z-loss of PaLM, Chowdhery et al. 2022, section 5). Needs no labels.
         student_bias, teacher_bias: [V], dtypes of their weights.
         student_logit_scale, student_softcap: what the student's model does to the logits z of its
             head, bias included: cap tanh(scale z / cap), as in Gemma 2; None is no cap. Of an
@@ -165,9 +204,18 @@ def linear_kd_loss(
         head_of(student_hidden, student_weight, student_bias),
         teacher_of(teacher_hidden, teacher_weight, teacher_bias),
         KDSpec(
-            *(divergence, beta, temperature, kd_weight, ce_weight),
-            *(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
-            scale_by_temperature_squared,
+            divergence,
+            beta=beta,
+            temperature=temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            z_loss_weight=z_loss_weight,
+            student_logit_scale=student_logit_scale,
+            student_softcap=student_softcap,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
+            scale_by_temperature_squared=scale_by_temperature_squared,
         ),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
         Launch(workspace_mb, backend),
@@ -181,10 +229,14 @@ _ARGUMENTS = frozenset(inspect.signature(linear_kd_loss).parameters)
 def _arguments_of(
     loss: Callable[Arguments, Tensor],
 ) -> Callable[[Callable[..., KDTerms]], Callable[Arguments, KDTerms]]:
-    """Gives what is decorated the signature of `loss`."""
+    """Gives what is decorated the signature of `loss`, with `by_products` at its end."""
 
     def declare(terms: Callable[..., KDTerms]) -> Callable[Arguments, KDTerms]:
-        signature = inspect.signature(loss).replace(return_annotation=KDTerms)
+        signature = inspect.signature(loss)
+        by_products = inspect.signature(terms).parameters["by_products"]
+        signature = signature.replace(
+            parameters=[*signature.parameters.values(), by_products], return_annotation=KDTerms
+        )
         terms.__signature__ = signature  # type: ignore[attr-defined]
         return terms
 
@@ -200,12 +252,19 @@ def linear_kd_loss_terms(
     *,
     student_bias=None,
     teacher_bias=None,
+    by_products: bool = False,
     **options,
 ):
-    """`linear_kd_loss` with its two parts beside it; same arguments and errors."""
+    """`linear_kd_loss` with its parts beside it; same arguments and errors.
+
+    Args:
+        by_products: whether entropies, agreement and log-probabilities of each token come too,
+            from the same pass over the logits and without waiting for the device.
+    """
+    kinds: tuple[Any, ...] = (KDSpec, Tokens, Launch, Vocabulary)
     spec, tokens, launch, vocabulary = (
         kind(**{name: options[name] for name in kind.__annotations__ if name in options})
-        for kind in (KDSpec, Tokens, Launch, Vocabulary)
+        for kind in kinds
     )
     if unknown := options.keys() - _ARGUMENTS:
         raise TypeError(
@@ -213,7 +272,7 @@ def linear_kd_loss_terms(
         )
     student = head_of(student_hidden, student_weight, student_bias)
     teacher = teacher_of(teacher_hidden, teacher_weight, teacher_bias)
-    return loss_of_heads(student, teacher, spec, tokens, launch, vocabulary)
+    return loss_of_heads(student, teacher, spec, tokens, launch, vocabulary, by_products)
 
 
 def loss_of_heads(
@@ -223,25 +282,29 @@ def loss_of_heads(
     tokens: Tokens,
     launch: Launch,
     vocabulary: Vocabulary | None = None,
+    by_products: bool = False,
 ) -> KDTerms:
     """`linear_kd_loss_terms` of what its arguments make.
 
     A student or teacher of another kind than `Head` is one that `streamed` has registered. Fields
     that are no tensors cross the op's boundary as they are.
     """
-    given = tensors_of("student", student) | tensors_of("teacher", teacher)
+    role = "" if isinstance(teacher, NoTeacher) else "student"
+    hidden = "student_hidden" if role else "hidden"
+    given = tensors_of(role, student) | tensors_of("teacher", teacher)
     for name, tensor in given.items():
         check_tensor(name, tensor)
-    refuse_transforms("linear_kd_loss", *given.values())
+    refuse_transforms("linear_kd_loss" if role else "linear_cross_entropy", *given.values())
     spec = spec.checked()
     labels, token_weights, normalizer, reduction, ignore_index, num_valid = tokens
     check_reduction(reduction, normalizer)
     student, teacher = student.cast(), teacher.detach().cast()
-    student.check("student")
+    student.check(role)
     teacher.check("teacher")
-    vocabulary = vocabulary or Vocabulary()
-    vocabulary.check()
-    student, teacher = vocabulary.matched(student, teacher)
+    if not isinstance(teacher, NoTeacher):
+        vocabulary = vocabulary or Vocabulary()
+        vocabulary.check()
+        student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
     if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
         raise ValueError(
@@ -255,7 +318,13 @@ def loss_of_heads(
             f"{type(teacher).__name__}, whose row kernels take logits as they are, "
             f"got {spec.student_logit_scale} and {spec.student_softcap}"
         )
-    tokens.check(spec.ce_weight, "student_hidden", student.hidden)
+    if by_products and isinstance(teacher, Mixture) and teacher.of == "losses":
+        raise ValueError(
+            "by_products: expected one teacher's probabilities, got a TeacherMixture of losses"
+        )
+    if isinstance(teacher, TeacherTopK):
+        refuse_hard_options(spec, by_products)
+    tokens.check(spec.ce_weight, hidden, student.hidden)
     check_workspace(launch.workspace_mb)
     read = [t for t in tensors_of("teacher", teacher).values() if t.is_floating_point()]
     backend = dispatch.resolve("linear_kd_loss", student.hidden, *read[:1], backend=launch.backend)
@@ -276,9 +345,9 @@ def loss_of_heads(
     op = _OPS[type(student), type(teacher)]
     inputs = op.inputs(
         *(*student, *teacher, labels, weights, ignore_index, num_valid),
-        *(spec.numbers(), spec.names(), launch.workspace_mb, backend),
+        *(spec.numbers(), spec.names(), launch.workspace_mb, backend, by_products),
     )
-    loss, kd, ce = op(inputs, reduction)
+    loss, kd, ce, z_loss, found = op(inputs, reduction)
     if reduction == "none":
         loss = loss.reshape(lead)
     elif late is not None:
@@ -286,7 +355,9 @@ def loss_of_heads(
     count = divisor
     if count is None or normalizer is not None:
         count = counted_rows(valid, student.hidden, dtype)
-    return KDTerms(loss, kd.sum() / count, ce.sum() / count)
+    kd, ce, z_loss = (term.sum() / count for term in (kd, ce, z_loss))
+    of_tokens = ByProducts(*found.T.reshape(found.shape[1], *lead)) if by_products else None
+    return KDTerms(loss, kd, ce, z_loss, of_tokens)
 
 
 _LISTS = ("parts", "tensors")  # fields of heads and teachers that are lists of tensors
@@ -300,15 +371,16 @@ def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
     in lists are not looked at.
     """
     found: dict[str, Tensor] = {}
+    prefix = f"{role}_" if role else ""
     for name, value in zip(head._fields, head, strict=True):
         if name in _LISTS:
-            found |= {f"{role}_{name}[{i}]": each for i, each in enumerate(value)}
+            found |= {f"{prefix}{name}[{i}]": each for i, each in enumerate(value)}
         elif (
             name not in _OPTIONS
             and value is not None
             and not isinstance(value, (str, bool, int, float))
         ):
-            found[f"{role}_{name}"] = value
+            found[f"{prefix}{name}"] = value
     return found
 
 
@@ -329,7 +401,13 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
     of_student = _kinds("student", student_kind)
     of_heads = of_student | _kinds("teacher", teacher_kind)
     kinds = of_heads | Rows.__annotations__ | {"numbers": Tensor, "names": str}
-    kinds |= Launch.__annotations__
+    kinds |= Launch.__annotations__ | {"by_products": bool}
+
+    def columns(inputs: Any, name: str) -> int | None:
+        if name != "by_products":
+            return None
+        teacher = teacher_kind(*inputs[len(of_student) : len(of_heads)])
+        return NUM_EXTRAS[teacher.row_kernel] - 1 if inputs.by_products else 0
 
     def run(inputs, needs):
         student = student_kind(*inputs[: len(of_student)])
@@ -344,26 +422,34 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         check_num_valid(rows.num_valid, valid, counted)
         debug_check_finite(**tensors_of("student", student), **tensors_of("teacher", teacher))
         with without_autocast(weights.device.type):
-            kd, ce, grads = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd(
+            loop = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd
+            kd, ce, z_loss, found, grads = loop(
                 student,
                 teacher,
                 rows,
                 spec,
                 wanted={name for name in student._fields if vars(needs).get(f"student_{name}")},
                 workspace_bytes=inputs.workspace_mb * 2**20,
+                by_products=inputs.by_products,
             )
         if valid is not None:  # padding may hold anything, NaN included
-            kd, ce = kd.masked_fill(~valid, 0.0), ce.masked_fill(~valid, 0.0)
-        losses = spec.kd_weight * kd + spec.ce_weight * ce
+            kd, ce, z_loss = (term.masked_fill(~valid, 0.0) for term in (kd, ce, z_loss))
+            found = found.masked_fill(~valid[:, None], 0.0)
+        losses = spec.kd_weight * kd + spec.ce_weight * ce + spec.z_loss_weight * z_loss
         losses = torch.where(weights != 0, weights * losses, 0.0)
-        return losses, (kd, ce), {f"student_{name}": grad for name, grad in grads.items()}
+        return (
+            losses,
+            (kd, ce, z_loss, found),
+            {f"student_{name}": grad for name, grad in grads.items()},
+        )
 
     _OPS[student_kind, teacher_kind] = StreamedOp(
         name,
         inputs_of(kinds),
         run=run,
         gradients=tuple(n for n, kind in of_student.items() if kind in (Tensor, Tensor | None)),
-        terms=("kd", "ce"),
+        terms=("kd", "ce", "z_loss", "by_products"),
+        columns=columns,
         keeps=lambda inputs: [
             QuantizedWeight.named(name)
             for field in ("student_quantized", "teacher_quantized", "teacher_layout")
@@ -389,3 +475,4 @@ taught_by("linear_kd_loss_of_tiles", ComposedHead)
 taught_by("linear_kd_loss_of_values", Values)
 taught_by("linear_kd_loss_of_mixture", Mixture)
 taught_by("linear_topk_kd_loss", TeacherTopK)
+streamed("linear_cross_entropy", Head, NoTeacher)

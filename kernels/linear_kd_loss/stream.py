@@ -24,7 +24,7 @@ from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
 from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
-from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher
+from modxfer_fast.kernels.linear_kd_loss.teachers import NUM_EXTRAS, Teacher
 
 
 def stream(
@@ -36,17 +36,19 @@ def stream(
     *,
     wanted: Set[str],
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    by_products: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Losses of all rows and the gradients asked for.
 
     Args:
         kernels: backend module of the `kd_loss` room, which has the teacher's row kernel.
         student, teacher: of all rows, [N, D_s] and [N, D_t].
         wanted: names of the tensors of `student` whose gradients are asked for.
+        by_products: whether those of each row are asked for.
 
     Returns:
-        kd, ce: [N], unweighted, 0 where packed away; and the gradients by name, in the dtypes of
-        `saved_dtype`.
+        kd, ce, z_loss: [N], unweighted, 0 where packed away or not asked for; by-products
+        [N, NUM_EXTRAS - 1], or [N, 0]; and the gradients by name, in the dtypes of `saved_dtype`.
     """
     weights = rows.row_weights
     dtype, device = weights.dtype, weights.device
@@ -68,7 +70,9 @@ def stream(
         sums=student.sum_bytes(wanted, dtype),
         rounds_single=student.rounds_single,
     )
-    kd, ce = torch.zeros_like(weights), torch.zeros_like(weights)
+    kd, ce, z_loss = (torch.zeros_like(weights) for _ in range(3))
+    num_extras = NUM_EXTRAS[teacher.row_kernel] if by_products else int(spec.z_loss_weight != 0.0)
+    found = weights.new_zeros(len(weights), num_extras - 1 if by_products else 0)
     row_kernel = row_function(kernels, teacher, "fwd_bwd" if wanted else "fwd")
     gradient = None
     if wanted:
@@ -82,14 +86,20 @@ def stream(
             head = head.blanked(counting[span])
         logits = head.logits(z_s, plan.tile)
         signal = teacher.take(span, index).signal(z_t, plan.tile, spec)
+        extras = weights.new_empty(len(logits), num_extras) if num_extras else None
+        more = () if extras is None else (extras,)
         if gradient is None:
-            kd_rows, ce_rows, _ = row_kernel(logits, signal, labels, spec)
+            kd_rows, ce_rows, _ = row_kernel(logits, signal, labels, spec, *more)
         else:
             dlogits = head.dlogits(logits)
-            kd_rows, ce_rows = row_kernel(logits, signal, labels, row_weights, spec, dlogits)
+            kd_rows, ce_rows = row_kernel(logits, signal, labels, row_weights, spec, dlogits, *more)
             gradient.add(dlogits, head, span, index)
         packing.put(kd, span, index, kd_rows)
         packing.put(ce, span, index, ce_rows)
+        if extras is not None and spec.z_loss_weight:
+            packing.put(z_loss, span, index, extras[:, 0].square())
+        if extras is not None and by_products:
+            packing.put(found, span, index, extras[:, 1:])
 
     with (
         logits_buffers(plan.rows, student.vocab_size, dtype, device, num_buffers) as buffers,
@@ -98,4 +108,4 @@ def stream(
         for start in range(0, count, plan.rows):
             run(slice(start, min(start + plan.rows, count)), *buffers)
     del buffers  # a gradient that is rounded takes their place
-    return kd, ce, {} if gradient is None else gradient.result()
+    return kd, ce, z_loss, found, {} if gradient is None else gradient.result()

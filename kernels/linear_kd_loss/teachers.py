@@ -4,8 +4,11 @@ A user's object has `kind()`, or is itself of the kind: a NamedTuple whose field
 the op (`op.taught_by` registers it). It says which row kernel reads it, `<row_kernel>_fwd` and
 `<row_kernel>_fwd_bwd` of the backends of the `kd_loss` room, as `dispatch.ROOMS` lists them:
 
-    <row_kernel>_fwd(logits, signal, labels, spec) -> kd, ce [M], statistics
-    <row_kernel>_fwd_bwd(logits, signal, labels, row_weights, spec, dlogits) -> kd, ce [M]
+    <row_kernel>_fwd(logits, signal, labels, spec[, extras]) -> kd, ce [M], statistics
+    <row_kernel>_fwd_bwd(logits, signal, labels, row_weights, spec, dlogits[, extras]) -> kd, ce
+
+extras, given where they are asked for, is a buffer [M, 1] for log sum exp(z) of the student's
+logits z, or [M, NUM_EXTRAS] for that and the by-products of a row, in the order of `op.ByProducts`.
 """
 
 import dataclasses
@@ -20,6 +23,8 @@ from modxfer_fast.kernels.common import KDSpec, check_float, check_same_device, 
 from modxfer_fast.kernels.common.composed_head import head_of
 
 _COLUMNS = 4096  # of a teacher's classes that are gathered at once
+# Of each row kernel, how many numbers of a row it writes to extras.
+NUM_EXTRAS = {"kd_loss": 6, "cross_entropy": 4}
 
 
 class Teacher(Protocol):
@@ -74,6 +79,45 @@ class Teacher(Protocol):
 
     def widened_bytes(self, dtype: torch.dtype) -> int:
         """Of a row of what is widened tile by tile to `dtype`; 0 for none."""
+
+
+class NoTeacher(NamedTuple):
+    """None: there is no divergence, and the logits are compared with labels alone."""
+
+    @property
+    def row_kernel(self) -> str:
+        return "cross_entropy"
+
+    @property
+    def num_buffers(self) -> int:
+        return 0
+
+    def detach(self) -> "NoTeacher":
+        return self
+
+    def cast(self) -> "NoTeacher":
+        return self
+
+    def check(self, role: str) -> None:
+        pass
+
+    def check_teacher(self, student: Any) -> None:
+        pass
+
+    def flat(self, rows: int) -> "NoTeacher":
+        return self
+
+    def take(self, span: slice, index: Tensor | None) -> "NoTeacher":
+        return self
+
+    def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> None:
+        return None
+
+    def row_bytes(self) -> int:
+        return 0
+
+    def widened_bytes(self, dtype: torch.dtype) -> int:
+        return 0
 
 
 def teacher_of(hidden: Any, weight: Any, bias: Tensor | None) -> Any:

@@ -55,7 +55,7 @@ from .linear_kd_loss import linear_kd_loss
 
 class LinearKDLoss(nn.Module):
     """`linear_kd_loss` for a module that may have divergence, beta, temperature, kd_weight,
-    ce_weight and ignore_index; what it has not is the default."""
+    ce_weight, label_smoothing, z_loss_weight and ignore_index; what it has not is the default."""
 
     can_torch_compile = True
     has_backward = True
@@ -68,7 +68,10 @@ class LinearKDLoss(nn.Module):
         teacher_weight: Tensor,
         labels: Tensor | None = None,
     ) -> Tensor:
-        names = ("divergence", "beta", "temperature", "kd_weight", "ce_weight", "ignore_index")
+        names = (
+            *("divergence", "beta", "temperature", "kd_weight", "ce_weight"),
+            *("label_smoothing", "z_loss_weight", "ignore_index"),
+        )
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return linear_kd_loss(
             student_hidden, student_weight, teacher_hidden, teacher_weight, labels=labels, **options

@@ -116,10 +116,16 @@ class DivergenceSection(Section):
 
 
 class LogitsSection(DivergenceSection):
-    """kd_weight * D(teacher, student) + ce_weight * cross entropy."""
+    """kd_weight * D(teacher, student) + ce_weight * cross entropy + z_loss_weight * z-loss.
+
+    label_smoothing: share of the label's probability that goes to all classes alike.
+    z_loss_weight: factor of (log sum exp of the student's logits)^2.
+    """
 
     kd_weight: NotNegative = 1.0
     ce_weight: NotNegative = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    z_loss_weight: NotNegative = 0.0
 
 
 class LossSection(LogitsSection):
@@ -127,6 +133,8 @@ class LossSection(LogitsSection):
 
     divergence: of p, the teacher, and q, the student: {FORMULAS}.
     beta: weight of p, for {WITH_BETA} alone; null is 0.5.
+    label_smoothing: share of the label's probability that goes to all classes alike.
+    z_loss_weight: factor of (log sum exp of the student's logits)^2.
     What models do to their logits, a scale or a soft cap, is read from their configurations.
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """

@@ -43,8 +43,10 @@ class TaskStudentSection(PeftSection, PretrainedSection):
 
 
 class TaskLossSection(LogitsSection):
-    """kd_weight * KL(teacher || student) + ce_weight * cross entropy.
+    """kd_weight * KL(teacher || student) + ce_weight * cross entropy + z_loss_weight * z-loss.
 
+    label_smoothing: share of the label's probability that goes to all classes alike.
+    z_loss_weight: factor of (log sum exp of the student's logits)^2, of rows with a label.
     temperature: divides the logits of both sides inside the divergence.
     scale_by_temperature_squared: whether the divergence is multiplied by temperature^2.
     """

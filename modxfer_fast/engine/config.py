@@ -67,6 +67,12 @@ class DistillConfig(TrainingArguments):
         None, "Factor of the divergence; 1 when not given, 0 for encoders."
     )
     ce_weight: float = _option(Objective.ce_weight, "Factor of the cross entropy.")
+    label_smoothing: float = _option(
+        Objective.label_smoothing, "Share of the label's probability that goes to all classes."
+    )
+    z_loss_weight: float = _option(
+        Objective.z_loss_weight, "Factor of (log sum exp of the student's logits) squared."
+    )
     scale_by_temperature_squared: bool = _option(
         Objective.scale_by_temperature_squared, "Multiply the divergence by temperature squared."
     )

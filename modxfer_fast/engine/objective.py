@@ -18,7 +18,8 @@ from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 
 @dataclass(frozen=True)
 class Objective(KDSpec):
-    """loss = kd_weight * divergence(p, q) [* temperature^2] + ce_weight * cross entropy.
+    """loss = kd_weight * divergence(p, q) [* temperature^2] + ce_weight * cross entropy
+           + z_loss_weight * logsumexp(z)^2.
 
     Options have the names and meaning of `linear_kd_loss`. impl "dense" keeps the logits [N, V] of
     both models whole and leaves the gradient to autograd; it exists to be compared with.
@@ -37,8 +38,17 @@ class Objective(KDSpec):
         self.checked()
 
     def measured(self, has_teacher: bool, has_labels: bool = True) -> "Objective":
-        """The objective that reports both terms, whatever their weight in training."""
-        return replace(self, kd_weight=float(has_teacher), ce_weight=float(has_labels))
+        """The objective that reports both terms, whatever their weight in training.
+
+        Label smoothing and z-loss, which are for training alone, are left out.
+        """
+        return replace(
+            self,
+            kd_weight=float(has_teacher),
+            ce_weight=float(has_labels),
+            label_smoothing=0.0,
+            z_loss_weight=0.0,
+        )
 
     def combine(self, kd: float, ce: float) -> float:
         """The loss whose unweighted terms are `kd` and `ce`."""
@@ -78,7 +88,7 @@ class Objective(KDSpec):
         valid = labels != IGNORE_INDEX
         count = valid.sum().clamp(min=1)
         logits = spec.student_bend.of(F.linear(*student).float())
-        kd = ce = logits.new_zeros(())
+        kd = ce = z_loss = logits.new_zeros(())
         if spec.kd_weight:
             with torch.no_grad():
                 teacher_logits = spec.teacher_bend.of(F.linear(*teacher).float())
@@ -88,10 +98,19 @@ class Objective(KDSpec):
             rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)
             kd = rows.masked_fill(~valid, 0.0).sum()
         if spec.ce_weight:
-            ce = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+            ce = F.cross_entropy(
+                logits.flatten(0, -2),
+                labels.flatten(),
+                reduction="sum",
+                label_smoothing=spec.label_smoothing,
+            )
+        if spec.z_loss_weight:
+            z_loss = logits.logsumexp(-1).square().masked_fill(~valid, 0.0).sum()
+        loss = spec.kd_weight * kd + spec.ce_weight * ce + spec.z_loss_weight * z_loss
         divisor = count if normalizer is None else torch.as_tensor(normalizer).clamp(min=1)
-        loss = (spec.kd_weight * kd + spec.ce_weight * ce) / divisor
-        return KDTerms(loss, kd.detach() / count, ce.detach() / count)
+        loss = loss / divisor
+        kd, ce, z_loss = (term.detach() / count for term in (kd, ce, z_loss))
+        return KDTerms(loss, kd, ce, z_loss)
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

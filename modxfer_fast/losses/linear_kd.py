@@ -35,6 +35,8 @@ class LinearKDLoss(nn.Module):
         temperature: float = 1.0,
         kd_weight: float = 1.0,
         ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss_weight: float = 0.0,
         student_logit_scale: float = 1.0,
         student_softcap: float | None = None,
         teacher_logit_scale: float = 1.0,
@@ -48,9 +50,18 @@ class LinearKDLoss(nn.Module):
     ):
         super().__init__()
         self.spec = KDSpec(
-            *(divergence, beta, temperature, kd_weight, ce_weight),
-            *(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
-            scale_by_temperature_squared,
+            divergence,
+            beta=beta,
+            temperature=temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            z_loss_weight=z_loss_weight,
+            student_logit_scale=student_logit_scale,
+            student_softcap=student_softcap,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
+            scale_by_temperature_squared=scale_by_temperature_squared,
         )
         self.tokens = Tokens(reduction=reduction, ignore_index=ignore_index)
         self.launch = Launch(workspace_mb, backend)

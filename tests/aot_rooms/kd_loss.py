@@ -21,6 +21,8 @@ DTYPES = {
 OBJECTIVES = {"kd": (0.0, 1.0), "kd+ce": (0.5, 1.0), "kd+ce-t2": (0.5, 2.0)}
 # of "bent", which is "kd+ce" of models that cap or scale their logits
 BENT = {"student_softcap": 30.0, "teacher_logit_scale": 0.0625}
+# beside the last: label smoothing, z-loss and by-products
+ALL = "all-t2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,14 @@ class Case:
 
     def launch(self) -> None:
         logits_dtype, dlogits_dtype = DTYPES[self.dtypes]
-        is_bent = self.objective == "bent"
-        ce_weight, temperature = OBJECTIVES["kd+ce" if is_bent else self.objective]
+        is_bent, has_all = self.objective == "bent", self.objective == ALL
+        named = "kd+ce" if is_bent else "kd+ce-t2" if has_all else self.objective
+        ce_weight, temperature = OBJECTIVES[named]
         bends = BENT if is_bent else {}
         spec = KDSpec(self.divergence, 0.5, temperature, 1.0, ce_weight, **bends)
+        if has_all:
+            spec = dataclasses.replace(spec, label_smoothing=0.1, z_loss_weight=1e-4)
+        extras = torch.empty(self.rows, 6, device="meta") if has_all else None
         shape = (self.rows, self.vocab_size)
         student = torch.empty(shape, dtype=logits_dtype, device="meta")
         teacher = torch.empty_like(student)
@@ -56,11 +62,11 @@ class Case:
         stats = torch.empty(self.rows, 6, device="meta")
         dlogits = torch.empty(shape, dtype=dlogits_dtype, device="meta")
         if self.function == "kd_loss_fwd":
-            triton_impl.kd_loss_fwd(student, teacher, labels, spec)
+            triton_impl.kd_loss_fwd(student, teacher, labels, spec, extras)
         elif self.function == "kd_loss_bwd":
             triton_impl.kd_loss_bwd(student, teacher, labels, weights, stats, spec, dlogits)
         else:
-            triton_impl.kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits)
+            triton_impl.kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits, extras)
 
 
 def all_cases() -> list[Case]:
@@ -85,4 +91,7 @@ def core_cases() -> list[Case]:
         Case(function, divergence, objective, dtypes)
         for function, divergence in itertools.product(FUNCTIONS, DIVERGENCES)
         for objective, dtypes in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
-    ] + [Case(function, "jsd", "bent", "fp32-bf16") for function in FUNCTIONS[::2]]
+    ] + [
+        *(Case(function, "jsd", "bent", "fp32-bf16") for function in FUNCTIONS[::2]),
+        Case("kd_loss_fwd_bwd", "jsd", ALL, "fp32-bf16"),
+    ]

@@ -14,9 +14,12 @@ CASES += [
 ]
 
 
+@pytest.mark.parametrize(
+    "hard", [{}, {"label_smoothing": 0.1, "z_loss_weight": 0.01}], ids=["plain", "hard"]
+)
 @pytest.mark.parametrize("bends", [(Bend(), Bend()), (Bend(0.5), Bend(1.0, 4.0))], ids=str)
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_dense_is_the_fused_loss_written_out(divergence, beta, bends):
+def test_dense_is_the_fused_loss_written_out(divergence, beta, bends, hard):
     inputs = linear_inputs(9, 50, delta=1.0, labels=True, bias=True)
     terms, grads = [], []
     for impl in ("fused", "dense"):
@@ -24,6 +27,7 @@ def test_dense_is_the_fused_loss_written_out(divergence, beta, bends):
             *(divergence, beta, 2.0, 0.7, 0.4),
             scale_by_temperature_squared=True,
             impl=impl,
+            **hard,
         )
         terms.append(
             objective.terms(

@@ -325,7 +325,7 @@ def test_mixtures(ce_weight, weights, of, temperature, divergence, backend):
             labels=target,
             backend=backend,
         )
-    for one, other in zip(terms, again, strict=True):
+    for one, other in zip(terms[:4], again[:4], strict=True):
         torch.testing.assert_close(one.detach(), other)
 
 
@@ -428,7 +428,7 @@ def test_opcheck_of_mixtures(of, weights, op):
     mixture = TeacherMixture(teachers, of=of, **MIXTURES[weights][0]).kind().flat(N)
     leaves = list(student().values())
     args = (*leaves, *mixture, None, torch.ones(N), -100, None)
-    args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp")
+    args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", False)
     args += ([True] * 3,) if op == "fwd" else ()
     torch.library.opcheck(
         getattr(torch.ops.modxfer, f"linear_kd_loss_of_mixture_{op}").default, args

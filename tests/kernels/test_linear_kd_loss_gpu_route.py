@@ -123,7 +123,7 @@ def test_products_on_a_gpu_are_summed_in_fp32_and_wait_for_nothing(dtype, worksp
     n, v, d_s, d_t = 1000, 50257, 8, 16
     make = OnGPU.make
     with Products() as products:
-        kd, ce, grads = stream(
+        kd, ce, _, _, grads = stream(
             SimpleNamespace(kd_loss_fwd_bwd=fwd_bwd),
             *(
                 Head(make(n, d, dtype=dtype), make(v, d, dtype=dtype), make(v, dtype=dtype))

@@ -489,7 +489,7 @@ def test_opcheck(op):
     else:
         weights = (labels != -100).float()
         args = (inputs.hidden, inputs.weight, None, *inputs.teacher)
-        args += (labels, weights, -100, None, *options, 8, "cpp", [True, True, False])
+        args += (labels, weights, -100, None, *options, 8, "cpp", False, [True, True, False])
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 
 

@@ -23,6 +23,8 @@ FUNCTIONS = {
     "kd_loss_fwd_bwd",
     "topk_kd_loss_fwd",
     "topk_kd_loss_fwd_bwd",
+    "cross_entropy_fwd",
+    "cross_entropy_fwd_bwd",
     "projection_loss_rows",
     "shrink",
     "expand",

@@ -22,6 +22,18 @@ struct KdSpec {
   float inv_temperature;
   float kd_weight;
   float ce_weight;
+  float label_smoothing;
+  float z_loss_weight;
+};
+
+// By-products of a row; the order of the op's extras tensor.
+struct KdExtras {
+  float lse;  // log sum exp z_s, alone where nothing else is asked for
+  float label_log_prob;
+  float is_label_top;
+  float student_entropy;
+  float teacher_entropy;
+  float is_top_shared;
 };
 
 // What the backward of a row needs of its forward; the order of the op's stats tensor.
@@ -31,7 +43,7 @@ struct KdStats {
   float max_t;
   float logd_t;
   float u_sum;   // sum of q dD/dq
-  float logd_1;  // log sum exp(z_s - max_s), computed when there is a cross entropy
+  float logd_1;  // log sum exp(z_s - max_s), computed when there is a term at temperature 1
 };
 
 struct KdLosses {
@@ -48,9 +60,11 @@ struct KdScratch {
 // Row kernels of one divergence and instruction set. label < 0: the row has no cross entropy.
 struct KdRowKernels {
   const char* isa;
-  // Losses, statistics, and q and u in the scratch.
-  KdLosses (*fwd)(const float* student, const float* teacher, int64_t V, int64_t label,
-                  const KdSpec& spec, KdStats& stats, const KdScratch& scratch);
+  // Losses, statistics, and q and u in the scratch; by whether label smoothing or extras are asked
+  // for. The lse of extras is written by both.
+  KdLosses (*fwd[2])(const float* student, const float* teacher, int64_t V, int64_t label,
+                     const KdSpec& spec, KdStats& stats, const KdScratch& scratch,
+                     KdExtras* extras);
   // q and u again, from the statistics.
   void (*recompute)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
                     const KdStats& stats, const KdScratch& scratch);

@@ -19,24 +19,36 @@ bool has_instruction_set(int64_t index);
 int64_t instruction_set();
 void use_instruction_set(int64_t index);
 
-// -> kd [M], ce [M], stats [M, 6]
+// -> kd [M], ce [M], stats [M, 6]; numbers: those of make_spec, bends: none or two a side; writes
+// extras, KdExtras of rows [M, 6] or their first number alone [M, 1], where given
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
                                                std::optional<Tensor> labels, int64_t divergence,
-                                               double beta, double temperature, double kd_weight,
-                                               double ce_weight, std::vector<double> bends);
+                                               std::vector<double> numbers,
+                                               std::vector<double> bends,
+                                               std::optional<Tensor> extras);
 
 // writes dlogits [M, V]
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                 Tensor row_weights, Tensor stats, int64_t divergence, double beta,
-                 double temperature, double kd_weight, double ce_weight, std::vector<double> bends,
-                 Tensor dlogits);
+                 Tensor row_weights, Tensor stats, int64_t divergence, std::vector<double> numbers,
+                 std::vector<double> bends, Tensor dlogits);
 
 // both for one row while it is in cache -> kd [M], ce [M]
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
-                                           int64_t divergence, double beta, double temperature,
-                                           double kd_weight, double ce_weight,
-                                           std::vector<double> bends, Tensor dlogits);
+                                           int64_t divergence, std::vector<double> numbers,
+                                           std::vector<double> bends, Tensor dlogits,
+                                           std::optional<Tensor> extras);
+
+// -> ce [M]; writes extras [M, 1] or [M, 4] where given: log sum e^z, the label's log-probability,
+// whether it is the largest, entropy
+Tensor cross_entropy_fwd(Tensor logits, std::optional<Tensor> labels, double ce_weight,
+                         double label_smoothing, double z_loss_weight,
+                         std::optional<Tensor> extras);
+
+// the same, and writes dlogits [M, V], which may be logits
+Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor row_weights,
+                             double ce_weight, double label_smoothing, double z_loss_weight,
+                             Tensor dlogits, std::optional<Tensor> extras);
 
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
 std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,

@@ -104,7 +104,7 @@ class SplitCausalLM(TextModel):
         assert target is not None
         assert target.head is not None
         assert batch.labels is not None
-        loss, kd, ce = objective.terms(
+        terms = objective.terms(
             answer.output,
             answer.head,
             target.output,
@@ -114,8 +114,9 @@ class SplitCausalLM(TextModel):
             batch.compared.num_valid,
             bends=(answer.bend, target.bend),
         )
-        count = batch.compared.number(loss.device)
-        return Terms(loss, {"kd": (kd * count, count), "ce": (ce * count, count)})
+        count = batch.compared.number(terms.loss.device)
+        means = {"kd": (terms.kd * count, count), "ce": (terms.ce * count, count)}
+        return Terms(terms.loss, means)
 
     def answer(
         self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None

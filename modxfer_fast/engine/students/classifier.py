@@ -5,6 +5,7 @@ beside them are those of the tokens that are compared.
 
     loss = mean over rows of kd_weight * divergence(p, q) [* temperature^2]
          + ce_weight * mean over labelled rows of the cross entropy
+         + z_loss_weight * mean over labelled rows of logsumexp(logits)^2
 """
 
 from collections.abc import Callable, Mapping
@@ -183,14 +184,28 @@ class TaskClassifier(ModelParts):
             )
             loss = loss + spec.kd_weight * _mean(kd, batch.compared)
             sums["kd"] = (kd.detach().double(), batch.compared.number(loss.device))
-        if spec.ce_weight:
-            if batch.labels is None or batch.labelled is None:
+        for name in ("ce_weight", "z_loss_weight"):
+            if getattr(spec, name) and (batch.labels is None or batch.labelled is None):
                 raise ValueError(
-                    f"labels: expected in every batch because ce_weight is {spec.ce_weight}"
+                    f"labels: expected in every batch because {name} is {getattr(spec, name)}"
                 )
-            ce = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        if spec.ce_weight:
+            assert batch.labels is not None
+            assert batch.labelled is not None
+            ce = F.cross_entropy(
+                logits.float(),
+                batch.labels,
+                reduction="sum",
+                label_smoothing=spec.label_smoothing,
+            )
             loss = loss + spec.ce_weight * _mean(ce, batch.labelled)
             sums["ce"] = (ce.detach().double(), batch.labelled.number(loss.device))
+        if spec.z_loss_weight:
+            assert batch.labels is not None
+            assert batch.labelled is not None
+            squares = logits.float().logsumexp(-1).square()
+            z_loss = squares.masked_fill(batch.labels == IGNORE_INDEX, 0.0).sum()
+            loss = loss + spec.z_loss_weight * _mean(z_loss, batch.labelled)
         return Terms(loss, sums)
 
 
