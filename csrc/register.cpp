@@ -23,11 +23,11 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor? labels, float ce_weight, float label_smoothing, "
-      "float z_loss_weight, Tensor(a!)? extras) -> Tensor ce");
+      "float z_loss_weight, float[] bends, Tensor(a!)? extras) -> Tensor ce");
   m.def(
       "cross_entropy_fwd_bwd(Tensor logits, Tensor? labels, Tensor row_weights, float ce_weight, "
-      "float label_smoothing, float z_loss_weight, Tensor(a!) dlogits, Tensor(b!)? extras) "
-      "-> Tensor ce");
+      "float label_smoothing, float z_loss_weight, float[] bends, Tensor(a!) dlogits, "
+      "Tensor(b!)? extras) -> Tensor ce");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, float beta, "

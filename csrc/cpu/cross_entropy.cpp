@@ -12,6 +12,7 @@
 #include <cmath>
 #include <vector>
 
+#include "bent_rows.h"
 #include "labels.h"
 #include "modxfer/ops.h"
 #include "rows.h"
@@ -67,9 +68,11 @@ int64_t grain(int64_t vocab_size) {
 // Losses of all rows, and where row_weights are given their gradients.
 Tensor run(const Tensor& logits, const std::optional<Tensor>& labels,
            const std::optional<Tensor>& row_weights, const CeOptions& options,
-           const std::optional<Tensor>& dlogits, const std::optional<Tensor>& extras) {
+           const std::vector<double>& bends, const std::optional<Tensor>& dlogits,
+           const std::optional<Tensor>& extras) {
   const int64_t M = logits.size(0), V = logits.size(1);
-  const Rows rows(logits), grads(dlogits.has_value() ? *dlogits : logits);
+  const BentRows rows(logits, Bends(bends).student);
+  const Rows grads(dlogits.has_value() ? *dlogits : logits);
   const Labels label_of(labels, M, V);
   const Extras more(extras, M);
   const CeRowKernels& kernels = ce_row_kernels();
@@ -116,6 +119,7 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& labels,
         if (has_label) {
           target[label] -= static_cast<float>(ce_weight * (1.0 - options.label_smoothing));
         }
+        rows.unbend(z, target);
       }
       grads.commit(row, target);
     }
@@ -126,17 +130,18 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& labels,
 }  // namespace
 
 Tensor cross_entropy_fwd(Tensor logits, std::optional<Tensor> labels, double ce_weight,
-                         double label_smoothing, double z_loss_weight,
+                         double label_smoothing, double z_loss_weight, std::vector<double> bends,
                          std::optional<Tensor> extras) {
-  return run(logits, labels, std::nullopt, {ce_weight, label_smoothing, z_loss_weight},
+  return run(logits, labels, std::nullopt, {ce_weight, label_smoothing, z_loss_weight}, bends,
              std::nullopt, extras);
 }
 
 Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor row_weights,
                              double ce_weight, double label_smoothing, double z_loss_weight,
-                             Tensor dlogits, std::optional<Tensor> extras) {
-  return run(logits, labels, row_weights, {ce_weight, label_smoothing, z_loss_weight}, dlogits,
-             extras);
+                             std::vector<double> bends, Tensor dlogits,
+                             std::optional<Tensor> extras) {
+  return run(logits, labels, row_weights, {ce_weight, label_smoothing, z_loss_weight}, bends,
+             dlogits, extras);
 }
 
 }  // namespace modxfer

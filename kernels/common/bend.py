@@ -32,15 +32,20 @@ class Bend(NamedTuple):
         return self.cap is None and self.scale == 1.0
 
     def check(self, role: str) -> None:
-        """Raises ValueError or TypeError that names `<role>_logit_scale` or `<role>_softcap`."""
+        """Raises ValueError or TypeError that names `<role>_logit_scale` or `<role>_softcap`.
+
+        Args:
+            role: "student", "teacher", or "" where there is one head alone: "softcap".
+        """
+        role = f"{role}_" if role else ""
         for name, value in (("logit_scale", self.scale), ("softcap", self.cap)):
             if value is None:
                 continue
-            check_number(f"{role}_{name}", value)
+            check_number(f"{role}{name}", value)
             if not (value > 0.0 and is_finite(value)):
                 or_none = " or None" if name == "softcap" else ""
                 raise ValueError(
-                    f"{role}_{name}: expected a positive finite number{or_none}, got {value}"
+                    f"{role}{name}: expected a positive finite number{or_none}, got {value}"
                 )
 
     def of(self, raw: Tensor) -> Tensor:

@@ -267,11 +267,12 @@ class ComposedHead(NamedTuple):
 
     def check(self, role: str) -> None:
         hidden, weight, bias, lora_a, lora_b = self[:5]
+        of = f"{role}_" if role else ""
         if self.quantized:
-            check_float(f"{role}_hidden", hidden)
+            check_float(f"{of}hidden", hidden)
             if hidden.dim() == 0:
-                raise ValueError(f"{role}_hidden: expected shape [..., D], got ()")
-            check_same_device(f"{role}_weight", weight, f"{role}_hidden", hidden)
+                raise ValueError(f"{of}hidden: expected shape [..., D], got ()")
+            check_same_device(f"{of}weight", weight, f"{of}hidden", hidden)
             stand_in = hidden.new_empty(1, 1).expand(weight.shape[0], hidden.shape[-1])
             Head(hidden, stand_in, bias).check(role)
         else:
@@ -279,20 +280,20 @@ class ComposedHead(NamedTuple):
         if lora_a is None or lora_b is None:
             return
         for name, value in (("lora_A", lora_a), ("lora_B", lora_b)):
-            check_tensor(f"{role}_{name}", value)
+            check_tensor(f"{of}{name}", value)
             if value.dtype != hidden.dtype:
                 raise TypeError(
-                    f"{role}_{name}: expected {hidden.dtype}, the dtype of {role}_hidden, "
+                    f"{of}{name}: expected {hidden.dtype}, the dtype of {of}hidden, "
                     f"got {value.dtype}"
                 )
-            check_same_device(f"{role}_{name}", value, f"{role}_hidden", hidden)
+            check_same_device(f"{of}{name}", value, f"{of}hidden", hidden)
         if lora_a.dim() != 2 or lora_a.shape[1] != hidden.shape[-1]:
             raise ValueError(
-                f"{role}_lora_A: expected shape [R, {hidden.shape[-1]}], got {tuple(lora_a.shape)}"
+                f"{of}lora_A: expected shape [R, {hidden.shape[-1]}], got {tuple(lora_a.shape)}"
             )
         if tuple(lora_b.shape) != (weight.shape[0], lora_a.shape[0]):
             raise ValueError(
-                f"{role}_lora_B: expected shape {(weight.shape[0], lora_a.shape[0])}, "
+                f"{of}lora_B: expected shape {(weight.shape[0], lora_a.shape[0])}, "
                 f"got {tuple(lora_b.shape)}"
             )
 

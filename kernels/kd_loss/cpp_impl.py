@@ -97,7 +97,7 @@ def cross_entropy_fwd(
     spec: KDSpec,
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
-    ce = compiled.ops().cross_entropy_fwd(student_logits, labels, *_hard(spec), extras)
+    ce = compiled.ops().cross_entropy_fwd(student_logits, labels, *_hard(spec), spec.bends, extras)
     return torch.zeros_like(ce), ce, None
 
 
@@ -111,7 +111,7 @@ def cross_entropy_fwd_bwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     ce = compiled.ops().cross_entropy_fwd_bwd(
-        student_logits, labels, row_weights, *_hard(spec), dlogits, extras
+        student_logits, labels, row_weights, *_hard(spec), spec.bends, dlogits, extras
     )
     return torch.zeros_like(ce), ce
 

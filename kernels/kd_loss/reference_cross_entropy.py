@@ -1,6 +1,7 @@
 """Cross entropy of rows of logits in plain PyTorch: the definition, and the rows of the loops.
 
-z logits   q = softmax(z)   V classes   s label smoothing   lse = log sum e^z
+z logits, scaled and capped where the model does   q = softmax(z)   V classes
+s label smoothing   lse = log sum e^z
 
     loss = ce_weight (-(1 - s) log q_label - s / V sum log q) + z_loss_weight lse^2
 
@@ -22,7 +23,7 @@ def hard_terms_reference(
     """The definition: smoothed cross entropy and lse^2, [M] each, unweighted; by autograd.
 
     Args:
-        logits: [M, V]. Computed in their dtype, at least fp32.
+        logits: [M, V], scaled and capped already. Computed in their dtype, at least fp32.
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -48,7 +49,7 @@ def cross_entropy_fwd(
         extras: [M, 1] or [M, 4], written where given: lse; the label's log-probability; 1 where its
             logit is the largest, or among the largest; entropy. Without a label 0.
     """
-    z, has_label, safe, lse = _of(student_logits, labels)
+    z, has_label, safe, lse = _of(student_logits, labels, spec)
     log_q = z - lse
     of_label = torch.where(has_label, log_q.gather(-1, safe[:, None]).squeeze(-1), 0.0)
     ce = torch.zeros_like(of_label)
@@ -76,8 +77,8 @@ def cross_entropy_fwd_bwd(
     It may be student_logits itself, or overlap its memory.
     """
     kd, ce, _ = cross_entropy_fwd(student_logits, signal, labels, spec, extras)
-    z, has_label, safe, lse = _of(student_logits, labels)
-    dz = hard_dlogits(z - lse, lse, has_label, safe, spec)
+    z, has_label, safe, lse = _of(student_logits, labels, spec)
+    dz = hard_dlogits(z - lse, lse, has_label, safe, spec) * spec.student_bend.slope(z)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
     return kd, ce
@@ -125,6 +126,8 @@ def label_index(z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     return has_label, torch.where(has_label, labels, 0)
 
 
-def _of(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _of(
+    logits: Tensor, labels: Tensor | None, spec: KDSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = spec.student_bend.of(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     return z, *label_index(z, labels), z.logsumexp(-1, keepdim=True)

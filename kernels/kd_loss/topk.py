@@ -27,6 +27,7 @@ over those that are, which would be noise where a student is sure.
 import difflib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -267,15 +268,46 @@ def _missing(spec: KDSpec) -> float:
     return round(slope - _of_one_class(spec, p, q)[1] / q, 9)  # what a quotient is good for
 
 
-def refuse_hard_options(spec: KDSpec, by_products: bool = False) -> None:
+def refuse_hard_options(spec: KDSpec) -> None:
     """Raises ValueError for what the rows of a TeacherTopK do not compute."""
-    for name, value, none in (
-        ("label_smoothing", spec.label_smoothing if spec.ce_weight else 0.0, 0.0),
-        ("z_loss_weight", spec.z_loss_weight, 0.0),
-        ("by_products", by_products, False),
-    ):
+    smoothing = spec.label_smoothing if spec.ce_weight else 0.0
+    for name, value in (("label_smoothing", smoothing), ("z_loss_weight", spec.z_loss_weight)):
         if value:
             raise ValueError(
-                f"{name}: expected {none} beside a TeacherTopK, whose rows do not compute "
-                f"it, got {value}"
+                f"{name}: expected 0.0 beside a TeacherTopK, whose rows do not compute it, "
+                f"got {value}"
             )
+
+
+def topk_by_products(
+    kernels: ModuleType,
+    logits: Tensor,
+    teacher: TeacherTopK,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor,
+) -> None:
+    """Writes extras [M, 7]: those of `cross_entropy_fwd`, with the entropy at the temperature; 1
+    where a class that is the student's largest is the largest of those listed; and the masses of
+    the listed classes under student and teacher.
+
+    Args:
+        kernels: backend module. It reads the logits [M, V] once, or twice at a temperature.
+        teacher: of [M, K].
+    """
+    own = extras.new_empty(len(logits), 4)
+    kernels.cross_entropy_fwd(logits, None, labels, KDSpec(), own)
+    extras[:, :4] = own
+    if spec.temperature != 1.0:
+        softened = KDSpec(student_logit_scale=1.0 / spec.temperature)
+        kernels.cross_entropy_fwd(logits, None, None, softened, own)
+        extras[:, 3] = own[:, 3]
+    listed = (teacher.ids >= 0) & (teacher.ids < logits.shape[1])
+    z = logits.gather(1, teacher.ids.clamp(0, logits.shape[1] - 1).long()).to(extras.dtype)
+    log_q = (z / spec.temperature - own[:, :1]).masked_fill(~listed, -torch.inf)
+    log_p = teacher.log_probs.to(extras.dtype).masked_fill(~listed, -torch.inf)
+    is_top = listed & (log_p == log_p.amax(-1, keepdim=True))
+    is_top &= z == logits.amax(-1, keepdim=True)
+    extras[:, 4] = is_top.any(-1).to(extras.dtype)
+    extras[:, 5] = log_q.exp().sum(-1)
+    extras[:, 6] = log_p.exp().sum(-1)

@@ -1,6 +1,7 @@
 """Cross entropy of rows of logits, one program per row; probabilities are never stored.
 
-M rows   V classes   z logits   q = softmax(z)   s label smoothing   lse = log sum e^z
+M rows   V classes   z logits, bent as they are loaded   q = softmax(z)   s label smoothing
+lse = log sum e^z
 
 Passes over the row:
 
@@ -12,8 +13,6 @@ The first runs right to left, so that the second begins with the tiles left in t
 runs left to right, because dlogits may lie over the logits with half their width.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -21,16 +20,8 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import row_config
-
-LOG2E = tl.constexpr(math.log2(math.e))
-# Stands for the maximum of a lane that has seen only -inf: finite, so that differences are not NaN.
-NO_MAX = tl.constexpr(-1e38)
-
-
-@triton.jit
-def _load_logits(row_ptr, offs_v, V):
-    """fp32; -inf, a class without probability, past the end of the row."""
-    return tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent
 
 
 @triton.jit
@@ -38,7 +29,7 @@ def _row_sums(
     logits_ptr,                          # in   [V]
     V,
     SMOOTHS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: max, d = sum e^x, mean of x, mean of x under q, x = z - max; means 0 unless asked.
 
@@ -55,7 +46,7 @@ def _row_sums(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + offs_lane
-        z = _load_logits(logits_ptr, offs_v, V)
+        z = load_bent(logits_ptr, offs_v, V, BEND)
         m_new = tl.maximum(m, tl.max(z, axis=1))
         rise = m_new - m
         keep = tl.exp2(-rise * LOG2E)
@@ -97,7 +88,7 @@ def _cross_entropy_kernel(
     ce_weight, smoothing, rest, z_loss_weight,   # rest = 1 - smoothing
     HAS_LABELS: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
     EXTRAS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
-    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
@@ -107,10 +98,11 @@ def _cross_entropy_kernel(
         raw = tl.load(labels_ptr + row * stride_lm)
         label = tl.where((raw >= 0) & (raw < V), raw, -1).to(tl.int32)
     max_z, d, mean, mean_under_q = _row_sums(
-        logits_ptr, V, SMOOTHS, EXTRAS == 4, BLOCK_V, VECTOR
+        logits_ptr, V, SMOOTHS, EXTRAS == 4, BLOCK_V, VECTOR, BEND
     )  # fmt: skip
     log_d = tl.log(d)
     z_label = tl.load(logits_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+    z_label = bend(z_label, BEND)
     nll = tl.where(label >= 0, log_d - (z_label - max_z), 0.0)
     ce = 0.0
     if HAS_CE:
@@ -145,12 +137,13 @@ def _cross_entropy_kernel(
                 of_q += 2.0 * row_weight * z_loss_weight * (max_z + log_d)
             for i in range(tl.cdiv(V, BLOCK_V)):
                 offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-                z = _load_logits(logits_ptr, offs_v, V)
+                z = load_bent(logits_ptr, offs_v, V, BEND)
                 dlogits = of_q * tl.exp2((z - max_z - log_d) * LOG2E)
                 if SMOOTHS:
                     dlogits -= of_label * smoothing / V
                 if HAS_CE:
                     dlogits = tl.where(offs_v == label, dlogits - of_label * rest, dlogits)
+                dlogits = unbend(dlogits, z, BEND)
                 # without this barrier one warp may overwrite logits that another has yet to load
                 tl.debug_barrier()
                 tl.store(
@@ -238,6 +231,7 @@ def _launch(
             HAS_GRADIENT=dlogits is not None,
             BLOCK_V=config.block_v,
             VECTOR=config.vector,
+            BEND=bend_constants(spec.student_bend),
             num_warps=config.num_warps,
             # said here because the default differs between Triton releases
             enable_fp_fusion=True,

@@ -55,7 +55,7 @@ from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import (
-    NUM_EXTRAS,
+    BY_PRODUCTS,
     NoTeacher,
     Teacher,
     Values,
@@ -70,20 +70,26 @@ class ByProducts(NamedTuple):
     """What the rows of a loss showed on the way, detached; [...] each, 0 where a token is ignored.
 
     Attributes:
+        lse: log sum exp of the student's logits at temperature 1.
         label_log_prob: log-probability of the label under the student at temperature 1; 0 without
             labels.
         label_is_top: 1 where the label's logit is the student's largest, or one of several.
         student_entropy: of q, the student's softmax at the temperature of the divergence, in nats.
-        teacher_entropy: of p, likewise. None without a teacher.
+        teacher_entropy: of p, likewise. None without a teacher, and for one that lists K classes.
         agreement: 1 where a class with the student's largest logit has the teacher's largest too.
             None without a teacher.
+        student_mass: sum of q over the classes that a `TeacherTopK` lists; None for others.
+        teacher_mass: sum of its probabilities, as they were given; None for others.
     """
 
+    lse: Tensor
     label_log_prob: Tensor
     label_is_top: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
 
 
 class KDTerms(NamedTuple):
@@ -258,8 +264,9 @@ def linear_kd_loss_terms(
     """`linear_kd_loss` with its parts beside it; same arguments and errors.
 
     Args:
-        by_products: whether entropies, agreement and log-probabilities of each token come too,
-            from the same pass over the logits and without waiting for the device.
+        by_products: whether entropies, agreement, log-probabilities and masses of each token come
+            too, without waiting for the device; from the same pass over the logits, except beside a
+            `TeacherTopK`, for which there is one more, and a second at a temperature other than 1.
     """
     kinds: tuple[Any, ...] = (KDSpec, Tokens, Launch, Vocabulary)
     spec, tokens, launch, vocabulary = (
@@ -295,6 +302,7 @@ def loss_of_heads(
     for name, tensor in given.items():
         check_tensor(name, tensor)
     refuse_transforms("linear_kd_loss" if role else "linear_cross_entropy", *given.values())
+    spec.student_bend.check(role)
     spec = spec.checked()
     labels, token_weights, normalizer, reduction, ignore_index, num_valid = tokens
     check_reduction(reduction, normalizer)
@@ -312,10 +320,10 @@ def loss_of_heads(
             f"{type(teacher).__name__}, which has no head that they could follow, "
             f"got {spec.teacher_logit_scale} and {spec.teacher_softcap}"
         )
-    if spec.bends and teacher.row_kernel != "kd_loss":
+    if spec.bends and isinstance(teacher, TeacherTopK):
         raise ValueError(
-            "student_logit_scale, student_softcap: expected 1 and None beside a "
-            f"{type(teacher).__name__}, whose row kernels take logits as they are, "
+            "student_logit_scale, student_softcap: expected 1 and None beside a TeacherTopK, "
+            "whose row kernels take logits as they are, "
             f"got {spec.student_logit_scale} and {spec.student_softcap}"
         )
     if by_products and isinstance(teacher, Mixture) and teacher.of == "losses":
@@ -323,7 +331,7 @@ def loss_of_heads(
             "by_products: expected one teacher's probabilities, got a TeacherMixture of losses"
         )
     if isinstance(teacher, TeacherTopK):
-        refuse_hard_options(spec, by_products)
+        refuse_hard_options(spec)
     tokens.check(spec.ce_weight, hidden, student.hidden)
     check_workspace(launch.workspace_mb)
     read = [t for t in tensors_of("teacher", teacher).values() if t.is_floating_point()]
@@ -356,7 +364,10 @@ def loss_of_heads(
     if count is None or normalizer is not None:
         count = counted_rows(valid, student.hidden, dtype)
     kd, ce, z_loss = (term.sum() / count for term in (kd, ce, z_loss))
-    of_tokens = ByProducts(*found.T.reshape(found.shape[1], *lead)) if by_products else None
+    of_tokens = None
+    if by_products:
+        columns = found.T.reshape(found.shape[1], *lead)
+        of_tokens = ByProducts(**dict(zip(BY_PRODUCTS[teacher.row_kernel], columns, strict=True)))
     return KDTerms(loss, kd, ce, z_loss, of_tokens)
 
 
@@ -407,7 +418,7 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         if name != "by_products":
             return None
         teacher = teacher_kind(*inputs[len(of_student) : len(of_heads)])
-        return NUM_EXTRAS[teacher.row_kernel] - 1 if inputs.by_products else 0
+        return len(BY_PRODUCTS[teacher.row_kernel]) if inputs.by_products else 0
 
     def run(inputs, needs):
         student = student_kind(*inputs[: len(of_student)])
@@ -475,4 +486,4 @@ taught_by("linear_kd_loss_of_tiles", ComposedHead)
 taught_by("linear_kd_loss_of_values", Values)
 taught_by("linear_kd_loss_of_mixture", Mixture)
 taught_by("linear_topk_kd_loss", TeacherTopK)
-streamed("linear_cross_entropy", Head, NoTeacher)
+taught_by("linear_cross_entropy", NoTeacher)

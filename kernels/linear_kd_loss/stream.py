@@ -23,8 +23,9 @@ from modxfer_fast.kernels.common.chunks import ChunkPlan
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, topk_by_products
 from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
-from modxfer_fast.kernels.linear_kd_loss.teachers import NUM_EXTRAS, Teacher
+from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher
 
 
 def stream(
@@ -48,7 +49,8 @@ def stream(
 
     Returns:
         kd, ce, z_loss: [N], unweighted, 0 where packed away or not asked for; by-products
-        [N, NUM_EXTRAS - 1], or [N, 0]; and the gradients by name, in the dtypes of `saved_dtype`.
+        [N, n] of the n `BY_PRODUCTS`, or [N, 0]; and the gradients by name, in the dtypes of
+        `saved_dtype`.
     """
     weights = rows.row_weights
     dtype, device = weights.dtype, weights.device
@@ -71,8 +73,9 @@ def stream(
         rounds_single=student.rounds_single,
     )
     kd, ce, z_loss = (torch.zeros_like(weights) for _ in range(3))
-    num_extras = NUM_EXTRAS[teacher.row_kernel] if by_products else int(spec.z_loss_weight != 0.0)
-    found = weights.new_zeros(len(weights), num_extras - 1 if by_products else 0)
+    num_found = len(BY_PRODUCTS[teacher.row_kernel]) if by_products else 0
+    num_extras = num_found or int(spec.z_loss_weight != 0.0)
+    found = weights.new_zeros(len(weights), num_found)
     row_kernel = row_function(kernels, teacher, "fwd_bwd" if wanted else "fwd")
     gradient = None
     if wanted:
@@ -85,9 +88,13 @@ def stream(
         if counting is not None:
             head = head.blanked(counting[span])
         logits = head.logits(z_s, plan.tile)
-        signal = teacher.take(span, index).signal(z_t, plan.tile, spec)
+        taught = teacher.take(span, index)
+        signal = taught.signal(z_t, plan.tile, spec)
         extras = weights.new_empty(len(logits), num_extras) if num_extras else None
         more = () if extras is None else (extras,)
+        if extras is not None and isinstance(taught, TeacherTopK):
+            topk_by_products(kernels, logits, taught, labels, spec, extras)
+            more = ()  # its row kernels have none
         if gradient is None:
             kd_rows, ce_rows, _ = row_kernel(logits, signal, labels, spec, *more)
         else:
@@ -99,7 +106,7 @@ def stream(
         if extras is not None and spec.z_loss_weight:
             packing.put(z_loss, span, index, extras[:, 0].square())
         if extras is not None and by_products:
-            packing.put(found, span, index, extras[:, 1:])
+            packing.put(found, span, index, extras)
 
     with (
         logits_buffers(plan.rows, student.vocab_size, dtype, device, num_buffers) as buffers,

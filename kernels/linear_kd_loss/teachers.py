@@ -8,7 +8,7 @@ the op (`op.taught_by` registers it). It says which row kernel reads it, `<row_k
     <row_kernel>_fwd_bwd(logits, signal, labels, row_weights, spec, dlogits[, extras]) -> kd, ce
 
 extras, given where they are asked for, is a buffer [M, 1] for log sum exp(z) of the student's
-logits z, or [M, NUM_EXTRAS] for that and the by-products of a row, in the order of `op.ByProducts`.
+logits z, or [M, n] for the n by-products of a row, which begin with it (`BY_PRODUCTS`).
 """
 
 import dataclasses
@@ -23,8 +23,13 @@ from modxfer_fast.kernels.common import KDSpec, check_float, check_same_device, 
 from modxfer_fast.kernels.common.composed_head import head_of
 
 _COLUMNS = 4096  # of a teacher's classes that are gathered at once
-# Of each row kernel, how many numbers of a row it writes to extras.
-NUM_EXTRAS = {"kd_loss": 6, "cross_entropy": 4}
+_OF_STUDENT = ("lse", "label_log_prob", "label_is_top", "student_entropy")
+# Of each row kernel, which fields of `op.ByProducts` there are, in the order of extras.
+BY_PRODUCTS = {
+    "cross_entropy": _OF_STUDENT,
+    "kd_loss": (*_OF_STUDENT, "teacher_entropy", "agreement"),
+    "topk_kd_loss": (*_OF_STUDENT, "agreement", "student_mass", "teacher_mass"),
+}
 
 
 class Teacher(Protocol):

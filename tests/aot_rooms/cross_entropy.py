@@ -13,8 +13,13 @@ DTYPES = {
     "fp32-bf16": (torch.float32, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
 }
-# (label_smoothing, z_loss_weight, columns of extras)
-OBJECTIVES = {"ce": (0.0, 0.0, 0), "ce+z": (0.0, 1e-4, 1), "all": (0.1, 1e-4, 4)}
+# (label_smoothing, z_loss_weight, columns of extras, soft cap)
+OBJECTIVES = {
+    "ce": (0.0, 0.0, 0, None),
+    "ce+z": (0.0, 1e-4, 1, None),
+    "all": (0.1, 1e-4, 4, None),
+    "capped": (0.1, 1e-4, 4, 30.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +39,13 @@ class Case:
 
     def launch(self) -> None:
         logits_dtype, dlogits_dtype = DTYPES[self.dtypes]
-        smoothing, z_loss_weight, num_extras = OBJECTIVES[self.objective]
+        smoothing, z_loss_weight, num_extras, softcap = OBJECTIVES[self.objective]
         spec = KDSpec(
-            kd_weight=0.0, ce_weight=1.0, label_smoothing=smoothing, z_loss_weight=z_loss_weight
+            kd_weight=0.0,
+            ce_weight=1.0,
+            label_smoothing=smoothing,
+            z_loss_weight=z_loss_weight,
+            student_softcap=softcap,
         )
 
         def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

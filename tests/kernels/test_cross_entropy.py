@@ -339,6 +339,7 @@ def dense(z_s: Tensor, z_t: Tensor, labels: Tensor, temperature: float) -> dict[
     """By-products of whole logits in fp64, 0 where a row is ignored."""
     log_q, log_p = (F.log_softmax(z / temperature, -1) for z in (z_s, z_t))
     found = {
+        "lse": z_s.logsumexp(-1),
         "label_log_prob": z_s.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0],
         "label_is_top": (z_s.argmax(-1) == labels).double(),
         "student_entropy": -(log_q.exp() * log_q).sum(-1),

@@ -40,15 +40,16 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
                                            std::optional<Tensor> extras);
 
 // -> ce [M]; writes extras [M, 1] or [M, 4] where given: log sum e^z, the label's log-probability,
-// whether it is the largest, entropy
+// whether it is the largest, entropy; bends: none or two a side, of which the student's are read
 Tensor cross_entropy_fwd(Tensor logits, std::optional<Tensor> labels, double ce_weight,
-                         double label_smoothing, double z_loss_weight,
+                         double label_smoothing, double z_loss_weight, std::vector<double> bends,
                          std::optional<Tensor> extras);
 
 // the same, and writes dlogits [M, V], which may be logits
 Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor row_weights,
                              double ce_weight, double label_smoothing, double z_loss_weight,
-                             Tensor dlogits, std::optional<Tensor> extras);
+                             std::vector<double> bends, Tensor dlogits,
+                             std::optional<Tensor> extras);
 
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
 std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
