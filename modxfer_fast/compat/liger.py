@@ -18,6 +18,7 @@ tokens cost nothing where their number is known, and backward may run twice. `co
 `accum_dtype` are therefore accepted and change nothing.
 """
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -26,10 +27,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modxfer_fast.compat.log_probs import jsd_addends, jsd_gradient
-from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.linear_kd_loss import TeacherProbs, linear_kd_loss, linear_kd_loss_terms
+from modxfer_fast.compat.logits import Head, cosine_distance, rows_of_logits
+from modxfer_fast.kernels.common import Bend, KDSpec
+from modxfer_fast.kernels.common.composed_head import head_of
+from modxfer_fast.kernels.common.rows import Launch, Tokens
+from modxfer_fast.kernels.common.scalars import check_number, is_finite
+from modxfer_fast.kernels.linear_kd_loss import (
+    TeacherProbs,
+    linear_cross_entropy,
+    linear_kd_loss,
+    linear_kd_loss_terms,
+    linear_log_probs,
+)
+from modxfer_fast.kernels.linear_kd_loss.op import loss_of_heads
+from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher
 
 __all__ = [
+    "LigerFusedLinearCosineSimilarityLoss",
+    "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearJSD",
     "LigerFusedLinearJSDLoss",
     "LigerFusedLinearKLDivLoss",
@@ -40,6 +55,7 @@ __all__ = [
 
 _ROW_BYTES = 64 * 2**20  # of a tensor of rows that LigerJSD has in flight
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_ROWS = 1024  # of logits that plain PyTorch has in flight, as many as a chunk of Liger's
 
 
 class _ChunkedDistillationLoss(nn.Module):
@@ -139,17 +155,13 @@ class _ChunkedDistillationLoss(nn.Module):
         itemsize = max(hidden.itemsize, 4)
         return -(-2 * self.chunk_size * weight.shape[0] * itemsize // 2**20)
 
-    def _cross_entropy(self, head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor) -> Tensor:
+    def _cross_entropy(self, head: Head, labels: Tensor) -> Tensor:
         hidden, weight, bias = head
-        return linear_kd_loss(
+        return linear_cross_entropy(
             hidden,
             weight,
-            hidden.detach()[..., :0],  # of no width: its GEMM costs nothing
-            weight.detach()[:, :0],
-            student_bias=bias,
-            labels=labels,
-            kd_weight=0.0,
-            ce_weight=1.0,
+            labels,
+            bias=bias,
             ignore_index=self.ignore_index,
             workspace_mb=self._workspace_mb(hidden, weight),
         )
@@ -183,6 +195,275 @@ class LigerFusedLinearJSDLoss(_ChunkedDistillationLoss):
             "kd_weight": self.weight_soft_loss,
             "ce_weight": self.weight_hard_loss,
         }
+
+
+class LigerFusedLinearCosineSimilarityLoss(_ChunkedDistillationLoss):
+    """weight_hard_loss * cross entropy + weight_soft_loss * beta * (1 - cos of the logits).
+
+    In plain PyTorch, a chunk of tokens at a time; logits are computed again in the backward.
+
+    Args:
+        weight_hard_loss, weight_soft_loss, ignore_index, chunk_size, return_soft_hard_loss: as for
+            `LigerFusedLinearJSDLoss`.
+        beta: factor of the cosine's part.
+        temperature: divides both logits, which changes no cosine.
+        compiled: accepted; nothing is compiled.
+    """
+
+    def _spec(self) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """As of `LigerFusedLinearJSDLoss`."""
+        states, targets = student_input.flatten(0, -2), teacher_input.detach().flatten(0, -2)
+        labels = true_labels.flatten()
+        if len(targets) != len(states) or len(labels) != len(states):
+            raise ValueError(
+                "teacher_input, true_labels: expected the leading dimensions of student_input, "
+                f"{tuple(student_input.shape[:-1])}, got {tuple(teacher_input.shape[:-1])} "
+                f"and {tuple(true_labels.shape)}"
+            )
+        if teacher_weight.shape[0] < student_weight.shape[0]:
+            raise ValueError(
+                f"teacher_weight: expected at least the {student_weight.shape[0]} classes of the "
+                f"student, got {teacher_weight.shape[0]}"
+            )
+        counts = labels != self.ignore_index
+        dtype = torch.promote_types(student_input.dtype, torch.float32)
+        t_weight = teacher_weight.detach().to(dtype)
+        t_bias = None if teacher_bias is None else teacher_bias.detach().to(dtype)
+        has_hard = self.weight_hard_loss != 0 or self.return_soft_hard_loss
+
+        def parts(z: Tensor, span: slice) -> Tensor:
+            with torch.no_grad():
+                z_t = F.linear(targets[span].to(dtype), t_weight, t_bias)
+            soft = self.beta * cosine_distance(z, z_t)
+            hard = torch.zeros_like(soft)
+            if has_hard:
+                hard = F.cross_entropy(
+                    z, labels[span], reduction="none", ignore_index=self.ignore_index
+                )
+            return torch.where(counts[span, None], torch.stack([soft, hard], -1), 0.0)
+
+        # an ignored row may hold anything, and 0 * NaN would reach the weight
+        states, targets = (each.masked_fill(~counts[:, None], 0.0) for each in (states, targets))
+        head = (states, student_weight, student_bias)
+        of_rows = rows_of_logits(parts, head, self.chunk_size)
+        soft, hard = of_rows.sum(0) / counts.sum().clamp(min=1)
+        loss = self.weight_soft_loss * soft + self.weight_hard_loss * hard
+        return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+
+
+@dataclasses.dataclass
+class CrossEntropyOutput:
+    """What `LigerFusedLinearCrossEntropyLoss` returns where more than the loss is asked for."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+class LigerFusedLinearCrossEntropyLoss(nn.Module):
+    """Cross entropy of a head with labels, and a z-loss, from hidden states.
+
+    Args:
+        ce_weight: [V], a factor for each class, or None. It changes the mean's denominator as in
+            torch, and leaves the z-loss alone. Beside label smoothing or a z-loss the logits are
+            computed in plain PyTorch, a chunk of tokens at a time.
+        ignore_index: the label of tokens that do not count.
+        lse_square_scale: factor of the z-loss, (log sum exp of the logits)^2.
+        label_smoothing: in [0, 1], as in torch.
+        reduction: "mean", "sum" or "none".
+        softcap: positive bound of the logits, as in Gemma 2, or None.
+        return_z_loss: the z-loss comes beside the loss that it is a part of, without gradient.
+        accum_dtype: accepted; a weight's gradient is summed in fp32 whatever it says.
+        use_token_scaling: each token's loss is multiplied by the probability of its label, as a
+            constant; costs a pass of the head.
+        return_token_accuracy: the share of tokens whose label has the largest logit, or for
+            reduction "none" 1 or 0 of each; a label that shares it with others counts.
+        return_predicted_tokens: the class of the largest logit of each token, the first of several,
+            and -1 where it is ignored; costs a pass of the head.
+    """
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ):
+        super().__init__()
+        if reduction not in _REDUCTIONS[:3]:
+            raise ValueError(
+                f"reduction: expected one of {', '.join(_REDUCTIONS[:3])}, got {reduction!r}"
+            )
+        Bend(1.0, softcap).check("")
+        KDSpec(label_smoothing=label_smoothing).checked()
+        check_number("lse_square_scale", lse_square_scale)
+        if not (lse_square_scale >= 0.0 and is_finite(lse_square_scale)):
+            raise ValueError(
+                f"lse_square_scale: expected a number of at least 0, got {lse_square_scale}"
+            )
+        self.ce_weight = ce_weight
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.accum_dtype = accum_dtype
+        self.use_token_scaling = use_token_scaling
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        """The loss of all tokens.
+
+        Args:
+            lin_weight: [V, D], and bias [V] or None.
+            _input: [N, D].
+            target: [N] int64, aligned with the states.
+
+        Returns:
+            fp32 scalar, or [N] for reduction "none". A `CrossEntropyOutput` with any `return_`.
+
+        Raises:
+            ValueError, TypeError: as `linear_cross_entropy`, with its names of the arguments.
+        """
+        head: Head = (_input, lin_weight, bias)
+        counts = target != self.ignore_index
+        count = counts.sum().clamp(min=1)
+        scaling = None
+        if self.use_token_scaling:
+            with torch.no_grad():
+                scaling = linear_log_probs(
+                    *(_input, lin_weight, target),
+                    bias=bias,
+                    softcap=self.softcap,
+                    ignore_index=self.ignore_index,
+                ).exp()
+        lse: Tensor | None
+        is_top: Tensor | None
+        if self.ce_weight is not None and (self.label_smoothing or self.lse_square_scale):
+            loss, lse, is_top = self._of_weighted_classes(head, target, counts, scaling)
+        else:
+            terms = loss_of_heads(
+                head_of(*head),
+                NoTeacher(),
+                KDSpec(
+                    kd_weight=0.0,
+                    ce_weight=1.0,
+                    label_smoothing=self.label_smoothing,
+                    z_loss_weight=self.lse_square_scale,
+                    student_softcap=self.softcap,
+                ),
+                Tokens(
+                    target,
+                    self._factors(lin_weight, target, counts, scaling),
+                    reduction=self.reduction,
+                    ignore_index=self.ignore_index,
+                ),
+                Launch(),
+                by_products=self.return_z_loss or self.return_token_accuracy,
+            )
+            loss, found = terms.loss, terms.by_products
+            lse = None if found is None else found.lse
+            is_top = None if found is None else found.label_is_top
+        if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
+            return loss
+        output = CrossEntropyOutput(loss)
+        if self.return_z_loss and lse is not None:
+            of_z = self.lse_square_scale * lse.square() * (1.0 if scaling is None else scaling)
+            if self.reduction != "none":
+                of_z = of_z.sum() / (count if self.reduction == "mean" else 1)
+            output.z_loss = of_z.to(_input.dtype)
+        if self.return_token_accuracy and is_top is not None:
+            output.token_accuracy = is_top if self.reduction == "none" else is_top.sum() / count
+        if self.return_predicted_tokens:
+            with torch.no_grad():
+                largest = rows_of_logits(lambda z, span: z.argmax(-1), head, _ROWS)
+            output.predicted_tokens = largest.masked_fill(~counts, -1)
+        return output
+
+    def _class_weights(self, weight: Tensor) -> Tensor:
+        """[V] fp32, or fp64, of a `ce_weight` that is there."""
+        found, vocab_size = self.ce_weight, weight.shape[0]
+        assert found is not None
+        if found.shape != (vocab_size,) or not found.is_floating_point():
+            raise ValueError(
+                f"ce_weight: expected floats of shape ({vocab_size},), one a class, "
+                f"got {found.dtype} of shape {tuple(found.shape)}"
+            )
+        return found.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+    def _factors(
+        self, weight: Tensor, target: Tensor, counts: Tensor, scaling: Tensor | None
+    ) -> Tensor | None:
+        """[N] of each token's loss whose mean is over the number of tokens."""
+        if self.ce_weight is None:
+            return scaling
+        of_classes = self._class_weights(weight)
+        factors = of_classes[target.masked_fill(~counts, 0)].masked_fill(~counts, 0.0)
+        if self.reduction == "mean":
+            factors = factors * (counts.sum() / factors.sum())
+        return factors if scaling is None else factors * scaling
+
+    def _of_weighted_classes(
+        self, head: Head, target: Tensor, counts: Tensor, scaling: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss; log sum exp of the logits, and 1 where the label's is the largest, [N] each."""
+        hidden, lin_weight, bias = head
+        of_classes = self._class_weights(lin_weight)
+        bend = Bend(1.0, self.softcap)
+
+        def parts(z: Tensor, span: slice) -> Tensor:
+            z, of_span = bend.of(z), target[span]
+            ce = F.cross_entropy(
+                *(z, of_span, of_classes),
+                reduction="none",
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+            )
+            of_label = z.detach().gather(-1, of_span.masked_fill(~counts[span], 0)[:, None])
+            is_top = of_label[:, 0] == z.detach().amax(-1)
+            rows = torch.stack([ce, z.logsumexp(-1), is_top.to(z.dtype)], -1)
+            return torch.where(counts[span, None], rows, 0.0)
+
+        # an ignored row may hold anything, and 0 * NaN would reach the weight
+        hidden = hidden.masked_fill(~counts[:, None], 0.0)
+        ce, lse, is_top = rows_of_logits(parts, (hidden, lin_weight, bias), _ROWS).unbind(-1)
+        of_z = self.lse_square_scale * lse.square()
+        if self.reduction == "mean":
+            ce = ce / of_classes[target[counts]].sum()
+            of_z = of_z / counts.sum().clamp(min=1)
+        loss = ce + of_z if scaling is None else (ce + of_z) * scaling
+        return loss if self.reduction == "none" else loss.sum(), lse.detach(), is_top
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, lse_square_scale={self.lse_square_scale}, "
+            f"label_smoothing={self.label_smoothing}, reduction={self.reduction}, "
+            f"softcap={self.softcap}"
+        )
 
 
 class LigerFusedLinearJSD(nn.Module):

@@ -607,3 +607,22 @@ def test_what_a_record_leaves_out_of_u(divergence):
     """c of u + c q: 1 for reverse KL, whose u lacks the derivative of q in front of log q."""
     spec = KDSpec(**options_of(divergence)).checked()
     assert topk._missing(spec) == (1.0 if divergence == "reverse_kl" else 0.0)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_temperature_squared_is_in_the_gradients_too(backend):
+    student = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    log_probs, ids = student.detach().roll(1, 1).log_softmax(-1).topk(4)
+    teacher = TeacherTopK(ids, log_probs, tail="renormalise")
+    losses = [
+        kd_loss(
+            *(student, teacher),
+            temperature=2.0,
+            scale_by_temperature_squared=is_scaled,
+            backend=backend,
+        )
+        for is_scaled in (False, True)
+    ]
+    torch.testing.assert_close(losses[1], 4.0 * losses[0])
+    plain, scaled = (torch.autograd.grad(loss, student)[0] for loss in losses)
+    torch.testing.assert_close(scaled, 4.0 * plain)
