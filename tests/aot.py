@@ -41,7 +41,7 @@ TARGETS = {
 }
 ROOMS = (
     *("kd_loss", "topk_kd_loss", "cross_entropy"),
-    *("projection_loss", "lora_linear", "correlation"),
+    *("projection_loss", "lora_linear", "correlation", "scale"),
 )
 
 

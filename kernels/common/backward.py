@@ -1,5 +1,9 @@
 """What the backward of an op does whose gradient was computed before, and what an op refuses."""
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -65,7 +69,7 @@ def _is_batched(grad: Tensor) -> bool:
 def scaled(grad: Tensor, dloss: Tensor) -> Tensor:
     """grad * dloss, in place where nobody needs the old one: it may be as large as a head.
 
-    A plain `loss.backward()` brings 1, and on a CPU it is free to look.
+    A plain `loss.backward()` brings 1. On a CPU it is free to look; on a GPU a kernel looks.
     """
     is_traced = type(dloss) is not Tensor
     if grad.dtype == torch.float16:
@@ -77,4 +81,22 @@ def scaled(grad: Tensor, dloss: Tensor) -> Tensor:
         return (grad * dloss).to(grad.dtype)
     if dloss.device.type == "cpu" and dloss.item() == 1.0:
         return grad
-    return grad.mul_(dloss)
+    scale_ = _scale_of_triton() if _is_on_gpu(grad) else None
+    if scale_ is None or grad.dtype == torch.float64 or not grad.is_contiguous():
+        return grad.mul_(dloss)
+    scale_(grad, dloss)
+    return grad
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@functools.cache
+def _scale_of_triton() -> Callable[[Tensor, Tensor], None] | None:
+    """`triton_scale.scale_`; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from modxfer_fast.kernels.common import triton_scale
+
+    return triton_scale.scale_

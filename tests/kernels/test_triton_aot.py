@@ -35,6 +35,7 @@ FUNCTIONS = {
     "centre",
     "product",
     "gram",
+    "scale",
 }
 
 
