@@ -1,21 +1,11 @@
-"""A GPU that is only claimed: its loops run without one, on tensors that have no values.
-
-Whoever asks such a tensor for a value, and so would make a GPU wait, fails.
-"""
+"""Products on a GPU that is only claimed (modxfer_fast/measure/claimed.py)."""
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modxfer_fast.measure.claimed import OnGPU
 
-class OnGPU(Tensor):
-    """Claims to be on a GPU, as does what is made of it."""
-
-    is_cuda = True
-
-    @staticmethod
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta").as_subclass(OnGPU)
+__all__ = ["OnGPU", "Products"]
 
 
 class Products(TorchDispatchMode):

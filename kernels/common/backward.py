@@ -79,9 +79,10 @@ def scaled(grad: Tensor, dloss: Tensor) -> Tensor:
     # with retain_graph the saved gradient is needed again, and whoever receives it may change it
     if is_traced or keeps_graph or _is_batched(dloss):
         return (grad * dloss).to(grad.dtype)
-    if dloss.device.type == "cpu" and dloss.item() == 1.0:
+    on_gpu = _is_on_gpu(grad)
+    if not on_gpu and dloss.device.type == "cpu" and dloss.item() == 1.0:
         return grad
-    scale_ = _scale_of_triton() if _is_on_gpu(grad) else None
+    scale_ = _scale_of_triton() if on_gpu else None
     if scale_ is None or grad.dtype == torch.float64 or not grad.is_contiguous():
         return grad.mul_(dloss)
     scale_(grad, dloss)

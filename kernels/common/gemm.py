@@ -64,9 +64,14 @@ def _set_reduced_precision(fp16: tuple[bool, ...], bf16: tuple[bool, ...]) -> No
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16
 
 
+def multiplies_half(weight: Tensor) -> bool:
+    """Whether a product of half-precision factors is as fast as they are small, where this lies."""
+    return weight.is_cuda
+
+
 def is_widened(weight: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether this weight is upcast tile by tile (half precision away from a GPU)."""
-    return weight.dtype != out_dtype and not weight.is_cuda
+    return weight.dtype != out_dtype and not multiplies_half(weight)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: int) -> None:
@@ -105,13 +110,14 @@ def dweight(dlogits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> N
     if accumulate and hidden.dtype == out.dtype:
         out.addmm_(dlogits_t, hidden)
     elif accumulate:
-        torch.addmm(out, dlogits_t, hidden, out_dtype=out.dtype, out=out)
+        add_product(out, dlogits_t, hidden)
     elif hidden.dtype == out.dtype:
         torch.mm(dlogits_t, hidden, out=out)
     elif hidden.is_cuda:
         torch.mm(dlogits_t, hidden, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(torch.mm(dlogits_t, hidden))
+        wide = torch.promote_types(dlogits.dtype, out.dtype)
+        out.copy_(torch.mm(dlogits_t.to(wide), hidden.to(wide)))
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -121,7 +127,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.dtype == right.dtype == out.dtype:
         out.addmm_(left, right)
-    elif out.is_cuda:
+    elif right.is_cuda:
         narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
         torch.addmm(out, left.to(narrow), right.to(narrow), out_dtype=out.dtype, out=out)
     else:

@@ -17,6 +17,9 @@ from modxfer_fast.kernels.common.checks import FLOATS, check_float, check_same_d
 from modxfer_fast.kernels.common.chunks import ChunkPlan
 from modxfer_fast.kernels.common.spec import KDSpec
 
+# Elements of a product that give each of an H200's 132 multiprocessors a tile of 128 by 256.
+_FILLS_A_GPU = 2**22
+
 
 class Head(NamedTuple):
     """z = hidden weight^T + bias. A span of its rows, or of its classes, is a head again.
@@ -147,6 +150,22 @@ class Head(NamedTuple):
             return logits
         return logits.view(self.weight.dtype)[:, : logits.shape[1]]
 
+    def slab_rows(self, rows: int, wanted: Set[str], dtype: torch.dtype) -> int:
+        """The most of `rows` whose dlogits wait in the head's dtype for one product; 0 for none.
+
+        Where the head is trained, all that fit 8 V D bytes, or else half as many, and the fp32 sum
+        over slabs takes the other half. Where it is frozen so many that dhidden fills a GPU.
+
+        Args:
+            dtype: of the logits.
+        """
+        width = self.hidden.shape[1]
+        if not wanted or self.weight.dtype == dtype or gemm.is_widened(self.weight, dtype):
+            return 0
+        if "weight" in wanted:
+            return (4 if self.rounds_single and rows <= 4 * width else 2) * width
+        return -(-_FILLS_A_GPU // max(width, 1))
+
     def dhidden(self, dlogits: Tensor, out: Tensor, tile: int) -> None:
         """out [m, D] = dlogits weight."""
         gemm.dhidden(dlogits, self.weight, out, tile)
@@ -175,7 +194,7 @@ class Head(NamedTuple):
     @property
     def rounds_single(self) -> bool:
         """A single chunk's product is rounded on tensor cores; fp16 waits for what unscales it."""
-        return self.weight.is_cuda and self.weight.dtype != torch.float16
+        return gemm.multiplies_half(self.weight) and self.weight.dtype != torch.float16
 
 
 class HeadGradient:
@@ -185,7 +204,7 @@ class HeadGradient:
         head: a `Head`, or one with its fields, of all rows.
         wanted: names of its tensors whose gradients are asked for.
         row_weights: [N]; their dtype is that of the sums over chunks.
-        plan: of the chunks. If there is one, dweight is rounded by its GEMM instead of summed.
+        plan: of the chunks. If it is single, dweight is rounded by its GEMM instead of summed.
         is_packed: some rows will not come, and their dhidden is 0.
     """
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from modxfer_fast.kernels.common import packing
 from modxfer_fast.kernels.common.checks import check_labels, check_row_tensor
 from modxfer_fast.kernels.common.reduction import valid_rows
+from modxfer_fast.kernels.common.scalars import check_workspace
 
 
 class Tokens(NamedTuple):
@@ -61,7 +62,18 @@ class Rows(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """workspace_mb: MiB for the logits in flight. backend: None takes the best available."""
+    """How a loss of logits is to be computed; nothing of it changes what the loss is.
 
-    workspace_mb: int = 512
+    Attributes:
+        workspace_mb: MiB for the logits in flight; None takes what suits the device, see
+            `chunks.budget_for`.
+        backend: None takes the best available.
+    """
+
+    workspace_mb: int | None = None
     backend: str | None = None
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError for a workspace that is none."""
+        if self.workspace_mb is not None:
+            check_workspace(self.workspace_mb)

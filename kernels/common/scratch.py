@@ -45,6 +45,18 @@ def logits_buffers(
         yield buffer.view(count, rows, width)[:, :, :vocab_size].unbind()
 
 
+@contextlib.contextmanager
+def slab_buffer(
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Tensor | None]:
+    """[rows, vocab_size], rows as far apart as those of `logits_buffers`; None for no rows."""
+    yield (
+        torch.empty(rows, pitch(vocab_size), dtype=dtype, device=device)[:, :vocab_size]
+        if rows
+        else None
+    )
+
+
 def pitch(vocab_size: int) -> int:
     """Elements from one row of `logits_buffers` to the next."""
     return -(-vocab_size // _PITCH) * _PITCH

@@ -30,6 +30,7 @@ _SCHEMA = {
     list[bool]: "bool[]",
     list[float]: "float[]",
     int: "int",
+    int | None: "int?",
     float: "float",
     int | torch.SymInt | None: "SymInt?",  # a count that differs from batch to batch
 }

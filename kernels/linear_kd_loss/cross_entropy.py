@@ -54,7 +54,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
-    workspace_mb: int = 512,
+    workspace_mb: int | None = None,
     num_valid: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -110,7 +110,7 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    workspace_mb: int = 512,
+    workspace_mb: int | None = None,
     num_valid: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -144,7 +144,7 @@ def linear_log_probs_terms(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    workspace_mb: int = 512,
+    workspace_mb: int | None = None,
     num_valid: int | None = None,
     backend: str | None = None,
 ) -> LogProbTerms:

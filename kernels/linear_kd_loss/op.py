@@ -32,7 +32,6 @@ from modxfer_fast.kernels.common import (
     check_num_valid,
     check_reduction,
     check_tensor,
-    check_workspace,
     combine_row_weights,
     counted_rows,
     debug_check_finite,
@@ -137,7 +136,7 @@ def linear_kd_loss(
     normalizer: float | Tensor | None = None,
     reduction: str = "mean",
     scale_by_temperature_squared: bool = False,
-    workspace_mb: int = 512,
+    workspace_mb: int | None = None,
     num_valid: int | None = None,
     vocabulary: str = "equal",
     teacher_ids: Tensor | None = None,
@@ -180,10 +179,14 @@ def linear_kd_loss(
             because each token brings a gradient of its own.
         scale_by_temperature_squared: multiplies the divergence by temperature squared
             (Hinton et al. 2015). Off by default, as in TRL and Liger.
-        workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. Larger is
-            faster until a chunk holds a thousand rows or so. A trainable half-precision head whose
-            fp32 gradient sum, 4 V D_s bytes, exceeds half of it needs those bytes on top, and an
-            fp16 head keeps them until the backward.
+        workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. None is
+            512, and on a GPU at least what 1024 rows take, 8 bytes a class each: 1002 MiB for
+            128,256 classes. Larger is faster until a chunk holds a thousand rows or so. A trainable
+            half-precision head needs more, and an fp16 one keeps 4 V D_s bytes of it until the
+            backward: on a CPU 4 V D_s bytes for the fp32 sum of its gradient; on a GPU 2 V bytes a
+            row for dlogits, up to 8 V D_s in all, with the sum where there is one. A frozen one
+            needs 2 V bytes for each of 2^22 / D_s rows of dlogits on a GPU, if a chunk is half as
+            large or less. What exceeds half of the workspace comes on top of it.
         num_valid: number of labels that are not `ignore_index`, when the caller knows it on the
             host (a collator does). A GPU cannot pack rows without it and then runs all of them.
         vocabulary: "equal", where another number of the teacher's classes is an error; or "common",
@@ -333,7 +336,7 @@ def loss_of_heads(
     if isinstance(teacher, TeacherTopK):
         refuse_hard_options(spec)
     tokens.check(spec.ce_weight, hidden, student.hidden)
-    check_workspace(launch.workspace_mb)
+    launch.check()
     read = [t for t in tensors_of("teacher", teacher).values() if t.is_floating_point()]
     backend = dispatch.resolve("linear_kd_loss", student.hidden, *read[:1], backend=launch.backend)
 
@@ -427,6 +430,7 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         spec = KDSpec.read(inputs.names, inputs.numbers)
         check_label_values(rows.labels, rows.ignore_index, student.vocab_size)
         valid, weights = rows.valid(), rows.row_weights
+        workspace_mb = inputs.workspace_mb
         if hasattr(teacher, "check_values"):
             teacher.check_values(spec, valid, student.vocab_size)
         counted = f"the labels other than ignore_index={rows.ignore_index}"
@@ -440,7 +444,7 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
                 rows,
                 spec,
                 wanted={name for name in student._fields if vars(needs).get(f"student_{name}")},
-                workspace_bytes=inputs.workspace_mb * 2**20,
+                workspace_bytes=None if workspace_mb is None else workspace_mb * 2**20,
                 by_products=inputs.by_products,
             )
         if valid is not None:  # padding may hold anything, NaN included

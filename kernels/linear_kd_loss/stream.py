@@ -6,26 +6,90 @@
         dhidden = dz W_s
         dweight += dz^T h_s,  dbias += sum(dz)              one fp32 accumulator, rounded once
 
-Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. Rows that
-are ignored are packed away before the first GEMM where their number is known (packing.py). What
-the logits come from and go back to is a head's (head.py), what they are compared with a teacher's,
-which names the row kernel that reads it (teachers.py); the chunk comes from a budget in bytes.
+Four GEMMs a chunk; three when the student's head is frozen, two without any gradient. On a GPU a
+half-precision head leaves dz, in its own dtype, in a slab of several chunks, and the last two lines
+are of the slab: all rows where that takes no more than 8 V D_s bytes, and then no fp32 accumulator;
+else slabs of at most 2 D_s rows beside one. A frozen head's slab has the rows that fill the GPU.
+
+Rows that are ignored are packed away before the first GEMM where their number is known
+(packing.py). What the logits come from and go back to is a head's (head.py), what they are compared
+with a teacher's, which names the row kernel that reads it (teachers.py); the chunk comes from a
+budget in bytes.
 """
 
 from collections.abc import Set
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, gemm, packing
-from modxfer_fast.kernels.common.chunks import ChunkPlan
+from modxfer_fast.kernels.common.chunks import ChunkPlan, budget_for, spans
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
-from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
+from modxfer_fast.kernels.common.scratch import logits_buffers, pitch, slab_buffer
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, topk_by_products
 from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
 from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher
+
+
+class Part(NamedTuple):
+    """Some of the rows that are run: of `span`, or `kept`, the rows of it that count."""
+
+    span: slice
+    kept: Tensor | None
+    head: Any
+    labels: Tensor | None
+    row_weights: Tensor
+
+    def part(self, rows: slice) -> "Part":
+        """Rows of this part."""
+        span, kept, head, labels, row_weights = self
+        return Part(
+            slice(span.start + rows.start, span.start + rows.stop),
+            None if kept is None else kept[rows],
+            head.take(rows, None),
+            None if labels is None else labels[rows],
+            row_weights[rows],
+        )
+
+
+def plan_of(
+    student: Any,
+    teacher: Teacher,
+    count: int,
+    wanted: Set[str],
+    dtype: torch.dtype,
+    workspace_bytes: int | None,
+    *,
+    copies_rows: bool = False,
+) -> ChunkPlan:
+    """How `stream` spends its workspace.
+
+    Args:
+        count: rows that are run.
+        dtype: of the logits.
+        copies_rows: hidden states are packed, or blanked.
+    """
+    logits = pitch(student.vocab_size)
+    row_bytes = (1 + teacher.num_buffers) * dtype.itemsize * logits
+    slab_row_bytes = student.hidden.itemsize * logits
+    if copies_rows:  # and dhidden before it is scattered
+        row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
+        slab_row_bytes += 2 * student.row_bytes()
+    of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
+    row_bytes += max(2 * of_student, of_teacher)
+    return ChunkPlan.of(
+        count,
+        row_bytes,
+        budget_for(workspace_bytes, row_bytes, on_gpu=student.hidden.is_cuda),
+        widened_bytes=max(of_student, of_teacher),
+        sums=student.sum_bytes(wanted, dtype),
+        rounds_single=student.rounds_single,
+        slab_rows=student.slab_rows(count, wanted, dtype),
+        slab_row_bytes=slab_row_bytes,
+    )
 
 
 def stream(
@@ -36,7 +100,7 @@ def stream(
     spec: KDSpec,
     *,
     wanted: Set[str],
-    workspace_bytes: int,
+    workspace_bytes: int | None,
     by_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Losses of all rows and the gradients asked for.
@@ -45,6 +109,7 @@ def stream(
         kernels: backend module of the `kd_loss` room, which has the teacher's row kernel.
         student, teacher: of all rows, [N, D_s] and [N, D_t].
         wanted: names of the tensors of `student` whose gradients are asked for.
+        workspace_bytes: as of `chunks.budget_for`.
         by_products: whether those of each row are asked for.
 
     Returns:
@@ -59,18 +124,9 @@ def stream(
     count = weights.shape[0] if kept is None else kept.shape[0]
     blanks = "weight" in wanted and packing.runs_ignored_rows(valid, rows.num_valid)
     counting = valid if blanks else None
-    num_buffers = 1 + teacher.num_buffers
-    row_bytes = num_buffers * dtype.itemsize * pitch(student.vocab_size)
-    if kept is not None or blanks:  # copied hidden states, and dhidden before it is scattered
-        row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
-    of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
-    plan = ChunkPlan.of(
-        count,
-        row_bytes + max(2 * of_student, of_teacher),
-        workspace_bytes,
-        widened_bytes=max(of_student, of_teacher),
-        sums=student.sum_bytes(wanted, dtype),
-        rounds_single=student.rounds_single,
+    plan = plan_of(
+        *(student, teacher, count, wanted, dtype, workspace_bytes),
+        copies_rows=kept is not None or blanks,
     )
     kd, ce, z_loss = (torch.zeros_like(weights) for _ in range(3))
     num_found = len(BY_PRODUCTS[teacher.row_kernel]) if by_products else 0
@@ -81,38 +137,55 @@ def stream(
     if wanted:
         gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)
 
-    def run(span: slice, z_s: Tensor, *z_t: Tensor) -> None:  # its rows are freed before the next's
-        index = None if kept is None else kept[span]
-        head = student.take(span, index)
-        labels, row_weights = rows.take(span, index)
-        if counting is not None:
-            head = head.blanked(counting[span])
-        logits = head.logits(z_s, plan.tile)
-        taught = teacher.take(span, index)
+    def run(part: Part, dlogits: Tensor | None, z_s: Tensor, *z_t: Tensor) -> Tensor | None:
+        """The losses of a chunk; returns its dlogits, for which there may be room in a slab."""
+        logits = part.head.logits(z_s, plan.tile)
+        taught = teacher.take(part.span, part.kept)
         signal = taught.signal(z_t, plan.tile, spec)
         extras = weights.new_empty(len(logits), num_extras) if num_extras else None
         more = () if extras is None else (extras,)
         if extras is not None and isinstance(taught, TeacherTopK):
-            topk_by_products(kernels, logits, taught, labels, spec, extras)
+            topk_by_products(kernels, logits, taught, part.labels, spec, extras)
             more = ()  # its row kernels have none
-        if gradient is None:
-            kd_rows, ce_rows, _ = row_kernel(logits, signal, labels, spec, *more)
+        if not wanted:
+            kd_rows, ce_rows, _ = row_kernel(logits, signal, part.labels, spec, *more)
         else:
-            dlogits = head.dlogits(logits)
-            kd_rows, ce_rows = row_kernel(logits, signal, labels, row_weights, spec, dlogits, *more)
-            gradient.add(dlogits, head, span, index)
-        packing.put(kd, span, index, kd_rows)
-        packing.put(ce, span, index, ce_rows)
+            dlogits = part.head.dlogits(logits) if dlogits is None else dlogits
+            kd_rows, ce_rows = row_kernel(
+                logits, signal, part.labels, part.row_weights, spec, dlogits, *more
+            )
+        packing.put(kd, part.span, part.kept, kd_rows)
+        packing.put(ce, part.span, part.kept, ce_rows)
         if extras is not None and spec.z_loss_weight:
-            packing.put(z_loss, span, index, extras[:, 0].square())
+            packing.put(z_loss, part.span, part.kept, extras[:, 0].square())
         if extras is not None and by_products:
-            packing.put(found, span, index, extras)
+            packing.put(found, part.span, part.kept, extras)
+        return dlogits
+
+    def add(span: slice, slab: Tensor | None, *buffers: Tensor) -> None:  # frees its rows
+        index = None if kept is None else kept[span]
+        head = student.take(span, index)
+        if counting is not None:
+            head = head.blanked(counting[span])
+        whole = Part(span, index, head, *rows.take(span, index))
+        dlogits: Tensor | None
+        if slab is None:
+            dlogits = run(whole, None, *buffers)
+        else:
+            dlogits = slab[: span.stop - span.start]
+            for part in spans(len(dlogits), plan.rows):
+                run(whole.part(part), dlogits[part], *buffers)
+        if gradient is not None and dlogits is not None:
+            gradient.add(dlogits, head, span, index)
 
     with (
-        logits_buffers(plan.rows, student.vocab_size, dtype, device, num_buffers) as buffers,
+        logits_buffers(
+            *(plan.rows, student.vocab_size, dtype, device), 1 + teacher.num_buffers
+        ) as buffers,
+        slab_buffer(plan.slab, student.vocab_size, student.hidden.dtype, device) as slab,
         gemm.fp32_sums(weights),
     ):
-        for start in range(0, count, plan.rows):
-            run(slice(start, min(start + plan.rows, count)), *buffers)
-    del buffers  # a gradient that is rounded takes their place
+        for span in spans(count, plan.slab or plan.rows):
+            add(span, slab, *buffers)
+    del buffers, slab  # a gradient that is rounded takes their place
     return kd, ce, z_loss, found, {} if gradient is None else gradient.result()

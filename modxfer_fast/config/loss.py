@@ -135,13 +135,14 @@ class LossSection(LogitsSection):
     beta: weight of p, for {WITH_BETA} alone; null is 0.5.
     label_smoothing: share of the label's probability that goes to all classes alike.
     z_loss_weight: factor of (log sum exp of the student's logits)^2.
+    workspace_mb: MiB for logits in flight; null is 512, on a GPU at least what 1024 tokens take.
     What models do to their logits, a scale or a soft cap, is read from their configurations.
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """
 
     divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "forward_kl"
     beta: Annotated[float, Field(ge=0, le=1)] | None = None
-    workspace_mb: PositiveInt = 512
+    workspace_mb: PositiveInt | None = None
     backend: Backend = None
     impl: Annotated[str, OneOf(LOSS_IMPLS)] = "fused"
     hidden_states: HiddenStatesSection | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 from modxfer_fast import KDTerms
 from modxfer_fast.config.loss import LOSS_IMPLS
 from modxfer_fast.data.collator import IGNORE_INDEX
-from modxfer_fast.kernels.common import Bend, KDSpec, check_workspace
+from modxfer_fast.kernels.common import Bend, KDSpec
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.divergences import DIVERGENCES
@@ -25,7 +25,7 @@ class Objective(KDSpec):
     both models whole and leaves the gradient to autograd; it exists to be compared with.
     """
 
-    workspace_mb: int = 512
+    workspace_mb: int | None = None
     backend: str | None = None
     impl: str = "fused"
 
@@ -34,7 +34,7 @@ class Objective(KDSpec):
             raise ValueError(
                 f"loss_impl: expected one of {', '.join(LOSS_IMPLS)}, got {self.impl!r}"
             )
-        check_workspace(self.workspace_mb)
+        Launch(self.workspace_mb).check()
         self.checked()
 
     def measured(self, has_teacher: bool, has_labels: bool = True) -> "Objective":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction, check_workspace
+from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
 from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.dispatch import check_name
@@ -44,7 +44,7 @@ class LinearKDLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         scale_by_temperature_squared: bool = False,
-        workspace_mb: int = 512,
+        workspace_mb: int | None = None,
         vocabulary: str = "equal",
         backend: str | None = None,
     ):
@@ -70,7 +70,7 @@ class LinearKDLoss(nn.Module):
         self.vocabulary.check()
         check_integer("ignore_index", ignore_index)
         check_reduction(reduction, None)
-        check_workspace(workspace_mb)
+        self.launch.check()
         check_name(backend)
 
     def forward(

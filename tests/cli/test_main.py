@@ -86,7 +86,8 @@ def test_schema_says_type_and_default(capsys):
     assert "loss.hidden_states" in lines
     assert f"divergence: {' or '.join(DIVERGENCES)}, by default forward_kl" in lines
     assert any(FORMULAS in line for line in lines)
-    assert "workspace_mb: int, by default 512" in lines
+    assert "workspace_mb: int or null, by default null" in lines
+    assert "workspace_mb: int, by default 64" in lines
     assert "output_dir: str, required" in lines
 
 

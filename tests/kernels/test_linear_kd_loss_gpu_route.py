@@ -103,6 +103,48 @@ def test_rows_that_are_not_packed_are_within_the_workspace():
     assert peak <= 1.01 * 4
 
 
+# --- slabs of half-precision dlogits
+
+
+@pytest.fixture
+def multiplying_half(monkeypatch):
+    """Products of half-precision factors are made as they are, as on a GPU."""
+    monkeypatch.setattr(gemm, "multiplies_half", lambda weight: True)
+
+
+# of a chunk of at most 32 rows: rows and width whose slabs are one, or several beside a sum
+SLABS = {"all rows": (100, 32), "several": (300, 24)}
+
+
+@pytest.mark.parametrize("rows", ["unlabelled", "packed", "uncounted"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("slabs", SLABS)
+@pytest.mark.parametrize("dtype", HALF, ids=NAMES.get)
+@pytest.mark.usefixtures("multiplying_half")
+def test_gradients_of_slabs(dtype, slabs, trainable, rows, monkeypatch):
+    n, d_s = SLABS[slabs]
+    inputs = linear_inputs(n, 4000, dtype, d_s=d_s, bias=True, labels=rows != "unlabelled")
+    if rows == "uncounted":
+        monkeypatch.setattr(packing, "runs_ignored_rows", lambda *_: True)
+        inputs.student_hidden.data[inputs.labels == -100] = float("nan")
+    products, dhidden = [], gemm.dhidden
+    monkeypatch.setattr(gemm, "dhidden", lambda *args: products.append(dhidden(*args)))
+    objective = Objective("jsd", temperature=2.0, ce_weight=0.0 if rows == "unlabelled" else 0.4)
+    if not trainable:
+        inputs.student_weight.requires_grad_(False)
+        loss = linear_kd_loss(**inputs.tensors(), **objective.options(), workspace_mb=1)
+        results = {"student_hidden": torch.autograd.grad(loss, inputs.student_hidden)[0]}
+        results["loss"] = loss.detach()
+    else:
+        results = results_of(inputs, objective, workspace_mb=1)
+    at_once = 4 * d_s if dtype == torch.bfloat16 and slabs == "all rows" else 2 * d_s
+    kept = n if rows != "packed" else int((inputs.labels != -100).sum())
+    assert len(products) == (-(-kept // at_once) if trainable else 1)
+    if rows == "uncounted":
+        inputs.student_hidden.data[inputs.labels == -100] = 0.0
+    check_linear(results, inputs, objective, row_weights(n, inputs.labels, None))
+
+
 # --- on a GPU that is only claimed
 
 
