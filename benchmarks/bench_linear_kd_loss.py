@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import kd, peers, rooms
+from benchmarks import kd, peers, roofline, rooms
 from benchmarks.rooms import BUDGET, COARSE_BUDGET, Candidate, Case, Floor, Lineup
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.measure.roofline import Work
@@ -28,8 +28,10 @@ def lineup(case: Case) -> Lineup:
     candidate = functools.partial(_candidate, case, inputs)
     candidates = []
     for name, loss in rooms.ours("linear_kd_loss", case, linear_kd_loss, **columns).items():
-        candidates.append(candidate(name, loss))
-        candidates.append(candidate(f"{name}, frozen head", loss, frozen=True))
+        for frozen in (False, True):
+            steps = [] if name == "ours reference" else _steps(case, frozen)
+            of = f"{name}, frozen head" if frozen else name
+            candidates.append(candidate(of, loss, frozen=frozen, steps=steps))
     for name, loss in rooms.plain(kd.dense_linear_kd_loss, spec=spec).items():
         candidates.append(candidate(name, loss, budget=COARSE_BUDGET))
     for package, (name, place, loss_of, budget) in _PEERS.items():
@@ -49,6 +51,14 @@ def _work(case: Case, frozen: bool) -> Work:
         flops=2 * shape.N * shape.V * ((2 if frozen else 3) * shape.D_s + shape.D_t),
         bytes=case.dtype.itemsize * (student * shape.D_s + teacher * shape.D_t),
     )
+
+
+def _steps(case: Case, frozen: bool) -> list[Work]:
+    """Of the loop with compiled kernels, in the chunks that it plans."""
+    problem = case.shape, case.dtype, case.device
+    plan = roofline.plan(*problem, frozen=frozen)
+    steps = roofline.steps(*problem, case.variant, plan, frozen=frozen)
+    return [step.work for step in steps]
 
 
 def _floors(inputs: kd.LinearInputs) -> dict[str, Floor]:

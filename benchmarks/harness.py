@@ -51,14 +51,16 @@ def measure(
             truths[make] = make()
         return truths[make]
 
-    def row(impl: str, check: str, floor: str, work: Work, **measured: Any) -> Row:
+    def row(
+        impl: str, check: str, floor: str, work: Work, steps: Sequence[Work] = (), **measured: Any
+    ) -> Row:
         dtype = str(case.dtype).removeprefix("torch.")
         return Row(
             *(room, impl, case.device, dtype, lineup.problem, check),
             floor=floor,
             flops=work.flops,
             bytes=work.bytes,
-            predicted_ms=roof.predicted_ms(work),
+            predicted_ms=roof.predicted_ms(*(steps or [work])),
             **measured,
         )
 
@@ -70,7 +72,10 @@ def measure(
     for candidate in candidates:
         name, floor = candidate.name, lineup.floors[candidate.floor]
         unmeasured = functools.partial(
-            row, name, floor=candidate.floor, work=candidate.work or floor.work
+            *(row, name),
+            floor=candidate.floor,
+            work=candidate.work or floor.work,
+            steps=candidate.steps,
         )
         if not candidate.is_ours and is_over():
             yield unmeasured("not reached in the time given")

@@ -28,7 +28,8 @@ class Row:
         peak_mib: memory above inputs and gradients.
         floor: name of that floor.
         flops, bytes: what the formula cannot do without (roofline.Work); of a floor, what it does.
-        predicted_ms: the time that the roof of this machine, measured in the same run, allows them.
+        predicted_ms: the time that the roof of this machine, measured in the same run, allows them,
+            or the kernels of the implementation one after another where the room counts those.
         saved_mib: kept from forward to backward, weights left out.
         launches: of what `launches_of` says, in one forward and backward.
         host_ms: Python's time for one forward and backward, on a GPU, where it runs beside time_ms.

@@ -125,6 +125,7 @@ class Candidate:
             cannot run.
         floor: name of the floor it is compared with.
         work: of the formula that it computes; None for the floor's.
+        steps: of its kernels one after another, where they are known; their time is predicted.
         weights: parameters, which do not count as saved for the backward.
         budget: largest relative error by dtype.
         outputs: the names that `step` must return; None for all that the truth has.
@@ -137,6 +138,7 @@ class Candidate:
     step: Callable[[], Results | None] | None
     floor: str
     work: Work | None = None
+    steps: Sequence[Work] = ()
     weights: Sequence[Tensor] = ()
     budget: Mapping[torch.dtype, float] = field(default_factory=lambda: BUDGET)
     outputs: Sequence[str] | None = None

@@ -35,9 +35,11 @@ class Roof:
     bytes_per_s: float
     flops_per_s: float
 
-    def predicted_ms(self, work: Work) -> float:
-        """Whichever of the two limits is met last."""
-        return 1e3 * max(work.bytes / self.bytes_per_s, work.flops / self.flops_per_s)
+    def predicted_ms(self, *steps: Work) -> float:
+        """Of steps one after another, each as long as the limit that it meets last."""
+        return 1e3 * sum(
+            max(work.bytes / self.bytes_per_s, work.flops / self.flops_per_s) for work in steps
+        )
 
     def described(self) -> dict[str, str]:
         return {
