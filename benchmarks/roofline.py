@@ -118,7 +118,7 @@ def steps(
         """Bytes of reading it for a product, widened on the way where it is."""
         return (b + 2 * wide if widens else b) * v * width
 
-    yield from [Step("fill", Work(0, n * wide))] * 2
+    yield from [Step("fill", Work(0, n * wide))] * 3  # kd, ce and z-loss of rows
     for number, slab in enumerate(spans(n, of.slab or of.rows)):
         rows = slab.stop - slab.start
         for chunk in spans(rows, of.rows):

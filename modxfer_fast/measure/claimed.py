@@ -35,6 +35,8 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.returns)
-        if not is_view and not name.startswith(("empty", "new_empty", "detach")):
+        result = func(*args, **(kwargs or {}))
+        is_empty = isinstance(result, Tensor) and result.numel() == 0
+        if not (is_view or is_empty or name.startswith(("empty", "new_empty", "detach"))):
             self.names[name] += 1
-        return func(*args, **(kwargs or {}))
+        return result
