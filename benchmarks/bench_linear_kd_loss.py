@@ -23,7 +23,8 @@ TRAINABLE, FROZEN = "gemms x4", "gemms x3, frozen head"
 
 
 def lineup(case: Case) -> Lineup:
-    inputs = kd.linear_inputs(case.shape, case.dtype, case.device)
+    delta = case.options.get("delta", kd.DELTA)
+    inputs = kd.linear_inputs(case.shape, case.dtype, case.device, delta)
     spec, columns = kd.spec_of(case), kd.columns(case)
     candidate = functools.partial(_candidate, case, inputs)
     candidates = []

@@ -59,10 +59,12 @@ class LinearInputs(NamedTuple):
     teacher_weight: Tensor  # [V, D_t]
 
 
-def linear_inputs(shape: Shape, dtype: torch.dtype, device: str) -> LinearInputs:
-    """Hidden states and heads whose logits have std `LOGIT_STD` and differ by about `DELTA`.
+def linear_inputs(
+    shape: Shape, dtype: torch.dtype, device: str, delta: float = DELTA
+) -> LinearInputs:
+    """Hidden states and heads whose logits have std `LOGIT_STD` and differ by about `delta`.
 
-    Student and teacher share min(D_s, D_t) columns; the wider one's others add DELTA of difference,
+    Student and teacher share min(D_s, D_t) columns; the wider one's others add delta of difference,
     and noise on the student's head adds as much.
     """
     randn = Normal(device)
@@ -70,8 +72,8 @@ def linear_inputs(shape: Shape, dtype: torch.dtype, device: str) -> LinearInputs
     hidden = randn(shape.N, width)
     weight = randn(shape.V, width)
     weight[:, :shared] *= LOGIT_STD / math.sqrt(shared)
-    weight[:, shared:] *= DELTA / math.sqrt(max(width - shared, 1))
-    noise = randn(shape.V, shape.D_s).mul_(DELTA / math.sqrt(shape.D_s))
+    weight[:, shared:] *= delta / math.sqrt(max(width - shared, 1))
+    noise = randn(shape.V, shape.D_s).mul_(delta / math.sqrt(shape.D_s))
     return LinearInputs(
         hidden[:, : shape.D_s].to(dtype, copy=True),
         noise.add_(weight[:, : shape.D_s]).to(dtype),

@@ -306,3 +306,11 @@ def test_listed_classes_have_no_smoothing_and_no_z_loss(name):
         kd_loss(z, teacher, **options)
     with pytest.raises(ValueError, match=message):
         linear_kd_loss(hidden, weight, teacher, **options)
+
+
+def test_listed_classes_are_of_plain_logits():
+    """kd_loss takes logits as a model gives them, and has no such options."""
+    teacher = topk_of(randn(N, V, seed=2), 3)
+    for options in ({"student_softcap": 5.0}, {"student_logit_scale": 0.5}):
+        with pytest.raises(ValueError, match="expected 1 and None beside a TeacherTopK"):
+            linear_kd_loss(torch.ones(N, D), torch.ones(V, D), teacher, **options)
