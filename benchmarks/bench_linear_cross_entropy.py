@@ -63,6 +63,8 @@ def lineup(case: Case) -> Lineup:
         found, why_not = peers.find(package, *place)
         if package == "liger-kernel" and found is not None and case.device == "cpu":
             found, why_not = None, "runs on a GPU alone"
+        if package == "torch" and found is not None and smoothing:
+            found, why_not = None, f"has no {case.variant} in chunks"
         loss = found and loss_of(found, smoothing)
         label = peers.label(package, name)
         candidates.append(candidate(label, loss, budget=COARSE_BUDGET, why_not=why_not))
@@ -119,8 +121,10 @@ def _floors(hidden: Tensor, weight: Tensor) -> dict[str, Floor]:
 
 
 def _torch(function: Any, smoothing: float) -> Callable[..., Tensor]:
-    """Chunks as its defaults have it."""
-    return functools.partial(function, label_smoothing=smoothing)
+    """In chunks, as its defaults have them; without options it makes whole logits."""
+    from torch.nn import LinearCrossEntropyOptions
+
+    return functools.partial(function, options=LinearCrossEntropyOptions())
 
 
 def _liger(function: Any, smoothing: float) -> Callable[..., Tensor]:
@@ -141,7 +145,7 @@ _PEERS = {
         _liger,
     ),
     "torch": (
-        "torch.linear_cross_entropy",
+        "torch.linear_cross_entropy, chunked",
         ("torch.nn.functional", "linear_cross_entropy"),
         _torch,
     ),
