@@ -6,7 +6,9 @@ from typing import NamedTuple
 DEFAULT_BYTES = 512 * 2**20
 ROWS_OF_A_GPU = 1024  # fewer leave a GPU waiting for its memory, which reads whole heads a chunk
 MIN_ROWS = 16  # GEMMs of fewer rows degenerate, and the budget is exceeded instead
-_WIDENED_SHARE = 8  # a CPU spends 1/8 of the budget on widened tiles of half-precision weights
+# A CPU spends 1/8 of the budget on widened tiles of half-precision weights, and no more than lies
+# in a cache: a tile is written, and at once read by one product.
+_WIDENED_SHARE, _WIDENED_BYTES = 8, 4 * 2**20
 
 
 class ChunkPlan(NamedTuple):
@@ -56,7 +58,7 @@ class ChunkPlan(NamedTuple):
         """
         tile = rows
         if widened_bytes:
-            share = budget // _WIDENED_SHARE
+            share = min(budget // _WIDENED_SHARE, _WIDENED_BYTES)
             tile, budget = max(share // widened_bytes, 1), budget - share
 
         def left(at_once: int, slab_bytes: int = 0) -> int:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_CACHED_BYTES = 4 * 2**20  # of a product that is rounded at once
+
 _lock = threading.Lock()
 _inside = 0  # blocks of `fp32_sums` that are entered
 _allowed: tuple = ()  # what was set before the first of them
@@ -116,8 +118,18 @@ def dweight(dlogits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> N
     elif hidden.is_cuda:
         torch.mm(dlogits_t, hidden, out_dtype=out.dtype, out=out)
     else:
-        wide = torch.promote_types(dlogits.dtype, out.dtype)
-        out.copy_(torch.mm(dlogits_t.to(wide), hidden.to(wide)))
+        _round_product(dlogits_t, hidden, out)
+
+
+def _round_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right on a CPU, made wide for as many rows at once as lie in a cache."""
+    wide = torch.promote_types(left.dtype, torch.promote_types(out.dtype, torch.float32))
+    right = right.to(wide)
+    most = max(_CACHED_BYTES // (max(right.shape[1], 1) * wide.itemsize), 1)
+    buffer = torch.empty(min(most, len(left)), right.shape[1], dtype=wide, device=left.device)
+    for start in range(0, len(left), most):
+        part = left[start : start + most]
+        out[start : start + most].copy_(torch.mm(part.to(wide), right, out=buffer[: len(part)]))
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
