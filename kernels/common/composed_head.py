@@ -366,10 +366,6 @@ class ComposedHead(NamedTuple):
         stand_in = self.hidden.new_empty(0, 0)
         return Head(self.hidden, stand_in).dlogits(logits)
 
-    def slab_rows(self, rows: int, wanted: Set[str], dtype: torch.dtype) -> int:
-        """None: dhidden is summed in fp32, and the products with a LoRA are thin."""
-        return 0
-
     def dhidden(self, dlogits: Tensor, out: Tensor, tile: int) -> None:
         """out [m, D], rounded once behind both products."""
         wide = torch.promote_types(out.dtype, torch.float32)
