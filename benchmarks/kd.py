@@ -139,7 +139,7 @@ def dense_kd_loss(student: Tensor, teacher: Tensor, spec: KDSpec) -> Tensor:
     """Mean divergence over the rows of logits [N, V]: softmax in fp32, autograd."""
     log_q = F.log_softmax(student.float(), dim=-1)
     log_p = F.log_softmax(teacher.float(), dim=-1)
-    return DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta).mean()
+    return spec.record.definition(log_p, log_q, *spec.parameters).mean()
 
 
 def dense_linear_kd_loss(

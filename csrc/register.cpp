@@ -30,9 +30,8 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "Tensor(b!)? extras) -> Tensor ce");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
-      "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, float beta, "
-      "float temperature, float kd_weight, float ce_weight, Tensor(a!)? dlogits) "
-      "-> (Tensor kd, Tensor ce)");
+      "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, "
+      "float[] numbers, Tensor(a!)? dlogits) -> (Tensor kd, Tensor ce)");
   m.def(
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "
       "norm, "

@@ -54,7 +54,18 @@ def schema(job: str) -> str:
 
 def divergences(_: str) -> str:
     """A line for each of the divergences' records."""
-    return "\n".join(f"- `{name}`: {record.formula}" for name, record in DIVERGENCES.items())
+    lines = []
+    for name, record in DIVERGENCES.items():
+        read = (("alpha", record.alpha), ("beta", record.beta))
+        lines.append(
+            f"- `{name}`: {record.formula}"
+            + "".join(
+                f"; {parameter} {of_record.text}, {of_record.default:g} when not given"
+                for parameter, of_record in read
+                if of_record is not None
+            )
+        )
+    return "\n".join(lines)
 
 
 def meaning(section: type) -> str:

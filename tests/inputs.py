@@ -16,7 +16,7 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
 from modxfer_fast.testing.accuracy import assert_within_budget
-from tests.support.kd_rows import gradient_jumps
+from tests.support.kd_rows import gradient_jumps, term_sums
 
 NAMES = {
     torch.float64: "fp64",
@@ -46,7 +46,7 @@ class Objective:
     """The options that decide what is computed; defaults as documented."""
 
     divergence: str = "forward_kl"
-    beta: float = 0.5
+    beta: float | None = 0.5
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
@@ -64,9 +64,8 @@ class Objective:
         if divergence == "jsd" and self.beta in (0.0, 1.0):
             divergence = "reverse_kl" if self.beta else "forward_kl"
         factor = self.temperature**2 if self.scale_by_temperature_squared else 1.0
-        return KDSpec(
-            divergence, self.beta, self.temperature, factor * self.kd_weight, self.ce_weight
-        )
+        beta = self.beta if DIVERGENCES[divergence].reads_beta else None
+        return KDSpec(divergence, beta, self.temperature, factor * self.kd_weight, self.ce_weight)
 
 
 @dataclasses.dataclass
@@ -299,17 +298,18 @@ def _through_the_sums(student_logits, teacher_logits, labels, objective, weights
     p, q = z_t.softmax(-1), z_s.softmax(-1)
     kd_weight, ce_weight, weights = abs(spec.kd_weight), abs(spec.ce_weight), weights.abs()
     touched = p + q
-    if (
-        spec.divergence == "reverse_kl"
-    ):  # dlogits = q (log q - log p - KL), whose parts may be large
-        q_d = torch.where(q > 0, q * (z_t.log_softmax(-1) - z_s.log_softmax(-1)), 0.0)
-        touched = touched + q_d.abs() + q * q_d.sum(-1, keepdim=True).abs()
+    # dlogits = u - q sum(u), whose parts may be large: under reverse KL u = q (log q - log p)
+    _, u = spec.record.terms(z_t.log_softmax(-1), z_s.log_softmax(-1), *spec.parameters)
+    if spec.divergence not in ("forward_kl", "jsd"):
+        u = torch.where(q > 0, u, 0.0)
+        touched = touched + u.abs() + q * u.sum(-1, keepdim=True).abs()
     # a jump of the gradient is no rounding of a sum, and is allowed as it is
     jumps = gradient_jumps(student_logits, teacher_logits, spec)
     jumps = (jumps + q * jumps.sum(-1, keepdim=True)) / torch.finfo(torch.float32).eps
     touched = kd_weight / spec.temperature * (touched + jumps)
     lse = torch.stack([z_s, z_t]).logsumexp(-1)
-    loss_scale = kd_weight * lse.abs().amax(0)
+    summed_f, _ = term_sums(student_logits, teacher_logits, spec)
+    loss_scale = kd_weight * lse.abs().amax(0) * summed_f.clamp(min=1.0)
     if labels is not None and ce_weight:
         touched = touched + ce_weight * student_logits.softmax(-1)
         touched[

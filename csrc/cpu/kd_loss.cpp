@@ -20,16 +20,13 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// numbers: beta, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight.
+// numbers: c0 to c3, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight.
 KdSpec make_spec(int64_t divergence, const std::vector<double>& numbers) {
-  STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences && numbers.size() == 6,
+  STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences && numbers.size() == 9,
                   "divergence, numbers: expected those that these C++ kernels were built with");
-  const double beta = numbers[0], temperature = numbers[1];
-  return {static_cast<Divergence>(divergence),   static_cast<float>(beta),
-          static_cast<float>(1.0 - beta),        static_cast<float>(std::log(beta)),
-          static_cast<float>(std::log1p(-beta)), static_cast<float>(1.0 / temperature),
-          static_cast<float>(numbers[2]),        static_cast<float>(numbers[3]),
-          static_cast<float>(numbers[4]),        static_cast<float>(numbers[5])};
+  const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
+  return {static_cast<Divergence>(divergence),  number(0), number(1), number(2), number(3),
+          static_cast<float>(1.0 / numbers[4]), number(5), number(6), number(7), number(8)};
 }
 
 // Where the by-products of rows go, [M, 1] (lse alone) or [M, 6], or nowhere.
@@ -279,7 +276,7 @@ class TopKBuffers {
  public:
   TopKBuffers(int64_t vocab_size, int64_t width, const Rows& student, int64_t dlogits_size = 0)
       : others_(2 * vocab_size),
-        list_(5 * (width + 1)),
+        list_(7 * (width + 1)),
         student(student.buffer_size()),
         dlogits(dlogits_size),
         ids(width),
@@ -289,7 +286,8 @@ class TopKBuffers {
 
   TopKScratch scratch() {
     float *e = others_.data(), *z = list_.data();
-    return {e, e + vocab_size_, z, z + width_, z + 2 * width_, z + 3 * width_, z + 4 * width_};
+    const int64_t w = width_;
+    return {e, e + vocab_size_, z, z + w, z + 2 * w, z + 3 * w, z + 4 * w, z + 5 * w, z + 6 * w};
   }
 
  private:
@@ -310,10 +308,10 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
                                         std::optional<Tensor> row_weights, int64_t divergence,
-                                        double beta, double temperature, double kd_weight,
-                                        double ce_weight, std::optional<Tensor> dlogits) {
+                                        std::vector<double> numbers,
+                                        std::optional<Tensor> dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, {beta, temperature, kd_weight, ce_weight, 0.0, 0.0});
+  const KdSpec spec = make_spec(divergence, numbers);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Rows student(student_logits), grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);

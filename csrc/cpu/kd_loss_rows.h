@@ -15,25 +15,96 @@ struct Terms {
   vf u;  // q dD/dq, up to a multiple of q
 };
 
+// log(m/q) and log(m/p) of the mixture m of p and q: log(c0 e^d + c1) and its mirror image, each
+// from the larger addend: one as the difference of the other and d would cancel where d is large.
+struct LogMixture {
+  vf over_q;
+  vf over_p;
+};
+
+MODXFER_INLINE LogMixture log_mixture(vf d, const KdSpec& spec) {
+  const vf gap = d + (spec.c2 - spec.c3);
+  const vf rest = vlog1p_unit(vexp(-vabs(gap)));
+  return {vmax(gap, vf{}) + (rest + spec.c3), vmax(-gap, vf{}) + (rest + spec.c2)};
+}
+
+// e^x - 1 for x <= 0, exactly 0 at 0; below -1/2 the difference has no digit to lose.
+MODXFER_INLINE vf vexpm1(vf x) {
+  vf series = splat(1.0f);
+  for (int n = 8; n > 1; --n) series = series * x * (1.0f / static_cast<float>(n)) + 1.0f;
+  return select(x > -0.5f, x * series, vexp(x) - 1.0f);
+}
+
+// What the terms of a class are made of; d = log p - log q, not from the rounded logarithms.
+struct Class {
+  vf q;
+  vf p;
+  vf d;
+  vf log_q;
+  vf log_p;
+};
+
 template <Divergence kDivergence>
-MODXFER_INLINE Terms divergence_terms(vf q, vf p, vf d, const KdSpec& spec) {
-  // d = log p - log q is meaningless where its probability is 0, whose term is 0 by definition; a
-  // NaN is not 0 and stays
+MODXFER_INLINE Terms divergence_terms(const Class& x, const KdSpec& spec) {
+  // d is meaningless where its probability is 0, whose term is 0 by definition; a NaN is not 0 and
+  // stays
+  const vf q = x.q, d = x.d;
+  vf p = x.p;
+  // those that take differences of p and q: equal ones are so to the bit, however they were rounded
+  if constexpr (kDivergence >= Divergence::kTotalVariation) p = select(d == 0.0f, q, p);
   if constexpr (kDivergence == Divergence::kForwardKl) {
     return {select(p == 0.0f, vf{}, p * d), -p};
   } else if constexpr (kDivergence == Divergence::kReverseKl) {
     const vf u = select(q == 0.0f, vf{}, -q * d);
     return {u, u};
   } else if constexpr (kDivergence == Divergence::kJsd) {
-    // log(m/q) = log(beta e^d + 1 - beta) and log(m/p), its mirror image, each from the larger
-    // addend: one as the difference of the other and d would cancel where d is large
-    const vf gap = d + (spec.log_beta - spec.log_one_minus_beta);
-    const vf rest = vlog1p_unit(vexp(-vabs(gap)));
-    const vf log_m_q = vmax(gap, vf{}) + (rest + spec.log_one_minus_beta);
-    const vf log_m_p = vmax(-gap, vf{}) + (rest + spec.log_beta);
-    const vf f_p = select(p == 0.0f, vf{}, -spec.beta * p * log_m_p);
-    const vf u = select(q == 0.0f, vf{}, -spec.one_minus_beta * q * log_m_q);
+    const LogMixture log_m = log_mixture(d, spec);
+    const vf f_p = select(p == 0.0f, vf{}, -spec.c0 * p * log_m.over_p);
+    const vf u = select(q == 0.0f, vf{}, -spec.c1 * q * log_m.over_q);
     return {f_p + u, u};
+  } else if constexpr (kDivergence == Divergence::kTotalVariation) {
+    const vf gap = q - p;
+    const vf sign = select(gap > 0.0f, splat(1.0f), select(gap < 0.0f, splat(-1.0f), gap));
+    return {0.5f * vabs(gap), 0.5f * q * sign};
+  } else if constexpr (kDivergence == Divergence::kSkewForwardKl) {
+    const vf m = spec.c0 * p + spec.c1 * q;
+    const vf f = -p * log_mixture(d, spec).over_p;
+    const vf u = spec.c1 * spec.c1 * q * ((q - p) / m);
+    return {select((p == 0.0f) | (d == 0.0f), vf{}, f), select(m == 0.0f, vf{}, u)};
+  } else if constexpr (kDivergence == Divergence::kSkewReverseKl) {
+    const vf m = spec.c0 * p + spec.c1 * q;
+    const vf f = select((q == 0.0f) | (d == 0.0f), vf{}, -q * log_mixture(d, spec).over_q);
+    return {f, f + select(m == 0.0f, vf{}, spec.c0 * spec.c1 * q * ((p - q) / m))};
+  } else if constexpr (kDivergence == Divergence::kJeffreys) {
+    const vf of_q = select(q == 0.0f, vf{}, -q * d);
+    return {select(p == 0.0f, vf{}, p * d) + of_q, (q - p) + of_q};
+  } else if constexpr (kDivergence == Divergence::kSquaredHellinger) {
+    const vf root_q = vexp(0.5f * x.log_q);
+    const vf gap = select(d == 0.0f, vf{}, vexp(0.5f * x.log_p) - root_q);
+    return {0.5f * gap * gap, -0.5f * gap * root_q};
+  } else if constexpr (kDivergence == Divergence::kChiSquared) {
+    const vf gap = p - q;
+    // p^2 / q may be finite where p and q are too small to be numbers
+    const vf log_squared = x.log_p + d;
+    const vf inf = splat(__builtin_inff());
+    vf squared = select(log_squared > 88.37626f, inf, vexp(log_squared));
+    squared = select(x.log_p == -inf, vf{}, squared);
+    const vi near = (vabs(d) < 1.0f) & (q > 0.0f);
+    const vf ratio = gap / select(near, q, splat(1.0f));
+    return {select(near, gap * ratio, (squared - p) - gap),
+            select(near, -ratio * (p + q), q - squared)};
+  } else if constexpr (kDivergence == Divergence::kAlphaBeta) {
+    // c0 alpha, c1 beta, c2 their sum; from the larger of p and q, whose power is the largest
+    const vf top = vexp(spec.c2 * vmax(x.log_p, x.log_q));
+    const vf distance = vabs(d);
+    const vi of_p = d > 0.0f;
+    const vf less = vexpm1(select(of_p, splat(-spec.c1), splat(-spec.c0)) * distance);
+    const vf least = vexpm1(-spec.c2 * distance);
+    const vf gap_p = select(of_p, -less, least - less);
+    const vf gap_q = select(of_p, least - less, -less);
+    const vf f = spec.c3 * top * (spec.c0 * gap_p + spec.c1 * gap_q);
+    const vf u = spec.c1 * spec.c2 * spec.c3 * top * gap_q;
+    return {select(top == 0.0f, vf{}, f), select(top == 0.0f, vf{}, u)};
   } else {
     static_assert(kDivergence == Divergence::kCount, "a divergence without terms");
   }
@@ -103,11 +174,14 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
     const int64_t end = block + kBlock < V ? block + kBlock : V;
     vf sum_f{}, sum_u{};
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const vf x_s = (load_n(student + i, n) - stats.max_s) * spec.inv_temperature;
-      const vf x_t = (load_n(teacher + i, n) - stats.max_t) * spec.inv_temperature;
+      const vf z_s = load_n(student + i, n) - stats.max_s;
+      const vf z_t = load_n(teacher + i, n) - stats.max_t;
+      const vf x_s = z_s * spec.inv_temperature, x_t = z_t * spec.inv_temperature;
+      const vf d = (z_t - z_s) * spec.inv_temperature - logd_gap;  // 0 of equal ones, to the bit
       const vf q = load_or_zero(scratch.q + i, n) * inv_d_s;
       const vf p = load_or_zero(scratch.u + i, n) * inv_d_t;
-      const Terms terms = divergence_terms<kDivergence>(q, p, (x_t - x_s) - logd_gap, spec);
+      const Class x = {q, p, d, x_s - stats.logd_s, x_t - stats.logd_t};
+      const Terms terms = divergence_terms<kDivergence>(x, spec);
       sum_f += terms.f;
       sum_u += terms.u;
       store_n(scratch.q + i, n, q);
@@ -134,7 +208,8 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
     }
   }
   if (extras != nullptr) extras->lse = static_cast<float>(stats.max_s + logd_1);
-  return {static_cast<float>(f_sum), static_cast<float>(ce)};
+  const double kd = f_sum < 0.0 ? 0.0 : f_sum;  // of rounding
+  return {static_cast<float>(kd), static_cast<float>(ce)};
 }
 
 template <Divergence kDivergence>
@@ -142,12 +217,14 @@ void row_recompute(const float* student, const float* teacher, int64_t V, const 
                    const KdStats& stats, const KdScratch& scratch) {
   const float logd_gap = stats.logd_t - stats.logd_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
-    const vf x_s = (load_n(student + i, n) - stats.max_s) * spec.inv_temperature;
-    const vf x_t = (load_n(teacher + i, n) - stats.max_t) * spec.inv_temperature;
-    const vf q = vexp(x_s - stats.logd_s);
-    const vf p = vexp(x_t - stats.logd_t);
-    store_n(scratch.q + i, n, q);
-    store_n(scratch.u + i, n, divergence_terms<kDivergence>(q, p, (x_t - x_s) - logd_gap, spec).u);
+    const vf z_s = load_n(student + i, n) - stats.max_s;
+    const vf z_t = load_n(teacher + i, n) - stats.max_t;
+    const vf log_q = z_s * spec.inv_temperature - stats.logd_s;
+    const vf log_p = z_t * spec.inv_temperature - stats.logd_t;
+    const vf d = (z_t - z_s) * spec.inv_temperature - logd_gap;
+    const Class x = {vexp(log_q), vexp(log_p), d, log_q, log_p};
+    store_n(scratch.q + i, n, x.q);
+    store_n(scratch.u + i, n, divergence_terms<kDivergence>(x, spec).u);
   });
 }
 

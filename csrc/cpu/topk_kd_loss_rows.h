@@ -60,6 +60,8 @@ KdLosses topk_row_fwd(const float* student, int64_t V, const TopKRow& teacher, i
     scratch.p[k] = static_cast<float>(__builtin_exp(log_p));
     scratch.q[k] = static_cast<float>(__builtin_exp(log_q));
     scratch.d[k] = static_cast<float>(log_p - log_q);
+    scratch.log_p[k] = static_cast<float>(log_p);
+    scratch.log_q[k] = static_cast<float>(log_q);
   };
   for (int64_t k = 0; k < K; ++k) {
     put(k, teacher.log_p[k], (static_cast<double>(scratch.z[k]) - max_all) * inv_t - logd);
@@ -74,8 +76,9 @@ KdLosses topk_row_fwd(const float* student, int64_t V, const TopKRow& teacher, i
   double f_sum = 0, u_sum = 0;
   for_each_vector(0, count, [&](int64_t i, int n) __attribute__((always_inline)) {
     const vf q = load_or_zero(scratch.q + i, n);
-    const Terms terms = divergence_terms<kDivergence>(q, load_or_zero(scratch.p + i, n),
-                                                      load_or_zero(scratch.d + i, n), spec);
+    const Class x = {q, load_or_zero(scratch.p + i, n), load_or_zero(scratch.d + i, n),
+                     load_n(scratch.log_q + i, n), load_n(scratch.log_p + i, n)};
+    const Terms terms = divergence_terms<kDivergence>(x, spec);
     const vf u = terms.u + teacher.missing * q;
     f_sum += reduce_sum(terms.f);
     u_sum += reduce_sum(u);
@@ -90,7 +93,11 @@ KdLosses topk_row_fwd(const float* student, int64_t V, const TopKRow& teacher, i
       vf sum_f{}, sum_u{};
       for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
         const vf q = load_or_zero(scratch.e + i, n) * share;
-        const Terms terms = divergence_terms<kDivergence>(q, vf{}, splat(-kInf), spec);
+        const vf none = splat(-kInf);
+        const float log_d = static_cast<float>(logd);
+        const vf x = (load_n(student + i, n) - max_all) * spec.inv_temperature - log_d;
+        const vf log_q = select(q == 0.0f, none, x);  // that of the list too
+        const Terms terms = divergence_terms<kDivergence>(Class{q, vf{}, none, log_q, none}, spec);
         sum_f += terms.f;
         sum_u += terms.u;
         store_n(scratch.u + i, n, terms.u);

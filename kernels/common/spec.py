@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common.bend import Bend
 from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
-from modxfer_fast.kernels.divergences import DIVERGENCES, WITH_BETA
+from modxfer_fast.kernels.divergences import DIVERGENCES, Divergence, resolve
 
 
 class Spec:
@@ -68,12 +68,14 @@ class KDSpec(Spec):
 
     Attributes:
         divergence: a name of `kernels.divergences`, where its formula stands.
-        beta: weight of the teacher in a mixture of p and q; None is 0.5.
+        beta: a parameter of some divergences, of "jsd" the weight of the teacher in its mixture.
+            None is what the divergence's record has.
         temperature: divides both rows of logits before the softmax of the divergence.
         kd_weight: factor of the divergence.
         ce_weight: factor of the cross entropy with the label, always at temperature 1.
         label_smoothing: share of the label's probability that goes to all classes alike.
         z_loss_weight: factor of (log sum exp z)^2, the z-loss, always at temperature 1.
+        alpha: as beta, another one.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: what a model
             does to the logits of its head before anything else, see `bend.py`.
         scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
@@ -88,6 +90,7 @@ class KDSpec(Spec):
     ce_weight: float = 0.0
     label_smoothing: float = 0.0
     z_loss_weight: float = 0.0
+    alpha: float | None = None
     student_logit_scale: float = 1.0
     student_softcap: float | None = None
     teacher_logit_scale: float = 1.0
@@ -95,9 +98,13 @@ class KDSpec(Spec):
     scale_by_temperature_squared: bool = False
 
     @property
-    def weight_of_p(self) -> float:
-        """`beta` as a number."""
-        return 0.5 if self.beta is None else self.beta
+    def record(self) -> Divergence:
+        return DIVERGENCES[self.divergence]
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        """alpha and beta as numbers."""
+        return self.record.parameters(self.alpha, self.beta)
 
     @property
     def student_bend(self) -> Bend:
@@ -120,29 +127,18 @@ class KDSpec(Spec):
     def checked(self) -> "KDSpec":
         """Validates what a user passed, and resolves it to what the row kernels read.
 
-        A divergence at an end of beta becomes what it is there, beta is a number strictly inside
-        (0, 1), and kd_weight holds temperature squared where it is wanted.
+        A divergence at a limit of alpha or beta becomes what it is there, both are numbers, and
+        kd_weight holds temperature squared where it is wanted.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was expected and what came. A beta
-                beside another divergence, which does not read it, is an error: libraries in which
-                beta alone chooses the divergence would mean a JSD.
+            ValueError, TypeError: naming the argument, what was expected and what came; see
+                `divergences.resolve`.
         """
-        divergence, beta, temperature = self.divergence, self.weight_of_p, self.temperature
-        kd_weight, ce_weight = self.kd_weight, self.ce_weight
-        if divergence not in DIVERGENCES:
-            raise ValueError(
-                f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
-            )
-        if self.beta is not None:
-            check_number("beta", beta)
-            if not 0.0 <= beta <= 1.0:
-                raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-            if not DIVERGENCES[divergence].reads_beta:
-                raise ValueError(
-                    f"beta: expected it with divergence {WITH_BETA!r} alone, which reads it, "
-                    f"got beta={beta} with divergence {divergence!r}"
-                )
+        temperature, kd_weight, ce_weight = self.temperature, self.kd_weight, self.ce_weight
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if value is not None:
+                check_number(name, value)
+        divergence, alpha, beta = resolve(self.divergence, self.alpha, self.beta)
         check_number("temperature", temperature)
         if not (temperature > 0.0 and is_finite(temperature)):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
@@ -162,14 +158,19 @@ class KDSpec(Spec):
             raise ValueError(
                 f"z_loss_weight: expected a number of at least 0, got {self.z_loss_weight}"
             )
-        ends = DIVERGENCES[divergence].ends
-        if ends is not None and beta in (0.0, 1.0):
-            divergence = ends[int(beta)]
         if self.scale_by_temperature_squared:
             kd_weight *= temperature**2
         return KDSpec(
-            *(divergence, float(beta), float(temperature), float(kd_weight), float(ce_weight)),
-            *(float(self.label_smoothing), float(self.z_loss_weight)),
-            *(self.student_logit_scale, self.student_softcap),
-            *(self.teacher_logit_scale, self.teacher_softcap),
+            divergence,
+            beta=float(beta),
+            temperature=float(temperature),
+            kd_weight=float(kd_weight),
+            ce_weight=float(ce_weight),
+            label_smoothing=float(self.label_smoothing),
+            z_loss_weight=float(self.z_loss_weight),
+            alpha=float(alpha),
+            student_logit_scale=self.student_logit_scale,
+            student_softcap=self.student_softcap,
+            teacher_logit_scale=self.teacher_logit_scale,
+            teacher_softcap=self.teacher_softcap,
         )

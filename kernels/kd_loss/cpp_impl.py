@@ -84,8 +84,7 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[
         missing,
         labels,
         row_weights,
-        _IDS[spec.divergence],
-        *spec.values()[:4],
+        *_scalars(spec),
         dlogits,
     )
 
@@ -118,8 +117,8 @@ def cross_entropy_fwd_bwd(
 
 def _scalars(spec: KDSpec) -> tuple[int, list[float]]:
     """The divergence, and the numbers in the order of csrc's make_spec."""
-    numbers = [spec.weight_of_p, spec.temperature, spec.kd_weight, *_hard(spec)]
-    return _IDS[spec.divergence], numbers
+    constants = spec.record.kernel_constants(*spec.parameters)
+    return _IDS[spec.divergence], [*constants, spec.temperature, spec.kd_weight, *_hard(spec)]
 
 
 def _hard(spec: KDSpec) -> tuple[float, float, float]:

@@ -60,6 +60,7 @@ def kd_loss(
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
+    alpha: float | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -80,7 +81,7 @@ def kd_loss(
         teacher_logits: [..., V], same shape; a constant. Or a `TeacherTopK` of K classes a row.
         labels: [...] int64, aligned with the logits (no shift is made). Rows with `ignore_index`
             count nowhere. Needed when `ce_weight` is not 0.
-        divergence, beta, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight,
+        divergence, alpha, beta, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight,
             token_weights, normalizer, scale_by_temperature_squared, backend: as for
             `linear_kd_loss`.
         reduction: "mean", "sum", or "none" (shape [...]).
@@ -98,6 +99,7 @@ def kd_loss(
     refuse_transforms("kd_loss", student_logits, *of_teacher)
     spec = KDSpec(
         divergence,
+        alpha=alpha,
         beta=beta,
         temperature=temperature,
         kd_weight=kd_weight,

@@ -95,7 +95,7 @@ def kd_loss_fwd(
     x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
     f, u = _terms(x_s - logd_s, x_t - logd_t, spec)
     u_sum = u.sum(-1, keepdim=True)
-    if DIVERGENCES[spec.divergence].row_sums == "mean_under_p":
+    if spec.record.row_sums == "mean_under_p":
         u_sum = -torch.ones_like(max_s)  # exactly: equal rows then have no gradient
     logd_1 = (z_s - max_s).exp().sum(-1, keepdim=True).log()
     lse = max_s + logd_1
@@ -112,7 +112,8 @@ def kd_loss_fwd(
         p = log_p.exp()
         extras[:, 4] = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
         extras[:, 5] = ((z_s == max_s) & (z_t == max_t)).any(-1).to(extras.dtype)
-    return f.sum(-1), ce, torch.cat([max_s, logd_s, max_t, logd_t, u_sum, logd_1], dim=-1)
+    kd = f.sum(-1).clamp(min=0.0)  # below is rounding
+    return kd, ce, torch.cat([max_s, logd_s, max_t, logd_t, u_sum, logd_1], dim=-1)
 
 
 def kd_loss_bwd(
@@ -234,8 +235,7 @@ def _cross_entropy(z: Tensor, labels: Tensor | None, spec: KDSpec) -> tuple[Tens
 
 def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
     """f and u of each class, [M, V]."""
-    terms = DIVERGENCES[spec.divergence].terms
-    return terms(log_p.exp(), log_q.exp(), log_p - log_q, spec.weight_of_p)
+    return spec.record.terms(log_p, log_q, *spec.parameters)
 
 
 def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -255,8 +255,7 @@ class TeacherTopK(NamedTuple):
 def _of_one_class(spec: KDSpec, p: float, q: float) -> tuple[float, float]:
     """f and u of a class."""
     of_p, of_q = torch.tensor([[p], [q]], dtype=torch.float64).unbind()
-    d, terms = of_p.log() - of_q.log(), DIVERGENCES[spec.divergence].terms
-    f, u = terms(of_p, of_q, d, spec.weight_of_p)
+    f, u = spec.record.terms(of_p.log(), of_q.log(), *spec.parameters)
     return f.item(), u.item()
 
 

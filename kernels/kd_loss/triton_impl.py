@@ -28,67 +28,23 @@ import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, triton_device
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_cross_entropy
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
-
-LN2 = tl.constexpr(math.log(2.0))
-
-
-@triton.jit
-def _log2_mean_with_1(x):
-    """log2((1 + x) / 2) for x in [0, 1], error below 1.1e-7 and exactly 0 at 1.
-
-    Least maximum error polynomial of degree 8 for log2((1 + x) / 2) / (x - 1): ten operations,
-    where `tl.log2` takes about thirty and makes the pass compute-bound.
-    """
-    y = 0.00545409974
-    y = y * x - 0.0279898327
-    y = y * x + 0.0684036762
-    y = y * x - 0.112808555
-    y = y * x + 0.1539592
-    y = y * x - 0.201578796
-    y = y * x + 0.278602153
-    y = y * x - 0.442693591
-    y = y * x + 1.0
-    return (x - 1.0) * y
-
-
-@triton.jit
-def _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE: tl.constexpr):
-    """f, u of each class, the terms of `kernels.divergences` with d = log2(p / q).
-
-    Of a divergence that reads beta, rest = 1 - beta, log2_2_beta = log2(2 beta) and log2_2_rest =
-    log2(2 rest).
-    """
-    if DIVERGENCE == "forward_kl":
-        f = tl.where(p == 0, 0.0, LN2 * p * d)
-        u = -p
-    if DIVERGENCE == "reverse_kl":
-        f = tl.where(q == 0, 0.0, -LN2 * q * d)
-        u = f
-    if DIVERGENCE == "jsd":
-        # log(m / q) = logaddexp(log beta + d, log(1 - beta)) and log(p / m), its mirror image, each
-        # from the larger argument; d = 0 at beta = 1/2 gives 0, so equal rows have no divergence
-        s = d + (log2_2_beta - log2_2_rest)
-        mean = _log2_mean_with_1(tl.exp2(-tl.abs(s)))
-        m_over_q = tl.maximum(s, 0.0) + (mean + log2_2_rest)
-        m_over_p = tl.maximum(-s, 0.0) + (mean + log2_2_beta)
-        u = tl.where(q == 0, 0.0, (-LN2 * rest) * q * m_over_q)
-        f = tl.where(p == 0, 0.0, (-LN2 * beta) * p * m_over_p) + u
-    return f, u
 
 
 @triton.jit
 def _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale):
-    """p, q and d = log2(p / q), d from differences of logits before a logarithm rounds them."""
+    """p, q, d = log2(p / q) from differences of logits before a logarithm rounds them, and log2
+    of p and q."""
     x_s = z_s - max_s
     x_t = z_t - max_t
-    p = tl.exp2(x_t * scale - logd_t * LOG2E)
-    q = tl.exp2(x_s * scale - logd_s * LOG2E)
-    return p, q, (x_t - x_s) * scale - (logd_t - logd_s) * LOG2E
+    log2_p = x_t * scale - logd_t * LOG2E
+    log2_q = x_s * scale - logd_s * LOG2E
+    d = (x_t - x_s) * scale - (logd_t - logd_s) * LOG2E
+    return tl.exp2(log2_p), tl.exp2(log2_q), d, log2_p, log2_q
 
 
 @triton.jit
@@ -96,7 +52,7 @@ def _divergence_sums(
     student_ptr, teacher_ptr,            # in   [V]
     V,
     max_s, logd_s, max_t, logd_t,
-    scale, beta, rest, log2_2_beta, log2_2_rest,
+    scale, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: sum f and sum u, right to left."""
@@ -107,8 +63,8 @@ def _divergence_sums(
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
         z_s = load_bent(student_ptr, offs_v, V, BEND_S)
         z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-        p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        f, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
+        p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
         f_sum += f
         u_sum += u
     return tl.sum(f_sum, axis=0), tl.sum(u_sum, axis=0)
@@ -119,7 +75,7 @@ def _row_loss(
     student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
     extras_ptr,                          # out  [EXTRAS]
     V,
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
+    scale, inv_temperature, c0, c1, c2, c3, smoothing,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -139,8 +95,9 @@ def _row_loss(
     else:
         kd, u_sum = _divergence_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
-            scale, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+            scale, c0, c1, c2, c3, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
+    kd = tl.where(kd < 0, 0.0, kd)  # of rounding
     ce = 0.0
     if HAS_CE:
         z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
@@ -169,7 +126,7 @@ def _write_dlogits(
     max_s, logd_s, max_t, logd_t, u_sum, logd_1,
     row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
     smoothing, z_loss_weight,
-    scale, beta, rest, log2_2_beta, log2_2_rest,
+    scale, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -193,8 +150,8 @@ def _write_dlogits(
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
             z_s = load_bent(student_ptr, offs_v, V, BEND_S)
             z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-            p, q, d = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-            _, u = _divergence_terms(p, q, d, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE)
+            p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+            _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
             dlogits = kd_factor * (u - q * u_sum)
             if HAS_CE or HAS_Z:
                 q_1 = q
@@ -236,7 +193,7 @@ def _kd_loss_fwd_kernel(
     extras_ptr,                          # out  [M, EXTRAS], fp32, or None
     V,
     stride_sm, stride_tm, stride_lm,     # strides, in elements
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
+    scale, inv_temperature, c0, c1, c2, c3, smoothing,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
@@ -249,7 +206,7 @@ def _kd_loss_fwd_kernel(
         extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, extras_ptr, V,
-        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
+        scale, inv_temperature, c0, c1, c2, c3, smoothing,
         DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, SMOOTHS, EXTRAS, BLOCK_V, VECTOR,
         BEND_S, BEND_T,
     )  # fmt: skip
@@ -274,7 +231,7 @@ def _kd_loss_bwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, smoothing, z_loss_weight,
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -294,7 +251,7 @@ def _kd_loss_bwd_kernel(
         dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
-        scale, beta, rest, log2_2_beta, log2_2_rest,
+        scale, c0, c1, c2, c3,
         DIVERGENCE, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
@@ -310,7 +267,7 @@ def _kd_loss_fwd_bwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, smoothing, z_loss_weight,
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr, EXTRAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
@@ -325,7 +282,7 @@ def _kd_loss_fwd_bwd_kernel(
         extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
         student_ptr, teacher_ptr, label, extras_ptr, V,
-        scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest, smoothing,
+        scale, inv_temperature, c0, c1, c2, c3, smoothing,
         DIVERGENCE, ROW_SUMS, HAS_CE,
         (HAS_CE or HAS_Z or EXTRAS > 0) and not UNIT_TEMPERATURE,
         SMOOTHS, EXTRAS, BLOCK_V, VECTOR, BEND_S, BEND_T,
@@ -336,7 +293,7 @@ def _kd_loss_fwd_bwd_kernel(
         student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
-        scale, beta, rest, log2_2_beta, log2_2_rest,
+        scale, c0, c1, c2, c3,
         DIVERGENCE, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
@@ -439,16 +396,10 @@ def _launch(
         return
     dtypes = (student_logits.dtype, teacher_logits.dtype)
     config = row_config(vocab_size, rows, dtypes, warp_size=64 if torch.version.hip else 32)
-    divergence = DIVERGENCES[spec.divergence]
-    beta = spec.weight_of_p
-    rest = 1.0 - beta  # not left to the kernel, whose beta is rounded to fp32
-    log2_2_beta, log2_2_rest = (
-        math.log2(2.0 * part) if divergence.reads_beta else 0.0 for part in (beta, rest)
-    )
     of_passes: dict[str, Any] = {}
     has_ce = labels is not None and spec.ce_weight != 0.0
     if kernel is not _kd_loss_bwd_kernel:  # 1 and 2
-        of_passes |= {"ROW_SUMS": divergence.row_sums, "VECTOR": config.vector}
+        of_passes |= {"ROW_SUMS": spec.record.row_sums, "VECTOR": config.vector}
         num_extras = 0 if extras is None else extras.shape[1]
         has_labels = has_ce or (num_extras > 1 and labels is not None)
         of_passes |= {"extras_ptr": extras, "EXTRAS": num_extras, "HAS_LABELS": has_labels}
@@ -464,21 +415,32 @@ def _launch(
             stride_sm=student_logits.stride(0),
             stride_tm=teacher_logits.stride(0),
             stride_lm=0 if labels is None else labels.stride(0),
-            scale=math.log2(math.e) / spec.temperature,
-            inv_temperature=1.0 / spec.temperature,
-            beta=beta,
-            rest=rest,
-            log2_2_beta=log2_2_beta,
-            log2_2_rest=log2_2_rest,
-            DIVERGENCE=divergence.name,
             smoothing=spec.label_smoothing,
             HAS_CE=has_ce,
             SMOOTHS=has_ce and spec.label_smoothing != 0.0,
-            UNIT_TEMPERATURE=spec.temperature == 1.0,
             BLOCK_V=config.block_v,
             BEND_S=bend_constants(spec.student_bend),
             BEND_T=bend_constants(spec.teacher_bend),
             num_warps=config.num_warps,
             enable_fp_fusion=True,  # said because the default differs between Triton releases
+            **_spec_args(spec),
             **of_passes,
         )
+
+
+def _spec_args(spec: KDSpec) -> dict[str, float | str | bool]:
+    """What every kernel takes of a spec."""
+    divergence = spec.record
+    c0, c1, c2, c3 = divergence.kernel_constants(*spec.parameters)
+    if divergence.mixes is not None:
+        c2, c3 = (log / math.log(2.0) + 1.0 for log in (c2, c3))
+    return {
+        "scale": math.log2(math.e) / spec.temperature,
+        "inv_temperature": 1.0 / spec.temperature,
+        "c0": c0,
+        "c1": c1,
+        "c2": c2,
+        "c3": c3,
+        "DIVERGENCE": divergence.name,
+        "UNIT_TEMPERATURE": spec.temperature == 1.0,
+    }

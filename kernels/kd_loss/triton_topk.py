@@ -12,21 +12,19 @@ Which class is listed is a bit of a word in `listed_ptr`, made by torch before t
 bytes a row, 1/32 of the logits.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
+from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
 from modxfer_fast.kernels.kd_loss.triton_impl import (
-    _divergence_terms,
     _load_label,
     _row_outputs,
+    _spec_args,
 )
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_tile
 
@@ -88,7 +86,7 @@ def _topk_kd_loss_kernel(
     V, K,
     stride_sm, stride_bm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, missing,
-    scale, inv_temperature, beta, rest, log2_2_beta, log2_2_rest,
+    scale, inv_temperature, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, TAIL: tl.constexpr, HAS_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -137,8 +135,8 @@ def _topk_kd_loss_kernel(
         log2_p = tl.where(offs_k == K, log2_tail, log2_p)
     q_k = tl.exp2(log2_q)
     p_k = tl.exp2(log2_p)
-    f_k, u_k = _divergence_terms(
-        p_k, q_k, log2_p - log2_q, beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE
+    f_k, u_k = divergence_terms(
+        p_k, q_k, log2_p - log2_q, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE
     )
     if TAIL == "none":
         u_k += missing * q_k
@@ -155,9 +153,9 @@ def _topk_kd_loss_kernel(
             z = _load_others(student_ptr, listed_ptr, offs_v, V)
             q = tl.exp2((z - max_o) * scale) * share
             zeros = tl.zeros([BLOCK_V], tl.float32)
-            f, u = _divergence_terms(
-                zeros, q, zeros - float("inf"),
-                beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE,
+            f, u = divergence_terms(
+                zeros, q, zeros - float("inf"), zeros - float("inf"), tl.log2(q),
+                c0, c1, c2, c3, DIVERGENCE,
             )  # fmt: skip
             f_sum += f
             u_others += u
@@ -192,9 +190,10 @@ def _topk_kd_loss_kernel(
                 dz = e * of_others
                 if TAIL == "renormalise" and DIVERGENCE != "forward_kl":
                     zeros = tl.zeros([BLOCK_V], tl.float32)
-                    _, u = _divergence_terms(
-                        zeros, e * share, zeros - float("inf"),
-                        beta, rest, log2_2_beta, log2_2_rest, DIVERGENCE,
+                    _, u = divergence_terms(
+                        zeros, e * share, zeros - float("inf"), zeros - float("inf"),
+                        tl.log2(e * share),
+                        c0, c1, c2, c3, DIVERGENCE,
                     )  # fmt: skip
                     dz += u
                 dz = kd_factor * dz
@@ -251,7 +250,6 @@ def _launch(
     config = row_config(
         vocab_size, rows, (student_logits.dtype,), warp_size=64 if torch.version.hip else 32
     )
-    divergence, beta = DIVERGENCES[spec.divergence], spec.weight_of_p
     listed = _listed(teacher.ids, vocab_size)
     num_listed = teacher.ids.shape[1]
     with torch.cuda.device_of(student_logits):
@@ -285,15 +283,8 @@ def _launch(
             num_warps=config.num_warps,
             # said here because the default differs between Triton releases
             enable_fp_fusion=True,
-            scale=math.log2(math.e) / spec.temperature,
-            inv_temperature=1.0 / spec.temperature,
-            beta=beta,
-            rest=1.0 - beta,  # not left to the kernel, whose beta is rounded to fp32
-            log2_2_beta=math.log2(2.0 * beta) if divergence.reads_beta else 0.0,
-            log2_2_rest=math.log2(2.0 * (1.0 - beta)) if divergence.reads_beta else 0.0,
-            DIVERGENCE=divergence.name,
-            ROW_SUMS=divergence.row_sums,
-            UNIT_TEMPERATURE=spec.temperature == 1.0,
+            ROW_SUMS=spec.record.row_sums,
+            **_spec_args(spec),
         )
     return kd, ce
 

@@ -119,6 +119,7 @@ def linear_kd_loss(
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
+    alpha: float | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -157,8 +158,9 @@ def linear_kd_loss(
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
         divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
             stands, such as "forward_kl", "reverse_kl" or "jsd".
-        beta: teacher's weight in a divergence with a mixture, "jsd", in [0, 1]; there 0 is forward
-            KL and 1 is reverse KL. None is 0.5. An error beside another divergence.
+        alpha, beta: parameters of some divergences, an error beside another. None is what the
+            divergence's record has. In "jsd" beta is the teacher's weight in the mixture, in
+            [0, 1]; there 0 is forward KL and 1 is reverse KL.
         temperature: divides both logits in the divergence; the cross entropy stays at 1.
         kd_weight, ce_weight: factors of the two terms.
         label_smoothing: in [0, 1], the share of the label's probability in the cross entropy that
@@ -214,6 +216,7 @@ def linear_kd_loss(
         teacher_of(teacher_hidden, teacher_weight, teacher_bias),
         KDSpec(
             divergence,
+            alpha=alpha,
             beta=beta,
             temperature=temperature,
             kd_weight=kd_weight,

@@ -54,8 +54,9 @@ from .linear_kd_loss import linear_kd_loss
 
 
 class LinearKDLoss(nn.Module):
-    """`linear_kd_loss` for a module that may have divergence, beta, temperature, kd_weight,
-    ce_weight, label_smoothing, z_loss_weight and ignore_index; what it has not is the default."""
+    """`linear_kd_loss` for a module that may have divergence, alpha, beta, temperature,
+    kd_weight, ce_weight, label_smoothing, z_loss_weight and ignore_index; what it has not is the
+    default."""
 
     can_torch_compile = True
     has_backward = True
@@ -69,7 +70,7 @@ class LinearKDLoss(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         names = (
-            *("divergence", "beta", "temperature", "kd_weight", "ce_weight"),
+            *("divergence", "alpha", "beta", "temperature", "kd_weight", "ce_weight"),
             *("label_smoothing", "z_loss_weight", "ignore_index"),
         )
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}

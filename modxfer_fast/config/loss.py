@@ -6,7 +6,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from modxfer_fast.config.section import NotNegative, OneOf, Positive, PositiveInt, Section
-from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS, WITH_BETA
+from modxfer_fast.kernels.divergences import (
+    ALPHAS,
+    BETAS,
+    DIVERGENCES,
+    FORMULAS,
+    resolve,
+)
 from modxfer_fast.kernels.names import (
     BACKENDS,
     IMPLS,
@@ -132,7 +138,7 @@ class LossSection(LogitsSection):
     __doc__ = f"""Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is plain PyTorch.
 
     divergence: of p, the teacher, and q, the student: {FORMULAS}.
-    beta: weight of p, for {WITH_BETA} alone; null is 0.5.
+    alpha, beta: of those that read them; null is, of alpha, {ALPHAS}; of beta, {BETAS}.
     label_smoothing: share of the label's probability that goes to all classes alike.
     z_loss_weight: factor of (log sum exp of the student's logits)^2.
     workspace_mb: MiB for logits in flight; null is 512, on a GPU at least what 1024 tokens take.
@@ -141,7 +147,8 @@ class LossSection(LogitsSection):
     """
 
     divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "forward_kl"
-    beta: Annotated[float, Field(ge=0, le=1)] | None = None
+    alpha: float | None = None
+    beta: float | None = None
     workspace_mb: PositiveInt | None = None
     backend: Backend = None
     impl: Annotated[str, OneOf(LOSS_IMPLS)] = "fused"
@@ -150,10 +157,7 @@ class LossSection(LogitsSection):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.beta is not None and not DIVERGENCES[self.divergence].reads_beta:
-            raise ValueError(
-                f"beta: expected with divergence: {WITH_BETA} alone, got it with {self.divergence}"
-            )
+        resolve(self.divergence, self.alpha, self.beta)
         return self
 
     def of_logits(self) -> dict[str, Any]:

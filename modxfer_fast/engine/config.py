@@ -17,7 +17,7 @@ from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.kernels.common.spec import OF_MODELS
-from modxfer_fast.kernels.divergences import FORMULAS, WITH_BETA
+from modxfer_fast.kernels.divergences import ALPHAS, BETAS, FORMULAS
 
 logger = logging.get_logger(__name__)
 
@@ -57,8 +57,11 @@ class DistillConfig(TrainingArguments):
     divergence: str = _option(
         Objective.divergence, f"Of p, the teacher, and q, the student: {FORMULAS}."
     )
+    alpha: float | None = _option(
+        Objective.alpha, f"Of the divergences that read it; when not given, {ALPHAS}."
+    )
     beta: float | None = _option(
-        Objective.beta, f"Weight of p, for {WITH_BETA} alone; 0.5 when not given."
+        Objective.beta, f"Of the divergences that read it; when not given, {BETAS}."
     )
     temperature: float = _option(
         Objective.temperature, "Divides both rows of logits inside the divergence."

@@ -12,7 +12,6 @@ from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.kernels.common import Bend, KDSpec
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 
 
@@ -93,9 +92,8 @@ class Objective(KDSpec):
             with torch.no_grad():
                 teacher_logits = spec.teacher_bend.of(F.linear(*teacher).float())
                 log_p = _log_probs(teacher_logits, spec.temperature)
-            assert spec.beta is not None  # `checked` gave a number
             log_q = _log_probs(logits, spec.temperature)
-            rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)
+            rows = spec.record.definition(log_p, log_q, *spec.parameters)
             kd = rows.masked_fill(~valid, 0.0).sum()
         if spec.ce_weight:
             ce = F.cross_entropy(

@@ -31,6 +31,7 @@ class LinearKDLoss(nn.Module):
         self,
         *,
         divergence: str = "forward_kl",
+        alpha: float | None = None,
         beta: float | None = None,
         temperature: float = 1.0,
         kd_weight: float = 1.0,
@@ -51,6 +52,7 @@ class LinearKDLoss(nn.Module):
         super().__init__()
         self.spec = KDSpec(
             divergence,
+            alpha=alpha,
             beta=beta,
             temperature=temperature,
             kd_weight=kd_weight,

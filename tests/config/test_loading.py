@@ -78,8 +78,8 @@ def test_dump_reads_back_the_same(write):
         (changed(loss={"temperature": "hot"}), ["loss.temperature", "valid number", "'hot'"]),
         (changed(loss={"temperature": -1.0}), ["loss.temperature", "greater than 0", "-1.0"]),
         (changed(loss={"temperature": 0.0}), ["loss.temperature", "greater than 0", "0.0"]),
-        (changed(loss={"beta": 1.5}), ["loss.beta", "less than or equal to 1", "1.5"]),
-        (changed(loss={"beta": 0.5}), ["loss", "beta", "divergence: jsd alone", "forward_kl"]),
+        (changed(loss={"divergence": "jsd", "beta": 1.5}), ["loss", "beta", "[0, 1]", "1.5"]),
+        (changed(loss={"beta": 0.5}), ["loss", "beta", "'jsd' or 'alpha_beta' alone"]),
         (
             changed(loss={"hidden_states": {"layers": {1: 1}, "beta": 0.5}}),
             ["loss.hidden_states", "beta", "smooth_l1 alone", "mse"],
@@ -113,7 +113,7 @@ def test_mistakes_are_named(write, content, fragments):
 
 def test_every_mistake_is_told_at_once(write):
     with pytest.raises(ConfigError) as caught:
-        load_config(write(changed(loss={"temprature": 1.0, "beta": 2.0})))
+        load_config(write(changed(loss={"temprature": 1.0, "kd_weight": -2.0})))
     assert len(str(caught.value).splitlines()) == 2
 
 

@@ -11,8 +11,8 @@ from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teache
 from modxfer_fast.engine.batch import Answer
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.testing import run_distributed
+from tests.support.kd_rows import ONE_OF_A_KIND
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 from tests.support.reference import evaluate_dense, train_dense
 
@@ -99,7 +99,7 @@ def test_weights_equal_the_dense_reference(tmp_path, padded, tied, loss_impl):
             assert torch.equal(ours[COMMON:], initial[COMMON:])
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_evaluation_knows_the_common_classes_alone(tmp_path, padded, divergence):
     student, teacher = models(padded, tied=False)

@@ -51,8 +51,8 @@ NO_LABELS = torch.full((N,), -100)
 SHARED = {
     "divergence": ({"divergence": "kl"}, ValueError, "divergence", "forward_kl", "'kl'"),
     "beta-high": ({"divergence": "jsd", "beta": 1.5}, ValueError, "beta", "[0, 1]", "1.5"),
-    "beta-low": ({"beta": -0.1}, ValueError, "beta", "[0, 1]", "-0.1"),
-    "beta-nan": ({"beta": float("nan")}, ValueError, "beta", "[0, 1]", "nan"),
+    "beta-low": ({"divergence": "jsd", "beta": -0.1}, ValueError, "beta", "[0, 1]", "-0.1"),
+    "beta-nan": ({"divergence": "jsd", "beta": float("nan")}, ValueError, "beta", "[0, 1]", "nan"),
     "beta-alone": ({"beta": 0.5}, ValueError, "beta", "'jsd'", "beta=0.5 with", "'forward_kl'"),
     "beta-reverse": (
         {"beta": 0.3, "divergence": "reverse_kl"},

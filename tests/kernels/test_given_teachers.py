@@ -68,7 +68,8 @@ def divergence_rows(
     log_p = (log_p / temperature).log_softmax(-1)
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min / 4)
-    return DIVERGENCES[divergence].definition(log_p, log_q, beta)
+    record = DIVERGENCES[divergence]
+    return record.definition(log_p, log_q, *record.parameters(None, beta))
 
 
 def total(rows: Tensor, z_s: Tensor, kd_weight: float, ce_weight: float, target) -> Tensor:

@@ -20,7 +20,7 @@ from tests.inputs import (
     masked_labels,
     row_weights,
 )
-from tests.support.kd_rows import Rows, check_row_kernels, close_rows
+from tests.support.kd_rows import ONE_OF_A_KIND, Rows, check_row_kernels, close_rows
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -80,7 +80,8 @@ def test_reference_is_the_definition(divergence, beta, temperature):
     spec = KDSpec(divergence, beta, temperature, 1.0, 1.0)
     kd, ce = kd_loss_reference(student, teacher, labels, spec)
     log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
-    definition = DIVERGENCES[divergence].definition(log_p, log_q, beta)
+    record = DIVERGENCES[divergence]
+    definition = record.definition(log_p, log_q, *record.parameters(None, beta))
     torch.testing.assert_close(kd, definition, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ce, F.cross_entropy(student, labels, reduction="none"))
 
@@ -118,13 +119,15 @@ def row_kernels(backend: str):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("delta", [0.0, 1e-3, 0.03, 1.0, 10.0], ids=lambda d: f"delta{d}")
 def test_row_kernels(delta, dtype, divergence, backend):
+    if divergence == "chi_squared":  # at 10 it is beyond what half precision holds
+        delta = min(delta, 1.0)
     rows = close_rows(8, 1500, dtype, delta=delta)
     spec = KDSpec(divergence, 0.3, 1.5, 0.7, 0.4)
     check_row_kernels(row_kernels(backend), rows, spec)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize(
     "vocab_size",
     # one class; every remainder of the 16 lanes; the block of 1024 and around it
@@ -140,7 +143,7 @@ def test_row_kernels_of_any_width(vocab_size, divergence, backend):
 
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 def test_dlogits_over_the_student_logits(divergence, dtype, backend):
     """In place, and at half width over fp32 logits: the bits of a separate buffer."""
     impl = row_kernels(backend)
@@ -280,7 +283,7 @@ def test_normalizer(normalizer):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("labels", [False, True], ids=["unlabelled", "labelled"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("n", [0, 1, 2], ids=lambda n: f"N{n}")
@@ -375,9 +378,10 @@ def test_equal_logits_have_no_divergence_and_no_gradient(dtype, divergence, back
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_extreme_logits(divergence, backend):
     student, teacher = (z.detach().clone() for z in close_logits(6, 100))
-    student[0], teacher[0] = 1e4 * student[0].sign(), 1e4 * teacher[0].sign()  # many ties
-    student[1, 40] = 1e4  # all the mass on one class, and not the teacher's
-    teacher[2, 40] = 1e4
+    size = 20.0 if divergence == "chi_squared" else 1e4  # the power of e that it may be
+    student[0], teacher[0] = size * student[0].sign(), size * teacher[0].sign()  # many ties
+    student[1, 40] = size  # all the mass on one class, and not the teacher's
+    teacher[2, 40] = size
     student[3] -= 1e4  # a shift, which a softmax must not see
     teacher[4] += 1e4
     student[5], teacher[5] = 1e4, -1e4  # uniform both
@@ -562,7 +566,7 @@ def test_opcheck(layout, labels):
     if layout == "transposed":
         student = student.detach().T.contiguous().T.requires_grad_()
     labels = masked_labels(6, 20) if labels else None
-    spec = KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels is not None else 0.0)
+    spec = KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels is not None else 0.0).checked()
     options = (labels, spec.numbers(), spec.names(), -100, "cpp")
     args = (student, teacher, *options)
     torch.library.opcheck(torch.ops.modxfer.kd_loss_fwd.default, args)

@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from modxfer_fast import KDTerms, LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
 from modxfer_fast.kernels.common import KDSpec, scratch
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import (
     BACKENDS,
@@ -24,6 +23,7 @@ from tests.inputs import (
     masked_labels,
     row_weights,
 )
+from tests.support.kd_rows import ONE_OF_A_KIND
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -67,7 +67,7 @@ def check(inputs: LinearInputs, objective: Objective, upstream: float = 1.0, **o
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_input_and_option(divergence, dtype, backend):
     inputs = linear_inputs(13, 301, dtype, bias=True, labels=True, token_weights=True)
@@ -76,7 +76,7 @@ def test_every_input_and_option(divergence, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0], ids=lambda t: f"T{t}")
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_temperature_squared_is_off_unless_asked_for():
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("delta", [1e-3, 0.03, 0.3, 1.0, 5.0], ids=lambda d: f"delta{d}")
 def test_distance_of_the_student(delta, dtype, divergence, backend):
@@ -109,7 +109,7 @@ def test_distance_of_the_student(delta, dtype, divergence, backend):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("delta", [0.03, 0.1, 0.3, 1.0], ids=lambda d: f"delta{d}")
 @pytest.mark.parametrize("chunks", ["single", "chunked"])
 def test_bf16_gradients_within_a_third_of_a_percent(chunks, delta, divergence, backend):
@@ -125,7 +125,7 @@ def test_bf16_gradients_within_a_third_of_a_percent(chunks, delta, divergence, b
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("delta", [0.0, 1e-4, 1e-3, 1e-2], ids=lambda d: f"delta{d}")
 def test_divergence_is_not_negative(delta, divergence, backend):
     inputs = linear_inputs(64, 2000, torch.bfloat16, d_s=32, d_t=32, delta=delta)
@@ -174,7 +174,7 @@ def test_types_of_the_results(dtype, backend):
 VOCAB_SIZES = [*range(1, 34), 1023, 1024, 1025, 2065]
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES, ids=lambda v: f"V{v}")
 def test_vocab_sizes(vocab_size, backend, divergence):
@@ -230,7 +230,7 @@ def test_ignored_rows_may_hold_nan(known, reduction, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_broken_model_is_not_a_perfect_one(role, divergence, backend):
     """One NaN in a counting token's states: NaN in its loss, in the sum, and in the term."""
@@ -318,7 +318,7 @@ def test_terms_are_the_loss_and_its_unweighted_means():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 def test_equal_heads_have_no_divergence_and_no_gradient(divergence, backend):
     inputs = linear_inputs(9, 300, d_t=24)
     inputs.teacher_hidden = inputs.student_hidden.detach().clone()
@@ -330,7 +330,7 @@ def test_equal_heads_have_no_divergence_and_no_gradient(divergence, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("size", [1e2, 1e4], ids=lambda s: f"{s:.0e}")
 def test_extreme_logits(size, divergence, backend):
     inputs = linear_inputs(8, 120, bias=True, labels=True)
@@ -341,7 +341,7 @@ def test_extreme_logits(size, divergence, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 def test_classes_that_both_exclude(divergence, backend):
     inputs = linear_inputs(8, 120, bias=True, labels=True)
     inputs.labels = torch.where(inputs.labels == -100, -100, 50)
@@ -708,7 +708,7 @@ def test_opcheck(op, labels, layout):
         *(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias),
         *(inputs.labels, row_weights(6, inputs.labels, None).float()),
         *(-100, 5 if labels else None),
-        *(KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels else 0.0).numbers(), "jsd"),
+        *(KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels else 0.0).checked().numbers(), "jsd"),
         *(64, "cpp", labels),
     )
     if op == "linear_kd_loss_fwd":

@@ -15,7 +15,6 @@ from benchmarks.kd import linear_inputs as real_inputs
 from benchmarks.rooms import BUDGET
 from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.measure.memory import peak_mib
 from tests.gpu import NEEDS_GPU, backend_on, free_or_skip, no_waiting, recorded, to_device
 from tests.inputs import (
@@ -27,6 +26,7 @@ from tests.inputs import (
     linear_inputs,
     row_weights,
 )
+from tests.support.kd_rows import ONE_OF_A_KIND
 
 pytestmark = pytest.mark.first
 # rows, vocabulary, widths: small ones, of which 1 MiB holds a part, and a thousand rows of a real V
@@ -87,7 +87,7 @@ def check(inputs: LinearInputs, objective: Objective, device: str, **options) ->
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("rows", ["unlabelled", "labels", "num_valid"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_divergences(dtype, divergence, rows, chunks, device):
     labelled = rows != "unlabelled"
@@ -167,7 +167,7 @@ def test_without_gradient(device):
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.parametrize("delta", [0.03, 0.3, 1.0], ids=lambda d: f"delta{d}")
 def test_bf16_gradients_within_a_third_of_a_percent(delta, divergence, chunks, device):
     inputs = to_device(make_inputs(device, BF16, delta=delta), device)
@@ -216,7 +216,7 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 def test_real_shape(divergence, device):
     """What the benchmark asks of its own candidates, on a part of the rows."""
     inputs = real_inputs(REAL[device], BF16, device)

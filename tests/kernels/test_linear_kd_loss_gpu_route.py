@@ -14,7 +14,6 @@ from modxfer_fast import linear_kd_loss
 from modxfer_fast.kernels.common import KDSpec, gemm, packing, scratch
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.linear_kd_loss.stream import stream
 from modxfer_fast.measure.memory import peak_mib
 from tests.claimed_gpu import OnGPU, Products
@@ -28,6 +27,7 @@ from tests.inputs import (
     linear_inputs,
     row_weights,
 )
+from tests.support.kd_rows import ONE_OF_A_KIND
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -82,7 +82,7 @@ def test_rows_that_are_not_packed_may_hold_anything(
 
 
 @pytest.mark.parametrize("backend", BACKENDS[2:])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_A_KIND)
 @pytest.mark.usefixtures("counting_waits")
 def test_rows_that_are_not_packed_by_triton(divergence, backend):
     inputs = linear_inputs(5, 100, labels=True, bias=True)

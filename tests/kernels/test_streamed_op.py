@@ -111,14 +111,14 @@ def test_opcheck(reduction):
 
 
 def test_a_spec_crosses_a_boundary():
-    spec = KDSpec("jsd", 0.3, 2.0, 0.7, 0.4)
+    spec = KDSpec("jsd", 0.3, 2.0, 0.7, 0.4, alpha=0.0)
     assert KDSpec.read(spec.names(), spec.numbers()) == spec
     assert spec.names() == "jsd"  # no number: one in the string would be compiled anew
 
 
 def test_a_checked_spec_has_everything_folded_in():
     spec = KDSpec("jsd", 1.0, 3.0, 0.5, scale_by_temperature_squared=True)
-    assert spec.checked() == KDSpec("reverse_kl", 1.0, 3.0, 4.5)
+    assert spec.checked() == KDSpec("reverse_kl", 1.0, 3.0, 4.5, alpha=0.0)
     assert dataclasses.replace(spec, beta=None).checked().beta == 0.5
 
 

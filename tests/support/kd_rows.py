@@ -12,6 +12,10 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.testing import assert_within_budget
 
+# One divergence of each way in which row kernels find the sums of a row: for what is no matter of
+# the divergence itself.
+ONE_OF_A_KIND = list({r.row_sums: r.name for r in reversed(DIVERGENCES.values())}.values())[::-1]
+
 
 @dataclasses.dataclass
 class Rows:
@@ -65,14 +69,19 @@ def check_row_kernels(
     dlogits_plain = dlogits_plain.to(dlogits_dtype)
     # what is summed: x = log-softmax under the KL, probabilities under the gradient
     kd_scale = stats_truth[:, [1, 3]].abs().max().item() if len(student) else 0.0
-    if DIVERGENCES[spec.divergence].reads_beta:  # log(m / q) is a sum of logs of beta and 1 - beta
-        kd_scale = max(kd_scale, -math.log(spec.beta), -math.log1p(-spec.beta))
+    if spec.record.mixes is not None:  # log(m / q) is a sum of logs of the weights
+        kd_scale = max(kd_scale, *(-math.log(w) for w in spec.record.mixes(*spec.parameters)))
+    summed_f, summed_u = term_sums(student, teacher, spec)
+    if len(student):
+        kd_scale *= max(1.0, summed_f.max().item())
     ce_scale = stats_truth[:, 5].abs().max().item() if len(student) else 0.0
     jumps = gradient_jumps(student, teacher, spec).sum(-1)
     u_sum_scale = dlogits_scale = 0.0
     if len(student):
-        u_sum_scale = jumps.max().item() / torch.finfo(torch.float32).eps
+        eps = torch.finfo(torch.float32).eps
+        u_sum_scale = jumps.max().item() / eps + summed_u.max().item()
         of_row = 2.0 * abs(spec.kd_weight) / spec.temperature * weights.double().abs() * jumps
+        of_row += abs(spec.kd_weight) / spec.temperature * weights.double().abs() * summed_u * eps
         dlogits_scale = of_row.max().item() / torch.finfo(dlogits_dtype).eps
     if dlogits_dtype == torch.float32 and len(student):
         dlogits_scale += weights.abs().max().item() * (
@@ -113,14 +122,23 @@ def gradient_jumps(student: Tensor, teacher: Tensor, spec: KDSpec) -> Tensor:
     )
     log_q, log_p = x_s.log_softmax(-1), x_t.log_softmax(-1)
     q = log_q.exp()
-    above, below = (
-        DIVERGENCES[spec.divergence].terms(q * (1.0 + d), q, torch.full_like(q, d), spec.beta)[1]
-        for d in (1e-9, -1e-9)
-    )
+    above, below = (spec.record.terms(log_q + d, log_q, *spec.parameters)[1] for d in (1e-9, -1e-9))
     jump = (above - below).abs()
     rounding = 8 * torch.finfo(torch.float32).eps * (1.0 - x_s - x_t)
     smooth, certain = jump < 1e-6 * q, (log_p - log_q).abs() >= rounding
     return jump.masked_fill(smooth | certain, 0.0).nan_to_num()
+
+
+def term_sums(student: Tensor, teacher: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
+    """[M] fp64 each: sums of |f| and |u|, what the divergence and its gradient are sums of.
+
+    0 of those whose scales are known without.
+    """
+    if spec.divergence in ("forward_kl", "reverse_kl", "jsd"):
+        return 2 * (torch.zeros(len(student), dtype=torch.float64, device=student.device),)
+    log_p, log_q = ((z.double() / spec.temperature).log_softmax(-1) for z in (teacher, student))
+    f, u = spec.record.terms(log_p, log_q, *spec.parameters)
+    return f.abs().nan_to_num().sum(-1), u.abs().nan_to_num().sum(-1)
 
 
 def _reference(rows: Rows, spec: KDSpec, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from modxfer_fast.engine import Objective
-from modxfer_fast.kernels.divergences import DIVERGENCES
 
 
 def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, objective: Objective):
@@ -27,7 +26,7 @@ def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, obje
     log_p = (teacher_logits / objective.temperature).log_softmax(-1)
     log_q = (student_logits / objective.temperature).log_softmax(-1)
     spec = objective.checked()
-    rows = DIVERGENCES[spec.divergence].definition(log_p, log_q, spec.beta)
+    rows = spec.record.definition(log_p, log_q, *spec.parameters)
     return rows.sum(), ce, valid.sum()
 
 

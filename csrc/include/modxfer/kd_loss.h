@@ -8,17 +8,30 @@
 namespace modxfer {
 
 // In the order of kernels/divergences.py, which has their formulas.
-enum class Divergence : int64_t { kForwardKl, kReverseKl, kJsd, kCount };
+enum class Divergence : int64_t {
+  kForwardKl,
+  kReverseKl,
+  kJsd,
+  kTotalVariation,
+  kSkewForwardKl,
+  kSkewReverseKl,
+  kJeffreys,
+  kSquaredHellinger,
+  kChiSquared,
+  kAlphaBeta,
+  kCount
+};
 
 constexpr int64_t kNumDivergences = static_cast<int64_t>(Divergence::kCount);
 
-// What is computed. p teacher, q student, beta the weight of p in a mixture of both.
+// What is computed. p teacher, q student; c0 to c3 are the constants of the divergence's record: of
+// a mixture the weights of p and q, rounded once each, and their logarithms.
 struct KdSpec {
   Divergence divergence;
-  float beta;
-  float one_minus_beta;  // rounded once: 1 - beta of a float beta loses digits next to 1
-  float log_beta;
-  float log_one_minus_beta;
+  float c0;
+  float c1;
+  float c2;
+  float c3;
   float inv_temperature;
   float kd_weight;
   float ce_weight;

@@ -36,7 +36,7 @@ struct TopKStats {
 // its tail.
 struct TopKScratch {
   float *e, *u;
-  float *z, *p, *q, *d, *u_list;
+  float *z, *p, *q, *d, *log_p, *log_q, *u_list;
 };
 
 }  // namespace modxfer

@@ -177,6 +177,7 @@ class TaskClassifier(ModelParts):
                 logits,
                 target.output.to(logits.dtype),
                 divergence=objective.divergence,
+                alpha=objective.alpha,
                 beta=objective.beta,
                 temperature=objective.temperature,
                 reduction="sum",
