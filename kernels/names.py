@@ -1,6 +1,8 @@
 """Names of options that configuration, losses and kernels share. Importing them needs no torch."""
 
 BACKENDS = ("triton", "cpp", "reference")  # by speed
+# of `linear_kd_loss`: when its gradients are made
+GRADIENTS = ("forward", "recompute")
 # of `projection_loss`; row kernels know ROW_LOSSES, "relative" is "mse" over an energy of the batch
 ROW_LOSSES = ("mse", "normalized_mse", "cosine", "smooth_l1")
 LOSSES = (*ROW_LOSSES, "relative")

@@ -274,7 +274,7 @@ class TopKRows {
 // What a thread holds for them.
 class TopKBuffers {
  public:
-  TopKBuffers(int64_t vocab_size, int64_t width, const Rows& student, int64_t dlogits_size = 0)
+  TopKBuffers(int64_t vocab_size, int64_t width, const BentRows& student, int64_t dlogits_size = 0)
       : others_(2 * vocab_size),
         list_(7 * (width + 1)),
         student(student.buffer_size()),
@@ -308,12 +308,13 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
                                         std::optional<Tensor> row_weights, int64_t divergence,
-                                        std::vector<double> numbers,
+                                        std::vector<double> numbers, std::vector<double> bends,
                                         std::optional<Tensor> dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec spec = make_spec(divergence, numbers);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Rows student(student_logits), grad(dlogits.value_or(student_logits));
+  const BentRows student(student_logits, Bends(bends).student);
+  const Rows grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);
   const Labels label(labels, M, V);
   const float* weights = nullptr;
@@ -341,6 +342,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
         std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
       } else {
         kernels.topk_grad(z, V, of_row, label[row], weights[row], spec, stats, scratch, target);
+        student.unbend(z, target);
       }
       grad.commit(row, target);
     }

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common.scalars import check_number, is_finite
 
+_COLUMNS = 4096  # that `apply` bends at once
+
 
 class Bend(NamedTuple):
     """From what a head gives to a model's logits; the identity without arguments.
@@ -56,6 +58,13 @@ class Bend(NamedTuple):
             return self.scale * raw
         z = self.cap * torch.tanh(raw * (self.scale / self.cap))
         return torch.where(raw.isinf(), raw, z)
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """`of`, written over raw [M, V]."""
+        if not self.is_identity:
+            for columns in raw.split(_COLUMNS, dim=1):
+                columns.copy_(self.of(columns))
+        return raw
 
     def slope(self, z: Tensor) -> Tensor | float:
         """dz/draw [...] of bent logits z [...]; 0 where the cap is reached."""

@@ -189,11 +189,18 @@ def head_of(hidden: Tensor, weight: Any, bias: Tensor | None) -> Any:
     return ComposedHead(hidden, stored, bias, lora[0], lora[1], None, parts, name, lora[2])
 
 
+def of_classes(head: Any, ids: Tensor) -> "ComposedHead":
+    """The head of the classes `ids` [A], int64, of a `Head` or `ComposedHead` of all of them."""
+    if isinstance(head, Head):
+        head = ComposedHead(*head, None, None, None, [], "", 1.0)
+    return head._replace(ids=ids)
+
+
 class ComposedHead(NamedTuple):
     """See above; [N, D] hidden, or [..., D] before `flat`.
 
     Attributes:
-        ids: [V] int64, the rows of weight that are its classes; None for all of them.
+        ids: [V] int64, the rows of weight, bias and lora_b that are its classes; None for all.
         parts, quantized: of the `QuantizedWeight` of that name; empty without one.
     """
 
@@ -384,7 +391,7 @@ class ComposedHead(NamedTuple):
         assert self.lora_b is not None
         wide = torch.promote_types(dlogits.dtype, torch.float32)
         du = dlogits.new_zeros(dlogits.shape[0], self.lora_b.shape[1], dtype=wide)
-        gemm.add_product(du, dlogits, self.lora_b)
+        gemm.add_product(du, dlogits, self._of_ids(self.lora_b))
         return du.mul_(self.scaling)
 
     def gradient(
@@ -440,4 +447,10 @@ class ComposedGradient(HeadGradient):
         if "lora_a" in sums:
             gemm.add_product(sums["lora_a"], rows.dreduced(dlogits).t(), rows.hidden)
         if "lora_b" in sums:
-            gemm.add_product(sums["lora_b"], dlogits.t(), rows.reduced(sums["lora_b"].dtype))
+            reduced = rows.reduced(sums["lora_b"].dtype)
+            if rows.ids is None:
+                gemm.add_product(sums["lora_b"], dlogits.t(), reduced)
+            else:
+                product = torch.zeros_like(sums["lora_b"][: len(rows.ids)])
+                gemm.add_product(product, dlogits.t(), reduced)
+                sums["lora_b"].index_add_(0, rows.ids, product)

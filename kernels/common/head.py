@@ -230,18 +230,35 @@ class HeadGradient:
             )
 
     def add(self, dlogits: Tensor, rows: Any, span: slice, index: Tensor | None) -> None:
-        """dlogits [m, V] of `rows`, which `head.take(span, index)` gave."""
-        sums = self._sums
+        """dlogits [m, V] of `rows`, which `head.take(span, index)` gave, or of some classes of it
+        that `rows` has in its field `ids`."""
+        sums, classes = self._sums, getattr(rows, "ids", None)
         if "hidden" in sums:
             dhidden = sums["hidden"][span] if index is None else torch.empty_like(rows.hidden)
             rows.dhidden(dlogits, dhidden, self._tile)
             if index is not None:
                 sums["hidden"].index_copy_(0, index, dhidden)
         if "weight" in sums:
-            gemm.dweight(dlogits, rows.hidden, sums["weight"], accumulate=self._started)
+            if classes is None:
+                gemm.dweight(dlogits, rows.hidden, sums["weight"], accumulate=self._started)
+            else:
+                self._add_dweight(dlogits, rows.hidden, classes)
         if "bias" in sums:
-            sums["bias"].add_(dlogits.sum(0, dtype=sums["bias"].dtype))
+            dbias = dlogits.sum(0, dtype=sums["bias"].dtype)
+            if classes is None:
+                sums["bias"].add_(dbias)
+            else:
+                sums["bias"].index_add_(0, classes, dbias)
         self._started = True
+
+    def _add_dweight(self, dlogits: Tensor, hidden: Tensor, classes: Tensor) -> None:
+        total = self._sums["weight"]
+        if not self._started:
+            total.zero_()
+        for part, ids in zip(dlogits.split(self._tile, 1), classes.split(self._tile), strict=True):
+            product = total.new_empty(len(ids), total.shape[1])
+            gemm.dweight(part, hidden, product, accumulate=False)
+            total.index_add_(0, ids, product)
 
     def result(self) -> dict[str, Tensor]:
         """Those of hidden [N, D], weight [V, D] and bias [V], in the dtypes of `saved_dtype`."""

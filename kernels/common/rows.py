@@ -8,7 +8,9 @@ from torch import Tensor
 from modxfer_fast.kernels.common import packing
 from modxfer_fast.kernels.common.checks import check_labels, check_row_tensor
 from modxfer_fast.kernels.common.reduction import valid_rows
-from modxfer_fast.kernels.common.scalars import check_workspace
+from modxfer_fast.kernels.common.scalars import check_number, check_workspace, is_finite
+from modxfer_fast.kernels.dispatch import check_name
+from modxfer_fast.kernels.names import GRADIENTS
 
 
 class Tokens(NamedTuple):
@@ -68,12 +70,27 @@ class Launch(NamedTuple):
         workspace_mb: MiB for the logits in flight; None takes what suits the device, see
             `chunks.budget_for`.
         backend: None takes the best available.
+        gradients: a name of `GRADIENTS`, when the gradients are made.
+        filter_eps: None, or what dlogits may have and be left out (linear_kd_loss/class_filter.py).
     """
 
     workspace_mb: int | None = None
     backend: str | None = None
+    gradients: str = GRADIENTS[0]
+    filter_eps: float | None = None
 
     def check(self) -> None:
-        """Raises ValueError or TypeError for a workspace that is none."""
+        """Raises ValueError or TypeError for what a user gave."""
         if self.workspace_mb is not None:
             check_workspace(self.workspace_mb)
+        check_name(self.backend)
+        if self.gradients not in GRADIENTS:
+            raise ValueError(
+                f"gradients: expected one of {', '.join(GRADIENTS)}, got {self.gradients!r}"
+            )
+        if self.filter_eps is not None:
+            check_number("filter_eps", self.filter_eps)
+            if not (self.filter_eps > 0.0 and is_finite(self.filter_eps)):
+                raise ValueError(
+                    f"filter_eps: expected a positive number or None, got {self.filter_eps}"
+                )

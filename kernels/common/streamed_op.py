@@ -4,7 +4,8 @@ A NamedTuple of tensors and options is the op's input; its annotations become th
 function below receives it whole. `define_op` makes any such op; `StreamedOp` makes the two of a
 loss whose gradient is computed beside it:
 
-    <name>_fwd     a scalar; its forward leaves the gradients, which the backward scales
+    <name>_fwd     a scalar; its forward leaves the gradients, which the backward scales; or, of
+                   inputs whose field `gradients` is "recompute", its backward runs it again
     <name>_rows    a loss a row; each brings a gradient of its own, so its backward runs `_fwd`
                    again with weights that hold it
 """
@@ -32,6 +33,7 @@ _SCHEMA = {
     int: "int",
     int | None: "int?",
     float: "float",
+    float | None: "float?",
     int | torch.SymInt | None: "SymInt?",  # a count that differs from batch to batch
 }
 # of inputs, by name; what is left out is None
@@ -202,11 +204,15 @@ class StreamedOp(Generic[Inputs]):
         return self._fwd(*inputs, needs)[: self._num_results]
 
     def _run_fwd(self, inputs):
-        needs = SimpleNamespace(**dict(zip(self._gradients, inputs.needs, strict=True)))
+        needs = SimpleNamespace(**dict(zip(self._gradients, self._made(inputs), strict=True)))
         rows, terms, found = self._run(self.inputs(*inputs[:-1]), needs)
         absent = inputs.row_weights.new_empty
         grads = [found.get(name) for name in self._gradients]
         return rows.sum(), *terms, *[absent(0) if grad is None else grad for grad in grads]
+
+    def _made(self, inputs):
+        """Which gradients `_fwd` leaves."""
+        return [need and not _recomputes(inputs) for need in inputs.needs]
 
     def _run_rows(self, inputs):
         needs = SimpleNamespace(**dict.fromkeys(self._gradients, False))
@@ -215,7 +221,7 @@ class StreamedOp(Generic[Inputs]):
 
     def _fake_fwd(self, inputs):
         weights = inputs.row_weights
-        pairs = zip(self._gradients, inputs.needs, strict=True)
+        pairs = zip(self._gradients, self._made(inputs), strict=True)
         grads = [
             self._fake_gradient(inputs, name) if need else weights.new_empty(0)
             for name, need in pairs
@@ -236,24 +242,38 @@ class StreamedOp(Generic[Inputs]):
         return (rows, *terms) if terms else rows
 
     def _save_fwd(self, ctx, inputs, outputs):
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.recomputes = _recomputes(inputs)
+        if ctx.recomputes:
+            self._save_inputs(ctx, inputs)
+            return
         grads = zip(self._gradients, outputs[self._num_results :], strict=True)
         kept = [pair for pair, need in zip(grads, inputs.needs, strict=True) if need]
         ctx.dtypes = {name: getattr(inputs, name).dtype for name, _ in kept}
         ctx.save_for_backward(*[grad for _, grad in kept])
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
 
     def _backward_fwd(self, ctx, dloss, *_):
         if dloss is None:
             return {}
+        if ctx.recomputes:
+            *values, needs = saved_values(ctx)
+            inputs = self.inputs(*values)
+            return {
+                name: scaled(grad, dloss).to(getattr(inputs, name).dtype)
+                for name, grad in self._recomputed(inputs, needs).items()
+            }
         saved = zip(ctx.dtypes.items(), ctx.saved_tensors, strict=True)
         return {name: scaled(grad, dloss).to(dtype) for (name, dtype), grad in saved}
 
     def _save_rows(self, ctx, inputs, outputs):
-        ctx.kept = None if self._keeps is None else self._keeps(inputs)
-        save_values(ctx, *inputs)
+        self._save_inputs(ctx, inputs)
         ctx.mark_non_differentiable(*_as_tuple(outputs)[1:])
         ctx.set_materialize_grads(False)
+
+    def _save_inputs(self, ctx, inputs):
+        ctx.kept = None if self._keeps is None else self._keeps(inputs)
+        save_values(ctx, *inputs)
 
     def _backward_rows(self, ctx, drows, *_):
         if drows is None:
@@ -264,12 +284,22 @@ class StreamedOp(Generic[Inputs]):
         inputs = inputs._replace(row_weights=torch.where(weights != 0, weights * drows, 0.0))
         wanted = self.inputs(*ctx.needs_input_grad)
         needs = [getattr(wanted, name) for name in self._gradients]
-        grads = self._fwd(*inputs, needs)[self._num_results :]
         return {
             name: grad.to(getattr(inputs, name).dtype)
-            for name, grad, need in zip(self._gradients, grads, needs, strict=True)
-            if need
+            for name, grad in self._recomputed(inputs, needs).items()
         }
+
+    def _recomputed(self, inputs, needs):
+        """The needed gradients of the sum of rows, by name, as `_fwd` leaves them."""
+        if _recomputes(inputs):
+            inputs = inputs._replace(gradients="forward")
+        grads = self._fwd(*inputs, needs)[self._num_results :]
+        named = zip(self._gradients, grads, needs, strict=True)
+        return {name: grad for name, grad, need in named if need}
+
+
+def _recomputes(inputs: Any) -> bool:
+    return getattr(inputs, "gradients", "forward") == "recompute"
 
 
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -85,6 +85,7 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[
         labels,
         row_weights,
         *_scalars(spec),
+        spec.bends,
         dlogits,
     )
 

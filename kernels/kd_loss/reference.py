@@ -159,7 +159,7 @@ def topk_kd_loss_fwd(
     student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
 ) -> tuple[Tensor, Tensor, None]:
     """Per-row losses kd, ce [M] against a teacher that lists K classes; formulas in topk.py."""
-    z = _promote(student_logits)
+    z = spec.student_bend.of(_promote(student_logits))
     kd, _ = _topk_divergence(z, teacher, spec)
     ce, _ = _cross_entropy(z, labels, spec)
     return kd, ce, None
@@ -174,10 +174,10 @@ def topk_kd_loss_fwd_bwd(
     dlogits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Returns kd, ce [M] and writes dlogits [M, V], which may lie over student_logits."""
-    z = _promote(student_logits)
+    z = spec.student_bend.of(_promote(student_logits))
     kd, dkd = _topk_divergence(z, teacher, spec)
     ce, dce = _cross_entropy(z, labels, spec)
-    dz = spec.kd_weight * dkd + spec.ce_weight * dce
+    dz = (spec.kd_weight * dkd + spec.ce_weight * dce) * spec.student_bend.slope(z)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
     return kd, ce

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels import env
-from modxfer_fast.kernels.common import KDSpec, packing
+from modxfer_fast.kernels.common import Bend, KDSpec, packing
 from modxfer_fast.kernels.common.checks import (
     check_constant,
     check_float,
@@ -295,15 +295,17 @@ def topk_by_products(
         teacher: of [M, K].
     """
     own = extras.new_empty(len(logits), 4)
-    kernels.cross_entropy_fwd(logits, None, labels, KDSpec(), own)
+    bend, temperature = spec.student_bend, spec.temperature
+    kernels.cross_entropy_fwd(logits, None, labels, KDSpec(**bend.options("student")), own)
     extras[:, :4] = own
-    if spec.temperature != 1.0:
-        softened = KDSpec(student_logit_scale=1.0 / spec.temperature)
-        kernels.cross_entropy_fwd(logits, None, None, softened, own)
+    if temperature != 1.0:
+        cap = None if bend.cap is None else bend.cap / temperature
+        softened = Bend(bend.scale / temperature, cap).options("student")
+        kernels.cross_entropy_fwd(logits, None, None, KDSpec(**softened), own)
         extras[:, 3] = own[:, 3]
     listed = (teacher.ids >= 0) & (teacher.ids < logits.shape[1])
     z = logits.gather(1, teacher.ids.clamp(0, logits.shape[1] - 1).long()).to(extras.dtype)
-    log_q = (z / spec.temperature - own[:, :1]).masked_fill(~listed, -torch.inf)
+    log_q = (bend.of(z) / temperature - own[:, :1]).masked_fill(~listed, -torch.inf)
     log_p = teacher.log_probs.to(extras.dtype).masked_fill(~listed, -torch.inf)
     is_top = listed & (log_p == log_p.amax(-1, keepdim=True))
     is_top &= z == logits.amax(-1, keepdim=True)

@@ -20,22 +20,23 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
+from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
 from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
 from modxfer_fast.kernels.kd_loss.triton_impl import (
     _load_label,
     _row_outputs,
     _spec_args,
 )
-from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_tile
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent
 
 _WORD = 32
 P_ROUNDING = tl.constexpr(ROUNDING)
 
 
 @triton.jit
-def _load_others(row_ptr, listed_ptr, offs_v, V):
-    """fp32 logits; -inf at classes that are listed and past the end of the row."""
-    z = load_tile(row_ptr, offs_v, V)
+def _load_others(row_ptr, listed_ptr, offs_v, V, BEND: tl.constexpr):
+    """fp32 logits as the model gives them; -inf at classes that are listed and past the row."""
+    z = load_bent(row_ptr, offs_v, V, BEND)
     word = tl.load(listed_ptr + offs_v // 32, mask=offs_v < V, other=0)
     return tl.where((word >> (offs_v % 32)) & 1 != 0, -float("inf"), z)
 
@@ -44,7 +45,7 @@ def _load_others(row_ptr, listed_ptr, offs_v, V):
 def _others_stats(
     student_ptr, listed_ptr,             # in   [V], [V / 32]
     V, scale,                            # scale = log2(e) / temperature
-    NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: (max, d, d_1) of the others, every lane for itself.
 
@@ -58,7 +59,7 @@ def _others_stats(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + offs_lane
-        z = _load_others(student_ptr, listed_ptr, offs_v, V)
+        z = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
         m_new = tl.maximum(m, tl.max(z, axis=1))
         rise = m_new - m
         x = z - m_new[:, None]
@@ -89,7 +90,7 @@ def _topk_kd_loss_kernel(
     scale, inv_temperature, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, TAIL: tl.constexpr, HAS_GRADIENT: tl.constexpr,
-    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
@@ -99,17 +100,19 @@ def _topk_kd_loss_kernel(
     z_label = 0.0
     if HAS_CE:
         z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+        z_label = bend(z_label, BEND)
 
     offs_k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + offs_k, mask=offs_k < K, other=-1)
     is_listed = (ids >= 0) & (ids < V)
     ids = tl.where(is_listed, ids, -1).to(tl.int32)
     z_k = tl.load(student_ptr + ids, mask=is_listed, other=-float("inf")).to(tl.float32)
+    z_k = bend(z_k, BEND)
     log2_p = tl.load(log_p_ptr + row * K + offs_k, mask=is_listed, other=-float("inf")) * LOG2E
 
     NEEDS_D_1: tl.constexpr = HAS_CE and not UNIT_TEMPERATURE
     max_o, d_o, d_o1 = _others_stats(
-        student_ptr, listed_ptr, V, scale, NEEDS_D_1, BLOCK_V, VECTOR
+        student_ptr, listed_ptr, V, scale, NEEDS_D_1, BLOCK_V, VECTOR, BEND
     )  # fmt: skip
     max_all = tl.maximum(max_o, tl.max(z_k, axis=0))
     below = max_o - max_all
@@ -150,7 +153,7 @@ def _topk_kd_loss_kernel(
         u_others = tl.zeros([BLOCK_V], tl.float32)
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-            z = _load_others(student_ptr, listed_ptr, offs_v, V)
+            z = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
             q = tl.exp2((z - max_o) * scale) * share
             zeros = tl.zeros([BLOCK_V], tl.float32)
             f, u = divergence_terms(
@@ -185,7 +188,7 @@ def _topk_kd_loss_kernel(
                 of_others += tl.where(d_o == 0, 0.0, u_tail / d_o)
             for i in range(tl.cdiv(V, BLOCK_V)):
                 offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-                z = _load_others(student_ptr, listed_ptr, offs_v, V)
+                z = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
                 e = tl.exp2((z - max_o) * scale)
                 dz = e * of_others
                 if TAIL == "renormalise" and DIVERGENCE != "forward_kl":
@@ -202,6 +205,7 @@ def _topk_kd_loss_kernel(
                     if not UNIT_TEMPERATURE:
                         q_1 = tl.exp2((z - max_all - logd_1) * LOG2E)
                     dz += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+                dz = unbend(dz, z, BEND)
                 # one warp may not overwrite logits that another has yet to load
                 tl.debug_barrier()
                 tl.store(dlogits_ptr + offs_v, dz.to(dlogits_ptr.dtype.element_ty), mask=offs_v < V)
@@ -211,6 +215,7 @@ def _topk_kd_loss_kernel(
                 if not UNIT_TEMPERATURE:
                     q_1k = tl.exp2((x_k - logd_1) * LOG2E)
                 dz_k += ce_factor * tl.where(ids == label, q_1k - 1.0, q_1k)
+            dz_k = unbend(dz_k, z_k, BEND)
             # behind what the loop has stored there
             tl.debug_barrier()
             tl.store(dlogits_ptr + ids, dz_k.to(dlogits_ptr.dtype.element_ty), mask=is_listed)
@@ -285,6 +290,7 @@ def _launch(
             enable_fp_fusion=True,
             ROW_SUMS=spec.record.row_sums,
             **_spec_args(spec),
+            BEND=bend_constants(spec.student_bend),
         )
     return kd, ce
 

@@ -10,7 +10,8 @@ The loop of `linear_kd_loss` without a teacher: logits exist for one chunk of ro
 buffer, fp32 at the softmax whatever the dtype of the head; their gradient overwrites them.
 
 FLOPs: 6 N V D; 4 N V D when the head is frozen; 2 N V D without gradient. What has a gradient per
-token (reduction="none", `linear_log_probs`) recomputes in its backward: + 2 N V D.
+token (reduction="none", `linear_log_probs`) recomputes in its backward, as gradients="recompute"
+does: + 2 N V D.
 """
 
 from typing import Any, NamedTuple
@@ -55,6 +56,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
     workspace_mb: int | None = None,
+    gradients: str = "forward",
+    filter_eps: float | None = None,
     num_valid: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -74,8 +77,8 @@ def linear_cross_entropy(
             and student_softcap of `linear_kd_loss`.
         token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
             constant.
-        normalizer, reduction, label_smoothing, z_loss_weight, workspace_mb, num_valid, backend: as
-            for `linear_kd_loss`.
+        normalizer, reduction, label_smoothing, z_loss_weight, workspace_mb, gradients, filter_eps,
+            num_valid, backend: as for `linear_kd_loss`.
 
     Returns:
         fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts. A
@@ -97,7 +100,7 @@ def linear_cross_entropy(
             student_softcap=softcap,
         ),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
-        Launch(workspace_mb, backend),
+        Launch(workspace_mb, backend, gradients, filter_eps),
     ).loss
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import (
+    Bend,
     KDSpec,
     check_constant,
     check_number,
@@ -50,11 +51,19 @@ class TeacherHead:
 
     Attributes:
         hidden, weight, bias: as teacher_hidden, teacher_weight, teacher_bias of `linear_kd_loss`.
+        logit_scale, softcap: what its model does to its logits, as teacher_logit_scale and
+            teacher_softcap.
     """
 
     hidden: Tensor
     weight: Tensor | LoraWeight | QuantizedWeight
     bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def bend(self) -> Bend:
+        return Bend(self.logit_scale, self.softcap)
 
     def kind(self) -> Any:
         return head_of(self.hidden, self.weight, self.bias)
@@ -97,6 +106,11 @@ class TeacherMixture:
                     f"TeacherLogProbs or TeacherProbs, got a {type(given).__name__}"
                 )
         fixed, weights = self._weights(len(teachers))
+        bends: list[float] = []
+        for i, given in enumerate(self.teachers):
+            bend = getattr(given, "bend", Bend())
+            bend.check(f"TeacherMixture: teachers[{i}]")
+            bends += bend.numbers()
         of = self.of
         if self.route is not None:
             check_tensor("TeacherMixture: route", self.route)
@@ -107,7 +121,7 @@ class TeacherMixture:
                     f"TeacherMixture: route: expected torch.int64, got {self.route.dtype}"
                 )
             of, weights = "route", self.route[..., None]
-        return Mixture.made_of(teachers, fixed, weights, of)
+        return Mixture(*_packed(teachers), fixed, bends, weights, of)
 
     def _weights(self, count: int) -> tuple[list[float], Tensor | None]:
         """Numbers, and a tensor [..., M] where the weights are one."""
@@ -146,6 +160,7 @@ class Mixture(NamedTuple):
         tensors: of all teachers, one after the other.
         layout: which kinds they are, and which of their fields the tensors are.
         numbers: [M] weights, where they are the same for all rows; else empty.
+        bends: [2 M], `Bend.numbers` of each teacher.
         weights: [N, M] weights or, for "route", [N, 1] int64; [..., M] before `flat`. A tensor [M]
             serves all rows.
         of: "probabilities", "losses" or "route".
@@ -154,23 +169,9 @@ class Mixture(NamedTuple):
     tensors: list[Tensor]
     layout: str
     numbers: list[float]
+    bends: list[float]
     weights: Tensor | None
     of: str
-
-    @classmethod
-    def made_of(
-        cls, teachers: Sequence[Any], numbers: list[float], weights: Tensor | None, of: str
-    ) -> "Mixture":
-        tensors: list[Tensor] = []
-        layout = []
-        for teacher in teachers:
-            codes = [type(teacher).__name__]
-            for field in teacher:
-                code, found = _coded(field)
-                codes.append(code)
-                tensors += found
-            layout.append(",".join(codes))
-        return cls(tensors, ";".join(layout), numbers, weights, of)
 
     @property
     def teachers(self) -> list[Any]:
@@ -186,7 +187,8 @@ class Mixture(NamedTuple):
         return self._with(teachers, self.weights)
 
     def _with(self, teachers: Sequence[Any], weights: Tensor | None) -> "Mixture":
-        return Mixture.made_of(teachers, self.numbers, weights, self.of)
+        tensors, layout = _packed(teachers)
+        return self._replace(tensors=tensors, layout=layout, weights=weights)
 
     @property
     def vocab_size(self) -> int:
@@ -252,15 +254,26 @@ class Mixture(NamedTuple):
         if self.of == "route":
             return self._routed(buffers, tile, spec)
         if self.of == "losses":
-            signals = (teacher.signal(buffers[2:], tile, spec) for teacher in self.teachers)
+            signals = (
+                self._signal(i, teacher, buffers[2:], tile, spec)
+                for i, teacher in enumerate(self.teachers)
+            )
             return Losses(signals, self._columns(), buffers[0], buffers[1])
         return self._mixed(buffers, tile, spec)
+
+    def _signal(
+        self, i: int, teacher: Any, buffers: Sequence[Tensor], tile: int, spec: KDSpec
+    ) -> Tensor:
+        """The logits of rows of teacher i, as its model gives them."""
+        scale, cap = self.bends[2 * i : 2 * i + 2]
+        # values are bent already, and may be a user's
+        return Bend(scale, cap or None).apply(teacher.signal(buffers, tile, spec))
 
     def _mixed(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
         """Logarithms of the mixture, times the temperature by which the row kernel divides."""
         first = None
-        for weight, teacher in zip(self._columns(), self.teachers, strict=True):
-            logits = teacher.signal(buffers[2:], tile, spec)
+        for i, (weight, teacher) in enumerate(zip(self._columns(), self.teachers, strict=True)):
+            logits = self._signal(i, teacher, buffers[2:], tile, spec)
             total, log_p, scaled = (buffer[: logits.shape[0]] for buffer in buffers)
             if first is None:
                 log_p = total
@@ -279,13 +292,14 @@ class Mixture(NamedTuple):
         for i, teacher in enumerate(self.teachers):
             chosen = route == i
             if route.is_cuda:
-                signal = teacher.signal(buffers[1:], tile, spec)
+                signal = self._signal(i, teacher, buffers[1:], tile, spec)
                 torch.where(chosen[:, None], signal.to(out.dtype), out, out=out)
                 continue
             index = chosen.nonzero().squeeze(1)
             if index.numel():
                 rows = teacher.take(slice(0, 0), index)
-                out.index_copy_(0, index, rows.signal(buffers[1:], tile, spec).to(out.dtype))
+                signal = self._signal(i, rows, buffers[1:], tile, spec)
+                out.index_copy_(0, index, signal.to(out.dtype))
         return out
 
     def _columns(self) -> list[Any]:
@@ -384,6 +398,20 @@ def _plus(total: Tensor | None, kd: Tensor, weight: Any) -> Tensor:
 
 def _log(weight: float) -> float:
     return math.log(weight) if weight else -math.inf
+
+
+def _packed(teachers: Sequence[Any]) -> tuple[list[Tensor], str]:
+    """Tensors and layout of a `Mixture`."""
+    tensors: list[Tensor] = []
+    layout = []
+    for teacher in teachers:
+        codes = [type(teacher).__name__]
+        for field in teacher:
+            code, found = _coded(field)
+            codes.append(code)
+            tensors += found
+        layout.append(",".join(codes))
+    return tensors, ";".join(layout)
 
 
 def _coded(field: Any) -> tuple[str, list[Tensor]]:

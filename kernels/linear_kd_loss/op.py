@@ -13,7 +13,8 @@ time and are fp32 at the softmax whatever the dtype of the heads (bf16 logits co
 gradient accuracy as the student nears the teacher). See stream.py for the loop.
 
 FLOPs: 2 N V (3 D_s + D_t); 2 N V (2 D_s + D_t) when the head is frozen; 2 N V (D_s + D_t) without
-gradient. A per-token loss (reduction="none") recomputes in the backward: + 2 N V (D_s + D_t).
+gradient. With gradients="recompute", and for a per-token loss (reduction="none"), the backward
+makes the logits again: + 2 N V (D_s + D_t).
 Limits: classes of one vocabulary, or a part of it; no gradient to the teacher; no double backward.
 """
 
@@ -138,6 +139,8 @@ def linear_kd_loss(
     reduction: str = "mean",
     scale_by_temperature_squared: bool = False,
     workspace_mb: int | None = None,
+    gradients: str = "forward",
+    filter_eps: float | None = None,
     num_valid: int | None = None,
     vocabulary: str = "equal",
     teacher_ids: Tensor | None = None,
@@ -170,7 +173,7 @@ def linear_kd_loss(
         student_bias, teacher_bias: [V], dtypes of their weights.
         student_logit_scale, student_softcap: what the student's model does to the logits z of its
             head, bias included: cap tanh(scale z / cap), as in Gemma 2; None is no cap. Of an
-            infinite logit nothing changes: -inf excludes its class. Not beside a TeacherTopK.
+            infinite logit nothing changes: -inf excludes its class.
         teacher_logit_scale, teacher_softcap: the same of the teacher's, if it has a head.
         token_weights: [...], multiplies each token's loss; does not enter the mean's denominator. A
             constant.
@@ -189,6 +192,17 @@ def linear_kd_loss(
             row for dlogits, up to 8 V D_s in all, with the sum where there is one. A frozen one
             needs 2 V bytes for each of 2^22 / D_s rows of dlogits on a GPU, if a chunk is half as
             large or less. What exceeds half of the workspace comes on top of it.
+        gradients: when they are made. "forward": in the forward, which leaves those of hidden
+            states and head to the backward. "recompute": in the backward, which makes the logits
+            again, chunk by chunk; no gradient exists before it, and the time between the two is
+            free of their memory. The same bits either way. Where none is wanted, under
+            torch.no_grad say, none is made.
+        filter_eps: classes of which no row of a chunk has dlogits of at least so much, in units of
+            the row's factor in the loss (1 / N in a plain mean), are left out of the products of
+            the gradients: their heads' and hidden states' gradients lack at most that
+            (class_filter.py has the bounds), the loss nothing. None: nothing is left out. 2.4e-4
+            is what Cut Cross-Entropy takes beside bf16. A GPU waits once a chunk for the number
+            of classes.
         num_valid: number of labels that are not `ignore_index`, when the caller knows it on the
             host (a collator does). A GPU cannot pack rows without it and then runs all of them.
         vocabulary: "equal", where another number of the teacher's classes is an error; or "common",
@@ -230,7 +244,7 @@ def linear_kd_loss(
             scale_by_temperature_squared=scale_by_temperature_squared,
         ),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
-        Launch(workspace_mb, backend),
+        Launch(workspace_mb, backend, gradients, filter_eps),
         Vocabulary(vocabulary, teacher_ids),
     ).loss
 
@@ -323,14 +337,9 @@ def loss_of_heads(
     if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
         raise ValueError(
             "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
-            f"{type(teacher).__name__}, which has no head that they could follow, "
+            f"{type(teacher).__name__}, which has no head that they could follow (each TeacherHead "
+            f"of a mixture has a logit_scale and a softcap of its own), "
             f"got {spec.teacher_logit_scale} and {spec.teacher_softcap}"
-        )
-    if spec.bends and isinstance(teacher, TeacherTopK):
-        raise ValueError(
-            "student_logit_scale, student_softcap: expected 1 and None beside a TeacherTopK, "
-            "whose row kernels take logits as they are, "
-            f"got {spec.student_logit_scale} and {spec.student_softcap}"
         )
     if by_products and isinstance(teacher, Mixture) and teacher.of == "losses":
         raise ValueError(
@@ -359,7 +368,9 @@ def loss_of_heads(
     op = _OPS[type(student), type(teacher)]
     inputs = op.inputs(
         *(*student, *teacher, labels, weights, ignore_index, num_valid),
-        *(spec.numbers(), spec.names(), launch.workspace_mb, backend, by_products),
+        *(spec.numbers(), spec.names()),
+        *launch._replace(backend=backend),
+        by_products,
     )
     loss, kd, ce, z_loss, found = op(inputs, reduction)
     if reduction == "none":
@@ -378,7 +389,7 @@ def loss_of_heads(
 
 
 _LISTS = ("parts", "tensors")  # fields of heads and teachers that are lists of tensors
-_OPTIONS = ("numbers",)  # those that are lists of numbers
+_OPTIONS = ("numbers", "bends")  # those that are lists of numbers
 
 
 def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
@@ -448,6 +459,7 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
                 spec,
                 wanted={name for name in student._fields if vars(needs).get(f"student_{name}")},
                 workspace_bytes=None if workspace_mb is None else workspace_mb * 2**20,
+                filter_eps=inputs.filter_eps,
                 by_products=inputs.by_products,
             )
         if valid is not None:  # padding may hold anything, NaN included

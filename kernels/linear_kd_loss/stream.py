@@ -30,6 +30,7 @@ from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch, slab_buffer
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, topk_by_products
+from modxfer_fast.kernels.linear_kd_loss.class_filter import ClassFilter
 from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
 from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher
 
@@ -64,6 +65,7 @@ def plan_of(
     workspace_bytes: int | None,
     *,
     copies_rows: bool = False,
+    filtered: ClassFilter | None = None,
 ) -> ChunkPlan:
     """How `stream` spends its workspace.
 
@@ -71,6 +73,7 @@ def plan_of(
         count: rows that are run.
         dtype: of the logits.
         copies_rows: hidden states are packed, or blanked.
+        filtered: what leaves classes out of the gradients.
     """
     logits = pitch(student.vocab_size)
     row_bytes = (1 + teacher.num_buffers) * dtype.itemsize * logits
@@ -79,6 +82,10 @@ def plan_of(
         row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
         slab_row_bytes += 2 * student.row_bytes()
     of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
+    if filtered is not None:
+        row_bytes += filtered.row_bytes(student, dtype)
+        slab_row_bytes += filtered.row_bytes(student, student.hidden.dtype)
+        of_student = max(of_student, filtered.widened_bytes(student, dtype))
     row_bytes += max(2 * of_student, of_teacher)
     return ChunkPlan.of(
         count,
@@ -103,6 +110,7 @@ def stream(
     wanted: Set[str],
     workspace_bytes: int | None,
     by_products: bool = False,
+    filter_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Losses of all rows and the gradients asked for.
 
@@ -112,6 +120,7 @@ def stream(
         wanted: names of the tensors of `student` whose gradients are asked for.
         workspace_bytes: as of `chunks.budget_for`.
         by_products: whether those of each row are asked for.
+        filter_eps: of a `ClassFilter`, or None for gradients of all classes.
 
     Returns:
         kd, ce, z_loss: [N], unweighted, 0 where packed away or not asked for; by-products
@@ -125,9 +134,11 @@ def stream(
     count = weights.shape[0] if kept is None else kept.shape[0]
     blanks = "weight" in wanted and packing.runs_ignored_rows(valid, rows.num_valid)
     counting = valid if blanks else None
+    filtered = ClassFilter(filter_eps) if wanted and filter_eps is not None else None
     plan = plan_of(
         *(student, teacher, count, wanted, dtype, workspace_bytes),
         copies_rows=kept is not None or blanks,
+        filtered=filtered,
     )
     kd, ce, z_loss = (torch.zeros_like(weights) for _ in range(3))
     num_found = len(BY_PRODUCTS[teacher.row_kernel]) if by_products else 0
@@ -177,6 +188,8 @@ def stream(
             for part in spans(len(dlogits), plan.rows):
                 run(whole.part(part), dlogits[part], *buffers)
         if gradient is not None and dlogits is not None:
+            if filtered is not None:
+                dlogits, head = filtered.active(dlogits, head, whole.row_weights)
             gradient.add(dlogits, head, span, index)
 
     with (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import check_same_device, check_tensor
-from modxfer_fast.kernels.common.composed_head import ComposedHead
+from modxfer_fast.kernels.common.composed_head import ComposedHead, of_classes
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import Values
@@ -72,9 +72,9 @@ class Vocabulary(NamedTuple):
 
 
 def _gathered(teacher: Any, ids: Tensor) -> Any:
-    if isinstance(teacher, Head):
-        teacher = ComposedHead(*teacher, None, None, None, [], "", 1.0)
-    return teacher._replace(ids=ids)
+    if isinstance(teacher, Values):
+        return teacher._replace(ids=ids)
+    return of_classes(teacher, ids)
 
 
 def _check_values(ids: Tensor, classes: int) -> None:

@@ -15,6 +15,7 @@ from modxfer_fast.kernels.divergences import (
 )
 from modxfer_fast.kernels.names import (
     BACKENDS,
+    GRADIENTS,
     IMPLS,
     INITS,
     LOSSES,
@@ -142,6 +143,9 @@ class LossSection(LogitsSection):
     label_smoothing: share of the label's probability that goes to all classes alike.
     z_loss_weight: factor of (log sum exp of the student's logits)^2.
     workspace_mb: MiB for logits in flight; null is 512, on a GPU at least what 1024 tokens take.
+    filter_eps: what a gradient of the logits may have, times the token's factor in the loss, for
+        its class to be left out of the products of the gradients.
+    gradients: forward makes them beside the loss, recompute in the backward, for less memory.
     What models do to their logits, a scale or a soft cap, is read from their configurations.
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """
@@ -150,6 +154,8 @@ class LossSection(LogitsSection):
     alpha: float | None = None
     beta: float | None = None
     workspace_mb: PositiveInt | None = None
+    gradients: Annotated[str, OneOf(GRADIENTS)] = GRADIENTS[0]
+    filter_eps: Positive | None = None
     backend: Backend = None
     impl: Annotated[str, OneOf(LOSS_IMPLS)] = "fused"
     hidden_states: HiddenStatesSection | None = None

@@ -87,6 +87,15 @@ class DistillConfig(TrainingArguments):
     backend: str | None = _option(
         Objective.backend, "Kernel backend of the fused loss; chosen when not given."
     )
+    gradients: str = _option(
+        Objective.gradients,
+        "forward: of the fused loss, made beside it; recompute: in the backward, for less memory.",
+    )
+    filter_eps: float | None = _option(
+        Objective.filter_eps,
+        "Leave classes out of the fused loss's gradients whose own are below it, times the token's "
+        "factor in the loss.",
+    )
     loss_impl: str = _option(
         Objective.impl, "fused, or dense: whole logits in plain PyTorch, to compare."
     )

@@ -26,6 +26,8 @@ class Objective(KDSpec):
 
     workspace_mb: int | None = None
     backend: str | None = None
+    gradients: str = "forward"
+    filter_eps: float | None = None
     impl: str = "fused"
 
     def __post_init__(self):
@@ -33,8 +35,13 @@ class Objective(KDSpec):
             raise ValueError(
                 f"loss_impl: expected one of {', '.join(LOSS_IMPLS)}, got {self.impl!r}"
             )
-        Launch(self.workspace_mb).check()
+        self.launch.check()
         self.checked()
+
+    @property
+    def launch(self) -> Launch:
+        """How the fused loss is computed."""
+        return Launch(self.workspace_mb, self.backend, self.gradients, self.filter_eps)
 
     def measured(self, has_teacher: bool, has_labels: bool = True) -> "Objective":
         """The objective that reports both terms, whatever their weight in training.
@@ -77,8 +84,7 @@ class Objective(KDSpec):
         if self.impl == "dense":
             return spec._dense(student, teacher, labels, normalizer)
         tokens = Tokens(labels, normalizer=normalizer, num_valid=num_valid)
-        launch = Launch(self.workspace_mb, self.backend)
-        return loss_of_heads(student, teacher, spec, tokens, launch)
+        return loss_of_heads(student, teacher, spec, tokens, self.launch)
 
     def _dense(
         self, student: Head, teacher: Head, labels: Tensor, normalizer: Tensor | float | None

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
 from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
 from modxfer_fast.kernels.common.rows import Launch, Tokens
-from modxfer_fast.kernels.dispatch import check_name
 from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
 from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
@@ -46,6 +45,8 @@ class LinearKDLoss(nn.Module):
         reduction: str = "mean",
         scale_by_temperature_squared: bool = False,
         workspace_mb: int | None = None,
+        gradients: str = "forward",
+        filter_eps: float | None = None,
         vocabulary: str = "equal",
         backend: str | None = None,
     ):
@@ -66,14 +67,13 @@ class LinearKDLoss(nn.Module):
             scale_by_temperature_squared=scale_by_temperature_squared,
         )
         self.tokens = Tokens(reduction=reduction, ignore_index=ignore_index)
-        self.launch = Launch(workspace_mb, backend)
+        self.launch = Launch(workspace_mb, backend, gradients, filter_eps)
         self.vocabulary = Vocabulary(vocabulary)
         self.spec.checked()
         self.vocabulary.check()
         check_integer("ignore_index", ignore_index)
         check_reduction(reduction, None)
         self.launch.check()
-        check_name(backend)
 
     def forward(
         self,

@@ -6,7 +6,9 @@ import torch
 from modxfer_fast.engine import DistillConfig, Objective
 from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS
+from modxfer_fast.kernels.names import GRADIENTS
 from tests.inputs import linear_inputs
+from tests.support.gemms import gemms
 
 CASES = [(name, None) for name in DIVERGENCES]
 CASES += [("jsd", b) for b in (0.0, 0.3, 1.0)]
@@ -42,6 +44,22 @@ def test_dense_is_the_fused_loss_written_out(divergence, beta, bends, hard):
         grads.append(torch.autograd.grad(terms[-1].loss, list(inputs.trainable().values())))
     torch.testing.assert_close(*terms)
     torch.testing.assert_close(*grads)
+
+
+def test_gradients_are_made_when_the_options_say(tmp_path):
+    inputs = linear_inputs(9, 50, labels=True)
+    products = {}
+    for gradients in GRADIENTS:
+        objective = DistillConfig(output_dir=str(tmp_path), gradients=gradients).objective()
+        args = (
+            *(inputs.student_hidden[None], (inputs.student_weight, None)),
+            *(inputs.teacher_hidden[None], (inputs.teacher_weight, None)),
+            *(inputs.labels[None], None, None),
+        )
+        losses = []
+        forward = gemms(lambda o=objective, a=args, kept=losses: kept.append(o.terms(*a).loss))
+        products[gradients] = len(forward), len(gemms(losses[0].backward))
+    assert products == {"forward": (4, 0), "recompute": (2, 4)}
 
 
 def test_help_has_every_formula():

@@ -387,7 +387,12 @@ def test_what_does_not_fit_is_told(tmp_path, tokenizers):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"loss_impl": "dense"}, "loss_impl: expected fused"), ({"workspace_mb": 64}, "workspace_mb")],
+    [
+        ({"loss_impl": "dense"}, "loss_impl: expected fused"),
+        ({"workspace_mb": 64}, "workspace_mb"),
+        ({"filter_eps": 1e-4}, "filter_eps: expected None"),
+        ({"gradients": "recompute"}, "gradients: expected forward"),
+    ],
 )
 def test_options_of_a_fused_head_are_refused(tmp_path, option, message):
     with pytest.raises(ValueError, match=f"{message}.* with kind 'classifier'"):

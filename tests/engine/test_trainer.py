@@ -274,6 +274,8 @@ def test_student_cannot_teach_itself(tmp_path):
         ({"beta": 0.5}, "beta: expected it with divergence 'jsd' or 'alpha_beta' alone"),
         ({"loss_impl": "quick"}, "loss_impl: expected one of fused, dense"),
         ({"workspace_mb": 0}, "workspace_mb: expected a positive number"),
+        ({"filter_eps": -1e-4}, "filter_eps: expected a positive number or None, got -0.0001"),
+        ({"gradients": "late"}, "gradients: expected one of forward, recompute, got 'late'"),
         ({"zero_stage": 4}, "zero_stage: expected one of 0, 1, 2, 3, got 4"),
         ({"max_skipped_steps": -1}, "max_skipped_steps: expected >= 0"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: expected True"),

@@ -229,6 +229,12 @@ LINEAR = {
     ),
     "workspace_mb-zero": ({"workspace_mb": 0}, ValueError, "workspace_mb", "positive", "0"),
     "workspace_mb-negative": ({"workspace_mb": -5}, ValueError, "workspace_mb", "positive", "-5"),
+    "filter_eps-zero": ({"filter_eps": 0.0}, ValueError, "filter_eps", "positive", "0.0"),
+    "filter_eps-text": ({"filter_eps": "auto"}, TypeError, "filter_eps", "number", "'auto'"),
+    "gradients-name": (
+        {"gradients": "checkpoint"},
+        *(ValueError, "gradients", "recompute", "checkpoint"),
+    ),
     "num_valid-alone": ({"num_valid": 3}, ValueError, "num_valid", "labels", "3"),
     "num_valid-wrong": (
         {"labels": labels_with(-100), "num_valid": 4},
@@ -327,6 +333,7 @@ MODULES = {
         *((m, {"workspace_mb": 0}, ValueError, ("workspace_mb", "positive", "0")) for m in MODULES),
         *((m, {"workspace_mb": "8"}, TypeError, ("workspace_mb", "integer")) for m in MODULES),
         *((m, {"backend": "nope"}, ValueError, ("backend", "reference", "nope")) for m in MODULES),
+        ("LinearKDLoss", {"gradients": "now"}, ValueError, ("gradients", "recompute", "now")),
         ("LinearKDLoss", {"reduction": "avg"}, ValueError, ("reduction", "mean", "avg")),
         ("LinearKDLoss", {"ignore_index": 1.5}, TypeError, ("ignore_index", "integer", "1.5")),
         ("LinearKDLoss", {"beta": 0.5}, ValueError, ("beta", "jsd", "forward_kl")),

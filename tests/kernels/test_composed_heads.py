@@ -411,7 +411,7 @@ def test_opcheck(op):
     weight = LoraWeight(stored, tensors["lora_A"], tensors["lora_B"], 0.5)
     head = head_of(tensors["student_hidden"], weight, tensors["student_bias"])
     args = (*head, *TeacherLogits(TEACHER).kind(), None, torch.ones(N), -100, None)
-    args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", False)
+    args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", "forward", None, False)
     args += ([True, False, True, True, True, False],) if op == "fwd" else ()
     torch.library.opcheck(
         getattr(torch.ops.modxfer, f"linear_kd_loss_of_values_in_tiles_{op}").default, args

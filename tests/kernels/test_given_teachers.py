@@ -1,5 +1,7 @@
 """Teachers of other kinds than hidden states, against definitions written out in fp64."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from modxfer_fast import (
     linear_kd_loss,
     linear_kd_loss_terms,
 )
+from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.linear_kd_loss import teachers as teacher_kinds
 from modxfer_fast.testing.accuracy import assert_within_budget
@@ -330,6 +333,54 @@ def test_mixtures(ce_weight, weights, of, temperature, divergence, backend):
         torch.testing.assert_close(one.detach(), other)
 
 
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("of", ["probabilities", "losses"])
+@pytest.mark.parametrize("weights", ["numbers", "tokens", "route"])
+def test_teachers_that_scale_and_cap_their_logits(weights, of, backend):
+    """Each its own way, beside one that gives what its model made, and a student that caps too."""
+    given, expected = MIXTURES[weights]
+    h_t, w_t = randn(N, 5, seed=8), 2.0 * randn(V, 5, seed=9)
+    values, of_values = given_as("logits", teacher_logits(seed=11))
+    teachers = [TeacherHead(h_t, w_t, None, 0.5, 3.0), values, TeacherHead(h_t, w_t, None, 0.25)]
+    raw = h_t.double() @ w_t.double().T
+    log_ps = [3.0 * torch.tanh(raw / 6.0), of_values, 0.25 * raw]
+    leaves = student()
+    kept = values.logits.clone()
+    loss = linear_kd_loss(
+        **leaves,
+        teacher_hidden=TeacherMixture(teachers, of=of, **given),
+        student_softcap=4.0,
+        temperature=1.5,
+        backend=backend,
+    )
+
+    def truth(z_s):
+        z_s = 4.0 * torch.tanh(z_s / 4.0)
+        return mixture_rows(log_ps, expected, of, z_s, "forward_kl", 1.5).mean()
+
+    check(leaves, loss, truth)
+    assert torch.equal(values.logits, kept)
+
+
+def test_a_cap_of_a_mixture_belongs_to_its_heads():
+    head = TeacherHead(randn(N, D), randn(V, D))
+    heads = [randn(N, D), randn(V, D)]
+    with pytest.raises(ValueError, match=r"teacher_softcap.*Mixture.*each TeacherHead.*got 1.0"):
+        linear_kd_loss(*heads, TeacherMixture([head]), teacher_softcap=30.0)
+    for change, word in (({"softcap": 0.0}, "softcap"), ({"logit_scale": -1.0}, "logit_scale")):
+        bad = dataclasses.replace(head, **change)
+        with pytest.raises(ValueError, match=rf"TeacherMixture: teachers\[1\]_{word}: .*positive"):
+            linear_kd_loss(*heads, TeacherMixture([head, bad]))
+
+
+def test_logits_are_bent_in_the_memory_that_they_have():
+    raw = 3 * randn(4, 9000)
+    raw[1, 7], raw[2, 8] = float("inf"), -float("inf")
+    expected = Bend(0.5, 2.0).of(raw.clone())
+    assert Bend(0.5, 2.0).apply(raw) is raw
+    assert torch.equal(raw, expected)
+
+
 @pytest.mark.parametrize("of", ["probabilities", "losses"])
 @pytest.mark.parametrize("weights", MIXTURES)
 @pytest.mark.parametrize("dtype", HALF, ids=["fp16", "bf16"])
@@ -429,7 +480,7 @@ def test_opcheck_of_mixtures(of, weights, op):
     mixture = TeacherMixture(teachers, of=of, **MIXTURES[weights][0]).kind().flat(N)
     leaves = list(student().values())
     args = (*leaves, *mixture, None, torch.ones(N), -100, None)
-    args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", False)
+    args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", "forward", None, False)
     args += ([True] * 3,) if op == "fwd" else ()
     torch.library.opcheck(
         getattr(torch.ops.modxfer, f"linear_kd_loss_of_mixture_{op}").default, args

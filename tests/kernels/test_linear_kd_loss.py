@@ -6,7 +6,6 @@ import inspect
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from modxfer_fast import KDTerms, LinearKDLoss, linear_kd_loss, linear_kd_loss_terms
 from modxfer_fast.kernels.common import KDSpec, scratch
@@ -23,6 +22,7 @@ from tests.inputs import (
     masked_labels,
     row_weights,
 )
+from tests.support.gemms import gemms
 from tests.support.kd_rows import ONE_OF_A_KIND
 
 pytestmark = [
@@ -490,20 +490,6 @@ def test_teacher_gets_no_gradient():
 # --- how much is computed
 
 
-def gemms(step) -> list[list[int]]:
-    """[M, N, K] of every matrix product that runs inside `step`."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        step()
-    products = []
-    for event in recorded.events():
-        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::matmul", "aten::bmm"):
-            left, right = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
-            if event.name == "aten::mm":
-                left, right = event.input_shapes[:2]
-            products.append([left[0], right[1], left[1]])
-    return products
-
-
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("mode", ["trainable", "frozen-head", "frozen-hidden", "no_grad"])
 def test_number_of_gemms(mode, backend):
@@ -709,7 +695,7 @@ def test_opcheck(op, labels, layout):
         *(inputs.labels, row_weights(6, inputs.labels, None).float()),
         *(-100, 5 if labels else None),
         *(KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels else 0.0).checked().numbers(), "jsd"),
-        *(64, "cpp", labels),
+        *(64, "cpp", "forward", None, labels),
     )
     if op == "linear_kd_loss_fwd":
         args += ([True, True, True],)

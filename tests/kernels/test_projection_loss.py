@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import scratch
@@ -30,6 +29,7 @@ from tests.projection_inputs import (
     projection_inputs,
     weights_of,
 )
+from tests.support.gemms import gemms
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -614,20 +614,6 @@ def test_teacher_gets_no_gradient():
 
 
 # --- how much is computed
-
-
-def gemms(step) -> list[list[int]]:
-    """[M, N, K] of every matrix product that runs inside `step`."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        step()
-    products = []
-    for event in recorded.events():
-        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::matmul", "aten::bmm"):
-            left, right = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
-            if event.name == "aten::mm":
-                left, right = event.input_shapes[:2]
-            products.append([left[0], right[1], left[1]])
-    return products
 
 
 def run(inputs, mode="trainable", **options):

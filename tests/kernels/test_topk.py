@@ -143,8 +143,13 @@ def truth_rows(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
 ) -> Tensor:
-    """[N] weighted losses of logits, by the definition, in their dtype."""
+    """[N] weighted losses of a head's logits, by the definition, in their dtype."""
+    z = student_logit_scale * z
+    if student_softcap is not None:
+        z = student_softcap * torch.tanh(z / student_softcap)
     teacher, counts = inputs.teacher, torch.ones(len(z), dtype=torch.bool)
     if inputs.labels is not None:
         counts = inputs.labels != -100
@@ -210,6 +215,46 @@ def test_temperature_and_dtype(tail, divergence, dtype, backend):
         6, 2100, 64, dtype, tail=tail, temperature=2.0, beside=True, ids_dtype=torch.int32
     )
     check(inputs, divergence, backend=backend, temperature=2.0, ce_weight=0.5)
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    "bend",
+    [{"student_logit_scale": 0.25}, {"student_logit_scale": 1.5, "student_softcap": 4.0}],
+    ids=["scaled", "capped"],
+)
+@pytest.mark.parametrize(("tail", "divergence"), CASES)
+def test_scaled_and_capped_logits(tail, divergence, bend, dtype, backend):
+    """Of the classes that are listed, the others and the label; many are far beyond the cap."""
+    inputs = make_inputs(4, 1030, 40, dtype, tail=tail, temperature=2.0, beside=True)
+    check(inputs, divergence, backend=backend, temperature=2.0, ce_weight=0.5, **bend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_class_that_is_excluded_stays_so_under_a_cap(tail, backend):
+    """And what is saturated has no gradient."""
+    bias = torch.tensor([3e38, 2.0, -INF, 0.5, -1e30, 1.0]).requires_grad_()
+    teacher = TeacherTopK(torch.tensor([[1, 0, 4]]), torch.tensor([[0.5, 0.3, 0.1]]).log(), tail)
+    loss = linear_kd_loss(
+        *(torch.zeros(1, 0), torch.zeros(6, 0), teacher),
+        student_bias=bias,
+        student_softcap=5.0,
+        labels=torch.tensor([3]),
+        ce_weight=0.5,
+        backend=backend,
+    )
+    z = 5.0 * torch.tanh(bias.detach().double() / 5.0)
+    z[2] = -INF
+    p, q = laid_out(z[None], teacher, 1.0)
+    expected = kl(p, q)[0] - 0.5 * z.log_softmax(-1)[3]
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(loss, bias)
+    assert grad.isfinite().all()
+    assert (grad[[0, 2, 4]] == 0).all()
+    assert (grad[[1, 3, 5]] != 0).all()
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -489,7 +534,8 @@ def test_opcheck(op):
     else:
         weights = (labels != -100).float()
         args = (inputs.hidden, inputs.weight, None, *inputs.teacher)
-        args += (labels, weights, -100, None, *options, 8, "cpp", False, [True, True, False])
+        args += (labels, weights, -100, None, *options, 8, "cpp", "forward", None, False)
+        args += ([True, True, False],)
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 
 

@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
                                         std::optional<Tensor> row_weights, int64_t divergence,
-                                        std::vector<double> numbers, std::optional<Tensor> dlogits);
+                                        std::vector<double> numbers, std::vector<double> bends,
+                                        std::optional<Tensor> dlogits);
 
 // -> loss [M]; writes dz [M, D] where given, which may be z
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,

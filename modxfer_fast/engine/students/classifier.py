@@ -73,7 +73,12 @@ class TaskClassifier(ModelParts):
         for name in ("kd_weight", "ce_weight"):
             if not getattr(config, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(config, name)}")
-        for name, only in (("loss_impl", Objective.impl), ("workspace_mb", Objective.workspace_mb)):
+        for name, only in (
+            ("loss_impl", Objective.impl),
+            ("workspace_mb", Objective.workspace_mb),
+            ("gradients", Objective.gradients),
+            ("filter_eps", Objective.filter_eps),
+        ):
             if getattr(config, name) != only:
                 raise ValueError(
                     f"{name}: expected {only} with kind 'classifier', whose logits are whole and "
