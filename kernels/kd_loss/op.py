@@ -36,7 +36,7 @@ from modxfer_fast.kernels.common import (
 from modxfer_fast.kernels.common.packing import row_major
 from modxfer_fast.kernels.common.rows import Tokens
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
-from modxfer_fast.kernels.kd_loss.topk_op import topk_rows
+from modxfer_fast.kernels.kd_loss.topk_op import fake_bwd, topk_rows
 
 
 class _Inputs(NamedTuple):
@@ -189,7 +189,7 @@ def _backward(ctx, drows: Tensor | None, _) -> dict[str, Tensor | None]:
 
 
 def _run_bwd(inputs) -> Tensor:
-    dlogits = _fake_bwd(inputs)
+    dlogits = fake_bwd(inputs)
     dispatch.load("kd_loss", inputs.backend).kd_loss_bwd(
         row_major(inputs.student_logits),
         row_major(inputs.teacher_logits),
@@ -202,10 +202,6 @@ def _run_bwd(inputs) -> Tensor:
     return dlogits
 
 
-def _fake_bwd(inputs) -> Tensor:
-    return torch.empty_like(inputs.student_logits, memory_format=torch.contiguous_format)
-
-
 _fwd = streamed_op.define_op(
     "kd_loss_fwd",
     _Inputs,
@@ -216,5 +212,5 @@ _fwd = streamed_op.define_op(
     backward=_backward,
 )
 _bwd = streamed_op.define_op(
-    "kd_loss_bwd", _BackwardInputs, ("dlogits",), run=_run_bwd, fake=_fake_bwd
+    "kd_loss_bwd", _BackwardInputs, ("dlogits",), run=_run_bwd, fake=fake_bwd
 )

@@ -83,7 +83,7 @@ def _backward(ctx, drows: Tensor | None) -> dict[str, Tensor | None]:
 
 def _run_bwd(inputs) -> Tensor:
     spec = KDSpec.read(inputs.names, inputs.numbers)
-    dlogits = _fake_bwd(inputs)
+    dlogits = fake_bwd(inputs)
     dispatch.load("kd_loss", inputs.backend).topk_kd_loss_fwd_bwd(
         row_major(inputs.student_logits),
         _teacher(inputs).rows(spec),
@@ -95,7 +95,8 @@ def _run_bwd(inputs) -> Tensor:
     return dlogits
 
 
-def _fake_bwd(inputs) -> Tensor:
+def fake_bwd(inputs) -> Tensor:
+    """Room for dlogits [N, V], of `kd_loss` too."""
     return torch.empty_like(inputs.student_logits, memory_format=torch.contiguous_format)
 
 
@@ -109,5 +110,5 @@ _fwd = streamed_op.define_op(
     backward=_backward,
 )
 _bwd = streamed_op.define_op(
-    "topk_kd_loss_bwd", _BackwardInputs, ("dlogits",), run=_run_bwd, fake=_fake_bwd
+    "topk_kd_loss_bwd", _BackwardInputs, ("dlogits",), run=_run_bwd, fake=fake_bwd
 )
