@@ -12,6 +12,7 @@ from modxfer_fast.kernels.linear_kd_loss.op import (
     KDTerms,
     linear_kd_loss,
     linear_kd_loss_terms,
+    loss_alone,
     loss_of_heads,
 )
 from modxfer_fast.kernels.linear_kd_loss.teachers import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec, check_label_values, check_row_tensor, check_tensor
 from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
 from modxfer_fast.kernels.common.rows import Launch, Tokens
-from modxfer_fast.kernels.linear_kd_loss.op import ByProducts, loss_of_heads
+from modxfer_fast.kernels.linear_kd_loss.op import ByProducts, loss_alone, loss_of_heads
 from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher
 
 
@@ -88,7 +88,7 @@ def linear_cross_entropy(
         ValueError, TypeError, RuntimeError, BackendError: as `linear_kd_loss` does.
     """
     check_tensor("labels", labels)
-    return loss_of_heads(
+    return loss_alone(
         head_of(hidden, weight, bias),
         NoTeacher(),
         KDSpec(
@@ -101,7 +101,7 @@ def linear_cross_entropy(
         ),
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
         Launch(workspace_mb, backend, gradients, filter_eps),
-    ).loss
+    )
 
 
 def linear_log_probs(

@@ -225,7 +225,7 @@ def linear_kd_loss(
 
     Under `torch.autocast` the student's hidden states and head are cast as `F.linear` would.
     """
-    return loss_of_heads(
+    return loss_alone(
         head_of(student_hidden, student_weight, student_bias),
         teacher_of(teacher_hidden, teacher_weight, teacher_bias),
         KDSpec(
@@ -246,7 +246,7 @@ def linear_kd_loss(
         Tokens(labels, token_weights, normalizer, reduction, ignore_index, num_valid),
         Launch(workspace_mb, backend, gradients, filter_eps),
         Vocabulary(vocabulary, teacher_ids),
-    ).loss
+    )
 
 
 _ARGUMENTS = frozenset(inspect.signature(linear_kd_loss).parameters)
@@ -316,6 +316,31 @@ def loss_of_heads(
     A student or teacher of another kind than `Head` is one that `streamed` has registered. Fields
     that are no tensors cross the op's boundary as they are.
     """
+    return _computed(student, teacher, spec, tokens, launch, vocabulary, by_products)[1]()
+
+
+def loss_alone(
+    student: Any,
+    teacher: Teacher,
+    spec: KDSpec,
+    tokens: Tokens,
+    launch: Launch,
+    vocabulary: Vocabulary | None = None,
+) -> Tensor:
+    """The loss of `loss_of_heads` without its terms, each of which takes operators of its own."""
+    return _computed(student, teacher, spec, tokens, launch, vocabulary, False)[0]
+
+
+def _computed(
+    student: Any,
+    teacher: Teacher,
+    spec: KDSpec,
+    tokens: Tokens,
+    launch: Launch,
+    vocabulary: Vocabulary | None,
+    by_products: bool,
+) -> tuple[Tensor, Callable[[], KDTerms]]:
+    """The loss, and what makes its terms."""
     role = "" if isinstance(teacher, NoTeacher) else "student"
     hidden = "student_hidden" if role else "hidden"
     given = tensors_of(role, student) | tensors_of("teacher", teacher)
@@ -377,15 +402,20 @@ def loss_of_heads(
         loss = loss.reshape(lead)
     elif late is not None:
         loss = loss / late
-    count = divisor
-    if count is None or normalizer is not None:
-        count = counted_rows(valid, student.hidden, dtype)
-    kd, ce, z_loss = (term.sum() / count for term in (kd, ce, z_loss))
-    of_tokens = None
-    if by_products:
-        columns = found.T.reshape(found.shape[1], *lead)
-        of_tokens = ByProducts(**dict(zip(BY_PRODUCTS[teacher.row_kernel], columns, strict=True)))
-    return KDTerms(loss, kd, ce, z_loss, of_tokens)
+
+    def terms() -> KDTerms:
+        count = divisor
+        if count is None or normalizer is not None:
+            count = counted_rows(valid, student.hidden, dtype)
+        mean_kd, mean_ce, mean_z_loss = (term.sum() / count for term in (kd, ce, z_loss))
+        of_tokens = None
+        if by_products:
+            columns = found.T.reshape(found.shape[1], *lead)
+            named = zip(BY_PRODUCTS[teacher.row_kernel], columns, strict=True)
+            of_tokens = ByProducts(**dict(named))
+        return KDTerms(loss, mean_kd, mean_ce, mean_z_loss, of_tokens)
+
+    return loss, terms
 
 
 _LISTS = ("parts", "tensors")  # fields of heads and teachers that are lists of tensors
@@ -465,7 +495,10 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         if valid is not None:  # padding may hold anything, NaN included
             kd, ce, z_loss = (term.masked_fill(~valid, 0.0) for term in (kd, ce, z_loss))
             found = found.masked_fill(~valid[:, None], 0.0)
-        losses = spec.kd_weight * kd + spec.ce_weight * ce + spec.z_loss_weight * z_loss
+        losses = spec.kd_weight * kd
+        for factor, term in ((spec.ce_weight, ce), (spec.z_loss_weight, z_loss)):
+            if factor != 0.0:  # else the term is 0, and adding it costs two operators
+                losses = losses + factor * term
         losses = torch.where(weights != 0, weights * losses, 0.0)
         return (
             losses,

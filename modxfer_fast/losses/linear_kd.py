@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
 from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
 from modxfer_fast.kernels.common.rows import Launch, Tokens
-from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
+from modxfer_fast.kernels.linear_kd_loss import loss_alone
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
 from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
 
@@ -93,14 +93,14 @@ class LinearKDLoss(nn.Module):
         tokens = self.tokens._replace(
             labels=labels, token_weights=token_weights, normalizer=normalizer, num_valid=num_valid
         )
-        return loss_of_heads(
+        return loss_alone(
             head_of(student_hidden, student_weight, student_bias),
             teacher_of(teacher_hidden, teacher_weight, teacher_bias),
             self.spec,
             tokens,
             self.launch,
             self.vocabulary._replace(teacher_ids=teacher_ids),
-        ).loss
+        )
 
     @property
     def options(self) -> Mapping[str, Any]:
