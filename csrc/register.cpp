@@ -29,6 +29,16 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "float label_smoothing, float z_loss_weight, float[] bends, Tensor(a!) dlogits, "
       "Tensor(b!)? extras) -> Tensor ce");
   m.def(
+      "kd_loss_stats(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int divergence, "
+      "float[] numbers, float[] bends, bool has_more) -> Tensor parts");
+  m.def(
+      "kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int divergence, "
+      "float[] numbers, float[] bends) -> Tensor sums");
+  m.def(
+      "kd_loss_write(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int classes, "
+      "Tensor row_weights, Tensor stats, int divergence, float[] numbers, float[] bends, "
+      "Tensor(a!) dlogits) -> ()");
+  m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, "
       "float[] numbers, float[] bends, Tensor(a!)? dlogits) -> (Tensor kd, Tensor ce)");
@@ -66,6 +76,9 @@ STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
   m.impl("kd_loss_fwd", TORCH_BOX(&modxfer::kd_loss_fwd));
   m.impl("kd_loss_bwd", TORCH_BOX(&modxfer::kd_loss_bwd));
   m.impl("kd_loss_fwd_bwd", TORCH_BOX(&modxfer::kd_loss_fwd_bwd));
+  m.impl("kd_loss_stats", TORCH_BOX(&modxfer::kd_loss_stats));
+  m.impl("kd_loss_sums", TORCH_BOX(&modxfer::kd_loss_sums));
+  m.impl("kd_loss_write", TORCH_BOX(&modxfer::kd_loss_write));
   m.impl("topk_kd_loss", TORCH_BOX(&modxfer::topk_kd_loss));
   m.impl("cross_entropy_fwd", TORCH_BOX(&modxfer::cross_entropy_fwd));
   m.impl("cross_entropy_fwd_bwd", TORCH_BOX(&modxfer::cross_entropy_fwd_bwd));

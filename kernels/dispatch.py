@@ -33,6 +33,7 @@ from modxfer_fast.kernels.names import BACKENDS
 ROOMS = {
     "kd_loss": (
         *("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd"),
+        *("kd_loss_stats", "kd_loss_sums", "kd_loss_write"),
         *("topk_kd_loss_fwd", "topk_kd_loss_fwd_bwd"),
         *("cross_entropy_fwd", "cross_entropy_fwd_bwd"),
     ),

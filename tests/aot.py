@@ -40,7 +40,7 @@ TARGETS = {
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ROOMS = (
-    *("kd_loss", "topk_kd_loss", "cross_entropy"),
+    *("kd_loss", "kd_loss_stages", "topk_kd_loss", "cross_entropy"),
     *("projection_loss", "lora_linear", "correlation", "scale"),
 )
 

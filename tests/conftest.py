@@ -39,6 +39,15 @@ def ranks():
         yield ranks
 
 
+@pytest.fixture(scope="session")
+def four_ranks():
+    """As `ranks`, four of them."""
+    from modxfer_fast.testing import Ranks
+
+    with Ranks(4) as ranks:
+        yield ranks
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _thin(config, items)
 

@@ -21,12 +21,13 @@ namespace {
 using torch::headeronly::ScalarType;
 
 // numbers: c0 to c3, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight.
-KdSpec make_spec(int64_t divergence, const std::vector<double>& numbers) {
+KdSpec make_spec(int64_t divergence, const std::vector<double>& numbers, int64_t classes) {
   STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences && numbers.size() == 9,
                   "divergence, numbers: expected those that these C++ kernels were built with");
   const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
   return {static_cast<Divergence>(divergence),  number(0), number(1), number(2), number(3),
-          static_cast<float>(1.0 / numbers[4]), number(5), number(6), number(7), number(8)};
+          static_cast<float>(1.0 / numbers[4]), number(5), number(6), number(7), number(8),
+          static_cast<float>(classes)};
 }
 
 // Where the by-products of rows go, [M, 1] (lse alone) or [M, 6], or nowhere.
@@ -114,6 +115,33 @@ void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& 
   dlogits.commit(row, target);
 }
 
+// dlogits of all rows, from their statistics.
+void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, const Labels& label,
+                const Tensor& row_weights, const Tensor& stats, const KdSpec& spec,
+                const std::vector<double>& bends, const Tensor& dlogits) {
+  const int64_t M = student_logits.size(0), V = student_logits.size(1);
+  const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
+  const Bends of(bends);
+  const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
+  const Rows grad(dlogits);
+  check_same_shape(student_logits, teacher_logits);
+  check_same_shape(student_logits, dlogits);
+  check_per_row(row_weights, M);
+  check_per_row(stats, 6 * M);
+  const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
+  const float* weights = floats(row_weights);
+  torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
+    Buffers buffers(V, student, teacher, grad.buffer_size());
+    for (int64_t row = begin; row < end; ++row) {
+      const float* z_s = student.read(row, buffers.student.data());
+      const float* z_t = teacher.read(row, buffers.teacher.data());
+      kernels.recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec,
+                stats_rows[row], buffers);
+    }
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
@@ -122,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
                                                std::vector<double> bends,
                                                std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers);
+  const KdSpec spec = make_spec(divergence, numbers, V);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -154,28 +182,8 @@ void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Ten
                  Tensor row_weights, Tensor stats, int64_t divergence, std::vector<double> numbers,
                  std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers);
-  const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Bends of(bends);
-  const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
-  const Rows grad(dlogits);
-  const Labels label(labels, M, V);
-  check_same_shape(student_logits, teacher_logits);
-  check_same_shape(student_logits, dlogits);
-  check_per_row(row_weights, M);
-  check_per_row(stats, 6 * M);
-  const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
-  const float* weights = floats(row_weights);
-  torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, student, teacher, grad.buffer_size());
-    for (int64_t row = begin; row < end; ++row) {
-      const float* z_s = student.read(row, buffers.student.data());
-      const float* z_t = teacher.read(row, buffers.teacher.data());
-      kernels.recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
-      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec,
-                stats_rows[row], buffers);
-    }
-  });
+  write_rows(student_logits, teacher_logits, Labels(labels, M, V), row_weights, stats,
+             make_spec(divergence, numbers, V), bends, dlogits);
 }
 
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
@@ -184,7 +192,7 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
                                            std::vector<double> bends, Tensor dlogits,
                                            std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers);
+  const KdSpec spec = make_spec(divergence, numbers, V);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -216,6 +224,8 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   });
   return {kd, ce};
 }
+
+#include "kd_loss_stages.h"
 
 // --- a teacher that lists a few classes
 
@@ -311,7 +321,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
                                         std::vector<double> numbers, std::vector<double> bends,
                                         std::optional<Tensor> dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers);
+  const KdSpec spec = make_spec(divergence, numbers, V);
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const BentRows student(student_logits, Bends(bends).student);
   const Rows grad(dlogits.value_or(student_logits));

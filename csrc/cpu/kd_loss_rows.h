@@ -212,17 +212,22 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
   return {static_cast<float>(kd), static_cast<float>(ce)};
 }
 
+// Classes i to i + n, from the statistics of the row.
+MODXFER_INLINE Class class_of(const float* student, const float* teacher, int64_t i, int n,
+                              const KdSpec& spec, const KdStats& stats) {
+  const vf z_s = load_n(student + i, n) - stats.max_s;
+  const vf z_t = load_n(teacher + i, n) - stats.max_t;
+  const vf log_q = z_s * spec.inv_temperature - stats.logd_s;
+  const vf log_p = z_t * spec.inv_temperature - stats.logd_t;
+  const vf d = (z_t - z_s) * spec.inv_temperature - (stats.logd_t - stats.logd_s);
+  return {vexp(log_q), vexp(log_p), d, log_q, log_p};
+}
+
 template <Divergence kDivergence>
 void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
                    const KdStats& stats, const KdScratch& scratch) {
-  const float logd_gap = stats.logd_t - stats.logd_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
-    const vf z_s = load_n(student + i, n) - stats.max_s;
-    const vf z_t = load_n(teacher + i, n) - stats.max_t;
-    const vf log_q = z_s * spec.inv_temperature - stats.logd_s;
-    const vf log_p = z_t * spec.inv_temperature - stats.logd_t;
-    const vf d = (z_t - z_s) * spec.inv_temperature - logd_gap;
-    const Class x = {vexp(log_q), vexp(log_p), d, log_q, log_p};
+    const Class x = class_of(student, teacher, i, n, spec, stats);
     store_n(scratch.q + i, n, x.q);
     store_n(scratch.u + i, n, divergence_terms<kDivergence>(x, spec).u);
   });
@@ -237,7 +242,7 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
   const float ce_scale = has_ce ? row_weight * spec.ce_weight : 0.0f;
   float q1_scale = ce_scale;
   if (has_z) q1_scale += 2.0f * row_weight * spec.z_loss_weight * (stats.max_s + stats.logd_1);
-  const float shift = ce_scale * spec.label_smoothing / static_cast<float>(V);
+  const float shift = ce_scale * spec.label_smoothing / spec.classes;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const vf q = load_or_zero(scratch.q + i, n);
     const vf u = load_or_zero(scratch.u + i, n);
@@ -249,9 +254,10 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
     }
     store_n(dlogits + i, n, dz - shift);
   });
-  if (has_ce) dlogits[label] -= ce_scale * (1.0f - spec.label_smoothing);
+  if (has_ce && label < V) dlogits[label] -= ce_scale * (1.0f - spec.label_smoothing);
 }
 
+#include "kd_loss_stages_rows.h"
 #include "topk_kd_loss_rows.h"
 
 template <int64_t... kIds>
@@ -262,6 +268,9 @@ constexpr std::array<KdRowKernels, sizeof...(kIds)> kernels_of(
       {row_fwd<static_cast<Divergence>(kIds), false>, row_fwd<static_cast<Divergence>(kIds), true>},
       row_recompute<static_cast<Divergence>(kIds)>,
       row_grad,
+      {row_part<static_cast<Divergence>(kIds), false>,
+       row_part<static_cast<Divergence>(kIds), true>},
+      row_sums<static_cast<Divergence>(kIds)>,
       topk_row_fwd<static_cast<Divergence>(kIds)>,
       topk_row_grad}...};
 }

@@ -30,6 +30,7 @@ from modxfer_fast.kernels.common.checks import (
     check_tensor,
 )
 from modxfer_fast.kernels.common.chunks import ChunkPlan
+from modxfer_fast.kernels.common.gathered import is_plain
 from modxfer_fast.kernels.common.head import Head, HeadGradient
 from modxfer_fast.kernels.common.scalars import check_number
 from modxfer_fast.kernels.common.spec import KDSpec
@@ -176,10 +177,16 @@ def quantized_in(text: str) -> list[str]:
 def head_of(hidden: Tensor, weight: Any, bias: Tensor | None) -> Any:
     """The head that a user's arguments mean: a `Head`, or a `ComposedHead` where it takes one."""
     lora: tuple[Tensor | None, Tensor | None, float] = (None, None, 1.0)
+    if not all(map(is_plain, (hidden, bias, *_tensors_of(weight)))):
+        from modxfer_fast.kernels.common.parallel_head import local_head  # which imports this file
+
+        return local_head(hidden, weight, bias)
     if isinstance(weight, LoraWeight):
         check_number("LoraWeight: scaling", weight.scaling)
         lora = (weight.lora_A, weight.lora_B, float(weight.scaling))
         weight = weight.weight
+    elif hasattr(weight, "as_head"):
+        return weight.as_head(hidden, bias)
     elif not isinstance(weight, QuantizedWeight):
         return Head(hidden, weight, bias)
     if isinstance(weight, QuantizedWeight):
@@ -194,6 +201,13 @@ def of_classes(head: Any, ids: Tensor) -> "ComposedHead":
     if isinstance(head, Head):
         head = ComposedHead(*head, None, None, None, [], "", 1.0)
     return head._replace(ids=ids)
+
+
+def _tensors_of(weight: Any) -> tuple[Any, ...]:
+    """Those that other libraries may keep in parts."""
+    if isinstance(weight, LoraWeight):
+        return weight.weight, weight.lora_A, weight.lora_B
+    return (weight,)
 
 
 class ComposedHead(NamedTuple):
@@ -217,6 +231,10 @@ class ComposedHead(NamedTuple):
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0] if self.ids is None else self.ids.shape[0]
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        return self.vocab_size, self.vocab_size
 
     @property
     def row_kernel(self) -> str:
@@ -256,21 +274,15 @@ class ComposedHead(NamedTuple):
             return self
         return self._replace(hidden=self.hidden.reshape(rows, self.hidden.shape[-1]))
 
-    def leading(self, classes: int) -> "ComposedHead":
-        weight, bias, lora_b, ids, parts = (
-            self.weight,
-            self.bias,
-            self.lora_b,
-            self.ids,
-            self.parts,
+    def part(self, classes: slice) -> "ComposedHead":
+        if self.ids is not None:
+            return self._replace(ids=self.ids[classes])
+        return self._replace(
+            weight=self.weight[classes],
+            bias=None if self.bias is None else self.bias[classes],
+            lora_b=None if self.lora_b is None else self.lora_b[classes],
+            parts=[part[classes] for part in self.parts],
         )
-        if ids is None:
-            weight, parts = weight[:classes], [part[:classes] for part in parts]
-            bias = None if bias is None else bias[:classes]
-            lora_b = None if lora_b is None else lora_b[:classes]
-        else:
-            ids = ids[:classes]
-        return self._replace(weight=weight, bias=bias, lora_b=lora_b, ids=ids, parts=parts)
 
     def check(self, role: str) -> None:
         hidden, weight, bias, lora_a, lora_b = self[:5]
@@ -395,9 +407,17 @@ class ComposedHead(NamedTuple):
         return du.mul_(self.scaling)
 
     def gradient(
-        self, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
+        self,
+        wanted: Set[str],
+        row_weights: Tensor,
+        plan: ChunkPlan,
+        *,
+        is_packed: bool,
+        sums_hidden: bool = False,
     ) -> "ComposedGradient":
-        return ComposedGradient(self, wanted, row_weights, plan, is_packed=is_packed)
+        return ComposedGradient(
+            self, wanted, row_weights, plan, is_packed=is_packed, sums_hidden=sums_hidden
+        )
 
     # --- bytes
 
@@ -432,18 +452,21 @@ class ComposedGradient(HeadGradient):
         plan: ChunkPlan,
         *,
         is_packed: bool,
+        sums_hidden: bool = False,
     ):
-        super().__init__(head, wanted, row_weights, plan, is_packed=is_packed)
+        super().__init__(
+            head, wanted, row_weights, plan, is_packed=is_packed, sums_hidden=sums_hidden
+        )
         for name in ("lora_a", "lora_b"):
             value = getattr(head, name)
             if name in wanted and value is not None:
-                self._sums[name] = torch.zeros(
+                self.sums[name] = torch.zeros(
                     value.shape, device=value.device, dtype=row_weights.dtype
                 )
 
     def add(self, dlogits: Tensor, rows: ComposedHead, span: slice, index: Tensor | None) -> None:
         super().add(dlogits, rows, span, index)
-        sums = self._sums
+        sums = self.sums
         if "lora_a" in sums:
             gemm.add_product(sums["lora_a"], rows.dreduced(dlogits).t(), rows.hidden)
         if "lora_b" in sums:

@@ -39,6 +39,11 @@ class Head(NamedTuple):
         return self.weight.shape[0]
 
     @property
+    def columns(self) -> tuple[int, int]:
+        """Classes of which it has logits here, and the most that any rank has of its own."""
+        return self.vocab_size, self.vocab_size
+
+    @property
     def row_kernel(self) -> str:
         return "kd_loss"
 
@@ -118,10 +123,10 @@ class Head(NamedTuple):
             )
         check_same_device("teacher_hidden", self.hidden, "student_hidden", student.hidden)
 
-    def leading(self, classes: int) -> "Head":
-        """The head of the first classes, views whose other rows have a gradient of 0."""
+    def part(self, classes: slice) -> "Head":
+        """The head of some neighbouring classes, views whose other rows have a gradient of 0."""
         hidden, weight, bias = self
-        return Head(hidden, weight[:classes], None if bias is None else bias[:classes])
+        return Head(hidden, weight[classes], None if bias is None else bias[classes])
 
     # --- a chunk of rows
 
@@ -171,10 +176,18 @@ class Head(NamedTuple):
         gemm.dhidden(dlogits, self.weight, out, tile)
 
     def gradient(
-        self, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
+        self,
+        wanted: Set[str],
+        row_weights: Tensor,
+        plan: ChunkPlan,
+        *,
+        is_packed: bool,
+        sums_hidden: bool = False,
     ) -> "HeadGradient":
         """What takes dlogits; arguments as of `HeadGradient`."""
-        return HeadGradient(self, wanted, row_weights, plan, is_packed=is_packed)
+        return HeadGradient(
+            self, wanted, row_weights, plan, is_packed=is_packed, sums_hidden=sums_hidden
+        )
 
     # --- bytes
 
@@ -206,35 +219,47 @@ class HeadGradient:
         row_weights: [N]; their dtype is that of the sums over chunks.
         plan: of the chunks. If it is single, dweight is rounded by its GEMM instead of summed.
         is_packed: some rows will not come, and their dhidden is 0.
+        sums_hidden: dhidden is one addend of several and is rounded in `result`, like the others.
     """
 
     def __init__(
-        self, head: Any, wanted: Set[str], row_weights: Tensor, plan: ChunkPlan, *, is_packed: bool
+        self,
+        head: Any,
+        wanted: Set[str],
+        row_weights: Tensor,
+        plan: ChunkPlan,
+        *,
+        is_packed: bool,
+        sums_hidden: bool = False,
     ):
         hidden, weight, bias = head.hidden, head.weight, head.bias
         self._tile, self._started = plan.tile, False
         self._dtypes = {
             name: saved_dtype(getattr(head, name), hidden, row_weights) for name in wanted
         }
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         if "hidden" in wanted:
             # contiguous whatever the layout of the input
             make = torch.zeros if is_packed else torch.empty
-            self._sums["hidden"] = make(hidden.shape, device=hidden.device, dtype=hidden.dtype)
+            dtype = row_weights.dtype if sums_hidden else hidden.dtype
+            self.sums["hidden"] = make(hidden.shape, device=hidden.device, dtype=dtype)
         if "weight" in wanted:
             dtype = self._dtypes["weight"] if plan.is_single else row_weights.dtype
-            self._sums["weight"] = torch.empty(weight.shape, device=weight.device, dtype=dtype)
+            self.sums["weight"] = torch.empty(weight.shape, device=weight.device, dtype=dtype)
         if bias is not None and "bias" in wanted:
-            self._sums["bias"] = torch.zeros(
-                bias.shape, device=bias.device, dtype=row_weights.dtype
-            )
+            self.sums["bias"] = torch.zeros(bias.shape, device=bias.device, dtype=row_weights.dtype)
 
     def add(self, dlogits: Tensor, rows: Any, span: slice, index: Tensor | None) -> None:
         """dlogits [m, V] of `rows`, which `head.take(span, index)` gave, or of some classes of it
         that `rows` has in its field `ids`."""
-        sums, classes = self._sums, getattr(rows, "ids", None)
+        sums, classes = self.sums, getattr(rows, "ids", None)
         if "hidden" in sums:
-            dhidden = sums["hidden"][span] if index is None else torch.empty_like(rows.hidden)
+            total = sums["hidden"]
+            dhidden = (
+                total[span]
+                if index is None
+                else rows.hidden.new_empty(rows.hidden.shape, dtype=total.dtype)
+            )
             rows.dhidden(dlogits, dhidden, self._tile)
             if index is not None:
                 sums["hidden"].index_copy_(0, index, dhidden)
@@ -252,7 +277,7 @@ class HeadGradient:
         self._started = True
 
     def _add_dweight(self, dlogits: Tensor, hidden: Tensor, classes: Tensor) -> None:
-        total = self._sums["weight"]
+        total = self.sums["weight"]
         if not self._started:
             total.zero_()
         for part, ids in zip(dlogits.split(self._tile, 1), classes.split(self._tile), strict=True):
@@ -262,6 +287,6 @@ class HeadGradient:
 
     def result(self) -> dict[str, Tensor]:
         """Those of hidden [N, D], weight [V, D] and bias [V], in the dtypes of `saved_dtype`."""
-        if "weight" in self._sums and not self._started:
-            self._sums["weight"].zero_()
-        return {name: total.to(self._dtypes[name]) for name, total in self._sums.items()}
+        if "weight" in self.sums and not self._started:
+            self.sums["weight"].zero_()
+        return {name: total.to(self._dtypes[name]) for name, total in self.sums.items()}

@@ -30,6 +30,7 @@ _SCHEMA = {
     list[Tensor | None]: "Tensor?[]",
     list[bool]: "bool[]",
     list[float]: "float[]",
+    list[int]: "int[]",
     int: "int",
     int | None: "int?",
     float: "float",

@@ -56,6 +56,42 @@ def kd_loss_fwd_bwd(
     )
 
 
+def kd_loss_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    has_more: bool,
+) -> Tensor:
+    return compiled.ops().kd_loss_stats(
+        student_logits, teacher_logits, labels, *_scalars(spec), spec.bends, has_more
+    )
+
+
+def kd_loss_sums(
+    student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
+) -> Tensor:
+    return compiled.ops().kd_loss_sums(
+        student_logits, teacher_logits, stats, *_scalars(spec), spec.bends
+    )
+
+
+def kd_loss_write(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    classes: int,
+    row_weights: Tensor,
+    stats: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> None:
+    compiled.ops().kd_loss_write(
+        *(student_logits, teacher_logits, labels, classes, row_weights, stats),
+        *(*_scalars(spec), spec.bends, dlogits),
+    )
+
+
 def topk_kd_loss_fwd(
     student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
 ) -> tuple[Tensor, Tensor, None]:

@@ -12,6 +12,7 @@ Label smoothing and the z-loss are in reference_cross_entropy.py.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def kd_loss_reference(
             dtype, at least fp32.
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
-    z_s, z_t = _bent(student_logits, teacher_logits, spec)
+    z_s, z_t = bent(student_logits, teacher_logits, spec)
     log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
     log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
     f, _ = _terms(log_q, log_p, spec)
@@ -90,7 +91,7 @@ def kd_loss_fwd(
         logd = log sum exp((z - max) / temperature), logd_1 the same of the student at
         temperature 1, which means something only where there is a term of temperature 1.
     """
-    z_s, z_t = _bent(student_logits, teacher_logits, spec)
+    z_s, z_t = bent(student_logits, teacher_logits, spec)
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
     x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
     f, u = _terms(x_s - logd_s, x_t - logd_t, spec)
@@ -124,20 +125,33 @@ def kd_loss_bwd(
     stats: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    classes: int | None = None,
 ) -> None:
-    """Writes dlogits [M, V]; it may be student_logits itself, or overlap its memory."""
-    z_s, z_t = _bent(student_logits, teacher_logits, spec)
-    max_s, logd_s, max_t, logd_t, u_sum, logd_1 = stats.to(z_s.dtype).unsqueeze(-1).unbind(1)
-    log_q = (z_s - max_s) / spec.temperature - logd_s
-    log_p = (z_t - max_t) / spec.temperature - logd_t
-    _, u = _terms(log_q, log_p, spec)
+    """Writes dlogits [M, V]; it may be student_logits itself, or overlap its memory.
+
+    Args:
+        classes: of rows of which the logits are a part.
+    """
+    z_s, log_q, _, u = of_stats(student_logits, teacher_logits, stats, spec)
+    max_s, u_sum, logd_1 = (stats[:, i : i + 1].to(z_s.dtype) for i in (0, 4, 5))
     dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
     if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
         log_q1 = (z_s - max_s) - logd_1
-        dz += hard_dlogits(log_q1, max_s + logd_1, *label_index(z_s, labels), spec)
+        dz += hard_dlogits(log_q1, max_s + logd_1, *label_index(z_s, labels), spec, classes)
     dz = dz * spec.student_bend.slope(z_s)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
+
+
+def of_stats(
+    student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z of the student, log q, f and u, [M, V] each, from the statistics of the forward."""
+    z_s, z_t = bent(student_logits, teacher_logits, spec)
+    max_s, logd_s, max_t, logd_t = stats[:, :4].to(z_s.dtype).unsqueeze(-1).unbind(1)
+    log_q = (z_s - max_s) / spec.temperature - logd_s
+    log_p = (z_t - max_t) / spec.temperature - logd_t
+    return z_s, log_q, *_terms(log_q, log_p, spec)
 
 
 def kd_loss_fwd_bwd(
@@ -153,6 +167,24 @@ def kd_loss_fwd_bwd(
     kd, ce, stats = kd_loss_fwd(student_logits, teacher_logits, labels, spec, extras)
     kd_loss_bwd(student_logits, teacher_logits, labels, row_weights, stats, spec, dlogits)
     return kd, ce
+
+
+def kd_loss_stats(*args: Any) -> Tensor:
+    from modxfer_fast.kernels.kd_loss import reference_stages  # which imports what stands here
+
+    return reference_stages.kd_loss_stats(*args)
+
+
+def kd_loss_sums(*args: Any) -> Tensor:
+    from modxfer_fast.kernels.kd_loss import reference_stages
+
+    return reference_stages.kd_loss_sums(*args)
+
+
+def kd_loss_write(*args: Any) -> None:
+    from modxfer_fast.kernels.kd_loss import reference_stages
+
+    reference_stages.kd_loss_write(*args)
 
 
 def topk_kd_loss_fwd(
@@ -244,7 +276,7 @@ def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     return x, maximum, x.exp().sum(-1, keepdim=True).log()
 
 
-def _bent(student_logits: Tensor, teacher_logits: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
+def bent(student_logits: Tensor, teacher_logits: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
     """z_s and z_t, at least fp32."""
     z_s, z_t = _promote(student_logits), _promote(teacher_logits)
     return spec.student_bend.of(z_s), spec.teacher_bend.of(z_t)

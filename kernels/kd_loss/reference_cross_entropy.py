@@ -85,14 +85,20 @@ def cross_entropy_fwd_bwd(
 
 
 def hard_dlogits(
-    log_q: Tensor, lse: Tensor, has_label: Tensor, safe: Tensor, spec: KDSpec
+    log_q: Tensor,
+    lse: Tensor,
+    has_label: Tensor,
+    safe: Tensor,
+    spec: KDSpec,
+    classes: int | None = None,
 ) -> Tensor:
     """The gradient [M, V] of cross entropy and z-loss of rows of weight 1.
 
     Args:
+        classes: of rows of which these are a part.
         log_q: [M, V]. lse: [M, 1]. has_label: [M] bool. safe: [M], labels in [0, V).
     """
-    smoothing, vocab_size = spec.label_smoothing, log_q.shape[-1]
+    smoothing, vocab_size = spec.label_smoothing, classes or log_q.shape[-1]
     target = torch.full_like(log_q, smoothing / vocab_size)
     target.scatter_add_(-1, safe[:, None], torch.full_like(lse, 1 - smoothing))
     q = log_q.exp()

@@ -364,6 +364,24 @@ def kd_loss_fwd_bwd(
     return kd, ce
 
 
+def kd_loss_stats(*args: Any) -> Tensor:
+    from modxfer_fast.kernels.kd_loss import triton_stages  # which imports what stands here
+
+    return triton_stages.kd_loss_stats(*args)
+
+
+def kd_loss_sums(*args: Any) -> Tensor:
+    from modxfer_fast.kernels.kd_loss import triton_stages
+
+    return triton_stages.kd_loss_sums(*args)
+
+
+def kd_loss_write(*args: Any) -> None:
+    from modxfer_fast.kernels.kd_loss import triton_stages
+
+    triton_stages.kd_loss_write(*args)
+
+
 def topk_kd_loss_fwd(*args: Any) -> tuple[Tensor, Tensor, None]:
     from modxfer_fast.kernels.kd_loss import triton_topk  # which imports what stands here
 

@@ -1,4 +1,5 @@
 from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight
+from modxfer_fast.kernels.common.parallel_head import VocabParallelWeight
 from modxfer_fast.kernels.common.scratch import release_workspace
 from modxfer_fast.kernels.linear_kd_loss.cross_entropy import (
     LogProbTerms,

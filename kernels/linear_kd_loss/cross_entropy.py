@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, check_label_values, check_row_tensor, check_tensor
-from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
+from modxfer_fast.kernels.common.composed_head import head_of
+from modxfer_fast.kernels.common.parallel_head import Weight
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.linear_kd_loss.op import ByProducts, loss_alone, loss_of_heads
 from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher
@@ -43,7 +44,7 @@ class LogProbTerms(NamedTuple):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | LoraWeight | QuantizedWeight,
+    weight: Weight,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -106,7 +107,7 @@ def linear_cross_entropy(
 
 def linear_log_probs(
     hidden: Tensor,
-    weight: Tensor | LoraWeight | QuantizedWeight,
+    weight: Weight,
     ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -140,7 +141,7 @@ def linear_log_probs(
 
 def linear_log_probs_terms(
     hidden: Tensor,
-    weight: Tensor | LoraWeight | QuantizedWeight,
+    weight: Weight,
     ids: Tensor,
     *,
     bias: Tensor | None = None,

@@ -38,6 +38,8 @@ from modxfer_fast.kernels.common.composed_head import (
     head_of,
 )
 from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.parallel_head import ParallelHead
+from modxfer_fast.kernels.kd_loss import stages
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values
 
 OF = ("probabilities", "losses")
@@ -239,8 +241,8 @@ class Mixture(NamedTuple):
             weights = weights.reshape(rows, weights.shape[-1])
         return self._with([teacher.flat(rows) for teacher in self.teachers], weights)
 
-    def leading(self, classes: int) -> "Mixture":
-        return self._with([teacher.leading(classes) for teacher in self.teachers], self.weights)
+    def part(self, classes: slice) -> "Mixture":
+        return self._with([each.part(classes) for each in self.teachers], self.weights)
 
     def take(self, span: slice, index: Tensor | None) -> "Mixture":
         weights = self.weights
@@ -346,8 +348,13 @@ class Losses(NamedTuple):
     part: Tensor
 
 
-def row_function(kernels: ModuleType, teacher: Teacher, suffix: str) -> Callable[..., Any]:
-    """The function of `kernels` that reads this teacher; suffix is "fwd" or "fwd_bwd"."""
+def row_function(
+    kernels: ModuleType, student: Any, teacher: Teacher, suffix: str
+) -> Callable[..., Any]:
+    """The function of `kernels` that reads these two; suffix is "fwd" or "fwd_bwd"."""
+    if isinstance(student, ParallelHead):
+        in_stages = getattr(stages, f"kd_loss_{suffix}")
+        return functools.partial(in_stages, kernels, student.shard)
     function = getattr(kernels, f"{teacher.row_kernel}_{suffix}")
     if isinstance(teacher, Mixture) and teacher.of == "losses":
         return functools.partial(_sum_fwd if suffix == "fwd" else _sum_fwd_bwd, function)

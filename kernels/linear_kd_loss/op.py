@@ -44,15 +44,16 @@ from modxfer_fast.kernels.common import (
 )
 from modxfer_fast.kernels.common.composed_head import (
     ComposedHead,
-    LoraWeight,
     QuantizedWeight,
     head_of,
     quantized_in,
 )
 from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.parallel_head import ParallelHead, Weight
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
+from modxfer_fast.kernels.linear_kd_loss import parallel
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import (
     BY_PRODUCTS,
@@ -114,9 +115,9 @@ class KDTerms(NamedTuple):
 
 def linear_kd_loss(
     student_hidden: Tensor,
-    student_weight: Tensor | LoraWeight | QuantizedWeight,
+    student_weight: Weight,
     teacher_hidden: Tensor | Teacher,
-    teacher_weight: Tensor | LoraWeight | QuantizedWeight | None = None,
+    teacher_weight: Weight | None = None,
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
@@ -152,7 +153,7 @@ def linear_kd_loss(
         student_hidden: [..., D_s], fp64, fp32, fp16 or bf16.
         student_weight: [V, D_s], dtype of student_hidden. Frozen (requires_grad=False), its GEMM
             is not computed. Tied to an embedding, it receives the sum of both gradients from
-            autograd. Or a `LoraWeight`, or a `QuantizedWeight`.
+            autograd. Or a `LoraWeight`, a `QuantizedWeight`, or a `VocabParallelWeight`.
         teacher_hidden: [..., D_t], same leading dimensions; D_t and dtype may differ. A constant.
             Or a teacher of another kind: `TeacherLogits`, `TeacherLogProbs`, `TeacherProbs`,
             `TeacherTopK` of K classes a row, or several as a `TeacherMixture`.
@@ -170,7 +171,7 @@ def linear_kd_loss(
             goes to all V classes alike (Szegedy et al. 2016), as in torch.
         z_loss_weight: at least 0, factor of (log sum exp z)^2 of the student's logits at
             temperature 1 (the z-loss of PaLM, Chowdhery et al. 2022, section 5). Needs no labels.
-        student_bias, teacher_bias: [V], dtypes of their weights.
+        student_bias, teacher_bias: [V], dtypes of their weights; [V_r] beside VocabParallelWeight.
         student_logit_scale, student_softcap: what the student's model does to the logits z of its
             head, bias included: cap tanh(scale z / cap), as in Gemma 2; None is no cap. Of an
             infinite logit nothing changes: -inf excludes its class.
@@ -302,6 +303,7 @@ def linear_kd_loss_terms(
     return loss_of_heads(student, teacher, spec, tokens, launch, vocabulary, by_products)
 
 
+@parallel.told_to_ranks
 def loss_of_heads(
     student: Any,
     teacher: Teacher,
@@ -359,6 +361,12 @@ def _computed(
         vocabulary.check()
         student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
+    teacher = parallel.teacher_beside(student, teacher)
+    if launch.filter_eps is not None and isinstance(student, ParallelHead):
+        raise ValueError(
+            "filter_eps: expected None beside a VocabParallelWeight, whose ranks would leave out "
+            f"classes of their own, got {launch.filter_eps}"
+        )
     if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
         raise ValueError(
             "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
@@ -419,7 +427,7 @@ def _computed(
 
 
 _LISTS = ("parts", "tensors")  # fields of heads and teachers that are lists of tensors
-_OPTIONS = ("numbers", "bends")  # those that are lists of numbers
+_OPTIONS = ("numbers", "bends", "sizes")  # those that are lists of numbers
 
 
 def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
@@ -480,6 +488,12 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         counted = f"the labels other than ignore_index={rows.ignore_index}"
         check_num_valid(rows.num_valid, valid, counted)
         debug_check_finite(**tensors_of("student", student), **tensors_of("teacher", teacher))
+        wanted = {name for name in student._fields if vars(needs).get(f"student_{name}")}
+        if isinstance(student, ParallelHead):
+            options = ("workspace_mb", "backend", "by_products")
+            launch = {name: getattr(inputs, name) for name in options}
+            parallel.agree_on(student, teacher, rows, spec, wanted, launch)
+            teacher = parallel.teacher_moved(student, teacher)
         with without_autocast(weights.device.type):
             loop = dispatch.load("linear_kd_loss", inputs.backend).linear_kd_loss_fwd
             kd, ce, z_loss, found, grads = loop(
@@ -487,7 +501,7 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
                 teacher,
                 rows,
                 spec,
-                wanted={name for name in student._fields if vars(needs).get(f"student_{name}")},
+                wanted=wanted,
                 workspace_bytes=None if workspace_mb is None else workspace_mb * 2**20,
                 filter_eps=inputs.filter_eps,
                 by_products=inputs.by_products,
@@ -539,3 +553,11 @@ taught_by("linear_kd_loss_of_values", Values)
 taught_by("linear_kd_loss_of_mixture", Mixture)
 taught_by("linear_topk_kd_loss", TeacherTopK)
 taught_by("linear_cross_entropy", NoTeacher)
+for suffix, kind in (
+    ("", Head),
+    ("_of_tiles", ComposedHead),
+    ("_of_values", Values),
+    ("_of_ranks", ParallelHead),
+):
+    streamed(f"linear_kd_loss{suffix}_in_ranks", ParallelHead, kind)
+streamed("linear_cross_entropy_in_ranks", ParallelHead, NoTeacher)

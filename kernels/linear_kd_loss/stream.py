@@ -32,7 +32,7 @@ from modxfer_fast.kernels.common.scratch import logits_buffers, pitch, slab_buff
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, topk_by_products
 from modxfer_fast.kernels.linear_kd_loss.class_filter import ClassFilter
 from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
-from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher
+from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher, Values
 
 
 class Part(NamedTuple):
@@ -75,11 +75,12 @@ def plan_of(
         copies_rows: hidden states are packed, or blanked.
         filtered: what leaves classes out of the gradients.
     """
-    logits = pitch(student.vocab_size)
+    _, columns = student.columns
+    logits = pitch(columns)
     row_bytes = (1 + teacher.num_buffers) * dtype.itemsize * logits
     slab_row_bytes = student.hidden.itemsize * logits
     if copies_rows:  # and dhidden before it is scattered
-        row_bytes += 2 * student.row_bytes() + teacher.row_bytes()
+        row_bytes += 2 * student.row_bytes() + _row_bytes(teacher, columns)
         slab_row_bytes += 2 * student.row_bytes()
     of_student, of_teacher = student.widened_bytes(dtype), teacher.widened_bytes(dtype)
     if filtered is not None:
@@ -144,7 +145,7 @@ def stream(
     num_found = len(BY_PRODUCTS[teacher.row_kernel]) if by_products else 0
     num_extras = num_found or int(spec.z_loss_weight != 0.0)
     found = weights.new_zeros(len(weights), num_found)
-    row_kernel = row_function(kernels, teacher, "fwd_bwd" if wanted else "fwd")
+    row_kernel = row_function(kernels, student, teacher, "fwd_bwd" if wanted else "fwd")
     gradient = None
     if wanted:
         gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)
@@ -194,12 +195,19 @@ def stream(
 
     with (
         logits_buffers(
-            *(plan.rows, student.vocab_size, dtype, device), 1 + teacher.num_buffers
+            *(plan.rows, student.columns[0], dtype, device), 1 + teacher.num_buffers
         ) as buffers,
-        slab_buffer(plan.slab, student.vocab_size, student.hidden.dtype, device) as slab,
+        slab_buffer(plan.slab, student.columns[0], student.hidden.dtype, device) as slab,
         gemm.fp32_sums(weights),
     ):
         for span in spans(count, plan.slab or plan.rows):
             add(span, slab, *buffers)
     del buffers, slab  # a gradient that is rounded takes their place
     return kd, ce, z_loss, found, {} if gradient is None else gradient.result()
+
+
+def _row_bytes(teacher: Teacher, columns: int) -> int:
+    """Of a row that `take` copies, where a rank has so many classes."""
+    if isinstance(teacher, Values) and teacher.ids is None:
+        return columns * teacher.values.itemsize
+    return teacher.row_bytes()

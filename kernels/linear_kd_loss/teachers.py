@@ -250,8 +250,10 @@ class Values(NamedTuple):
     def flat(self, rows: int) -> "Values":
         return self._replace(values=self.values.reshape(rows, self.values.shape[-1]))
 
-    def leading(self, classes: int) -> "Values":
-        return self._replace(values=self.values[..., :classes])
+    def part(self, classes: slice) -> "Values":
+        if self.ids is not None:
+            return self._replace(ids=self.ids[classes])
+        return self._replace(values=self.values[..., classes])
 
     def take(self, span: slice, index: Tensor | None) -> "Values":
         return self._replace(values=packing.take(self.values, span, index))

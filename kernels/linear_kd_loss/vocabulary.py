@@ -9,6 +9,7 @@ from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import check_same_device, check_tensor
 from modxfer_fast.kernels.common.composed_head import ComposedHead, of_classes
 from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.parallel_head import ParallelHead
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import Values
 
@@ -48,7 +49,9 @@ class Vocabulary(NamedTuple):
         if policy == "equal" and ids is None:
             return student, teacher
         parts = teacher.teachers if isinstance(teacher, Mixture) else [teacher]
-        if not all(isinstance(part, (Head, ComposedHead, Values)) for part in parts):
+        # classes of other ranks cannot be gathered here
+        kinds = (Head, ComposedHead, Values, *((ParallelHead,) if ids is None else ()))
+        if not all(isinstance(part, kinds) for part in parts):
             name, got = ("vocabulary", repr(policy)) if ids is None else ("teacher_ids", "some")
             raise ValueError(
                 f"{name}: expected a teacher of one value a class, got {got} beside a "
@@ -56,7 +59,7 @@ class Vocabulary(NamedTuple):
             )
         if ids is None:
             common = min(student.vocab_size, *[part.vocab_size for part in parts])
-            return student.leading(common), teacher.leading(common)
+            return student.part(slice(common)), teacher.part(slice(common))
         if tuple(ids.shape) != (student.vocab_size,):
             raise ValueError(
                 f"teacher_ids: expected shape ({student.vocab_size},), one a class of the student, "

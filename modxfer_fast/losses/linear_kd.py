@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
-from modxfer_fast.kernels.common.composed_head import LoraWeight, QuantizedWeight, head_of
+from modxfer_fast.kernels.common.composed_head import head_of
+from modxfer_fast.kernels.common.parallel_head import Weight
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.linear_kd_loss import loss_alone
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
@@ -78,9 +79,9 @@ class LinearKDLoss(nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor | LoraWeight | QuantizedWeight,
+        student_weight: Weight,
         teacher_hidden: Tensor | Teacher,
-        teacher_weight: Tensor | LoraWeight | QuantizedWeight | None = None,
+        teacher_weight: Weight | None = None,
         *,
         labels: Tensor | None = None,
         student_bias: Tensor | None = None,

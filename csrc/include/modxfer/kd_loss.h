@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "modxfer/kd_loss_stages.h"
 #include "modxfer/topk_kd_loss.h"
 
 namespace modxfer {
@@ -37,6 +38,7 @@ struct KdSpec {
   float ce_weight;
   float label_smoothing;
   float z_loss_weight;
+  float classes;  // of the whole row: V, or more where a rank has a part of it
 };
 
 // By-products of a row; the order of the op's extras tensor.
@@ -81,9 +83,16 @@ struct KdRowKernels {
   // q and u again, from the statistics.
   void (*recompute)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
                     const KdStats& stats, const KdScratch& scratch);
-  // dlogits from q and u; dlogits may be the student's row itself.
+  // dlogits from q and u; dlogits may be the student's row itself. A label of V or more is the
+  // label of a class that these V are not.
   void (*grad)(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
                const KdStats& stats, const KdScratch& scratch, float* dlogits);
+  // In stages, see kd_loss_stages_rows.h: statistics, by whether label smoothing or by-products are
+  // asked for; and sums of f and u.
+  void (*part[2])(const float* student, const float* teacher, int64_t V, int64_t label,
+                  const KdSpec& spec, KdPart& part);
+  void (*sums)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+               const KdStats& stats, double* sums);
   // The same of a teacher that lists a few classes: losses, statistics and the scratch, and from
   // these dlogits, which may be the student's row itself.
   KdLosses (*topk_fwd)(const float* student, int64_t V, const TopKRow& teacher, int64_t label,

@@ -51,6 +51,17 @@ Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor
                              std::vector<double> bends, Tensor dlogits,
                              std::optional<Tensor> extras);
 
+// the same in stages, of rows whose classes several ranks share: statistics, sums, dlogits; labels
+// in [0, V], V for a class of another rank
+Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
+                     int64_t divergence, std::vector<double> numbers, std::vector<double> bends,
+                     bool has_more);
+Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int64_t divergence,
+                    std::vector<double> numbers, std::vector<double> bends);
+void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
+                   int64_t classes, Tensor row_weights, Tensor stats, int64_t divergence,
+                   std::vector<double> numbers, std::vector<double> bends, Tensor dlogits);
+
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
 std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
                                         std::optional<Tensor> log_tail, int64_t tail,

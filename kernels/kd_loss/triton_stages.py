@@ -1,0 +1,286 @@
+"""The stages of stages.py, one program per row of a rank's classes.
+
+The passes are those of triton_impl.py, each in a kernel of its own: between two of them the ranks
+tell each other what they found.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.kd_loss.config import RowConfig, row_config
+from modxfer_fast.kernels.kd_loss.stages import MORE, PART
+from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
+from modxfer_fast.kernels.kd_loss.triton_impl import (
+    _probabilities,
+    _spec_args,
+)
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
+
+
+@triton.jit
+def _local_label(labels_ptr, row, stride_lm, HAS_LABELS: tl.constexpr):
+    """In [0, V), V for a class of another rank, -1 for none."""
+    label = -1
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row * stride_lm).to(tl.int32)
+    return label
+
+
+@triton.jit
+def _kd_loss_stats_kernel(
+    student_ptr, teacher_ptr,            # in   [M, V]
+    labels_ptr,                          # in   [M], int64
+    parts_ptr,                           # out  [M, WIDTH], fp32
+    V,
+    stride_sm, stride_tm, stride_lm,     # strides, in elements
+    scale, inv_temperature,
+    ROW_SUMS: tl.constexpr, SMOOTHS: tl.constexpr, HAS_MORE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+):  # fmt: skip
+    # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * stride_sm
+    label = _local_label(labels_ptr, row, stride_lm, HAS_LABELS)
+    max_s, d_s, max_t, d_t, d_1, mean, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
+        student_ptr, teacher_ptr + row * stride_tm, V, scale, inv_temperature, ROW_SUMS,
+        not UNIT_TEMPERATURE, SMOOTHS, HAS_MORE, BLOCK_V, VECTOR, BEND_S, BEND_T,
+    )  # fmt: skip
+    z_label = 0.0
+    if HAS_LABELS:
+        is_here = (label >= 0) & (label < V)
+        z_label = tl.load(student_ptr + label, mask=is_here, other=0.0).to(tl.float32)
+        z_label = bend(z_label, BEND_S)
+    parts_ptr += row * WIDTH
+    tl.store(parts_ptr + 0, max_s)
+    tl.store(parts_ptr + 1, d_s)
+    tl.store(parts_ptr + 2, max_t)
+    tl.store(parts_ptr + 3, d_t)
+    tl.store(parts_ptr + 4, d_1)
+    tl.store(parts_ptr + 5, mean)
+    tl.store(parts_ptr + 6, mean_x)
+    tl.store(parts_ptr + 7, z_label)
+    if HAS_MORE:
+        tl.store(parts_ptr + 8, mean_x_s)
+        tl.store(parts_ptr + 9, mean_x_t)
+        tl.store(parts_ptr + 10, shares_top)
+
+
+@triton.jit
+def _kd_loss_sums_kernel(
+    student_ptr, teacher_ptr,            # in   [M, V]
+    stats_ptr,                           # in   [M, 6], fp32
+    sums_ptr,                            # out  [M, 2], fp32
+    V,
+    stride_sm, stride_tm,
+    scale, c0, c1, c2, c3,
+    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+):  # fmt: skip
+    """Every lane, the owner of VECTOR neighbouring columns, has sums of its own.
+
+    With sums of single columns, as in the fused kernel, LLVM of Triton 3.9 crashes where the
+    statistics are read from memory.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * stride_sm
+    teacher_ptr += row * stride_tm
+    stats_ptr += row * 6
+    max_s = tl.load(stats_ptr + 0)
+    logd_s = tl.load(stats_ptr + 1)
+    max_t = tl.load(stats_ptr + 2)
+    logd_t = tl.load(stats_ptr + 3)
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    f_sum = tl.zeros([LANES], tl.float32)
+    u_sum = tl.zeros([LANES], tl.float32)
+    offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for i in range(tl.cdiv(V, BLOCK_V)):
+        offs_v = i * BLOCK_V + offs_lane
+        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
+        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+        p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+        f_sum += tl.sum(f, axis=1)
+        u_sum += tl.sum(u, axis=1)
+    tl.store(sums_ptr + row * 2, tl.sum(f_sum, axis=0))
+    tl.store(sums_ptr + row * 2 + 1, tl.sum(u_sum, axis=0))
+
+
+@triton.jit
+def _kd_loss_write_kernel(
+    student_ptr, teacher_ptr,            # in   [M, V]
+    labels_ptr,                          # in   [M], int64
+    row_weights_ptr,                     # in   [M], fp32
+    stats_ptr,                           # in   [M, 6], fp32
+    dlogits_ptr,                         # out  [M, V]
+    V, classes,
+    stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
+    kd_weight, ce_weight, smoothing, z_loss_weight,
+    scale, inv_temperature, c0, c1, c2, c3,
+    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+):  # fmt: skip
+    """Pass 3 of triton_impl.py, left to right; other ranks have more classes of a row.
+
+    That changes its label and what label smoothing divides by.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * stride_sm
+    teacher_ptr += row * stride_tm
+    dlogits_ptr += row * stride_dm
+    label = _local_label(labels_ptr, row, stride_lm, HAS_CE)
+    row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    stats_ptr += row * 6
+    max_s = tl.load(stats_ptr + 0)
+    logd_s = tl.load(stats_ptr + 1)
+    max_t = tl.load(stats_ptr + 2)
+    logd_t = tl.load(stats_ptr + 3)
+    u_sum = tl.load(stats_ptr + 4)
+    logd_1 = tl.load(stats_ptr + 5)
+    counts = row_weight != 0  # an ignored row may hold anything and is not read
+    kd_factor = row_weight * kd_weight * inv_temperature
+    ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
+    q_1_factor = ce_factor
+    if HAS_Z:
+        q_1_factor += 2.0 * row_weight * z_loss_weight * (max_s + logd_1)
+    for i in range(tl.cdiv(V, BLOCK_V)):
+        offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
+        of_row = tl.where(counts, V, 0)
+        z_s = load_bent(student_ptr, offs_v, of_row, BEND_S)
+        z_t = load_bent(teacher_ptr, offs_v, of_row, BEND_T)
+        p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+        dlogits = kd_factor * (u - q * u_sum)
+        if HAS_CE or HAS_Z:
+            q_1 = q
+            if not UNIT_TEMPERATURE:
+                q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
+            dlogits += q_1_factor * q_1
+            if SMOOTHS:
+                dlogits -= ce_factor * smoothing / classes
+            if HAS_CE:
+                of_label = ce_factor * (1.0 - smoothing)
+                dlogits = tl.where(offs_v == label, dlogits - of_label, dlogits)
+        dlogits = tl.where(counts, unbend(dlogits, z_s, BEND_S), 0.0)
+        # without this barrier one warp may overwrite logits that another has yet to load
+        tl.debug_barrier()
+        tl.store(dlogits_ptr + offs_v, dlogits.to(dlogits_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+def kd_loss_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    has_more: bool,
+) -> Tensor:
+    width = len(PART) + has_more * len(MORE)
+    parts = student_logits.new_empty(len(student_logits), width, dtype=torch.float32)
+    config = _config(student_logits, teacher_logits)
+    args: dict[str, Any] = _spec_args(spec)
+    for unread in ("c0", "c1", "c2", "c3", "DIVERGENCE"):
+        del args[unread]
+    has_ce = labels is not None and spec.ce_weight != 0.0
+    _launch(
+        *(_kd_loss_stats_kernel, config, student_logits, teacher_logits, spec),
+        *(labels, parts),
+        stride_lm=0 if labels is None else labels.stride(0),
+        ROW_SUMS=spec.record.row_sums,
+        SMOOTHS=has_ce and spec.label_smoothing != 0.0,
+        HAS_MORE=has_more,
+        HAS_LABELS=labels is not None,
+        WIDTH=width,
+        VECTOR=config.vector,
+        **args,
+    )
+    return parts
+
+
+def kd_loss_sums(
+    student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
+) -> Tensor:
+    sums = stats.new_empty(len(stats), 2)
+    config = _config(student_logits, teacher_logits)
+    args: dict[str, Any] = _spec_args(spec)
+    for unread in ("inv_temperature", "UNIT_TEMPERATURE"):
+        del args[unread]
+    _launch(
+        *(_kd_loss_sums_kernel, config, student_logits, teacher_logits, spec),
+        *(stats, sums),
+        VECTOR=config.vector,
+        **args,
+    )
+    return sums
+
+
+def kd_loss_write(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    classes: int,
+    row_weights: Tensor,
+    stats: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> None:
+    """Writes dlogits as `triton_impl.kd_loss_bwd` does, over the logits too."""
+    has_ce = labels is not None and spec.ce_weight != 0.0
+    config = _config(student_logits, teacher_logits)
+    args: dict[str, Any] = _spec_args(spec)
+    _launch(
+        *(_kd_loss_write_kernel, config, student_logits, teacher_logits, spec),
+        *(labels, row_weights, stats, dlogits),
+        classes=classes,
+        stride_lm=0 if labels is None else labels.stride(0),
+        stride_wm=row_weights.stride(0),
+        stride_dm=dlogits.stride(0),
+        kd_weight=spec.kd_weight,
+        ce_weight=spec.ce_weight,
+        smoothing=spec.label_smoothing,
+        z_loss_weight=spec.z_loss_weight,
+        HAS_CE=has_ce,
+        SMOOTHS=has_ce and spec.label_smoothing != 0.0,
+        HAS_Z=spec.z_loss_weight != 0.0,
+        **args,
+    )
+
+
+def _config(student_logits: Tensor, teacher_logits: Tensor) -> RowConfig:
+    rows, vocab_size = student_logits.shape
+    dtypes = (student_logits.dtype, teacher_logits.dtype)
+    return row_config(vocab_size, rows, dtypes, warp_size=64 if torch.version.hip else 32)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    config: RowConfig,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: KDSpec,
+    *others: Tensor | None,
+    **options: Any,
+) -> None:
+    """A program for each row; others: the kernel's other tensors."""
+    rows, vocab_size = student_logits.shape
+    if rows == 0:
+        return
+    with torch.cuda.device_of(student_logits):
+        kernel[(rows,)](
+            *(student_logits, teacher_logits, *others),
+            V=vocab_size,
+            stride_sm=student_logits.stride(0),
+            stride_tm=teacher_logits.stride(0),
+            BLOCK_V=config.block_v,
+            BEND_S=bend_constants(spec.student_bend),
+            BEND_T=bend_constants(spec.teacher_bend),
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,  # said because the default differs between Triton releases
+            **options,
+        )
