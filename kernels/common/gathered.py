@@ -3,10 +3,11 @@
 A DTensor, as `fully_shard` (FSDP2) and `parallelize_module` make them: dimensions of the mesh on
 which the ranks have the same tokens become a `VocabParallelWeight`; over the others the weight is
 gathered whole, and its gradient goes back in the placement of the weight, as the mean over their
-ranks, which is what FSDP2 makes of it.
+ranks, which is what FSDP2 makes of it. A parameter that ZeRO-3 has partitioned is gathered whole in
+the forward, and once more where its gradient arrives, which the engine's own hooks then reduce.
 
 Whole means V D elements in the dtype of the parameter during the loss, and as many of the gradient
-from the forward to the backward, as under FSDP2 for a head that it calls.
+from the forward to the backward, as under FSDP2 and ZeRO-3 for a head that they call.
 """
 
 import sys
@@ -21,7 +22,7 @@ SAME_TOKENS = ("tp", "tensor_parallel")
 
 def is_plain(tensor: Any) -> bool:
     """Whether it is whole already, or no tensor."""
-    return not is_dtensor(tensor)
+    return not (is_dtensor(tensor) or _is_of_zero3(tensor))
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -37,6 +38,8 @@ def whole(name: str, tensor: Any) -> Any:
     """
     if is_plain(tensor):
         return tensor
+    if not is_dtensor(tensor):
+        return _of_zero3(tensor)
     if name == "hidden":
         return tensor.to_local()
     shared_dimension(name, tensor)
@@ -117,3 +120,46 @@ class _MeanOfRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] / ctx.ranks, None
+
+
+# --- ZeRO-3
+
+
+def _is_of_zero3(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+def _is_here(parameter: Any) -> bool:
+    return parameter.ds_status.name == "AVAILABLE"
+
+
+def _of_zero3(parameter: Any) -> Tensor:
+    # an alias: it keeps the memory when the engine partitions the parameter
+    if _is_here(parameter):
+        return _Partitioned.apply(parameter)
+    with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
+        return _Partitioned.apply(parameter)
+
+
+class _Partitioned(torch.autograd.Function):
+    """A whole parameter; where its gradient arrives the parameter is whole once more."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Any) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        parameter = ctx.parameter
+        if not _is_here(parameter):
+            parameter.all_gather()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _release(parameter))
+        return grads[0]
+
+
+def _release(parameter: Any) -> None:
+    """Behind the backward. Where a module still has it, such as the embeddings that are tied to
+    the head, the engine partitions it when it releases that module."""
+    if not parameter.ds_active_sub_modules:
+        parameter.partition()

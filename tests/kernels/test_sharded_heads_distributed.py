@@ -1,6 +1,7 @@
-"""Heads that FSDP2 and tensor-parallel DTensors keep in parts, on ranks.
+"""Heads that FSDP2, tensor-parallel DTensors and ZeRO-3 keep in parts, on ranks.
 
-Each is compared with plain PyTorch on the whole head: of FSDP2 with what FSDP2 itself makes of it.
+Each is compared with plain PyTorch on the whole head: of FSDP2 and of ZeRO-3 with what they make of
+it themselves.
 """
 
 import copy
@@ -32,14 +33,14 @@ def plain_loss(logits: Tensor, rank: int = 0) -> Tensor:
     return (kd + 0.5 * ce)[counts].mean()
 
 
-def our_loss(hidden: Tensor, head: nn.Linear, weight=None, rank: int = 0, **options) -> Tensor:
+def our_loss(hidden: Tensor, head: nn.Linear, weight=None, rank: int = 0, teacher=None) -> Tensor:
     loss = LinearKDLoss(ce_weight=0.5)
+    teacher = TEACHER["teacher_weight"] if teacher is None else teacher
     return loss(
         *(hidden, head.weight if weight is None else weight),
-        *(TEACHER["teacher_hidden"] + rank, TEACHER["teacher_weight"]),
+        *(TEACHER["teacher_hidden"] + rank, teacher),
         student_bias=head.bias,
         labels=LABELS,
-        **options,
     )
 
 
@@ -178,8 +179,86 @@ def fsdp_of_tensor_parallel() -> None:
     _same_tokens(head, (hidden + rank).requires_grad_(), None, rank, 2)
 
 
+class WithHead(nn.Module):
+    """A student whose head is called, or read by the loss alone, beside the head of a teacher."""
+
+    def __init__(self, is_tied: bool, is_called: bool):
+        super().__init__()
+        self.is_called = is_called
+        self.embeddings = nn.Embedding(V, D)
+        self.body = nn.Linear(D, D, bias=False)
+        self.head, _ = head_and_states()
+        self.teacher = nn.Linear(4, V, bias=False).requires_grad_(False)
+        with torch.no_grad():
+            self.embeddings.weight.copy_(randn(V, D, seed=9))
+            self.body.weight.copy_(randn(D, D, seed=8))
+            self.teacher.weight.copy_(TEACHER["teacher_weight"])
+        if is_tied:
+            self.embeddings.weight = self.head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.body(self.embeddings(ids))
+        return self.head(hidden) if self.is_called else hidden
+
+
+def _statuses(model: WithHead) -> set[str]:
+    """Of parameters that no module but the head has."""
+    return {p.ds_status.name for p in (model.head.bias, model.teacher.weight)}
+
+
+def _same_as_zero3(is_tied: bool) -> None:
+    """Two steps leave the parameters as DeepSpeed does where it calls the head.
+
+    The engine keeps tied embeddings whole from the first step on.
+    """
+    from modxfer_fast.engine.deepspeed import start  # seconds of import, which few ranks need
+
+    start(use_cpu=True)
+    import deepspeed
+
+    rank = dist.get_rank()
+    config = {
+        "train_micro_batch_size_per_gpu": N,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,  # its default clips the norm of all gradients to 1
+    }
+    results = []
+    for is_ours in (False, True):
+        model = WithHead(is_tied, is_called=not is_ours)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        initial = [p.detach().clone() for p in trained]
+        sgd = torch.optim.SGD(trained, lr=1.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=sgd, config=config)
+        losses = []
+        for _ in range(2):
+            out = engine((torch.arange(N) * 3 + rank) % V)
+            if is_ours:
+                assert _statuses(model) == {"NOT_AVAILABLE"}
+                loss = our_loss(out, model.head, rank=rank, teacher=model.teacher.weight)
+            else:
+                loss = plain_loss(out, rank)
+            engine.backward(loss)
+            assert _statuses(model) == {"NOT_AVAILABLE"}
+            engine.step()
+            losses.append(loss.detach())
+        with deepspeed.zero.GatheredParameters(trained):
+            results.append(losses + [p.detach().clone() for p in trained])
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+    for one, other in zip(initial, results[0][2:], strict=True):
+        assert (one - other).abs().max() > 0.01
+
+
+def zero3() -> None:
+    _same_as_zero3(is_tied=False)
+
+
+def zero3_tied() -> None:
+    _same_as_zero3(is_tied=True)
+
+
 CASES = {
-    2: ["fsdp", "fsdp_per_token", "fsdp_lora", "tensor_parallel"],
+    2: ["fsdp", "fsdp_per_token", "fsdp_lora", "tensor_parallel", "zero3", "zero3_tied"],
     4: ["hybrid", "fsdp_of_tensor_parallel"],
 }
 
