@@ -303,7 +303,6 @@ def linear_kd_loss_terms(
     return loss_of_heads(student, teacher, spec, tokens, launch, vocabulary, by_products)
 
 
-@parallel.told_to_ranks
 def loss_of_heads(
     student: Any,
     teacher: Teacher,
@@ -333,6 +332,7 @@ def loss_alone(
     return _computed(student, teacher, spec, tokens, launch, vocabulary, False)[0]
 
 
+@parallel.told_to_ranks
 def _computed(
     student: Any,
     teacher: Teacher,
