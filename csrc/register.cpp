@@ -10,16 +10,17 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def("instruction_set() -> int");
   m.def("use_instruction_set(int index) -> ()");
   m.def(
-      "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int divergence, "
+      "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int[] "
+      "divergences, "
       "float[] numbers, float[] bends, Tensor(a!)? extras) -> (Tensor kd, Tensor ce, Tensor "
       "stats)");
   m.def(
       "kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, Tensor stats, int divergence, float[] numbers, float[] bends, "
+      "Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, float[] bends, "
       "Tensor(a!) dlogits) -> ()");
   m.def(
       "kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, int divergence, float[] numbers, float[] bends, Tensor(a!) dlogits, "
+      "Tensor row_weights, int[] divergences, float[] numbers, float[] bends, Tensor(a!) dlogits, "
       "Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor? labels, float ce_weight, float label_smoothing, "
@@ -29,18 +30,19 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "float label_smoothing, float z_loss_weight, float[] bends, Tensor(a!) dlogits, "
       "Tensor(b!)? extras) -> Tensor ce");
   m.def(
-      "kd_loss_stats(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int divergence, "
+      "kd_loss_stats(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int[] "
+      "divergences, "
       "float[] numbers, float[] bends, bool has_more) -> Tensor parts");
   m.def(
-      "kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int divergence, "
+      "kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int[] divergences, "
       "float[] numbers, float[] bends) -> Tensor sums");
   m.def(
       "kd_loss_write(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int classes, "
-      "Tensor row_weights, Tensor stats, int divergence, float[] numbers, float[] bends, "
+      "Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, float[] bends, "
       "Tensor(a!) dlogits) -> ()");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
-      "int tail, float missing, Tensor? labels, Tensor? row_weights, int divergence, "
+      "int tail, float missing, Tensor? labels, Tensor? row_weights, int[] divergences, "
       "float[] numbers, float[] bends, Tensor(a!)? dlogits) -> (Tensor kd, Tensor ce)");
   m.def(
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "

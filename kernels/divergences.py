@@ -2,8 +2,9 @@
 
 p teacher   q student   d = log p - log q   M rows   V classes
 
-A divergence D is a sum over the classes of addends f with a companion u = q dD/dq. Where a constant
-is added to dD/dq the gradient in the student's logits z stays the same:
+Most divergences D are sums over the classes of addends f with a companion u = q dD/dq; the others
+are functions of such sums, with a u as well. Where a constant is added to dD/dq the gradient in the
+student's logits z stays the same:
 
     dD/dz = (u - q sum(u)) / temperature
 
@@ -17,13 +18,20 @@ csrc/cpu/kd_loss_rows.h, whose enum in csrc/include/modxfer/kd_loss.h has the or
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from modxfer_fast.kernels import divergence_terms as formulas
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# The option of this name: a divergence, or weights of several by name.
+DivergenceOption = str | Mapping[str, float]
 
 
 class Parameter(NamedTuple):
@@ -69,7 +77,9 @@ class Divergence:
             d under p and sum(u) is -1; "mean_under_q": D is the mean of -d under q, and sum(u) is
             D. Both means are known with the maxima and denominators of the softmaxes, after one
             pass over the logits. "normalised": D = sum(f) and sum(u) take p and q themselves, and a
-            second pass.
+            second pass. "of_row": D is another function of sums of the row, `rows` says which.
+        rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of such a divergence, which has
+            no terms; u = q dD/dq.
         alpha, beta: what it reads, or None.
         limits: at ends of those, where its formula has a logarithm or a quotient of 0, what it is.
         mixes: (alpha, beta) -> weight of p and of q in a mixture of both, each rounded once, where
@@ -81,13 +91,30 @@ class Divergence:
     name: str
     formula: str
     definition: "Callable[[Tensor, Tensor, float, float], Tensor]"
-    terms: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]"
-    row_sums: Literal["mean_under_p", "mean_under_q", "normalised"] = "normalised"
+    terms: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
+    row_sums: Literal["mean_under_p", "mean_under_q", "normalised", "of_row"] = "normalised"
+    rows: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
     alpha: Parameter | None = None
     beta: Parameter | None = None
     limits: tuple[Limit, ...] = ()
     mixes: Callable[[float, float], tuple[float, float]] | None = None
     constants: Callable[[float, float], tuple[float, ...]] | None = None
+
+    def of_classes(
+        self, log_p: "Tensor", log_q: "Tensor", alpha: float, beta: float
+    ) -> "tuple[Tensor, Tensor]":
+        """f and u, [M, V] each, of a divergence that is a sum over the classes."""
+        assert self.terms is not None
+        return self.terms(log_p, log_q, alpha, beta)
+
+    def of_rows(
+        self, log_p: "Tensor", log_q: "Tensor", alpha: float, beta: float
+    ) -> "tuple[Tensor, Tensor]":
+        """D [M] and u [M, V], of any divergence."""
+        if self.rows is not None:
+            return self.rows(log_p, log_q, alpha, beta)
+        f, u = self.of_classes(log_p, log_q, alpha, beta)
+        return f.sum(-1), u
 
     @property
     def reads_alpha(self) -> bool:
@@ -109,177 +136,33 @@ class Divergence:
         """What row kernels read: of a mixture its weights and their logarithms."""
         if self.mixes is not None:
             weight, rest = self.mixes(alpha, beta)
-            return weight, rest, _log_of(weight, rest), _log_of(rest, weight)
+            return weight, rest, formulas.log_of(weight, rest), formulas.log_of(rest, weight)
         numbers = () if self.constants is None else self.constants(alpha, beta)
         c0, c1, c2, c3 = (*numbers, 0.0, 0.0, 0.0, 0.0)[:4]
         return c0, c1, c2, c3
-
-
-def _log_of(weight: float, rest: float) -> float:
-    return math.log(weight) if weight < 0.5 else math.log1p(-rest)
-
-
-def _kl(log_a: "Tensor", log_b: "Tensor") -> "Tensor":
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-
-def _weighted(weight: "Tensor", log: "Tensor") -> "Tensor":
-    # masked before the product: behind it autograd would multiply 0 by an infinite log
-    return weight * log.masked_fill(weight == 0, 0.0)
-
-
-def _gap(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
-    """d, and 0 for a class that both exclude."""
-    return (log_p - log_q).masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
-
-
-def _log_mixture(x: "Tensor", weight: float, rest: float) -> "Tensor":
-    """log(weight e^x + rest) of weights whose sum is 1; it vanishes with x, without rounding."""
-    near = x.abs() < 1.0
-    small = x.masked_fill(~near, 0.0).expm1().mul(weight).log1p()
-    log_weight, log_rest = _log_of(weight, rest), _log_of(rest, weight)
-    large = (x + log_weight).logaddexp(x.new_full((), log_rest))
-    return small.where(near, large)
-
-
-def _log_mean(log_p: "Tensor", log_q: "Tensor", weight: float) -> "Tensor":
-    return (log_p + math.log(weight)).logaddexp(log_q + math.log1p(-weight))
-
-
-# --- KLs, and what is made of them
-
-
-def _forward_kl_terms(log_p, log_q, alpha, beta):
-    p = log_p.exp()
-    return _weighted(p, log_p - log_q), -p
-
-
-def _reverse_kl_terms(log_p, log_q, alpha, beta):
-    u = -_weighted(log_q.exp(), log_p - log_q)
-    return u, u
-
-
-def _jsd(log_p, log_q, alpha, beta):
-    log_m = _log_mean(log_p, log_q, beta)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-
-
-def _jsd_terms(log_p, log_q, alpha, beta):
-    # each from its own side: log(p/m) as d - log(m/q) would be the difference of two large numbers
-    # where the student gives a class next to nothing
-    d = log_p - log_q
-    log_beta, log_rest = math.log(beta), math.log1p(-beta)
-    log_m_over_p = (log_rest - d).logaddexp(d.new_full((), log_beta))
-    log_m_over_q = (log_beta + d).logaddexp(d.new_full((), log_rest))
-    u = (beta - 1) * _weighted(log_q.exp(), log_m_over_q)
-    return u - beta * _weighted(log_p.exp(), log_m_over_p), u
-
-
-def _share(part: "Tensor", whole: "Tensor") -> "Tensor":
-    """part / whole, 0 where there is nothing."""
-    return part / whole.masked_fill(whole == 0, 1.0)
-
-
-def _skew_forward_kl_terms(log_p, log_q, alpha, beta):
-    p, q, d = log_p.exp(), log_q.exp(), _gap(log_p, log_q)
-    rest = 1.0 - alpha
-    f = -_weighted(p, _log_mixture(-d, rest, alpha))
-    return f, rest * rest * q * _share(q - p, alpha * p + rest * q)
-
-
-def _skew_reverse_kl_terms(log_p, log_q, alpha, beta):
-    p, q, d = log_p.exp(), log_q.exp(), _gap(log_p, log_q)
-    rest = 1.0 - alpha
-    f = -_weighted(q, _log_mixture(d, rest, alpha))
-    return f, f + alpha * rest * q * _share(p - q, rest * p + alpha * q)
-
-
-def _jeffreys_terms(log_p, log_q, alpha, beta):
-    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
-    of_q = -_weighted(q, d)
-    return _weighted(p, d) + of_q, (q - p) + of_q
-
-
-# --- others
-
-
-def _sign(x: "Tensor") -> "Tensor":
-    """As `Tensor.sign`, and NaN of NaN."""
-    return x.sign() + (x - x)
-
-
-def _total_variation_terms(log_p, log_q, alpha, beta):
-    q = log_q.exp()
-    gap = q - log_p.exp()
-    return 0.5 * gap.abs(), 0.5 * q * _sign(gap.detach())
-
-
-def _squared_hellinger(log_p, log_q, alpha, beta):
-    return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)
-
-
-def _squared_hellinger_terms(log_p, log_q, alpha, beta):
-    root_p, root_q = (0.5 * log_p).exp(), (0.5 * log_q).exp()
-    gap = root_p - root_q
-    return 0.5 * gap * gap, -0.5 * gap * root_q
-
-
-def _chi_squared(log_p, log_q, alpha, beta):
-    p, q = log_p.exp(), log_q.exp()
-    return ((p - q).square() / q).sum(-1)
-
-
-def _chi_squared_terms(log_p, log_q, alpha, beta):
-    p, q, d = log_p.exp(), log_q.exp(), _gap(log_p, log_q)
-    # p^2 / q may be finite where p and q are too small to be numbers
-    near, gap, squared = d.abs() < 1.0, p - q, (log_p + d).exp()
-    small = d.masked_fill(~near, 0.0).expm1()
-    f = (gap * small).where(near, (squared - p) - gap)
-    return f, (-gap * (2.0 + small)).where(near, q - squared)
-
-
-def _alpha_beta(log_p, log_q, alpha, beta):
-    both = alpha + beta
-    p, q = (both * log_p).exp(), (both * log_q).exp()
-    mixed = (alpha * log_p + beta * log_q).exp()
-    return (alpha / both * p + beta / both * q - mixed).sum(-1) / (alpha * beta)
-
-
-def _alpha_beta_terms(log_p, log_q, alpha, beta):
-    # from the larger of p and q, whose power is the largest of the three
-    both, d = alpha + beta, _gap(log_p, log_q)
-    top = (both * log_p.maximum(log_q)).exp()
-    of_p, distance = d > 0, d.abs()
-    less = (-beta * distance).expm1().where(of_p, (-alpha * distance).expm1())
-    least = (-both * distance).expm1()
-    # with d > 0: p^both = top, q^both = top (1 + least), p^alpha q^beta = top (1 + less)
-    gap_p = (-less).where(of_p, least - less)
-    gap_q = (least - less).where(of_p, -less)
-    f = top * (alpha * gap_p + beta * gap_q) / (alpha * beta * both)
-    return f, top * gap_q / alpha
 
 
 _RECORDS = (
     Divergence(
         name="forward_kl",
         formula="KL(p || q)",
-        definition=lambda log_p, log_q, alpha, beta: _kl(log_p, log_q),
-        terms=_forward_kl_terms,
+        definition=lambda log_p, log_q, alpha, beta: formulas.kl(log_p, log_q),
+        terms=formulas.forward_kl_terms,
         row_sums="mean_under_p",
     ),
     Divergence(
         name="reverse_kl",
         formula="KL(q || p)",
-        definition=lambda log_p, log_q, alpha, beta: _kl(log_q, log_p),
-        terms=_reverse_kl_terms,
+        definition=lambda log_p, log_q, alpha, beta: formulas.kl(log_q, log_p),
+        terms=formulas.reverse_kl_terms,
         row_sums="mean_under_q",
     ),
     # generalised JSD of GKD, Agarwal et al. 2024, arXiv 2306.13649
     Divergence(
         name="jsd",
         formula="beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q",
-        definition=_jsd,
-        terms=_jsd_terms,
+        definition=formulas.jsd,
+        terms=formulas.jsd_terms,
         beta=Parameter(0.5, 0.0, 1.0, "[0, 1]"),
         limits=(Limit(None, 0.0, "forward_kl"), Limit(None, 1.0, "reverse_kl")),
         mixes=lambda alpha, beta: (beta, 1.0 - beta),
@@ -290,14 +173,16 @@ _RECORDS = (
         definition=lambda log_p, log_q, alpha, beta: (
             0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
         ),
-        terms=_total_variation_terms,
+        terms=formulas.total_variation_terms,
     ),
     # both skewed KLs: DistiLLM, Ko et al. 2024, arXiv 2402.03898
     Divergence(
         name="skew_forward_kl",
         formula="KL(p || alpha p + (1 - alpha) q)",
-        definition=lambda log_p, log_q, alpha, beta: _kl(log_p, _log_mean(log_p, log_q, alpha)),
-        terms=_skew_forward_kl_terms,
+        definition=lambda log_p, log_q, alpha, beta: formulas.kl(
+            log_p, formulas.log_mean(log_p, log_q, alpha)
+        ),
+        terms=formulas.skew_forward_kl_terms,
         alpha=Parameter(0.1, 0.0, 1.0, "[0, 1)"),
         limits=(Limit(0.0, None, "forward_kl"),),
         mixes=lambda alpha, beta: (alpha, 1.0 - alpha),
@@ -305,8 +190,10 @@ _RECORDS = (
     Divergence(
         name="skew_reverse_kl",
         formula="KL(q || (1 - alpha) p + alpha q)",
-        definition=lambda log_p, log_q, alpha, beta: _kl(log_q, _log_mean(log_q, log_p, alpha)),
-        terms=_skew_reverse_kl_terms,
+        definition=lambda log_p, log_q, alpha, beta: formulas.kl(
+            log_q, formulas.log_mean(log_q, log_p, alpha)
+        ),
+        terms=formulas.skew_reverse_kl_terms,
         alpha=Parameter(0.1, 0.0, 1.0, "[0, 1)"),
         limits=(Limit(0.0, None, "reverse_kl"),),
         mixes=lambda alpha, beta: (1.0 - alpha, alpha),
@@ -314,28 +201,30 @@ _RECORDS = (
     Divergence(
         name="jeffreys",
         formula="KL(p || q) + KL(q || p)",
-        definition=lambda log_p, log_q, alpha, beta: _kl(log_p, log_q) + _kl(log_q, log_p),
-        terms=_jeffreys_terms,
+        definition=lambda log_p, log_q, alpha, beta: (
+            formulas.kl(log_p, log_q) + formulas.kl(log_q, log_p)
+        ),
+        terms=formulas.jeffreys_terms,
     ),
     Divergence(
         name="squared_hellinger",
         formula="1/2 sum (sqrt p - sqrt q)^2",
-        definition=_squared_hellinger,
-        terms=_squared_hellinger_terms,
+        definition=formulas.squared_hellinger,
+        terms=formulas.squared_hellinger_terms,
     ),
     # of Pearson: the student divides
     Divergence(
         name="chi_squared",
         formula="sum (p - q)^2 / q",
-        definition=_chi_squared,
-        terms=_chi_squared_terms,
+        definition=formulas.chi_squared,
+        terms=formulas.chi_squared_terms,
     ),
     # Cichocki et al. 2011; for distillation ABKD, Wang et al. 2025, arXiv 2505.04560
     Divergence(
         name="alpha_beta",
         formula="sum (alpha p^s + beta q^s - s p^alpha q^beta) / (alpha beta s), s = alpha + beta",
-        definition=_alpha_beta,
-        terms=_alpha_beta_terms,
+        definition=formulas.alpha_beta,
+        terms=formulas.alpha_beta_terms,
         alpha=Parameter(0.2, 0.0, math.inf, "greater than 0"),
         beta=Parameter(0.7, 0.0, math.inf, "greater than 0"),
         limits=(Limit(1.0, 0.0, "forward_kl"), Limit(0.0, 1.0, "reverse_kl")),
@@ -343,6 +232,35 @@ _RECORDS = (
             *(alpha, beta, alpha + beta),
             1.0 / (alpha * beta * (alpha + beta)),
         ),
+    ),
+    Divergence(
+        name="renyi",
+        formula="log(sum p^alpha q^(1 - alpha)) / (alpha - 1)",
+        definition=formulas.renyi,
+        rows=formulas.renyi_rows,
+        row_sums="of_row",
+        alpha=Parameter(0.5, 0.0, math.inf, "greater than 0"),
+        limits=(Limit(1.0, None, "forward_kl"),),
+        constants=lambda alpha, beta: (alpha, 1.0 / (alpha - 1.0)),
+    ),
+    # of speculative decoding: Samarin et al., arXiv 2602.23881
+    Divergence(
+        name="negative_log_acceptance",
+        formula="-log sum min(p, q)",
+        definition=formulas.negative_log_acceptance,
+        rows=formulas.negative_log_acceptance_rows,
+        row_sums="of_row",
+    ),
+    Divergence(
+        name="lk_hybrid",
+        formula="w KL(p || q) + (1 - w) 1/2 sum |p - q|, w = exp(-alpha sum min(p, q)), a constant "
+        "of the gradient",
+        definition=formulas.lk_hybrid,
+        rows=formulas.lk_hybrid_rows,
+        row_sums="of_row",
+        alpha=Parameter(3.0, 0.0, math.inf, "not less than 0"),
+        limits=(Limit(0.0, None, "forward_kl"),),
+        constants=lambda alpha, beta: (alpha,),
     ),
 )
 
@@ -372,10 +290,82 @@ def _defaults(parameter: str) -> str:
 ALPHAS, BETAS = _defaults("alpha"), _defaults("beta")
 
 
+@functools.lru_cache(maxsize=64)
+def weighted_sum(
+    names: tuple[str, ...], weights: tuple[float, ...], alpha: float | None, beta: float | None
+) -> Divergence:
+    """A record of sum w D; alpha and beta go to those that read them, None being their default."""
+    parts = [
+        (weight, DIVERGENCES[name], DIVERGENCES[name].parameters(alpha, beta))
+        for name, weight in zip(names, weights, strict=True)
+    ]
+
+    def definition(log_p, log_q, *_):
+        return sum(w * record.definition(log_p, log_q, *own) for w, record, own in parts)
+
+    def terms(log_p, log_q, *_):
+        f, u = 0.0, 0.0
+        for weight, record, own in parts:
+            f_part, u_part = record.terms(log_p, log_q, *own)
+            if record.row_sums == "mean_under_p":
+                u_part = u_part + log_q.exp()  # which vanishes with d, unlike -p alone
+            f, u = f + weight * f_part, u + weight * u_part
+        return f, u
+
+    formula = " + ".join(f"{w:g} ({record.formula})" for w, record, _ in parts)
+    return Divergence("+".join(names), formula, definition, terms)
+
+
 def nearest(name: object, valid: Iterable[str]) -> str:
     """A hint such as "; did you mean 'jsd'?", or nothing."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def resolve_sum(
+    names: Iterable[str], weights: Iterable[float], alpha: float | None, beta: float | None
+) -> dict[str, float]:
+    """The weights of a sum by name, each checked and `resolve`d; those of weight 0 are left out.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    found: dict[str, float] = {}
+    readers: set[str] = set()
+    for name, weight in zip(names, weights, strict=True):
+        if name not in DIVERGENCES:
+            resolve(name, None, None)
+        record = DIVERGENCES[name]
+        if record.row_sums == "of_row":
+            raise ValueError(
+                f"divergence: expected sums over the classes as parts of a weighted sum, "
+                f"got {name!r}, which is a function of such a sum"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(
+                f"divergence: expected a number as weight of {name!r}, got {type(weight).__name__}"
+            )
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(
+                f"divergence: expected weights of at least 0, got {weight} for {name!r}"
+            )
+        own = {"alpha": alpha if record.reads_alpha else None}
+        own["beta"] = beta if record.reads_beta else None
+        readers |= {parameter for parameter in own if getattr(record, parameter) is not None}
+        resolved, *_ = resolve(name, **own)
+        if weight > 0:
+            found[resolved] = found.get(resolved, 0.0) + float(weight)
+    if not found:
+        raise ValueError(
+            "divergence: expected a name or weights by name, one of them positive, got none"
+        )
+    for parameter, value in (("alpha", alpha), ("beta", beta)):
+        if value is not None and parameter not in readers:
+            raise ValueError(
+                f"{parameter}: expected it with divergence {_readers(parameter)} alone, which "
+                f"reads it, got {parameter}={value} with {' and '.join(map(repr, names))}"
+            )
+    return found
 
 
 def resolve(divergence: str, alpha: float | None, beta: float | None) -> tuple[str, float, float]:

@@ -20,15 +20,50 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// numbers: c0 to c3, temperature, kd_weight, ce_weight, label_smoothing, z_loss_weight.
-KdSpec make_spec(int64_t divergence, const std::vector<double>& numbers, int64_t classes) {
-  STD_TORCH_CHECK(0 <= divergence && divergence < kNumDivergences && numbers.size() == 9,
-                  "divergence, numbers: expected those that these C++ kernels were built with");
-  const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
-  return {static_cast<Divergence>(divergence),  number(0), number(1), number(2), number(3),
-          static_cast<float>(1.0 / numbers[4]), number(5), number(6), number(7), number(8),
-          static_cast<float>(classes)};
-}
+// A spec, and the parts of a weighted sum that it points to.
+class Spec {
+ public:
+  // divergences: one, or several of a weighted sum. numbers: temperature, kd_weight, ce_weight,
+  // label_smoothing, z_loss_weight, then weight and c0 to c3 of each divergence. classes: of a row.
+  Spec(const std::vector<int64_t>& divergences, const std::vector<double>& numbers,
+       int64_t classes) {
+    STD_TORCH_CHECK(!divergences.empty() && numbers.size() == 5 + 5 * divergences.size(),
+                    "divergences, numbers: expected five numbers, and five of each divergence");
+    const auto number = [&](size_t i) { return static_cast<float>(numbers[i]); };
+    for (size_t k = 0; k < divergences.size(); ++k) {
+      STD_TORCH_CHECK(0 <= divergences[k] && divergences[k] < kNumDivergences,
+                      "divergences: expected those that these C++ kernels were built with");
+      const size_t i = 5 + 5 * k;
+      parts_.push_back({static_cast<Divergence>(divergences[k]), number(i), number(i + 1),
+                        number(i + 2), number(i + 3), number(i + 4)});
+    }
+    for (const KdSummand& part : parts_) {
+      STD_TORCH_CHECK(parts_.size() == 1 || static_cast<int64_t>(part.divergence) < kNumSums,
+                      "divergences: expected sums over the classes as parts of a sum");
+    }
+    const KdSummand& first = parts_[0];
+    const auto divergence = parts_.size() == 1 ? first.divergence : Divergence::kCount;
+    spec_ = {divergence,
+             first.c0,
+             first.c1,
+             first.c2,
+             first.c3,
+             static_cast<float>(1.0 / numbers[0]),
+             number(1),
+             number(2),
+             number(3),
+             number(4),
+             static_cast<float>(classes),
+             parts_.data(),
+             static_cast<int64_t>(parts_.size())};
+  }
+
+  operator const KdSpec&() const { return spec_; }
+
+ private:
+  std::vector<KdSummand> parts_;
+  KdSpec spec_;
+};
 
 // Where the by-products of rows go, [M, 1] (lse alone) or [M, 6], or nowhere.
 class Extras {
@@ -82,15 +117,18 @@ int64_t grain(int64_t vocab_size) {
 // What a thread holds: the scratch of the row kernels, and fp32 copies of half-precision rows.
 class Buffers {
  public:
-  Buffers(int64_t vocab_size, const BentRows& student, const BentRows& teacher,
+  Buffers(int64_t vocab_size, const KdSpec& spec, const BentRows& student, const BentRows& teacher,
           int64_t dlogits_size = 0)
-      : scratch_(2 * vocab_size),
+      : scratch_((spec.num_parts > 1 ? 5 : 2) * vocab_size),
         student(student.buffer_size()),
         teacher(teacher.buffer_size()),
         dlogits(dlogits_size),
         vocab_size_(vocab_size) {}
 
-  KdScratch scratch() { return {scratch_.data(), scratch_.data() + vocab_size_}; }
+  KdScratch scratch() {
+    float* q = scratch_.data();
+    return {q, q + vocab_size_, q + 2 * vocab_size_};
+  }
 
  private:
   std::vector<float> scratch_;
@@ -131,7 +169,7 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
   const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, student, teacher, grad.buffer_size());
+    Buffers buffers(V, spec, student, teacher, grad.buffer_size());
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
@@ -145,12 +183,14 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
-                                               std::optional<Tensor> labels, int64_t divergence,
+                                               std::optional<Tensor> labels,
+                                               std::vector<int64_t> divergences,
                                                std::vector<double> numbers,
                                                std::vector<double> bends,
                                                std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers, V);
+  const Spec owner(divergences, numbers, V);
+  const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -163,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   auto* stats_rows = reinterpret_cast<KdStats*>(floats(stats));
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, student, teacher);
+    Buffers buffers(V, spec, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       KdExtras own;
       KdExtras* room = more.room(own);
@@ -179,20 +219,21 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
 }
 
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                 Tensor row_weights, Tensor stats, int64_t divergence, std::vector<double> numbers,
-                 std::vector<double> bends, Tensor dlogits) {
+                 Tensor row_weights, Tensor stats, std::vector<int64_t> divergences,
+                 std::vector<double> numbers, std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   write_rows(student_logits, teacher_logits, Labels(labels, M, V), row_weights, stats,
-             make_spec(divergence, numbers, V), bends, dlogits);
+             Spec(divergences, numbers, V), bends, dlogits);
 }
 
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
-                                           int64_t divergence, std::vector<double> numbers,
-                                           std::vector<double> bends, Tensor dlogits,
-                                           std::optional<Tensor> extras) {
+                                           std::vector<int64_t> divergences,
+                                           std::vector<double> numbers, std::vector<double> bends,
+                                           Tensor dlogits, std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers, V);
+  const Spec owner(divergences, numbers, V);
+  const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -207,7 +248,7 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, student, teacher, grad.buffer_size());
+    Buffers buffers(V, spec, student, teacher, grad.buffer_size());
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
@@ -317,12 +358,16 @@ class TopKBuffers {
 std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
-                                        std::optional<Tensor> row_weights, int64_t divergence,
+                                        std::optional<Tensor> row_weights,
+                                        std::vector<int64_t> divergences,
                                         std::vector<double> numbers, std::vector<double> bends,
                                         std::optional<Tensor> dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers, V);
+  const Spec owner(divergences, numbers, V);
+  const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
+  STD_TORCH_CHECK(kernels.topk_fwd != nullptr,
+                  "divergences: expected one that is a sum over the classes");
   const BentRows student(student_logits, Bends(bends).student);
   const Rows grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);

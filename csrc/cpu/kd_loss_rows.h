@@ -115,9 +115,18 @@ MODXFER_INLINE vf load_n(const float* src, int n) {
   return n == kLanes ? load(src) : load_tail(src, n, -__builtin_inff());
 }
 
-template <Divergence kDivergence, bool kMore>
-KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch, KdExtras* extras) {
+// What passes 1 and 2 leave beside the statistics.
+struct Softmaxes {
+  double d_s, d_t;
+  float logd_gap;  // log d_t - log d_s
+  float ce;
+};
+
+// Passes 1 and 2: e^x of student and teacher in q and u of the scratch.
+template <bool kMore>
+Softmaxes softmaxes(const float* student, const float* teacher, int64_t V, int64_t label,
+                    const KdSpec& spec, KdStats& stats, const KdScratch& scratch,
+                    KdExtras* extras) {
   vf max_s = splat(-__builtin_inff()), max_t = max_s;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     max_s = vmax(load_n(student + i, n), max_s);
@@ -167,30 +176,6 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
   stats.logd_t = static_cast<float>(logd_t);
   stats.logd_1 = static_cast<float>(logd_1);
 
-  const float inv_d_s = static_cast<float>(1.0 / d_s), inv_d_t = static_cast<float>(1.0 / d_t);
-  const float logd_gap = static_cast<float>(logd_t - logd_s);
-  double f_sum = 0, u_sum = 0;
-  for (int64_t block = 0; block < V; block += kBlock) {
-    const int64_t end = block + kBlock < V ? block + kBlock : V;
-    vf sum_f{}, sum_u{};
-    for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const vf z_s = load_n(student + i, n) - stats.max_s;
-      const vf z_t = load_n(teacher + i, n) - stats.max_t;
-      const vf x_s = z_s * spec.inv_temperature, x_t = z_t * spec.inv_temperature;
-      const vf d = (z_t - z_s) * spec.inv_temperature - logd_gap;  // 0 of equal ones, to the bit
-      const vf q = load_or_zero(scratch.q + i, n) * inv_d_s;
-      const vf p = load_or_zero(scratch.u + i, n) * inv_d_t;
-      const Class x = {q, p, d, x_s - stats.logd_s, x_t - stats.logd_t};
-      const Terms terms = divergence_terms<kDivergence>(x, spec);
-      sum_f += terms.f;
-      sum_u += terms.u;
-      store_n(scratch.q + i, n, q);
-      store_n(scratch.u + i, n, terms.u);
-    });
-    f_sum += reduce_sum(sum_f);
-    u_sum += reduce_sum(sum_u);
-  }
-  stats.u_sum = kDivergence == Divergence::kForwardKl ? -1.0f : static_cast<float>(u_sum);
   double ce = has_ce ? logd_1 - (static_cast<double>(student[label]) - stats.max_s) : 0.0;
   if constexpr (kMore) {
     const double mean = logd_1 - x_sum / static_cast<double>(V);
@@ -208,19 +193,67 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
     }
   }
   if (extras != nullptr) extras->lse = static_cast<float>(stats.max_s + logd_1);
-  const double kd = f_sum < 0.0 ? 0.0 : f_sum;  // of rounding
-  return {static_cast<float>(kd), static_cast<float>(ce)};
+  return {d_s, d_t, static_cast<float>(logd_t - logd_s), static_cast<float>(ce)};
+}
+
+// The class i of a row, and those of its vector.
+MODXFER_INLINE Class class_at(const float* student, const float* teacher, int64_t i, int n,
+                              const KdSpec& spec, const KdStats& stats, float logd_gap, vf q,
+                              vf p) {
+  const vf z_s = load_n(student + i, n) - stats.max_s;
+  const vf z_t = load_n(teacher + i, n) - stats.max_t;
+  const vf x_s = z_s * spec.inv_temperature, x_t = z_t * spec.inv_temperature;
+  const vf d = (z_t - z_s) * spec.inv_temperature - logd_gap;  // 0 of equal ones, to the bit
+  return {q, p, d, x_s - stats.logd_s, x_t - stats.logd_t};
+}
+
+// Pass 3: the divergence, sum u, and q and u in the scratch, from e^x of both sides.
+template <Divergence kDivergence>
+KdSums row_terms(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+                 const KdStats& stats, const Softmaxes& softmax, const float* e_s, const float* e_t,
+                 const KdScratch& scratch) {
+  const float inv_d_s = static_cast<float>(1.0 / softmax.d_s);
+  const float inv_d_t = static_cast<float>(1.0 / softmax.d_t);
+  double f_sum = 0, u_sum = 0;
+  for (int64_t block = 0; block < V; block += kBlock) {
+    const int64_t end = block + kBlock < V ? block + kBlock : V;
+    vf sum_f{}, sum_u{};
+    for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const vf q = load_or_zero(e_s + i, n) * inv_d_s;
+      const vf p = load_or_zero(e_t + i, n) * inv_d_t;
+      const Class x = class_at(student, teacher, i, n, spec, stats, softmax.logd_gap, q, p);
+      const Terms terms = divergence_terms<kDivergence>(x, spec);
+      sum_f += terms.f;
+      sum_u += terms.u;
+      store_n(scratch.q + i, n, q);
+      store_n(scratch.u + i, n, terms.u);
+    });
+    f_sum += reduce_sum(sum_f);
+    u_sum += reduce_sum(sum_u);
+  }
+  // below 0 is rounding
+  return {f_sum < 0.0 ? 0.0 : f_sum, kDivergence == Divergence::kForwardKl ? -1.0 : u_sum};
+}
+
+template <Divergence kDivergence, bool kMore>
+KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
+                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch, KdExtras* extras) {
+  const Softmaxes softmax =
+      softmaxes<kMore>(student, teacher, V, label, spec, stats, scratch, extras);
+  const KdSums sums = row_terms<kDivergence>(student, teacher, V, spec, stats, softmax, scratch.q,
+                                             scratch.u, scratch);
+  stats.u_sum = static_cast<float>(sums.u);
+  return {static_cast<float>(sums.kd), softmax.ce};
 }
 
 // Classes i to i + n, from the statistics of the row.
 MODXFER_INLINE Class class_of(const float* student, const float* teacher, int64_t i, int n,
                               const KdSpec& spec, const KdStats& stats) {
-  const vf z_s = load_n(student + i, n) - stats.max_s;
-  const vf z_t = load_n(teacher + i, n) - stats.max_t;
-  const vf log_q = z_s * spec.inv_temperature - stats.logd_s;
-  const vf log_p = z_t * spec.inv_temperature - stats.logd_t;
-  const vf d = (z_t - z_s) * spec.inv_temperature - (stats.logd_t - stats.logd_s);
-  return {vexp(log_q), vexp(log_p), d, log_q, log_p};
+  const float logd_gap = stats.logd_t - stats.logd_s;
+  Class x = class_at(student, teacher, i, n, spec, stats, logd_gap, vf{}, vf{});
+  x.q = vexp(x.log_q);
+  x.p = vexp(x.log_p);
+  return x;
 }
 
 template <Divergence kDivergence>
@@ -259,21 +292,36 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
 
 #include "kd_loss_stages_rows.h"
 #include "topk_kd_loss_rows.h"
+#include "kd_loss_whole_rows.h"
 
-template <int64_t... kIds>
-constexpr std::array<KdRowKernels, sizeof...(kIds)> kernels_of(
-    std::integer_sequence<int64_t, kIds...>) {
-  return {KdRowKernels{
-      kIsaName,
-      {row_fwd<static_cast<Divergence>(kIds), false>, row_fwd<static_cast<Divergence>(kIds), true>},
-      row_recompute<static_cast<Divergence>(kIds)>,
-      row_grad,
-      {row_part<static_cast<Divergence>(kIds), false>,
-       row_part<static_cast<Divergence>(kIds), true>},
-      row_sums<static_cast<Divergence>(kIds)>,
-      topk_row_fwd<static_cast<Divergence>(kIds)>,
-      topk_row_grad}...};
+template <Divergence kDivergence>
+constexpr KdRowKernels kernels_of_one() {
+  if constexpr (is_of_row(kDivergence)) {
+    return {kIsaName,
+            {of_row_fwd<kDivergence, false>, of_row_fwd<kDivergence, true>},
+            of_row_recompute<kDivergence>,
+            row_grad,
+            {},  // Python refuses these beside a part of the classes, or a list of them
+            nullptr,
+            nullptr,
+            nullptr};
+  } else {
+    return {kIsaName,
+            {row_fwd<kDivergence, false>, row_fwd<kDivergence, true>},
+            row_recompute<kDivergence>,
+            row_grad,
+            {row_part<kDivergence, false>, row_part<kDivergence, true>},
+            row_sums<kDivergence>,
+            topk_row_fwd<kDivergence>,
+            topk_row_grad};
+  }
 }
 
-// By divergence.
+template <int64_t... kIds>
+constexpr std::array<KdRowKernels, sizeof...(kIds) + 1> kernels_of(
+    std::integer_sequence<int64_t, kIds...>) {
+  return {kernels_of_one<static_cast<Divergence>(kIds)>()..., kSumKernels};
+}
+
+// By divergence, and behind the last those of a weighted sum.
 constexpr auto kKernels = kernels_of(std::make_integer_sequence<int64_t, kNumDivergences>{});

@@ -2,11 +2,14 @@
 
 // -> double [M, 8], or [M, 11] with by-products; local labels are in [0, V], V for another rank's.
 Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                     int64_t divergence, std::vector<double> numbers, std::vector<double> bends,
-                     bool has_more) {
+                     std::vector<int64_t> divergences, std::vector<double> numbers,
+                     std::vector<double> bends, bool has_more) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers, V);
+  const Spec owner(divergences, numbers, V);
+  const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
+  STD_TORCH_CHECK(kernels.sums != nullptr,
+                  "divergences: expected one that is a sum over the classes");
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V + 1);
@@ -16,7 +19,7 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
   auto* out = static_cast<double*>(parts.data_ptr());
   const auto stats = kernels.part[has_more || spec.label_smoothing != 0.0f];
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(0, student, teacher);
+    Buffers buffers(0, spec, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       KdPart part;
       stats(student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()), V,
@@ -27,11 +30,15 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
   return parts;
 }
 
-Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int64_t divergence,
-                    std::vector<double> numbers, std::vector<double> bends) {
+Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
+                    std::vector<int64_t> divergences, std::vector<double> numbers,
+                    std::vector<double> bends) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const KdSpec spec = make_spec(divergence, numbers, V);
+  const Spec owner(divergences, numbers, V);
+  const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
+  STD_TORCH_CHECK(kernels.sums != nullptr,
+                  "divergences: expected one that is a sum over the classes");
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   check_same_shape(student_logits, teacher_logits);
@@ -40,7 +47,7 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, 
   Tensor sums = torch::stable::new_empty(student_logits, {M, 2}, ScalarType::Double);
   auto* out = static_cast<double*>(sums.data_ptr());
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(0, student, teacher);
+    Buffers buffers(0, spec, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       kernels.sums(student.read(row, buffers.student.data()),
                    teacher.read(row, buffers.teacher.data()), V, spec, stats_rows[row],
@@ -52,9 +59,10 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, 
 
 // As kd_loss_bwd of rows of `classes` classes, of which the logits are a part.
 void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                   int64_t classes, Tensor row_weights, Tensor stats, int64_t divergence,
-                   std::vector<double> numbers, std::vector<double> bends, Tensor dlogits) {
+                   int64_t classes, Tensor row_weights, Tensor stats,
+                   std::vector<int64_t> divergences, std::vector<double> numbers,
+                   std::vector<double> bends, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   write_rows(student_logits, teacher_logits, Labels(labels, M, V + 1), row_weights, stats,
-             make_spec(divergence, numbers, classes), bends, dlogits);
+             Spec(divergences, numbers, classes), bends, dlogits);
 }

@@ -7,13 +7,21 @@ tensor (`scalars.py`): in the string, each temperature of an annealed one would 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from modxfer_fast.kernels.common.bend import Bend
 from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
-from modxfer_fast.kernels.divergences import DIVERGENCES, Divergence, resolve
+from modxfer_fast.kernels.divergences import (
+    DIVERGENCES,
+    Divergence,
+    DivergenceOption,
+    resolve,
+    resolve_sum,
+    weighted_sum,
+)
 
 
 class Spec:
@@ -30,7 +38,7 @@ class Spec:
         kinds = cls.__annotations__
         if cls.__bases__ != (Spec,):  # one with more options reads those of its base
             return
-        cls._names = tuple(name for name, kind in kinds.items() if kind is str)
+        cls._names = tuple(n for n, kind in kinds.items() if kind in (str, DivergenceOption))
         cls._numbers = tuple(name for name, kind in kinds.items() if kind in (float, float | None))
         if (carried := (*cls._names, *cls._numbers)) != tuple(kinds)[: len(carried)]:
             raise TypeError(f"{cls.__name__}: expected fields of str, then of float, got {kinds}")
@@ -67,7 +75,8 @@ class KDSpec(Spec):
     """Divergence and weights of one KD loss, from a job file to the row kernels; p is the teacher.
 
     Attributes:
-        divergence: a name of `kernels.divergences`, where its formula stands.
+        divergence: a name of `kernels.divergences`, where its formula stands; or weights by name,
+            {"forward_kl": 0.7, "reverse_kl": 0.3}, of which it keeps the names, joined by "+".
         beta: a parameter of some divergences, of "jsd" the weight of the teacher in its mixture.
             None is what the divergence's record has.
         temperature: divides both rows of logits before the softmax of the divergence.
@@ -78,12 +87,13 @@ class KDSpec(Spec):
         alpha: as beta, another one.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: what a model
             does to the logits of its head before anything else, see `bend.py`.
+        weights: of a sum of several divergences, in the order of their names.
         scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
 
     Row kernels take one that is `checked`.
     """
 
-    divergence: str = "forward_kl"
+    divergence: DivergenceOption = "forward_kl"
     beta: float | None = None
     temperature: float = 1.0
     kd_weight: float = 1.0
@@ -95,11 +105,57 @@ class KDSpec(Spec):
     student_softcap: float | None = None
     teacher_logit_scale: float = 1.0
     teacher_softcap: float | None = None
+    weights: tuple[float, ...] = ()
     scale_by_temperature_squared: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.divergence, Mapping):
+            names, weights = tuple(self.divergence), tuple(self.divergence.values())
+            resolve_sum(names, weights, self.alpha, self.beta)
+            object.__setattr__(self, "divergence", "+".join(names))
+            if len(names) == 1:
+                object.__setattr__(self, "kd_weight", self.kd_weight * weights[0])
+            object.__setattr__(self, "weights", weights if len(names) > 1 else ())
+        elif "+" not in str(self.divergence):  # another one was put in the place of a sum
+            object.__setattr__(self, "weights", ())
+
+    def values(self) -> list[float]:
+        return [*super().values(), *self.weights]
+
+    @classmethod
+    def read(cls, names: str, numbers: Tensor) -> Self:
+        kind: Any = cls
+        values = [None if math.isnan(value) else value for value in numbers.tolist()]
+        known = len(cls._numbers)
+        return _parsed(kind, names, *values[:known], tuple(values[known:]))
+
+    @property
+    def option(self) -> DivergenceOption:
+        """`divergence` as it was given."""
+        names = str(self.divergence).split("+")
+        return dict(zip(names, self.weights, strict=True)) if self.weights else names[0]
+
+    def options(self) -> dict[str, Any]:
+        """What a user gives for this spec, by name."""
+        options = dataclasses.asdict(self) | {"divergence": self.option}
+        del options["weights"]
+        return options
 
     @property
     def record(self) -> Divergence:
-        return DIVERGENCES[self.divergence]
+        """Of a checked spec."""
+        if not self.weights:
+            return DIVERGENCES[str(self.divergence)]
+        names = tuple(str(self.divergence).split("+"))
+        return weighted_sum(names, self.weights, self.alpha, self.beta)
+
+    @property
+    def parts(self) -> list[tuple[Divergence, float]]:
+        """Each divergence of a checked spec with its weight."""
+        if not self.weights:
+            return [(self.record, 1.0)]
+        names = str(self.divergence).split("+")
+        return [(DIVERGENCES[n], w) for n, w in zip(names, self.weights, strict=True)]
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -138,7 +194,16 @@ class KDSpec(Spec):
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if value is not None:
                 check_number(name, value)
-        divergence, alpha, beta = resolve(self.divergence, self.alpha, self.beta)
+        divergence, weights = str(self.divergence), self.weights
+        alpha, beta = self.alpha, self.beta
+        if weights:
+            parts = resolve_sum(divergence.split("+"), weights, alpha, beta)
+            divergence, weights = "+".join(parts), tuple(parts.values())
+            if len(parts) == 1:
+                kd_weight, weights = kd_weight * weights[0], ()
+                alpha, beta = DIVERGENCES[divergence].parameters(alpha, beta)
+        else:
+            divergence, alpha, beta = resolve(divergence, alpha, beta)
         check_number("temperature", temperature)
         if not (temperature > 0.0 and is_finite(temperature)):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
@@ -162,15 +227,16 @@ class KDSpec(Spec):
             kd_weight *= temperature**2
         return KDSpec(
             divergence,
-            beta=float(beta),
+            beta=None if beta is None else float(beta),
             temperature=float(temperature),
             kd_weight=float(kd_weight),
             ce_weight=float(ce_weight),
             label_smoothing=float(self.label_smoothing),
             z_loss_weight=float(self.z_loss_weight),
-            alpha=float(alpha),
+            alpha=None if alpha is None else float(alpha),
             student_logit_scale=self.student_logit_scale,
             student_softcap=self.student_softcap,
             teacher_logit_scale=self.teacher_logit_scale,
             teacher_softcap=self.teacher_softcap,
+            weights=weights,
         )

@@ -152,10 +152,13 @@ def cross_entropy_fwd_bwd(
     return torch.zeros_like(ce), ce
 
 
-def _scalars(spec: KDSpec) -> tuple[int, list[float]]:
-    """The divergence, and the numbers in the order of csrc's make_spec."""
-    constants = spec.record.kernel_constants(*spec.parameters)
-    return _IDS[spec.divergence], [*constants, spec.temperature, spec.kd_weight, *_hard(spec)]
+def _scalars(spec: KDSpec) -> tuple[list[int], list[float]]:
+    """The divergences, and the numbers in the order of csrc's Spec."""
+    numbers = [spec.temperature, spec.kd_weight, *_hard(spec)]
+    for record, weight in spec.parts:
+        own = record.parameters(spec.alpha, spec.beta)
+        numbers += [weight, *record.kernel_constants(*own)]
+    return [_IDS[record.name] for record, _ in spec.parts], numbers
 
 
 def _hard(spec: KDSpec) -> tuple[float, float, float]:

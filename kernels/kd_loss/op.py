@@ -35,6 +35,7 @@ from modxfer_fast.kernels.common import (
 )
 from modxfer_fast.kernels.common.packing import row_major
 from modxfer_fast.kernels.common.rows import Tokens
+from modxfer_fast.kernels.divergences import DivergenceOption
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
 from modxfer_fast.kernels.kd_loss.topk_op import fake_bwd, topk_rows
 
@@ -59,7 +60,7 @@ def kd_loss(
     teacher_logits: Tensor | TeacherTopK,
     *,
     labels: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: DivergenceOption = "forward_kl",
     alpha: float | None = None,
     beta: float | None = None,
     temperature: float = 1.0,

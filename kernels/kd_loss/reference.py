@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.reference_cross_entropy import (
     cross_entropy_fwd,
     cross_entropy_fwd_bwd,
@@ -68,8 +67,8 @@ def kd_loss_reference(
     z_s, z_t = bent(student_logits, teacher_logits, spec)
     log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
     log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
-    f, _ = _terms(log_q, log_p, spec)
-    return f.sum(-1), hard_terms_reference(z_s, labels, spec)[0]
+    kd, _ = spec.record.of_rows(log_p, log_q, *spec.parameters)
+    return kd, hard_terms_reference(z_s, labels, spec)[0]
 
 
 def kd_loss_fwd(
@@ -94,7 +93,7 @@ def kd_loss_fwd(
     z_s, z_t = bent(student_logits, teacher_logits, spec)
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
     x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
-    f, u = _terms(x_s - logd_s, x_t - logd_t, spec)
+    kd, u = spec.record.of_rows(x_t - logd_t, x_s - logd_s, *spec.parameters)
     u_sum = u.sum(-1, keepdim=True)
     if spec.record.row_sums == "mean_under_p":
         u_sum = -torch.ones_like(max_s)  # exactly: equal rows then have no gradient
@@ -113,7 +112,7 @@ def kd_loss_fwd(
         p = log_p.exp()
         extras[:, 4] = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
         extras[:, 5] = ((z_s == max_s) & (z_t == max_t)).any(-1).to(extras.dtype)
-    kd = f.sum(-1).clamp(min=0.0)  # below is rounding
+    kd = kd.clamp(min=0.0)  # below is rounding
     return kd, ce, torch.cat([max_s, logd_s, max_t, logd_t, u_sum, logd_1], dim=-1)
 
 
@@ -132,7 +131,8 @@ def kd_loss_bwd(
     Args:
         classes: of rows of which the logits are a part.
     """
-    z_s, log_q, _, u = of_stats(student_logits, teacher_logits, stats, spec)
+    z_s, log_q, log_p = of_stats(student_logits, teacher_logits, stats, spec)
+    _, u = spec.record.of_rows(log_p, log_q, *spec.parameters)
     max_s, u_sum, logd_1 = (stats[:, i : i + 1].to(z_s.dtype) for i in (0, 4, 5))
     dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
     if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
@@ -145,13 +145,13 @@ def kd_loss_bwd(
 
 def of_stats(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z of the student, log q, f and u, [M, V] each, from the statistics of the forward."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z of the student, log q and log p, [M, V] each, from the statistics of the forward."""
     z_s, z_t = bent(student_logits, teacher_logits, spec)
     max_s, logd_s, max_t, logd_t = stats[:, :4].to(z_s.dtype).unsqueeze(-1).unbind(1)
     log_q = (z_s - max_s) / spec.temperature - logd_s
     log_p = (z_t - max_t) / spec.temperature - logd_t
-    return z_s, log_q, *_terms(log_q, log_p, spec)
+    return z_s, log_q, log_p
 
 
 def kd_loss_fwd_bwd(
@@ -247,7 +247,7 @@ def _topk_divergence(z: Tensor, teacher: TopKRows, spec: KDSpec) -> tuple[Tensor
         others = z.masked_fill(log_q == -torch.inf, -torch.inf)
         share = (others / spec.temperature).softmax(-1).masked_fill(log_q == -torch.inf, 0.0)
         u_others = share * u[:, -1:]
-    if teacher.tail != "none" and DIVERGENCES[spec.divergence].row_sums == "mean_under_p":
+    if teacher.tail != "none" and spec.record.row_sums == "mean_under_p":
         u_sum = -torch.ones_like(u_sum)  # exactly: equal rows then have no gradient
     dz = torch.cat([u_others - q * u_sum, torch.zeros_like(u_sum)], dim=-1)
     dz = dz.scatter(-1, columns, (u - q_listed * u_sum)[:, : columns.shape[-1]])
@@ -267,7 +267,7 @@ def _cross_entropy(z: Tensor, labels: Tensor | None, spec: KDSpec) -> tuple[Tens
 
 def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
     """f and u of each class, [M, V]."""
-    return spec.record.terms(log_p, log_q, *spec.parameters)
+    return spec.record.of_classes(log_p, log_q, *spec.parameters)
 
 
 def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,6 @@ from modxfer_fast.kernels.common.checks import (
     check_tensor,
 )
 from modxfer_fast.kernels.common.scalars import check_number, is_finite
-from modxfer_fast.kernels.divergences import DIVERGENCES
 
 TAILS = ("bucket", "renormalise", "none")
 # What a sum of probabilities, or a logarithm, may exceed its bound by: rounding to four decimals.
@@ -203,7 +202,12 @@ class TeacherTopK(NamedTuple):
                 f"softened, got {spec.temperature}; take log_probs at that temperature and say so, "
                 f"TeacherTopK(..., temperature={spec.temperature}), or tail='renormalise'"
             )
-        divergence = DIVERGENCES[spec.divergence]
+        divergence = spec.record
+        if len(spec.parts) > 1 or divergence.row_sums == "of_row":
+            raise ValueError(
+                f"divergence: expected one that is a sum over the classes, with a TeacherTopK, "
+                f"got {divergence.name!r}, {divergence.formula}"
+            )
         if self.tail == "renormalise" and not math.isfinite(_of_one_class(spec, 0.0, 0.5)[0]):
             raise ValueError(
                 f"divergence: expected one that is finite where the teacher gives a class nothing, "
@@ -255,7 +259,7 @@ class TeacherTopK(NamedTuple):
 def _of_one_class(spec: KDSpec, p: float, q: float) -> tuple[float, float]:
     """f and u of a class."""
     of_p, of_q = torch.tensor([[p], [q]], dtype=torch.float64).unbind()
-    f, u = spec.record.terms(of_p.log(), of_q.log(), *spec.parameters)
+    f, u = spec.record.of_classes(of_p.log(), of_q.log(), *spec.parameters)
     return f.item(), u.item()
 
 

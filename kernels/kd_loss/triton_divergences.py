@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(math.log(2.0))
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -54,6 +55,18 @@ def _exp2_minus_1(x):
     series = 1.0 + y * series * (1.0 / 3.0)
     series = 1.0 + y * series * (1.0 / 2.0)
     return tl.where(x > -0.5, y * series, tl.exp2(x) - 1.0)
+
+
+@triton.jit
+def probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale):
+    """p, q, d = log2(p / q) from differences of logits before a logarithm rounds them, and log2
+    of p and q."""
+    x_s = z_s - max_s
+    x_t = z_t - max_t
+    log2_p = x_t * scale - logd_t * LOG2E
+    log2_q = x_s * scale - logd_s * LOG2E
+    d = (x_t - x_s) * scale - (logd_t - logd_s) * LOG2E
+    return tl.exp2(log2_p), tl.exp2(log2_q), d, log2_p, log2_q
 
 
 @triton.jit
@@ -116,4 +129,22 @@ def divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE: tl.con
         gap_q = tl.where(of_p, least - less, -less)
         f = tl.where(top == 0, 0.0, (c3 * top) * (c0 * gap_p + c1 * gap_q))
         u = tl.where(top == 0, 0.0, (c1 * c2 * c3 * top) * gap_q)
+    return f, u
+
+
+@triton.jit
+def sum_terms(p, q, d, log2_p, log2_q, numbers, DIVERGENCES: tl.constexpr, PARTS: tl.constexpr):
+    """The same of a weighted sum; numbers: weight and c0 to c3 of each."""
+    f = tl.zeros_like(p)
+    u = tl.zeros_like(p)
+    for k in tl.static_range(PARTS):
+        f_k, u_k = divergence_terms(
+            p, q, d, log2_p, log2_q,
+            numbers[5 * k + 1], numbers[5 * k + 2], numbers[5 * k + 3], numbers[5 * k + 4],
+            DIVERGENCES[k],
+        )  # fmt: skip
+        if DIVERGENCES[k] == "forward_kl":
+            u_k += q  # which vanishes with d; sum u is not known beforehand here
+        f += numbers[5 * k] * f_k
+        u += numbers[5 * k] * u_k
     return f, u

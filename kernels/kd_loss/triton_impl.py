@@ -13,6 +13,7 @@ Label smoothing, z-loss and by-products (extras) change passes 1 and 3 where the
 KL(p || q) = sum p ((z_t - max_t) - (z_s - max_s)) / temperature + log(d_s / d_t) needs no
 normalised probability, nor does KL(q || p): they skip pass 2. ROW_SUMS, of the divergence's record
 in `kernels.divergences`, says which passes there are. Loss alone skips pass 3.
+Divergences that are functions of sums over the row have their own pass 2 (triton_of_row.py).
 A model that scales or caps its logits has it done to each tile that is loaded (triton_bend.py).
 Consecutive passes run in opposite directions: a pass begins with the tiles that the one before it
 left in the cache. Pass 3 always runs left to right, because dlogits may lie over the student's
@@ -28,23 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, triton_device
+from modxfer_fast.kernels.divergences import Divergence
 from modxfer_fast.kernels.kd_loss import triton_cross_entropy
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
-from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
+from modxfer_fast.kernels.kd_loss.triton_divergences import (
+    divergence_terms,
+    probabilities,
+    sum_terms,
+)
+from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_sums, of_row_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
-
-
-@triton.jit
-def _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale):
-    """p, q, d = log2(p / q) from differences of logits before a logarithm rounds them, and log2
-    of p and q."""
-    x_s = z_s - max_s
-    x_t = z_t - max_t
-    log2_p = x_t * scale - logd_t * LOG2E
-    log2_q = x_s * scale - logd_s * LOG2E
-    d = (x_t - x_s) * scale - (logd_t - logd_s) * LOG2E
-    return tl.exp2(log2_p), tl.exp2(log2_q), d, log2_p, log2_q
 
 
 @triton.jit
@@ -53,7 +48,8 @@ def _divergence_sums(
     V,
     max_s, logd_s, max_t, logd_t,
     scale, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: sum f and sum u, right to left."""
     f_sum = tl.zeros([BLOCK_V], tl.float32)
@@ -63,8 +59,11 @@ def _divergence_sums(
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
         z_s = load_bent(student_ptr, offs_v, V, BEND_S)
         z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-        p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        if PARTS > 1:
+            f, u = sum_terms(p, q, d, log2_p, log2_q, c0, DIVERGENCE, PARTS)
+        else:
+            f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
         f_sum += f
         u_sum += u
     return tl.sum(f_sum, axis=0), tl.sum(u_sum, axis=0)
@@ -76,11 +75,11 @@ def _row_loss(
     extras_ptr,                          # out  [EXTRAS]
     V,
     scale, inv_temperature, c0, c1, c2, c3, smoothing,
-    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
-    """Passes 1 and 2: (kd, ce) of one row and its statistics."""
+    """Passes 1 and 2: (kd, ce) of one row, its statistics, and those of `of_row_sums`."""
     max_s, d_s, max_t, d_t, d_1, kd, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
         student_ptr, teacher_ptr, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, SMOOTHS,
         EXTRAS > 1, BLOCK_V, VECTOR, BEND_S, BEND_T,
@@ -88,14 +87,22 @@ def _row_loss(
     logd_s = tl.log(d_s)
     logd_t = tl.log(d_t)
     logd_1 = tl.log(d_1)
+    is_near = False
+    factor = 1.0
+    log2_s = 0.0
     if ROW_SUMS == "mean_under_p":
         u_sum = -1.0
     elif ROW_SUMS == "mean_under_q":
         u_sum = kd
+    elif ROW_SUMS == "of_row":
+        kd, u_sum, is_near, factor, log2_s = of_row_sums(
+            student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
+            scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+        )  # fmt: skip
     else:
         kd, u_sum = _divergence_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
-            scale, c0, c1, c2, c3, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+            scale, c0, c1, c2, c3, DIVERGENCE, PARTS, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     kd = tl.where(kd < 0, 0.0, kd)  # of rounding
     ce = 0.0
@@ -115,7 +122,7 @@ def _row_loss(
         tl.store(extras_ptr + 3, logd_s - mean_x_s * inv_temperature)
         tl.store(extras_ptr + 4, logd_t - mean_x_t * inv_temperature)
         tl.store(extras_ptr + 5, shares_top)
-    return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1
+    return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s
 
 
 @triton.jit
@@ -123,11 +130,12 @@ def _write_dlogits(
     student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
     dlogits_ptr,                         # out  [V]
     V,
-    max_s, logd_s, max_t, logd_t, u_sum, logd_1,
+    max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s,
     row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
     smoothing, z_loss_weight,
     scale, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
@@ -150,8 +158,15 @@ def _write_dlogits(
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
             z_s = load_bent(student_ptr, offs_v, V, BEND_S)
             z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-            p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-            _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+            p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+            if ROW_SUMS == "of_row":
+                u = of_row_terms(
+                    p, q, d, log2_p, log2_q, c0, is_near, factor, log2_s, DIVERGENCE
+                )  # fmt: skip
+            elif PARTS > 1:
+                _, u = sum_terms(p, q, d, log2_p, log2_q, c0, DIVERGENCE, PARTS)
+            else:
+                _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
             dlogits = kd_factor * (u - q * u_sum)
             if HAS_CE or HAS_Z:
                 q_1 = q
@@ -194,7 +209,7 @@ def _kd_loss_fwd_kernel(
     V,
     stride_sm, stride_tm, stride_lm,     # strides, in elements
     scale, inv_temperature, c0, c1, c2, c3, smoothing,
-    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -204,10 +219,10 @@ def _kd_loss_fwd_kernel(
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
-    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
+    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, _, _, _ = _row_loss(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, extras_ptr, V,
         scale, inv_temperature, c0, c1, c2, c3, smoothing,
-        DIVERGENCE, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, SMOOTHS, EXTRAS, BLOCK_V, VECTOR,
+        DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, SMOOTHS, EXTRAS, BLOCK_V, VECTOR,
         BEND_S, BEND_T,
     )  # fmt: skip
     tl.store(kd_ptr + row, kd)
@@ -232,7 +247,8 @@ def _kd_loss_bwd_kernel(
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, smoothing, z_loss_weight,
     scale, inv_temperature, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
@@ -246,13 +262,22 @@ def _kd_loss_bwd_kernel(
     logd_t = tl.load(stats_ptr + 3)
     u_sum = tl.load(stats_ptr + 4)
     logd_1 = tl.load(stats_ptr + 5)
+    is_near = False
+    factor = 1.0
+    log2_s = 0.0
+    if ROW_SUMS == "of_row":
+        _, _, is_near, factor, log2_s = of_row_sums(
+            student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
+            max_s, logd_s, max_t, logd_t, scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+        )  # fmt: skip
     _write_dlogits(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label,
         dlogits_ptr + row * stride_dm, V,
-        max_s, logd_s, max_t, logd_t, u_sum, logd_1,
+        max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, c0, c1, c2, c3,
-        DIVERGENCE, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
+        DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE,
+        BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
 
@@ -268,7 +293,7 @@ def _kd_loss_fwd_bwd_kernel(
     stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
     kd_weight, ce_weight, smoothing, z_loss_weight,
     scale, inv_temperature, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
     SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr, EXTRAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -280,10 +305,10 @@ def _kd_loss_fwd_bwd_kernel(
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
-    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1 = _row_loss(
+    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s = _row_loss(
         student_ptr, teacher_ptr, label, extras_ptr, V,
         scale, inv_temperature, c0, c1, c2, c3, smoothing,
-        DIVERGENCE, ROW_SUMS, HAS_CE,
+        DIVERGENCE, PARTS, ROW_SUMS, HAS_CE,
         (HAS_CE or HAS_Z or EXTRAS > 0) and not UNIT_TEMPERATURE,
         SMOOTHS, EXTRAS, BLOCK_V, VECTOR, BEND_S, BEND_T,
     )  # fmt: skip
@@ -291,10 +316,11 @@ def _kd_loss_fwd_bwd_kernel(
     tl.store(ce_ptr + row, ce)
     _write_dlogits(
         student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
-        max_s, logd_s, max_t, logd_t, u_sum, logd_1,
+        max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, c0, c1, c2, c3,
-        DIVERGENCE, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE, BLOCK_V, BEND_S, BEND_T,
+        DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE,
+        BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
 
 
@@ -417,7 +443,7 @@ def _launch(
     of_passes: dict[str, Any] = {}
     has_ce = labels is not None and spec.ce_weight != 0.0
     if kernel is not _kd_loss_bwd_kernel:  # 1 and 2
-        of_passes |= {"ROW_SUMS": spec.record.row_sums, "VECTOR": config.vector}
+        of_passes |= {"VECTOR": config.vector}
         num_extras = 0 if extras is None else extras.shape[1]
         has_labels = has_ce or (num_extras > 1 and labels is not None)
         of_passes |= {"extras_ptr": extras, "EXTRAS": num_extras, "HAS_LABELS": has_labels}
@@ -436,6 +462,8 @@ def _launch(
             smoothing=spec.label_smoothing,
             HAS_CE=has_ce,
             SMOOTHS=has_ce and spec.label_smoothing != 0.0,
+            ROW_SUMS=spec.record.row_sums,
+            PARTS=len(spec.parts),
             BLOCK_V=config.block_v,
             BEND_S=bend_constants(spec.student_bend),
             BEND_T=bend_constants(spec.teacher_bend),
@@ -446,12 +474,14 @@ def _launch(
         )
 
 
-def _spec_args(spec: KDSpec) -> dict[str, float | str | bool]:
-    """What every kernel takes of a spec."""
-    divergence = spec.record
-    c0, c1, c2, c3 = divergence.kernel_constants(*spec.parameters)
-    if divergence.mixes is not None:
-        c2, c3 = (log / math.log(2.0) + 1.0 for log in (c2, c3))
+def _spec_args(spec: KDSpec) -> dict[str, Any]:
+    """What every kernel takes of a spec; of a weighted sum c0 holds the numbers of all parts."""
+    numbers = [(weight, *_constants(record, spec)) for record, weight in spec.parts]
+    names: tuple[str, ...] = tuple(record.name for record, _ in spec.parts)
+    of_first: tuple[Any, ...] = numbers[0][1:]
+    if len(names) > 1:
+        of_first = tuple(number for part in numbers for number in part), 0.0, 0.0, 0.0
+    c0, c1, c2, c3 = of_first
     return {
         "scale": math.log2(math.e) / spec.temperature,
         "inv_temperature": 1.0 / spec.temperature,
@@ -459,6 +489,14 @@ def _spec_args(spec: KDSpec) -> dict[str, float | str | bool]:
         "c1": c1,
         "c2": c2,
         "c3": c3,
-        "DIVERGENCE": divergence.name,
+        "DIVERGENCE": names if len(names) > 1 else names[0],
         "UNIT_TEMPERATURE": spec.temperature == 1.0,
     }
+
+
+def _constants(record: Divergence, spec: KDSpec) -> tuple[float, float, float, float]:
+    """Those of the record, in logarithms of base 2 and of twice a weight."""
+    c0, c1, c2, c3 = record.kernel_constants(*record.parameters(spec.alpha, spec.beta))
+    if record.mixes is not None:
+        c2, c3 = (log / math.log(2.0) + 1.0 for log in (c2, c3))
+    return c0, c1, c2, c3

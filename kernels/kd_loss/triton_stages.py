@@ -15,11 +15,8 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import RowConfig, row_config
 from modxfer_fast.kernels.kd_loss.stages import MORE, PART
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
-from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
-from modxfer_fast.kernels.kd_loss.triton_impl import (
-    _probabilities,
-    _spec_args,
-)
+from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms, probabilities
+from modxfer_fast.kernels.kd_loss.triton_impl import _spec_args
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
 
 
@@ -104,7 +101,7 @@ def _kd_loss_sums_kernel(
         offs_v = i * BLOCK_V + offs_lane
         z_s = load_bent(student_ptr, offs_v, V, BEND_S)
         z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-        p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
         f_sum += tl.sum(f, axis=1)
         u_sum += tl.sum(u, axis=1)
@@ -155,7 +152,7 @@ def _kd_loss_write_kernel(
         of_row = tl.where(counts, V, 0)
         z_s = load_bent(student_ptr, offs_v, of_row, BEND_S)
         z_t = load_bent(teacher_ptr, offs_v, of_row, BEND_T)
-        p, q, d, log2_p, log2_q = _probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
         dlogits = kd_factor * (u - q * u_sum)
         if HAS_CE or HAS_Z:

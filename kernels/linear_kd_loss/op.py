@@ -52,6 +52,7 @@ from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import ParallelHead, Weight
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
+from modxfer_fast.kernels.divergences import DivergenceOption
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
 from modxfer_fast.kernels.linear_kd_loss import parallel
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
@@ -120,7 +121,7 @@ def linear_kd_loss(
     teacher_weight: Weight | None = None,
     *,
     labels: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: DivergenceOption = "forward_kl",
     alpha: float | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
@@ -161,7 +162,9 @@ def linear_kd_loss(
         labels: [...] int64, aligned with the hidden states (no shift is made). Rows with
             `ignore_index` count nowhere and are packed away. Needed when `ce_weight` is not 0.
         divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
-            stands, such as "forward_kl", "reverse_kl" or "jsd".
+            stands, such as "forward_kl", "reverse_kl" or "jsd". Or weights of several by name,
+            {"forward_kl": 0.7, "reverse_kl": 0.3}, whose sum takes one pass over the logits; those
+            that are sums over the classes themselves.
         alpha, beta: parameters of some divergences, an error beside another. None is what the
             divergence's record has. In "jsd" beta is the teacher's weight in the mixture, in
             [0, 1]; there 0 is forward KL and 1 is reverse KL.
@@ -362,11 +365,8 @@ def _computed(
         student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
     teacher = parallel.teacher_beside(student, teacher)
-    if launch.filter_eps is not None and isinstance(student, ParallelHead):
-        raise ValueError(
-            "filter_eps: expected None beside a VocabParallelWeight, whose ranks would leave out "
-            f"classes of their own, got {launch.filter_eps}"
-        )
+    if isinstance(student, ParallelHead):
+        parallel.refuse_options(spec, launch)
     if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
         raise ValueError(
             "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "

@@ -11,7 +11,7 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.common.composed_head import ComposedHead
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import ParallelHead
-from modxfer_fast.kernels.common.rows import Rows
+from modxfer_fast.kernels.common.rows import Launch, Rows
 from modxfer_fast.kernels.common.shard import agree, awaited
 from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher, Values
 
@@ -50,6 +50,20 @@ def teacher_beside(student: Any, teacher: Any) -> Any:
             "TeacherLogits, TeacherLogProbs and TeacherProbs"
         )
     return teacher.part(student.shard.span)
+
+
+def refuse_options(spec: KDSpec, launch: Launch) -> None:
+    """Raises ValueError for an option that a head divided over ranks does not have."""
+    if spec.record.row_sums == "of_row" or len(spec.parts) > 1:
+        raise ValueError(
+            "divergence: expected a single one that is a sum over the classes, beside a "
+            f"VocabParallelWeight, got {spec.record.name!r}, {spec.record.formula}"
+        )
+    if launch.filter_eps is not None:
+        raise ValueError(
+            "filter_eps: expected None beside a VocabParallelWeight, whose ranks would leave out "
+            f"classes of their own, got {launch.filter_eps}"
+        )
 
 
 def teacher_moved(student: Any, teacher: Any) -> Any:

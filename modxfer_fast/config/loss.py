@@ -5,13 +5,21 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from modxfer_fast.config.section import NotNegative, OneOf, Positive, PositiveInt, Section
+from modxfer_fast.config.section import (
+    NotNegative,
+    OneOf,
+    OneOfOrWeights,
+    Positive,
+    PositiveInt,
+    Section,
+)
 from modxfer_fast.kernels.divergences import (
     ALPHAS,
     BETAS,
     DIVERGENCES,
     FORMULAS,
     resolve,
+    resolve_sum,
 )
 from modxfer_fast.kernels.names import (
     BACKENDS,
@@ -138,7 +146,7 @@ class LogitsSection(DivergenceSection):
 class LossSection(LogitsSection):
     __doc__ = f"""Arguments of `modxfer_fast.linear_kd_loss`; `impl` dense is plain PyTorch.
 
-    divergence: of p, the teacher, and q, the student: {FORMULAS}.
+    divergence: of p, the teacher, and q, the student: {FORMULAS}. Or weights of several, by name.
     alpha, beta: of those that read them; null is, of alpha, {ALPHAS}; of beta, {BETAS}.
     label_smoothing: share of the label's probability that goes to all classes alike.
     z_loss_weight: factor of (log sum exp of the student's logits)^2.
@@ -150,7 +158,7 @@ class LossSection(LogitsSection):
     hidden_states, relations: losses inside the networks, beside those of the logits.
     """
 
-    divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "forward_kl"
+    divergence: Annotated[str | dict[str, float], OneOfOrWeights(tuple(DIVERGENCES))] = "forward_kl"
     alpha: float | None = None
     beta: float | None = None
     workspace_mb: PositiveInt | None = None
@@ -163,7 +171,13 @@ class LossSection(LogitsSection):
 
     @model_validator(mode="after")
     def _consistent(self):
-        resolve(self.divergence, self.alpha, self.beta)
+        if isinstance(self.divergence, dict):
+            try:
+                resolve_sum(self.divergence, self.divergence.values(), self.alpha, self.beta)
+            except TypeError as error:  # which pydantic does not take for one of the user's
+                raise ValueError(error) from None
+        else:
+            resolve(self.divergence, self.alpha, self.beta)
         return self
 
     def of_logits(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modxfer_fast.config.distill import JobConfig
-from modxfer_fast.config.section import OneOf, Section, section_of
+from modxfer_fast.config.section import OneOf, OneOfOrWeights, Section, section_of
 from modxfer_fast.config.task_distill import TaskDistillConfig
 from modxfer_fast.config.transfer import TransferConfig
 
@@ -41,8 +41,11 @@ def sections(
 def _kind(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        names = next((m.names for m in arguments[1:] if isinstance(m, OneOf)), None)
-        return " or ".join(names) if names else _kind(arguments[0])
+        one_of = next((m for m in arguments[1:] if isinstance(m, OneOf)), None)
+        if one_of is None:
+            return _kind(arguments[0])
+        or_weights = " or weights by name" if isinstance(one_of, OneOfOrWeights) else ""
+        return " or ".join(one_of.names) + or_weights
     if origin is typing.Literal:
         return " or ".join(map(str, arguments))
     if annotation is type(None):

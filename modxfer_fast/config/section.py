@@ -6,6 +6,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from modxfer_fast.kernels.divergences import nearest
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -51,3 +53,21 @@ class OneOf:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.literal_schema(list(self.names))
+
+
+class OneOfOrWeights(OneOf):
+    """The same, or a mapping of such names to numbers, whose values the section checks."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, dict) or value in self.names:
+            return value
+        known = ", ".join(map(repr, self.names))
+        raise ValueError(
+            f"expected one of {known}, or weights by name, got {value!r}"
+            f"{nearest(str(value), self.names)}"
+        )

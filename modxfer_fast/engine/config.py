@@ -55,7 +55,9 @@ class DistillConfig(TrainingArguments):
         "sequences.",
     )
     divergence: str = _option(
-        Objective.divergence, f"Of p, the teacher, and q, the student: {FORMULAS}."
+        Objective.divergence,
+        f"Of p, the teacher, and q, the student: {FORMULAS}. In Python also weights of several, by "
+        "name.",
     )
     alpha: float | None = _option(
         Objective.alpha, f"Of the divergences that read it; when not given, {ALPHAS}."
@@ -144,7 +146,7 @@ class DistillConfig(TrainingArguments):
         """The loss of the logits that the options describe; None for encoders, which have none."""
         if not student_of_kind(self.kind).has_logits:
             return None
-        names = {option.name for option in fields(Objective)} - {"impl", *OF_MODELS}
+        names = {option.name for option in fields(Objective)} - {"impl", "weights", *OF_MODELS}
         return Objective(**{name: getattr(self, name) for name in names}, impl=self.loss_impl)
 
     def hidden_state_options(self) -> HiddenStatesSection | None:

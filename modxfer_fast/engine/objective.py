@@ -31,6 +31,7 @@ class Objective(KDSpec):
     impl: str = "fused"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.impl not in LOSS_IMPLS:
             raise ValueError(
                 f"loss_impl: expected one of {', '.join(LOSS_IMPLS)}, got {self.impl!r}"

@@ -1,6 +1,5 @@
 """`linear_kd_loss` as a module that holds its options."""
 
-import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,7 @@ from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
 from modxfer_fast.kernels.common.composed_head import head_of
 from modxfer_fast.kernels.common.parallel_head import Weight
 from modxfer_fast.kernels.common.rows import Launch, Tokens
+from modxfer_fast.kernels.divergences import DivergenceOption
 from modxfer_fast.kernels.linear_kd_loss import loss_alone
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, teacher_of
 from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
@@ -30,7 +30,7 @@ class LinearKDLoss(nn.Module):
     def __init__(
         self,
         *,
-        divergence: str = "forward_kl",
+        divergence: DivergenceOption = "forward_kl",
         alpha: float | None = None,
         beta: float | None = None,
         temperature: float = 1.0,
@@ -107,7 +107,7 @@ class LinearKDLoss(nn.Module):
     def options(self) -> Mapping[str, Any]:
         """What the module was built with, by name; to change one, replace `spec`, say."""
         tokens = {"ignore_index": self.tokens.ignore_index, "reduction": self.tokens.reduction}
-        options = {**dataclasses.asdict(self.spec), **tokens, **self.launch._asdict()}
+        options = {**self.spec.options(), **tokens, **self.launch._asdict()}
         options["vocabulary"] = self.vocabulary.vocabulary
         return MappingProxyType(options)
 

@@ -30,7 +30,7 @@ class Case:
     """One kernel: a function of `kd_loss.triton_impl` and the inputs it is launched for."""
 
     function: str
-    divergence: str
+    divergence: str  # of a weighted sum "a+b", all of weight 1
     objective: str
     dtypes: str
     rows: int = 4096
@@ -48,7 +48,9 @@ class Case:
         named = "kd+ce" if is_bent else "kd+ce-t2" if has_all else self.objective
         ce_weight, temperature = OBJECTIVES[named]
         bends = BENT if is_bent else {}
-        spec = KDSpec(self.divergence, None, temperature, 1.0, ce_weight, **bends)
+        names = self.divergence.split("+")
+        divergence = dict.fromkeys(names, 1.0) if len(names) > 1 else self.divergence
+        spec = KDSpec(divergence, None, temperature, 1.0, ce_weight, **bends).checked()
         if has_all:
             spec = dataclasses.replace(spec, label_smoothing=0.1, z_loss_weight=1e-4)
         extras = torch.empty(self.rows, 6, device="meta") if has_all else None
@@ -103,7 +105,7 @@ def core_cases() -> list[Case]:
     held = {case.divergence for case in everywhere}
     others = [
         Case("kd_loss_fwd_bwd", divergence, "kd+ce-t2", "fp32-bf16")
-        for divergence in DIVERGENCES
+        for divergence in (*DIVERGENCES, "forward_kl+jsd")
         if divergence not in held
     ]
     return everywhere + others

@@ -36,7 +36,7 @@ PLAIN = KDSpec("jsd", 0.3, 2.0, 0.7, 0.4)
 
 
 def options_of(spec: KDSpec, bends) -> dict:
-    options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(KDSpec)}
+    options = spec.options()
     if not DIVERGENCES[spec.divergence].reads_beta:
         options["beta"] = None
     for role, bend in zip(("student", "teacher"), bends, strict=True):

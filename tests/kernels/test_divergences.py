@@ -28,8 +28,9 @@ def parameters(divergence: str) -> tuple[float, float]:
     return DIVERGENCES[divergence].parameters(None, BETA)
 
 
-def terms(divergence: str, log_p, log_q):
-    return DIVERGENCES[divergence].terms(log_p, log_q, *parameters(divergence))
+def rows(divergence: str, log_p, log_q):
+    """D and u."""
+    return DIVERGENCES[divergence].of_rows(log_p, log_q, *parameters(divergence))
 
 
 def test_the_enum_of_the_c_kernels_has_the_records_order():
@@ -81,6 +82,8 @@ def test_a_divergence_is_continuous_at_its_limits(divergence):
         (("alpha_beta", -0.1, None), ("alpha", "greater than 0", "-0.1")),
         (("alpha_beta", float("nan"), None), ("alpha", "greater than 0", "nan")),
         (("alpha_beta", float("inf"), None), ("alpha", "greater than 0", "inf")),
+        (("renyi", 0.0, None), ("alpha", "greater than 0", "alpha=1, forward_kl")),
+        (("lk_hybrid", -1.0, None), ("alpha", "not less than 0", "alpha=0, forward_kl")),
     ],
 )
 def test_mistakes_are_named(arguments, words):
@@ -90,11 +93,11 @@ def test_mistakes_are_named(arguments, words):
 
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_f_sums_to_the_definition(divergence, delta):
+def test_rows_are_those_of_the_definition(divergence, delta):
     log_p, log_q = log_softmaxes(delta)
-    f, _ = terms(divergence, log_p, log_q)
+    got, _ = rows(divergence, log_p, log_q)
     expected = DIVERGENCES[divergence].definition(log_p, log_q, *parameters(divergence))
-    torch.testing.assert_close(f.sum(-1), expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("delta", DELTAS)
@@ -105,7 +108,7 @@ def test_u_gives_the_gradient_of_the_definition(divergence, temperature, delta):
     log_p, log_q = ((z / temperature).log_softmax(-1) for z in (teacher, student))
     loss = DIVERGENCES[divergence].definition(log_p, log_q, *parameters(divergence)).sum()
     (expected,) = torch.autograd.grad(loss, student)
-    _, u = terms(divergence, log_p, log_q.detach())
+    _, u = rows(divergence, log_p, log_q.detach())
     dlogits = (u - log_q.detach().exp() * u.sum(-1, keepdim=True)) / temperature
     torch.testing.assert_close(dlogits, expected, rtol=1e-9, atol=1e-14)
 
@@ -113,7 +116,7 @@ def test_u_gives_the_gradient_of_the_definition(divergence, temperature, delta):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_row_sums_are_what_the_record_says(divergence):
     log_p, log_q = log_softmaxes(1.0)
-    f, u = terms(divergence, log_p, log_q)
+    got, u = rows(divergence, log_p, log_q)
     match DIVERGENCES[divergence].row_sums:
         case "mean_under_p":
             mean = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -121,19 +124,18 @@ def test_row_sums_are_what_the_record_says(divergence):
         case "mean_under_q":
             mean = (log_q.exp() * (log_q - log_p)).sum(-1)
             expected = mean, mean
-        case "normalised":
+        case _:
             return
-    torch.testing.assert_close((f.sum(-1), u.sum(-1)), expected)
+    torch.testing.assert_close((got, u.sum(-1)), expected)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_divergence_is_positive_and_zero_for_equal_rows_alone(divergence):
     for delta in DELTAS:
-        f, _ = terms(divergence, *log_softmaxes(delta))
-        assert (f.sum(-1) > 0).all()
+        assert (rows(divergence, *log_softmaxes(delta))[0] > 0).all()
     log_p, _ = log_softmaxes(1.0)
-    f, u = terms(divergence, log_p, log_p)
-    assert f.sum(-1).abs().max() < 1e-15
+    got, u = rows(divergence, log_p, log_p)
+    assert got.abs().max() < 1e-15
     assert (u - log_p.exp() * u.sum(-1, keepdim=True)).abs().max() < 1e-15
 
 
@@ -162,3 +164,45 @@ def test_an_unknown_divergence_is_nowhere_another():
     for backend in ("reference", "cpp"):
         with pytest.raises(KeyError, match="kl"):
             dispatch.load("kd_loss", backend).kd_loss_fwd(student.detach(), teacher, None, spec)
+
+
+SUM = {"jsd": 0.25, "total_variation": 2.0, "forward_kl": 0.5}
+
+
+def test_a_weighted_sum_is_one_of_each():
+    spec = KDSpec(SUM, 0.2, 2.0).checked()
+    assert [(record.name, weight) for record, weight in spec.parts] == list(SUM.items())
+    assert KDSpec.read(spec.names(), spec.numbers()) == spec
+    log_p, log_q = log_softmaxes(0.3)
+    expected = sum(
+        weight * DIVERGENCES[name].definition(log_p, log_q, 0.0, 0.2)
+        for name, weight in SUM.items()
+    )
+    got, _ = spec.record.of_rows(log_p, log_q, *spec.parameters)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(spec.record.definition(log_p, log_q, None, None), expected)
+
+
+def test_a_sum_of_one_is_that_one():
+    assert KDSpec({"jsd": 0.5}, 0.3).checked() == KDSpec("jsd", 0.3, kd_weight=0.5).checked()
+    of_limits = KDSpec({"jsd": 0.5, "forward_kl": 1.0, "reverse_kl": 0.0}, 0.0).checked()
+    assert (of_limits.divergence, of_limits.kd_weight, of_limits.weights) == ("forward_kl", 1.5, ())
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "error", "words"),
+    [
+        ({}, {}, ValueError, ("divergence", "positive", "none")),
+        ({"jsd": 0.0}, {}, ValueError, ("divergence", "positive", "none")),
+        ({"jsd": -1.0, "forward_kl": 1.0}, {}, ValueError, ("at least 0", "-1.0", "'jsd'")),
+        ({"jsd": float("nan")}, {}, ValueError, ("at least 0", "nan", "'jsd'")),
+        ({"jsd": "1"}, {}, TypeError, ("number", "'jsd'", "str")),
+        ({"foward_kl": 1.0}, {}, ValueError, ("'foward_kl'", "did you mean 'forward_kl'?")),
+        ({"renyi": 1.0, "jsd": 1.0}, {}, ValueError, ("sums over the classes", "'renyi'")),
+        ({"jsd": 1.0, "jeffreys": 1.0}, {"alpha": 0.1}, ValueError, ("alpha", "'jeffreys'")),
+        ({"jsd": 1.0, "jeffreys": 1.0}, {"beta": 2.0}, ValueError, ("beta", "[0, 1]", "2.0")),
+    ],
+)
+def test_mistakes_in_a_sum_are_named(weights, options, error, words):
+    with pytest.raises(error, match=".*".join(map(re.escape, words))):
+        KDSpec(weights, **options).checked()

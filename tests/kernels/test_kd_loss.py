@@ -86,7 +86,8 @@ def test_reference_is_the_definition(divergence, beta, temperature):
     torch.testing.assert_close(ce, F.cross_entropy(student, labels, reduction="none"))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+# the blend of lk_hybrid is a constant of its gradient
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "lk_hybrid"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck_of_the_reference(reduction, divergence):
     student, teacher = close_logits(4, 6, torch.float64, delta=1.0)

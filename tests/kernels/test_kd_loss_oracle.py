@@ -37,7 +37,13 @@ OTHERS = [
     ("chi_squared", {}),
     ("alpha_beta", {"alpha": 0.2, "beta": 0.7}),
     ("alpha_beta", {"alpha": 1.5, "beta": 0.5}),
+    *(("renyi", {"alpha": alpha}) for alpha in (0.1, 0.5, 2.0)),
+    ("negative_log_acceptance", {}),
+    ("lk_hybrid", {"alpha": 3.0}),
+    ({"forward_kl": 0.7, "jsd": 2.0, "total_variation": 0.3}, {"beta": 0.3}),
 ]
+# one part of a sum, with a parameter of its own
+PARAMETERS_OF = {"jsd": {"beta": 0.3}}
 
 
 def softmax(row: Tensor, temperature: float) -> list[mpmath.mpf]:
@@ -64,9 +70,30 @@ def mixture(weight: float, a: list, b: list) -> list[mpmath.mpf]:
     return [weight * x + (1 - weight) * y for x, y in zip(a, b, strict=True)]
 
 
-def divergence_of(p: list, q: list, divergence: str, alpha=None, beta=None) -> mpmath.mpf:
+def acceptance(p: list, q: list) -> mpmath.mpf:
+    return mpmath.fsum(min(x, y) for x, y in zip(p, q, strict=True))
+
+
+def divergence_of(p, q, divergence: str, alpha=None, beta=None, blend=None) -> mpmath.mpf:
+    """blend: the weight of lk_hybrid where it is not that of p and q."""
     pairs = list(zip(p, q, strict=True))
+    if isinstance(divergence, dict):
+        return mpmath.fsum(
+            weight * divergence_of(p, q, name, **PARAMETERS_OF.get(name, {}))
+            for name, weight in divergence.items()
+        )
     match divergence:
+        case "renyi":
+            if alpha > 1 and any(x > 0 and y == 0 for x, y in pairs):
+                return mpmath.inf
+            a = mpmath.mpf(alpha)
+            total = mpmath.fsum(x**a * y ** (1 - a) for x, y in pairs if x and y)
+            return mpmath.log(total) / (a - 1)
+        case "negative_log_acceptance":
+            return -mpmath.log(acceptance(p, q))
+        case "lk_hybrid":
+            weight = mpmath.exp(-alpha * acceptance(p, q)) if blend is None else blend
+            return weight * kl(p, q) + (1 - weight) * (1 - acceptance(p, q))
         case "forward_kl":
             return kl(p, q)
         case "reverse_kl":
@@ -94,6 +121,28 @@ def divergence_of(p: list, q: list, divergence: str, alpha=None, beta=None) -> m
         x**a * y**b - a / (a + b) * x ** (a + b) - b / (a + b) * y ** (a + b) for x, y in pairs
     )
     return -mpmath.fsum(terms) / (a * b)
+
+
+def q_times_derivatives(p: list, q: list, divergence, **parameters) -> list[mpmath.mpf]:
+    """q dD/dq of every class."""
+    pairs = list(zip(p, q, strict=True))
+    if isinstance(divergence, dict):
+        parts = [
+            [weight * u for u in q_times_derivatives(p, q, name, **PARAMETERS_OF.get(name, {}))]
+            for name, weight in divergence.items()
+        ]
+        return [mpmath.fsum(of_class) for of_class in zip(*parts, strict=True)]
+    match divergence:
+        case "renyi":
+            a = mpmath.mpf(parameters["alpha"])
+            addends = [x**a * y ** (1 - a) if x and y else mpmath.mpf(0) for x, y in pairs]
+            return [-addend / mpmath.fsum(addends) for addend in addends]
+        case "negative_log_acceptance":
+            return [y * mpmath.sign(y - x) / 2 / acceptance(p, q) for x, y in pairs]
+        case "lk_hybrid":
+            weight = mpmath.exp(-parameters["alpha"] * acceptance(p, q))
+            return [-weight * x + (1 - weight) * y * mpmath.sign(y - x) / 2 for x, y in pairs]
+    return [q_times_derivative(x, y, divergence, **parameters) for x, y in pairs]
 
 
 def q_times_derivative(x, y, divergence: str, alpha=None, beta=None) -> mpmath.mpf:
@@ -140,10 +189,7 @@ def oracle(
         for z_s, z_t in zip(student, teacher, strict=True):
             p, q = softmax(z_t, temperature), softmax(z_s, temperature)
             losses.append(float(divergence_of(p, q, divergence, **parameters)))
-            q_g = [
-                q_times_derivative(x, y, divergence, **parameters)
-                for x, y in zip(p, q, strict=True)
-            ]
+            q_g = q_times_derivatives(p, q, divergence, **parameters)
             mean = mpmath.fsum(q_g)
             grads.append([float((g - y * mean) / temperature) for g, y in zip(q_g, q, strict=True)])
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(grads, dtype=torch.float64)
@@ -286,6 +332,11 @@ def test_oracle_gradient_is_the_difference_quotient(value, divergence, parameter
     student, teacher = (z[:1, 12:20] for z in masked_logits(value, "student"))
     _, grads = oracle(student, teacher, divergence, parameters, 2.0)
     with mpmath.workdps(80):
+        p = softmax(teacher[0], 2.0)
+        held = {}
+        if divergence == "lk_hybrid":  # a constant of the gradient
+            accepted = acceptance(p, softmax(student[0], 2.0))
+            held["blend"] = mpmath.exp(-parameters["alpha"] * accepted)
         step = mpmath.mpf(10) ** -25
         for i in range(8):
             ends = []
@@ -294,8 +345,7 @@ def test_oracle_gradient_is_the_difference_quotient(value, divergence, parameter
                 z[i] += sign * step
                 weights = [mpmath.exp((x - max(z)) / 2) for x in z]
                 q = [weight / mpmath.fsum(weights) for weight in weights]
-                p = softmax(teacher[0], 2.0)
-                ends.append(divergence_of(p, q, divergence, **parameters))
+                ends.append(divergence_of(p, q, divergence, **parameters, **held))
             quotient = (ends[0] - ends[1]) / (2 * step)
             assert float(quotient) == pytest.approx(grads[0, i].item(), rel=1e-12, abs=1e-15)
 

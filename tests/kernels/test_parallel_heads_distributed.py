@@ -33,6 +33,7 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import NATIVE
 from tests.pairs import pairwise
+from tests.support.kd_rows import SUMS_OVER_CLASSES
 
 D_S, D_T = 8, 12
 SIZES = {
@@ -80,7 +81,7 @@ def _pairs(product: list[dict]) -> list[Case]:
 
 def _cases() -> list[Case]:
     losses = {
-        "divergence": list(DIVERGENCES),
+        "divergence": SUMS_OVER_CLASSES,
         "sizes": ["equal", "unequal"],
         "temperature": [1.0, 2.0],
         "labels": ["some", "none", "all_ignored"],
@@ -102,7 +103,7 @@ def _cases() -> list[Case]:
     }
     cases = _pairs(_product(**losses, backend=NATIVE, dtype=["float32", "bfloat16"]))
     cases += _pairs(random.Random(0).sample(_product(**heads), 2000))
-    cases += [Case(each, "reference", "float64", "unequal") for each in DIVERGENCES]
+    cases += [Case(each, "reference", "float64", "unequal") for each in SUMS_OVER_CLASSES]
     available, _ = dispatch.availability("kd_loss", "triton")
     if available:  # one of each kind; its kernels are compared in test_kd_loss_stages.py
         cases += [
@@ -370,6 +371,9 @@ REFUSED = {
     "empty_shard": ("VocabParallelWeight: sizes: expected a positive number", ""),
     "group": ("VocabParallelWeight: group: expected a ProcessGroup", ""),
     "common": ("vocabulary: expected at least one common class on every rank", ""),
+    "of_row": ("divergence: expected a single one that is a sum over the classes", ""),
+    "weighted_sum": ("divergence: expected a single one that is a sum over the classes", ""),
+    "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
 }
 
 
@@ -429,6 +433,12 @@ def _refused(name: str, rank: int) -> None:
         group = "tp"
     if name == "common":
         teacher["teacher_weight"], options["vocabulary"] = WEIGHT[:5], "common"
+    if name == "of_row":
+        options["divergence"] = "renyi"
+    if name == "weighted_sum":
+        options["divergence"] = {"forward_kl": 0.5, "jsd": 0.5}
+    if name == "filter_eps":
+        options["filter_eps"] = 1e-3
     weight = VocabParallelWeight(shard, group, sizes)
     if name == "whole_student":
         weight = WEIGHT

@@ -43,6 +43,20 @@ def jsd(p: Tensor, q: Tensor) -> Tensor:
     return 0.3 * kl(p, m) + 0.7 * kl(q, m)
 
 
+def there(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, equal where neither side has a class: a root has no derivative at 0."""
+    absent = (p == 0) & (q == 0)
+    return p.masked_fill(absent, 1.0), q.masked_fill(absent, 1.0)
+
+
+def squared_hellinger(p: Tensor, q: Tensor) -> Tensor:
+    return 0.5 * (p.sqrt() - q.sqrt()).square().sum(-1)
+
+
+def alpha_beta(p: Tensor, q: Tensor) -> Tensor:
+    return (0.2 / 0.9 * p**0.9 + 0.7 / 0.9 * q**0.9 - p**0.2 * q**0.7).sum(-1) / 0.14
+
+
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
@@ -50,6 +64,17 @@ DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 CASES = [(tail, name) for tail in TAILS for name in DEFINITIONS]
 CASES.remove(("renormalise", "reverse_kl"))  # infinite, and refused
+OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "total_variation": lambda p, q: 0.5 * (p - q).abs().sum(-1),
+    "skew_forward_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
+    "skew_reverse_kl": lambda p, q: kl(q, 0.9 * p + 0.1 * q),
+    "jeffreys": lambda p, q: kl(p, q) + kl(q, p),
+    "squared_hellinger": lambda p, q: squared_hellinger(*there(p, q)),
+    "chi_squared": lambda p, q: ((p - q).square() / q.masked_fill(q == 0, 1.0)).sum(-1),
+    "alpha_beta": lambda p, q: alpha_beta(*there(p, q)),
+}
+OTHER_CASES = [(tail, name) for tail in TAILS for name in OTHERS]
+OTHER_CASES.remove(("renormalise", "jeffreys"))
 
 
 def options_of(divergence: str) -> dict:
@@ -155,7 +180,7 @@ def truth_rows(
         counts = inputs.labels != -100
     of_counting = teacher._replace(ids=teacher.ids[counts], log_probs=teacher.log_probs[counts])
     p, q = laid_out(z[counts], of_counting, temperature)
-    losses = kd_weight * DEFINITIONS[divergence](p, q)
+    losses = kd_weight * (DEFINITIONS | OTHERS)[divergence](p, q)
     if ce_weight:
         labels = inputs.labels[counts]
         losses = losses + ce_weight * F.cross_entropy(z[counts], labels, reduction="none")
@@ -193,6 +218,13 @@ def check(inputs: Inputs, divergence: str, *, backend: str, **options) -> None:
         # sums in fp32, rounded once to the dtype of the gradient
         scale *= torch.finfo(torch.float32).eps / torch.finfo(got.dtype).eps
         assert_within_budget(got.detach(), truth[name], plain[name].to(got.dtype), name, scale)
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tail", "divergence"), OTHER_CASES)
+def test_the_other_divergences(tail, divergence, backend):
+    check(make_inputs(tail=tail), divergence, backend=backend)
 
 
 @pytest.mark.pairs

@@ -12,6 +12,7 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.testing import assert_within_budget
 
+SUMS_OVER_CLASSES = [r.name for r in DIVERGENCES.values() if r.row_sums != "of_row"]
 # One divergence of each way in which row kernels find the sums of a row: for what is no matter of
 # the divergence itself.
 ONE_OF_A_KIND = list({r.row_sums: r.name for r in reversed(DIVERGENCES.values())}.values())[::-1]
@@ -122,7 +123,9 @@ def gradient_jumps(student: Tensor, teacher: Tensor, spec: KDSpec) -> Tensor:
     )
     log_q, log_p = x_s.log_softmax(-1), x_t.log_softmax(-1)
     q = log_q.exp()
-    above, below = (spec.record.terms(log_q + d, log_q, *spec.parameters)[1] for d in (1e-9, -1e-9))
+    above, below = (
+        spec.record.of_rows(log_q + d, log_q, *spec.parameters)[1] for d in (1e-9, -1e-9)
+    )
     jump = (above - below).abs()
     rounding = 8 * torch.finfo(torch.float32).eps * (1.0 - x_s - x_t)
     smooth, certain = jump < 1e-6 * q, (log_p - log_q).abs() >= rounding
@@ -137,6 +140,9 @@ def term_sums(student: Tensor, teacher: Tensor, spec: KDSpec) -> tuple[Tensor, T
     if spec.divergence in ("forward_kl", "reverse_kl", "jsd"):
         return 2 * (torch.zeros(len(student), dtype=torch.float64, device=student.device),)
     log_p, log_q = ((z.double() / spec.temperature).log_softmax(-1) for z in (teacher, student))
+    if spec.record.row_sums == "of_row":
+        loss, u = spec.record.of_rows(log_p, log_q, *spec.parameters)
+        return loss.nan_to_num(), u.abs().nan_to_num().sum(-1)
     f, u = spec.record.terms(log_p, log_q, *spec.parameters)
     return f.abs().nan_to_num().sum(-1), u.abs().nan_to_num().sum(-1)
 

@@ -20,10 +20,25 @@ enum class Divergence : int64_t {
   kSquaredHellinger,
   kChiSquared,
   kAlphaBeta,
+  kRenyi,
+  kNegativeLogAcceptance,
+  kLkHybrid,
   kCount
 };
 
 constexpr int64_t kNumDivergences = static_cast<int64_t>(Divergence::kCount);
+// The first ones are sums over the classes, the others functions of such sums.
+constexpr int64_t kNumSums = static_cast<int64_t>(Divergence::kRenyi);
+
+// One divergence of a weighted sum, with its constants.
+struct KdSummand {
+  Divergence divergence;
+  float weight;
+  float c0;
+  float c1;
+  float c2;
+  float c3;
+};
 
 // What is computed. p teacher, q student; c0 to c3 are the constants of the divergence's record: of
 // a mixture the weights of p and q, rounded once each, and their logarithms.
@@ -38,7 +53,9 @@ struct KdSpec {
   float ce_weight;
   float label_smoothing;
   float z_loss_weight;
-  float classes;  // of the whole row: V, or more where a rank has a part of it
+  float classes;           // of the whole row: V, or more where a rank has a part of it
+  const KdSummand* parts;  // of a weighted sum, whose divergence is kCount
+  int64_t num_parts;
 };
 
 // By-products of a row; the order of the op's extras tensor.
@@ -66,10 +83,18 @@ struct KdLosses {
   float ce;
 };
 
-// Two rows of V floats: q and u of each class between the passes over a row.
+// Of a row: the divergence, and the sum of q dD/dq.
+struct KdSums {
+  double kd;
+  double u;
+};
+
+// Two rows of V floats: q and u of each class between the passes over a row; of a weighted sum
+// three more.
 struct KdScratch {
   float* q;
   float* u;
+  float* more;
 };
 
 // Row kernels of one divergence and instruction set. label < 0: the row has no cross entropy.

@@ -19,25 +19,26 @@ bool has_instruction_set(int64_t index);
 int64_t instruction_set();
 void use_instruction_set(int64_t index);
 
-// -> kd [M], ce [M], stats [M, 6]; numbers: those of make_spec, bends: none or two a side; writes
-// extras, KdExtras of rows [M, 6] or their first number alone [M, 1], where given
+// -> kd [M], ce [M], stats [M, 6]; divergences, numbers: those of Spec, bends: none or two a side;
+// writes extras, KdExtras of rows [M, 6] or their first number alone [M, 1], where given
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
-                                               std::optional<Tensor> labels, int64_t divergence,
+                                               std::optional<Tensor> labels,
+                                               std::vector<int64_t> divergences,
                                                std::vector<double> numbers,
                                                std::vector<double> bends,
                                                std::optional<Tensor> extras);
 
 // writes dlogits [M, V]
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                 Tensor row_weights, Tensor stats, int64_t divergence, std::vector<double> numbers,
-                 std::vector<double> bends, Tensor dlogits);
+                 Tensor row_weights, Tensor stats, std::vector<int64_t> divergences,
+                 std::vector<double> numbers, std::vector<double> bends, Tensor dlogits);
 
 // both for one row while it is in cache -> kd [M], ce [M]
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
-                                           int64_t divergence, std::vector<double> numbers,
-                                           std::vector<double> bends, Tensor dlogits,
-                                           std::optional<Tensor> extras);
+                                           std::vector<int64_t> divergences,
+                                           std::vector<double> numbers, std::vector<double> bends,
+                                           Tensor dlogits, std::optional<Tensor> extras);
 
 // -> ce [M]; writes extras [M, 1] or [M, 4] where given: log sum e^z, the label's log-probability,
 // whether it is the largest, entropy; bends: none or two a side, of which the student's are read
@@ -54,19 +55,22 @@ Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor
 // the same in stages, of rows whose classes several ranks share: statistics, sums, dlogits; labels
 // in [0, V], V for a class of another rank
 Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                     int64_t divergence, std::vector<double> numbers, std::vector<double> bends,
-                     bool has_more);
-Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int64_t divergence,
-                    std::vector<double> numbers, std::vector<double> bends);
+                     std::vector<int64_t> divergences, std::vector<double> numbers,
+                     std::vector<double> bends, bool has_more);
+Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
+                    std::vector<int64_t> divergences, std::vector<double> numbers,
+                    std::vector<double> bends);
 void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
-                   int64_t classes, Tensor row_weights, Tensor stats, int64_t divergence,
-                   std::vector<double> numbers, std::vector<double> bends, Tensor dlogits);
+                   int64_t classes, Tensor row_weights, Tensor stats,
+                   std::vector<int64_t> divergences, std::vector<double> numbers,
+                   std::vector<double> bends, Tensor dlogits);
 
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
 std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
                                         std::optional<Tensor> log_tail, int64_t tail,
                                         double missing, std::optional<Tensor> labels,
-                                        std::optional<Tensor> row_weights, int64_t divergence,
+                                        std::optional<Tensor> row_weights,
+                                        std::vector<int64_t> divergences,
                                         std::vector<double> numbers, std::vector<double> bends,
                                         std::optional<Tensor> dlogits);
 

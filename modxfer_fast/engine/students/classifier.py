@@ -181,7 +181,7 @@ class TaskClassifier(ModelParts):
             kd = kd_loss(
                 logits,
                 target.output.to(logits.dtype),
-                divergence=objective.divergence,
+                divergence=objective.option,
                 alpha=objective.alpha,
                 beta=objective.beta,
                 temperature=objective.temperature,

@@ -1,0 +1,224 @@
+"""Definitions and terms of the divergences, in plain PyTorch; their records are in divergences.py.
+
+p teacher   q student   d = log p - log q
+
+A function without a suffix is a definition, `_terms` gives f and u of each class, `_rows` the
+divergence and u. Importing them needs no torch.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def log_of(weight: float, rest: float) -> float:
+    return math.log(weight) if weight < 0.5 else math.log1p(-rest)
+
+
+def kl(log_a: "Tensor", log_b: "Tensor") -> "Tensor":
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def weighted(weight: "Tensor", log: "Tensor") -> "Tensor":
+    # masked before the product: behind it autograd would multiply 0 by an infinite log
+    return weight * log.masked_fill(weight == 0, 0.0)
+
+
+def log_gap(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
+    """d, and 0 for a class that both exclude."""
+    return (log_p - log_q).masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
+
+
+def log_mixture(x: "Tensor", weight: float, rest: float) -> "Tensor":
+    """log(weight e^x + rest) of weights whose sum is 1; it vanishes with x, without rounding."""
+    near = x.abs() < 1.0
+    small = x.masked_fill(~near, 0.0).expm1().mul(weight).log1p()
+    log_weight, log_rest = log_of(weight, rest), log_of(rest, weight)
+    large = (x + log_weight).logaddexp(x.new_full((), log_rest))
+    return small.where(near, large)
+
+
+def log_mean(log_p: "Tensor", log_q: "Tensor", weight: float) -> "Tensor":
+    return (log_p + math.log(weight)).logaddexp(log_q + math.log1p(-weight))
+
+
+# --- KLs, and what is made of them
+
+
+def forward_kl_terms(log_p, log_q, alpha, beta):
+    p = log_p.exp()
+    return weighted(p, log_p - log_q), -p
+
+
+def reverse_kl_terms(log_p, log_q, alpha, beta):
+    u = -weighted(log_q.exp(), log_p - log_q)
+    return u, u
+
+
+def jsd(log_p, log_q, alpha, beta):
+    log_m = log_mean(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def jsd_terms(log_p, log_q, alpha, beta):
+    # each from its own side: log(p/m) as d - log(m/q) would be the difference of two large numbers
+    # where the student gives a class next to nothing
+    d = log_p - log_q
+    log_beta, log_rest = math.log(beta), math.log1p(-beta)
+    log_m_over_p = (log_rest - d).logaddexp(d.new_full((), log_beta))
+    log_m_over_q = (log_beta + d).logaddexp(d.new_full((), log_rest))
+    u = (beta - 1) * weighted(log_q.exp(), log_m_over_q)
+    return u - beta * weighted(log_p.exp(), log_m_over_p), u
+
+
+def share(part: "Tensor", whole: "Tensor") -> "Tensor":
+    """part / whole, 0 where there is nothing."""
+    return part / whole.masked_fill(whole == 0, 1.0)
+
+
+def skew_forward_kl_terms(log_p, log_q, alpha, beta):
+    p, q, d = log_p.exp(), log_q.exp(), log_gap(log_p, log_q)
+    rest = 1.0 - alpha
+    f = -weighted(p, log_mixture(-d, rest, alpha))
+    return f, rest * rest * q * share(q - p, alpha * p + rest * q)
+
+
+def skew_reverse_kl_terms(log_p, log_q, alpha, beta):
+    p, q, d = log_p.exp(), log_q.exp(), log_gap(log_p, log_q)
+    rest = 1.0 - alpha
+    f = -weighted(q, log_mixture(d, rest, alpha))
+    return f, f + alpha * rest * q * share(p - q, rest * p + alpha * q)
+
+
+def jeffreys_terms(log_p, log_q, alpha, beta):
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    of_q = -weighted(q, d)
+    return weighted(p, d) + of_q, (q - p) + of_q
+
+
+# --- others
+
+
+def sign(x: "Tensor") -> "Tensor":
+    """As `Tensor.sign`, and NaN of NaN."""
+    return x.sign() + (x - x)
+
+
+def total_variation_terms(log_p, log_q, alpha, beta):
+    q = log_q.exp()
+    gap = q - log_p.exp()
+    return 0.5 * gap.abs(), 0.5 * q * sign(gap.detach())
+
+
+def squared_hellinger(log_p, log_q, alpha, beta):
+    return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)
+
+
+def squared_hellinger_terms(log_p, log_q, alpha, beta):
+    root_p, root_q = (0.5 * log_p).exp(), (0.5 * log_q).exp()
+    gap = root_p - root_q
+    return 0.5 * gap * gap, -0.5 * gap * root_q
+
+
+def chi_squared(log_p, log_q, alpha, beta):
+    p, q = log_p.exp(), log_q.exp()
+    return ((p - q).square() / q).sum(-1)
+
+
+def chi_squared_terms(log_p, log_q, alpha, beta):
+    p, q, d = log_p.exp(), log_q.exp(), log_gap(log_p, log_q)
+    # p^2 / q may be finite where p and q are too small to be numbers
+    near, gap, squared = d.abs() < 1.0, p - q, (log_p + d).exp()
+    small = d.masked_fill(~near, 0.0).expm1()
+    f = (gap * small).where(near, (squared - p) - gap)
+    return f, (-gap * (2.0 + small)).where(near, q - squared)
+
+
+def alpha_beta(log_p, log_q, alpha, beta):
+    both = alpha + beta
+    p, q = (both * log_p).exp(), (both * log_q).exp()
+    mixed = (alpha * log_p + beta * log_q).exp()
+    return (alpha / both * p + beta / both * q - mixed).sum(-1) / (alpha * beta)
+
+
+def alpha_beta_terms(log_p, log_q, alpha, beta):
+    # from the larger of p and q, whose power is the largest of the three
+    both, d = alpha + beta, log_gap(log_p, log_q)
+    top = (both * log_p.maximum(log_q)).exp()
+    of_p, distance = d > 0, d.abs()
+    less = (-beta * distance).expm1().where(of_p, (-alpha * distance).expm1())
+    least = (-both * distance).expm1()
+    # with d > 0: p^both = top, q^both = top (1 + least), p^alpha q^beta = top (1 + less)
+    gap_p = (-less).where(of_p, least - less)
+    gap_q = (least - less).where(of_p, -less)
+    f = top * (alpha * gap_p + beta * gap_q) / (alpha * beta * both)
+    return f, top * gap_q / alpha
+
+
+# --- functions of the row
+
+
+def renyi(log_p, log_q, alpha, beta):
+    return (alpha * log_p + (1 - alpha) * log_q).logsumexp(-1) / (alpha - 1)
+
+
+def renyi_rows(log_p, log_q, alpha, beta):
+    # S = sum p^alpha q^(1 - alpha) is a number near 1 for near rows, and else known by its
+    # logarithm
+    p, q, d = log_p.exp(), log_q.exp(), log_gap(log_p, log_q)
+    absent = log_q == -math.inf
+    power = log_q.masked_fill(absent, 0.0) + alpha * d.masked_fill(absent, 0.0)
+    only_p = math.inf if alpha > 1 else -math.inf
+    power = power.masked_fill(absent, -math.inf).masked_fill(absent & (log_p > -math.inf), only_p)
+    log_s = power.logsumexp(-1, keepdim=True)
+    is_near = log_s.abs() < 0.5
+    small = (alpha * d).abs() < 0.5
+    excess = (q * (alpha * d).masked_fill(~small, 0.0).expm1()).where(
+        small, power.masked_fill(~is_near, 0.0).exp() - q
+    )
+    second_order = (excess - alpha * (p - q)).sum(-1)
+    near = second_order.masked_fill(~is_near[:, 0], 0.0).log1p()
+    divergence = near.where(is_near[:, 0], log_s[:, 0]) / (alpha - 1)
+    of_far = (power - log_s).exp()
+    return divergence, -(excess / (1.0 + excess.sum(-1, keepdim=True))).where(is_near, of_far)
+
+
+def negative_log_acceptance(log_p, log_q, alpha, beta):
+    return -log_p.minimum(log_q).logsumexp(-1)
+
+
+def negative_log_acceptance_rows(log_p, log_q, alpha, beta):
+    # A = sum min(p, q) = 1 - TV, or by its logarithm where little is left
+    p, q = log_p.exp(), log_q.exp()
+    gap = q - p
+    log_a = log_p.minimum(log_q).logsumexp(-1, keepdim=True)
+    distance = 0.5 * gap.abs().sum(-1, keepdim=True)
+    is_near = distance < 0.5
+    near = (-distance).masked_fill(~is_near, 0.0).log1p()
+    divergence = -near.where(is_near, log_a)[:, 0]
+    of_near = 0.5 * q * sign(gap.detach()) / (1.0 - distance)
+    is_less = (log_q < log_p).to(q.dtype) + 0.5 * (log_q == log_p).to(q.dtype)
+    of_far = -(log_p.minimum(log_q) - log_a).exp() * is_less
+    return divergence, of_near.where(is_near, of_far)
+
+
+def blend(log_p, log_q, alpha):
+    """exp(-alpha sum min(p, q)), a constant of the gradient, and the total variation."""
+    variation = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    return (-alpha * (1.0 - variation.detach())).exp(), variation
+
+
+def lk_hybrid(log_p, log_q, alpha, beta):
+    weight, variation = blend(log_p, log_q, alpha)
+    return weight * kl(log_p, log_q) + (1.0 - weight) * variation
+
+
+def lk_hybrid_rows(log_p, log_q, alpha, beta):
+    p, q = log_p.exp(), log_q.exp()
+    weight, variation = blend(log_p, log_q, alpha)
+    kl = weighted(p, log_p - log_q).sum(-1)
+    _, of_variation = total_variation_terms(log_p, log_q, alpha, beta)
+    w = weight[:, None]
+    return weight * kl + (1.0 - weight) * variation, w * (q - p) + (1.0 - w) * of_variation
