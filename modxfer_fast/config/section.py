@@ -61,7 +61,11 @@ class OneOfOrWeights(OneOf):
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
+        name = core_schema.literal_schema(list(self.names))
+        weights = core_schema.dict_schema(name, core_schema.float_schema(ge=0))
+        return core_schema.no_info_plain_validator_function(
+            self._check, json_schema_input_schema=core_schema.union_schema([name, weights])
+        )
 
     def _check(self, value: Any) -> Any:
         if isinstance(value, dict) or value in self.names:

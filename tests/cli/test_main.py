@@ -84,7 +84,8 @@ def test_schema_says_type_and_default(capsys):
     assert main(["schema"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert "loss.hidden_states" in lines
-    assert f"divergence: {' or '.join(DIVERGENCES)}, by default forward_kl" in lines
+    names = " or ".join(DIVERGENCES)
+    assert f"divergence: {names} or weights by name, by default forward_kl" in lines
     assert any(FORMULAS in line for line in lines)
     assert "workspace_mb: int or null, by default null" in lines
     assert "workspace_mb: int, by default 64" in lines

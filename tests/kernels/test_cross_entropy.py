@@ -21,6 +21,7 @@ from modxfer_fast import (
     linear_log_probs_terms,
 )
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common.rows import Launch
 from modxfer_fast.kernels.kd_loss.reference import hard_terms_reference
 from modxfer_fast.measure.memory import peak_mib
 from tests.inputs import (
@@ -471,7 +472,7 @@ def test_ops_are_sound(by_products):
     weights = torch.rand(5).masked_fill(inputs.labels == -100, 0.0)
     spec = KDSpec(kd_weight=0.0, ce_weight=1.0, z_loss_weight=0.1).checked()
     args = (inputs.hidden, inputs.weight, inputs.bias, inputs.labels, weights, -100, None)
-    args += (spec.numbers(), spec.names(), 64, "reference", by_products)
+    args += (spec.numbers(), spec.names(), *Launch(64, "reference"), by_products)
     torch.library.opcheck(torch.ops.modxfer.linear_cross_entropy_rows.default, args)
     torch.library.opcheck(
         torch.ops.modxfer.linear_cross_entropy_fwd.default, (*args, [True, True, True])
