@@ -27,9 +27,10 @@ def hard_terms_reference(
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    z_loss = z.logsumexp(-1).square() if spec.z_loss_weight else torch.zeros_like(z[:, 0])
+    zeros = z.new_zeros(len(z))  # there may be rows without a class
+    z_loss = z.logsumexp(-1).square() if spec.z_loss_weight else zeros
     if labels is None or spec.ce_weight == 0.0:
-        return torch.zeros_like(z[:, 0]), z_loss
+        return zeros, z_loss
     has_label, safe = label_index(z, labels)
     ce = F.cross_entropy(z, safe, reduction="none", label_smoothing=spec.label_smoothing)
     return torch.where(has_label, ce, 0.0), z_loss

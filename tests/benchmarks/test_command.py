@@ -191,7 +191,7 @@ def test_a_run_after_another_measures_again(tmp_path, monkeypatch):
         (["kd_loss", "--resume"], ["--resume: expected the --json or --csv of the sweep"]),
         (
             ["lora"],
-            ["room: expected one of correlation, kd_loss, linear_kd_loss, lora_block", "'lora'"],
+            ["room: expected one of correlation, kd_loss, linear_cross_entropy,", "'lora'"],
         ),
         (["lora_linear", "--dropout", "1"], ["dropout: expected a number in [0, 1), got 1.0"]),
         (["lora_linear", "--targets", "k"], ["targets: expected one of single, qkv", "'k'"]),

@@ -209,6 +209,7 @@ class Unbiased(NamedTuple):
     weight: Tensor
 
     vocab_size = property(lambda self: self.weight.shape[0])
+    columns = property(lambda self: Head(*self).columns)
     rounds_single = property(lambda self: Head(*self).rounds_single)
 
     def cast(self):
