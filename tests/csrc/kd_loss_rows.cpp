@@ -120,11 +120,15 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   const Real tolerance = 2e-5L;
 
   Row q(V), u(V), dlogits(V), in_place(V);
-  const modxfer::KdScratch scratch{q.data(), u.data()};
+  const modxfer::KdScratch scratch{q.data(), u.data(), nullptr};
   modxfer::KdStats stats;
-  const auto losses = kernels.fwd(student.data(), teacher.data(), V, label, spec, stats, scratch);
-  expect_near(losses.kd, truth.kd, tolerance, kernels.isa, "kd", V, spec);
-  expect_near(losses.ce, truth.ce, tolerance, kernels.isa, "ce", V, spec);
+  modxfer::KdExtras extras;
+  for (const bool has_extras : {true, false}) {
+    const auto losses = kernels.fwd[has_extras](student.data(), teacher.data(), V, label, spec,
+                                                stats, scratch, has_extras ? &extras : nullptr);
+    expect_near(losses.kd, truth.kd, tolerance, kernels.isa, "kd", V, spec);
+    expect_near(losses.ce, truth.ce, tolerance, kernels.isa, "ce", V, spec);
+  }
 
   kernels.grad(student.data(), V, label, row_weight, spec, stats, scratch, dlogits.data());
   in_place.copy_from(student);
@@ -135,7 +139,7 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   }
 
   Row q_again(V), u_again(V), dlogits_again(V);
-  const modxfer::KdScratch again{q_again.data(), u_again.data()};
+  const modxfer::KdScratch again{q_again.data(), u_again.data(), nullptr};
   kernels.recompute(student.data(), teacher.data(), V, spec, stats, again);
   kernels.grad(student.data(), V, label, row_weight, spec, stats, again, dlogits_again.data());
   for (int64_t i = 0; i < V; ++i) {
@@ -170,9 +174,19 @@ int main() {
           const KdRowKernels& kernels = modxfer::kd_row_kernels(divergence);
           for (float temperature : {1.0f, 2.5f}) {
             const float beta = 0.3f;
-            const KdSpec spec{
-                divergence,         beta, 1.0f - beta, std::log(beta), std::log1p(-beta),
-                1.0f / temperature, 0.7f, 0.4f};
+            const KdSpec spec{divergence,
+                              beta,
+                              1.0f - beta,
+                              std::log(beta),
+                              std::log1p(-beta),
+                              1.0f / temperature,
+                              0.7f,
+                              0.4f,
+                              0.0f,
+                              0.0f,
+                              static_cast<float>(V),
+                              nullptr,
+                              1};
             for (int64_t label : {int64_t{-1}, int64_t{0}, V / 2}) {
               check_row(kernels, student, teacher, V, label, spec, beta);
               ++rows;
