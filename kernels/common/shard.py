@@ -98,14 +98,12 @@ def agree(shard: Shard, arguments: dict[str, Any], device: torch.device) -> None
     """Raises ValueError on every rank where their arguments differ, or where one refuses its own.
 
     On a CPU at every call. On a GPU, which would have to wait, at the first call of a rank with
-    these arguments apart from their values, and under MODXFER_DEBUG=1 at every call.
+    these arguments, and under MODXFER_DEBUG=1 at every call.
 
     Args:
-        arguments: what has to be equal on all ranks; a key `values` of those that differ from
-            batch to batch.
+        arguments: what has to be equal on all ranks.
     """
     if device.type != "cpu" and not env.debug():
-        arguments = {key: value for key, value in arguments.items() if key != "values"}
         key = (shard.group, repr(arguments))
         if key in _agreed:
             _awaited.set(None)
