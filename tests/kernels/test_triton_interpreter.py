@@ -246,3 +246,11 @@ def test_scalars_of_an_older_triton_bound_loops(monkeypatch):
     monkeypatch.setattr(triton_interpreter, "_patch_lang_tensor", of_older_triton)
     interpreter._patch_lang_tensor(Scalar, SimpleNamespace(set_attr=setattr))
     assert list(range(Scalar())) == [0, 1, 2]
+
+
+def test_the_language_is_replaced_once_and_not_for_every_call(monkeypatch):
+    rows, spec = close_rows(2, 300), make_spec("jsd", "ce")
+    check_row_kernels(triton_impl, rows, spec)
+    again = lambda fn: pytest.fail(f"replaced again for {fn}")
+    monkeypatch.setattr(triton_interpreter, "_patch_lang", again)
+    check_row_kernels(triton_impl, rows, spec)
