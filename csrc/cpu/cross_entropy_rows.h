@@ -17,12 +17,14 @@ CeSums ce_row_sums(const float* logits, int64_t V, float* kept) {
     max = vmax(load_n(logits + i, n), max);
   });
   CeSums sums{reduce_max(max), 0, 0, 0};
+  const Rate natural = natural_rate();
+  const vf top = splat(sums.max);
   for (int64_t block = 0; block < V; block += kBlock) {
     const int64_t end = block + kBlock < V ? block + kBlock : V;
     vf sum{}, sum_x{}, sum_e_x{};
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const vf x = load_n(logits + i, n) - sums.max;
-      const vf e = vexp(x);
+      const vf x = load_n(logits + i, n) - top;
+      const vf e = vexp_below(x, natural);
       sum += e;
       if constexpr (kMore) {
         sum_x += n == kLanes ? x : load_tail(logits + i, n, sums.max) - sums.max;

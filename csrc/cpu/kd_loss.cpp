@@ -49,6 +49,7 @@ class Spec {
              first.c2,
              first.c3,
              static_cast<float>(1.0 / numbers[0]),
+             static_cast<float>(1.4426950408889634 / numbers[0]),
              number(1),
              number(2),
              number(3),
@@ -119,7 +120,7 @@ class Buffers {
  public:
   Buffers(int64_t vocab_size, const KdSpec& spec, const BentRows& student, const BentRows& teacher,
           int64_t dlogits_size = 0)
-      : scratch_((spec.num_parts > 1 ? 5 : 2) * vocab_size),
+      : scratch_((spec.num_parts > 1 ? 4 : 2) * vocab_size),
         student(student.buffer_size()),
         teacher(teacher.buffer_size()),
         dlogits(dlogits_size),
@@ -142,12 +143,13 @@ class Buffers {
 
 void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& dlogits,
                int64_t row, const float* student, int64_t V, int64_t label, float row_weight,
-               const KdSpec& spec, const KdStats& stats, Buffers& buffers) {
-  float* target = dlogits.target(row, buffers.dlogits.data());
+               const KdSpec& spec, const KdStats& stats, const KdScratch& scratch,
+               std::vector<float>& buffer) {
+  float* target = dlogits.target(row, buffer.data());
   if (row_weight == 0.0f) {
     std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
   } else {
-    kernels.grad(student, V, label, row_weight, spec, stats, buffers.scratch(), target);
+    kernels.grad(student, V, label, row_weight, spec, stats, scratch, target);
     logits.unbend(student, target);
   }
   dlogits.commit(row, target);
@@ -170,12 +172,13 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
     Buffers buffers(V, spec, student, teacher, grad.buffer_size());
+    KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
-      kernels.recompute(z_s, z_t, V, spec, stats_rows[row], buffers.scratch());
+      kernels.recompute(z_s, z_t, V, spec, stats_rows[row], scratch);
       write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec,
-                stats_rows[row], buffers);
+                stats_rows[row], scratch, buffers.dlogits);
     }
   });
 }
@@ -204,12 +207,13 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
     Buffers buffers(V, spec, student, teacher);
+    KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
       KdExtras own;
       KdExtras* room = more.room(own);
       const KdLosses losses =
           fwd(student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()),
-              V, label[row], spec, stats_rows[row], buffers.scratch(), room);
+              V, label[row], spec, stats_rows[row], scratch, room);
       if (room != nullptr) more.put(row, own);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
@@ -249,18 +253,19 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
     Buffers buffers(V, spec, student, teacher, grad.buffer_size());
+    KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
       KdStats stats;
       KdExtras own;
       KdExtras* room = more.room(own);
-      const KdLosses losses = fwd(z_s, z_t, V, label[row], spec, stats, buffers.scratch(), room);
+      const KdLosses losses = fwd(z_s, z_t, V, label[row], spec, stats, scratch, room);
       if (room != nullptr) more.put(row, own);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
-      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, stats,
-                buffers);
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, stats, scratch,
+                buffers.dlogits);
     }
   });
   return {kd, ce};

@@ -4,6 +4,8 @@
 //   recompute   q and u per class from the statistics of an earlier forward
 //   gradient    dlogits from q and u
 //
+// The forward KL has no pass 3: u is -p, and the divergence a mean under p that pass 2 sums.
+//
 // Per-class values stay in a scratch of two rows per thread. At V = 32k the pair of logits and the
 // scratch are 512 KB and live in the second-level cache: memory sees each logit once, and each
 // exponential is computed once.
@@ -15,26 +17,6 @@ struct Terms {
   vf u;  // q dD/dq, up to a multiple of q
 };
 
-// log(m/q) and log(m/p) of the mixture m of p and q: log(c0 e^d + c1) and its mirror image, each
-// from the larger addend: one as the difference of the other and d would cancel where d is large.
-struct LogMixture {
-  vf over_q;
-  vf over_p;
-};
-
-MODXFER_INLINE LogMixture log_mixture(vf d, const KdSpec& spec) {
-  const vf gap = d + (spec.c2 - spec.c3);
-  const vf rest = vlog1p_unit(vexp(-vabs(gap)));
-  return {vmax(gap, vf{}) + (rest + spec.c3), vmax(-gap, vf{}) + (rest + spec.c2)};
-}
-
-// e^x - 1 for x <= 0, exactly 0 at 0; below -1/2 the difference has no digit to lose.
-MODXFER_INLINE vf vexpm1(vf x) {
-  vf series = splat(1.0f);
-  for (int n = 8; n > 1; --n) series = series * x * (1.0f / static_cast<float>(n)) + 1.0f;
-  return select(x > -0.5f, x * series, vexp(x) - 1.0f);
-}
-
 // What the terms of a class are made of; d = log p - log q, not from the rounded logarithms.
 struct Class {
   vf q;
@@ -43,6 +25,29 @@ struct Class {
   vf log_q;
   vf log_p;
 };
+
+// log(m/q) and log(m/p) of the mixture m = c0 p + c1 q, each from its larger addend: one as the
+// difference of the other and d would cancel where d is large. Meaningless of a class without p and
+// q.
+struct LogMixture {
+  vf over_q;
+  vf over_p;
+};
+
+MODXFER_INLINE LogMixture log_mixture(const Class& x, const KdSpec& spec) {
+  const vf gap = x.d + (spec.c2 - spec.c3);
+  const vf of_p = spec.c0 * x.p, of_q = spec.c1 * x.q;
+  const vf rest = vlog1p_unit(vmin(of_p, of_q) / vmax(of_p, of_q));
+  // a NaN is not less than 0, and stays
+  return {vmax(vf{}, gap) + (rest + spec.c3), vmax(vf{}, -gap) + (rest + spec.c2)};
+}
+
+// e^x - 1 for x <= 0, exactly 0 at 0; below -1/2 the difference has no digit to lose.
+MODXFER_INLINE vf vexpm1(vf x) {
+  vf series = splat(1.0f);
+  for (int n = 8; n > 1; --n) series = series * x * (1.0f / static_cast<float>(n)) + 1.0f;
+  return select(x > -0.5f, x * series, vexp(x) - 1.0f);
+}
 
 template <Divergence kDivergence>
 MODXFER_INLINE Terms divergence_terms(const Class& x, const KdSpec& spec) {
@@ -58,7 +63,7 @@ MODXFER_INLINE Terms divergence_terms(const Class& x, const KdSpec& spec) {
     const vf u = select(q == 0.0f, vf{}, -q * d);
     return {u, u};
   } else if constexpr (kDivergence == Divergence::kJsd) {
-    const LogMixture log_m = log_mixture(d, spec);
+    const LogMixture log_m = log_mixture(x, spec);
     const vf f_p = select(p == 0.0f, vf{}, -spec.c0 * p * log_m.over_p);
     const vf u = select(q == 0.0f, vf{}, -spec.c1 * q * log_m.over_q);
     return {f_p + u, u};
@@ -68,12 +73,12 @@ MODXFER_INLINE Terms divergence_terms(const Class& x, const KdSpec& spec) {
     return {0.5f * vabs(gap), 0.5f * q * sign};
   } else if constexpr (kDivergence == Divergence::kSkewForwardKl) {
     const vf m = spec.c0 * p + spec.c1 * q;
-    const vf f = -p * log_mixture(d, spec).over_p;
+    const vf f = -p * log_mixture(x, spec).over_p;
     const vf u = spec.c1 * spec.c1 * q * ((q - p) / m);
     return {select((p == 0.0f) | (d == 0.0f), vf{}, f), select(m == 0.0f, vf{}, u)};
   } else if constexpr (kDivergence == Divergence::kSkewReverseKl) {
     const vf m = spec.c0 * p + spec.c1 * q;
-    const vf f = select((q == 0.0f) | (d == 0.0f), vf{}, -q * log_mixture(d, spec).over_q);
+    const vf f = select((q == 0.0f) | (d == 0.0f), vf{}, -q * log_mixture(x, spec).over_q);
     return {f, f + select(m == 0.0f, vf{}, spec.c0 * spec.c1 * q * ((p - q) / m))};
   } else if constexpr (kDivergence == Divergence::kJeffreys) {
     const vf of_q = select(q == 0.0f, vf{}, -q * d);
@@ -118,12 +123,13 @@ MODXFER_INLINE vf load_n(const float* src, int n) {
 // What passes 1 and 2 leave beside the statistics.
 struct Softmaxes {
   double d_s, d_t;
-  float logd_gap;  // log d_t - log d_s
+  double logd_gap;  // log d_t - log d_s
+  double mean;      // of x_t - x_s under p, x being z less its maximum
   float ce;
 };
 
 // Passes 1 and 2: e^x of student and teacher in q and u of the scratch.
-template <bool kMore>
+template <bool kMean, bool kMore>
 Softmaxes softmaxes(const float* student, const float* teacher, int64_t V, int64_t label,
                     const KdSpec& spec, KdStats& stats, const KdScratch& scratch,
                     KdExtras* extras) {
@@ -138,20 +144,24 @@ Softmaxes softmaxes(const float* student, const float* teacher, int64_t V, int64
   const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
   const bool needs_d1 =
       (has_ce || spec.z_loss_weight != 0.0f || extras != nullptr) && spec.inv_temperature != 1.0f;
+  const Rate rate = rate_of(spec.rate), natural = natural_rate();
+  const vf top_s = splat(stats.max_s), top_t = splat(stats.max_t);
   double d_s = 0, d_t = 0, d_1 = 0;
+  double cross = 0;
   double x_sum = 0, e_x_s = 0, e_x_t = 0;  // of z_s - max_s; of e^x x at the temperature
   vi shared{};                             // classes that are the largest on both sides
   for (int64_t block = 0; block < V; block += kBlock) {
     const int64_t end = block + kBlock < V ? block + kBlock : V;
-    vf sum_s{}, sum_t{}, sum_1{}, sum_x{}, sum_e_x_s{}, sum_e_x_t{};
+    vf sum_s{}, sum_t{}, sum_1{}, sum_cross{}, sum_x{}, sum_e_x_s{}, sum_e_x_t{};
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const vf x_s = load_n(student + i, n) - stats.max_s;
-      const vf x_t = load_n(teacher + i, n) - stats.max_t;
-      const vf e_s = vexp(x_s * spec.inv_temperature);
-      const vf e_t = vexp(x_t * spec.inv_temperature);
+      const vf x_s = load_n(student + i, n) - top_s;
+      const vf x_t = load_n(teacher + i, n) - top_t;
+      const vf e_s = vexp_below(x_s, rate);
+      const vf e_t = vexp_below(x_t, rate);
       sum_s += e_s;
       sum_t += e_t;
-      if (needs_d1) sum_1 += vexp(x_s);
+      if (needs_d1) sum_1 += vexp_below(x_s, natural);
+      if constexpr (kMean) sum_cross += select(e_t == 0.0f, vf{}, e_t * (x_t - x_s));
       if constexpr (kMore) {
         sum_x += n == kLanes ? x_s : load_tail(student + i, n, stats.max_s) - stats.max_s;
         sum_e_x_s += select(e_s == 0.0f, vf{}, e_s * x_s);
@@ -164,6 +174,7 @@ Softmaxes softmaxes(const float* student, const float* teacher, int64_t V, int64
     d_s += reduce_sum(sum_s);
     d_t += reduce_sum(sum_t);
     d_1 += reduce_sum(sum_1);
+    if constexpr (kMean) cross += reduce_sum(sum_cross);
     if constexpr (kMore) {
       x_sum += reduce_sum(sum_x);
       e_x_s += reduce_sum(sum_e_x_s);
@@ -193,7 +204,7 @@ Softmaxes softmaxes(const float* student, const float* teacher, int64_t V, int64
     }
   }
   if (extras != nullptr) extras->lse = static_cast<float>(stats.max_s + logd_1);
-  return {d_s, d_t, static_cast<float>(logd_t - logd_s), static_cast<float>(ce)};
+  return {d_s, d_t, logd_t - logd_s, cross / d_t, static_cast<float>(ce)};
 }
 
 // The class i of a row, and those of its vector.
@@ -207,13 +218,17 @@ MODXFER_INLINE Class class_at(const float* student, const float* teacher, int64_
   return {q, p, d, x_s - stats.logd_s, x_t - stats.logd_t};
 }
 
-// Pass 3: the divergence, sum u, and q and u in the scratch, from e^x of both sides.
+// Pass 3: the divergence, sum u, and u of each class, from e^x of both sides; u may be where e_t
+// is.
 template <Divergence kDivergence>
 KdSums row_terms(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
                  const KdStats& stats, const Softmaxes& softmax, const float* e_s, const float* e_t,
-                 const KdScratch& scratch) {
+                 float* u) {
   const float inv_d_s = static_cast<float>(1.0 / softmax.d_s);
   const float inv_d_t = static_cast<float>(1.0 / softmax.d_t);
+  const float logd_gap = static_cast<float>(softmax.logd_gap);
+  const KdSpec own = spec;  // no store to u may change them
+  const KdStats at = stats;
   double f_sum = 0, u_sum = 0;
   for (int64_t block = 0; block < V; block += kBlock) {
     const int64_t end = block + kBlock < V ? block + kBlock : V;
@@ -221,12 +236,11 @@ KdSums row_terms(const float* student, const float* teacher, int64_t V, const Kd
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf q = load_or_zero(e_s + i, n) * inv_d_s;
       const vf p = load_or_zero(e_t + i, n) * inv_d_t;
-      const Class x = class_at(student, teacher, i, n, spec, stats, softmax.logd_gap, q, p);
-      const Terms terms = divergence_terms<kDivergence>(x, spec);
+      const Class x = class_at(student, teacher, i, n, own, at, logd_gap, q, p);
+      const Terms terms = divergence_terms<kDivergence>(x, own);
       sum_f += terms.f;
       sum_u += terms.u;
-      store_n(scratch.q + i, n, q);
-      store_n(scratch.u + i, n, terms.u);
+      store_n(u + i, n, terms.u);
     });
     f_sum += reduce_sum(sum_f);
     u_sum += reduce_sum(sum_u);
@@ -237,11 +251,21 @@ KdSums row_terms(const float* student, const float* teacher, int64_t V, const Kd
 
 template <Divergence kDivergence, bool kMore>
 KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch, KdExtras* extras) {
+                 const KdSpec& spec, KdStats& stats, KdScratch& scratch, KdExtras* extras) {
+  constexpr bool kMean = kDivergence == Divergence::kForwardKl;
   const Softmaxes softmax =
-      softmaxes<kMore>(student, teacher, V, label, spec, stats, scratch, extras);
-  const KdSums sums = row_terms<kDivergence>(student, teacher, V, spec, stats, softmax, scratch.q,
-                                             scratch.u, scratch);
+      softmaxes<kMean, kMore>(student, teacher, V, label, spec, stats, scratch, extras);
+  KdSums sums;
+  scratch.q_factor = static_cast<float>(1.0 / softmax.d_s);
+  if constexpr (kMean) {
+    scratch.u_factor = static_cast<float>(-1.0 / softmax.d_t);
+    const double kd = softmax.mean * spec.inv_temperature - softmax.logd_gap;
+    sums = {kd < 0.0 ? 0.0 : kd, -1.0};  // below 0 is rounding
+  } else {
+    scratch.u_factor = 1.0f;
+    sums = row_terms<kDivergence>(student, teacher, V, spec, stats, softmax, scratch.q, scratch.u,
+                                  scratch.u);
+  }
   stats.u_sum = static_cast<float>(sums.u);
   return {static_cast<float>(sums.kd), softmax.ce};
 }
@@ -250,15 +274,17 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
 MODXFER_INLINE Class class_of(const float* student, const float* teacher, int64_t i, int n,
                               const KdSpec& spec, const KdStats& stats) {
   const float logd_gap = stats.logd_t - stats.logd_s;
+  const Rate natural = natural_rate();
   Class x = class_at(student, teacher, i, n, spec, stats, logd_gap, vf{}, vf{});
-  x.q = vexp(x.log_q);
-  x.p = vexp(x.log_p);
+  x.q = vexp_below(x.log_q, natural);
+  x.p = vexp_below(x.log_p, natural);
   return x;
 }
 
 template <Divergence kDivergence>
 void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                   const KdStats& stats, const KdScratch& scratch) {
+                   const KdStats& stats, KdScratch& scratch) {
+  scratch.q_factor = scratch.u_factor = 1.0f;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const Class x = class_of(student, teacher, i, n, spec, stats);
     store_n(scratch.q + i, n, x.q);
@@ -276,15 +302,17 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
   float q1_scale = ce_scale;
   if (has_z) q1_scale += 2.0f * row_weight * spec.z_loss_weight * (stats.max_s + stats.logd_1);
   const float shift = ce_scale * spec.label_smoothing / spec.classes;
+  // u and q are subtracted before they are scaled: equal rows have no gradient, to the bit
+  const float scale = kd_scale * scratch.q_factor, of_u = scratch.u_factor / scratch.q_factor;
+  const float of_q = needs_q1 ? 0.0f : q1_scale * scratch.q_factor;
+  const Rate natural = natural_rate();
+  const KdScratch from = scratch;  // no store to dlogits may change them
+  const KdStats at = stats;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
-    const vf q = load_or_zero(scratch.q + i, n);
-    const vf u = load_or_zero(scratch.u + i, n);
-    vf dz = kd_scale * (u - q * stats.u_sum);
-    if (needs_q1) {
-      dz += q1_scale * vexp(load_n(student + i, n) - stats.max_s - stats.logd_1);
-    } else {
-      dz += q1_scale * q;
-    }
+    const vf q = load_or_zero(from.q + i, n);
+    vf dz = scale * (of_u * load_or_zero(from.u + i, n) - q * at.u_sum) + of_q * q;
+    if (needs_q1)
+      dz += q1_scale * vexp_below(load_n(student + i, n) - at.max_s - at.logd_1, natural);
     store_n(dlogits + i, n, dz - shift);
   });
   if (has_ce && label < V) dlogits[label] -= ce_scale * (1.0f - spec.label_smoothing);

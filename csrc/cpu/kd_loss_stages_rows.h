@@ -21,6 +21,7 @@ void row_part(const float* student, const float* teacher, int64_t V, int64_t lab
   const float base_s = top_s == -kInf ? 0.0f : top_s, base_t = top_t == -kInf ? 0.0f : top_t;
 
   const bool needs_d1 = spec.inv_temperature != 1.0f;
+  const Rate rate = rate_of(spec.rate), natural = natural_rate();
   double d_s = 0, d_t = 0, d_1 = 0, cross = 0, x_sum = 0, e_x_s = 0, e_x_t = 0;
   vi shared{};
   for (int64_t block = 0; block < V; block += kBlock) {
@@ -29,11 +30,11 @@ void row_part(const float* student, const float* teacher, int64_t V, int64_t lab
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf x_s = load_n(student + i, n) - base_s;
       const vf x_t = load_n(teacher + i, n) - base_t;
-      const vf e_s = vexp(x_s * spec.inv_temperature);
-      const vf e_t = vexp(x_t * spec.inv_temperature);
+      const vf e_s = vexp_below(x_s, rate);
+      const vf e_t = vexp_below(x_t, rate);
       sum_s += e_s;
       sum_t += e_t;
-      if (needs_d1) sum_1 += vexp(x_s);
+      if (needs_d1) sum_1 += vexp_below(x_s, natural);
       if constexpr (kUnderP) sum_cross += select(e_t == 0.0f, vf{}, e_t * (x_t - x_s));
       if constexpr (kUnderQ) sum_cross += select(e_s == 0.0f, vf{}, e_s * (x_s - x_t));
       if constexpr (kMore) {

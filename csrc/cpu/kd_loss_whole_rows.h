@@ -41,13 +41,14 @@ MODXFER_INLINE vf renyi_excess(const Class& x, vf log, const KdSpec& spec) {
 
 template <Divergence kDivergence>
 KdSums of_row_terms(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                    const KdStats& stats, const Softmaxes& softmax, const float* e_s,
-                    const float* e_t, const KdScratch& scratch) {
+                    const KdStats& stats, const Softmaxes& softmax, const KdScratch& scratch) {
   const float inv_d_s = static_cast<float>(1.0 / softmax.d_s);
   const float inv_d_t = static_cast<float>(1.0 / softmax.d_t);
+  const float logd_gap = static_cast<float>(softmax.logd_gap);
   const auto at = [&](int64_t i, int n) __attribute__((always_inline)) {
-    return class_at(student, teacher, i, n, spec, stats, softmax.logd_gap,
-                    load_or_zero(e_s + i, n) * inv_d_s, load_or_zero(e_t + i, n) * inv_d_t);
+    return class_at(student, teacher, i, n, spec, stats, logd_gap,
+                    load_or_zero(scratch.q + i, n) * inv_d_s,
+                    load_or_zero(scratch.u + i, n) * inv_d_t);
   };
   // S is summed relative to its largest addend
   float top = 0.0f;
@@ -124,7 +125,6 @@ KdSums of_row_terms(const float* student, const float* teacher, int64_t V, const
         u = -part * select(x.d > 0.0f, splat(1.0f), at_tie);
       }
       sum_u += u;
-      store_n(scratch.q + i, n, x.q);
       store_n(scratch.u + i, n, u);
     });
     u_sum += reduce_sum(sum_u);
@@ -134,20 +134,20 @@ KdSums of_row_terms(const float* student, const float* teacher, int64_t V, const
 
 template <Divergence kDivergence, bool kMore>
 KdLosses of_row_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                    const KdSpec& spec, KdStats& stats, const KdScratch& scratch,
-                    KdExtras* extras) {
+                    const KdSpec& spec, KdStats& stats, KdScratch& scratch, KdExtras* extras) {
   const Softmaxes softmax =
-      softmaxes<kMore>(student, teacher, V, label, spec, stats, scratch, extras);
-  const KdSums sums = of_row_terms<kDivergence>(student, teacher, V, spec, stats, softmax,
-                                                scratch.q, scratch.u, scratch);
+      softmaxes<false, kMore>(student, teacher, V, label, spec, stats, scratch, extras);
+  const KdSums sums = of_row_terms<kDivergence>(student, teacher, V, spec, stats, softmax, scratch);
   stats.u_sum = static_cast<float>(sums.u);
+  scratch.q_factor = static_cast<float>(1.0 / softmax.d_s);
+  scratch.u_factor = 1.0f;
   return {static_cast<float>(sums.kd), softmax.ce};
 }
 
 // The sums again: what they become is not in the statistics.
 template <Divergence kDivergence>
 void of_row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                      const KdStats&, const KdScratch& scratch) {
+                      const KdStats&, KdScratch& scratch) {
   KdStats again;
   of_row_fwd<kDivergence, false>(student, teacher, V, -1, spec, again, scratch, nullptr);
 }
@@ -155,7 +155,7 @@ void of_row_recompute(const float* student, const float* teacher, int64_t V, con
 // --- weighted sums
 
 using RowTerms = KdSums (*)(const float*, const float*, int64_t, const KdSpec&, const KdStats&,
-                            const Softmaxes&, const float*, const float*, const KdScratch&);
+                            const Softmaxes&, const float*, const float*, float*);
 
 template <int64_t... kIds>
 constexpr std::array<RowTerms, sizeof...(kIds)> terms_of(std::integer_sequence<int64_t, kIds...>) {
@@ -168,11 +168,11 @@ constexpr auto kTerms = terms_of(std::make_integer_sequence<int64_t, kNumSums>{}
 // One softmax of either side, and pass 3 of each part while the row is in cache.
 template <bool kMore>
 KdLosses sum_fwd(const float* student, const float* teacher, int64_t V, int64_t label,
-                 const KdSpec& spec, KdStats& stats, const KdScratch& scratch, KdExtras* extras) {
+                 const KdSpec& spec, KdStats& stats, KdScratch& scratch, KdExtras* extras) {
   const Softmaxes softmax =
-      softmaxes<kMore>(student, teacher, V, label, spec, stats, scratch, extras);
-  const KdScratch of_part = {scratch.more, scratch.more + V, nullptr};
-  float* total = scratch.more + 2 * V;
+      softmaxes<false, kMore>(student, teacher, V, label, spec, stats, scratch, extras);
+  const float q_factor = static_cast<float>(1.0 / softmax.d_s);
+  float *of_part = scratch.more, *total = scratch.more + V;
   double kd = 0, u_sum = 0;
   for (int64_t k = 0; k < spec.num_parts; ++k) {
     const KdSummand& part = spec.parts[k];
@@ -184,20 +184,22 @@ KdLosses sum_fwd(const float* student, const float* teacher, int64_t V, int64_t 
     const float shift = part.divergence == Divergence::kForwardKl ? 1.0f : 0.0f;
     kd += part.weight * sums.kd;
     u_sum += part.weight * (sums.u + shift);
+    const float of_q = shift * q_factor;
     for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf before = k == 0 ? vf{} : load_or_zero(total + i, n);
-      const vf u = load_or_zero(of_part.u + i, n) + shift * load_or_zero(of_part.q + i, n);
+      const vf u = load_or_zero(of_part + i, n) + of_q * load_or_zero(scratch.q + i, n);
       store_n(total + i, n, before + part.weight * u);
     });
   }
-  __builtin_memcpy(scratch.q, of_part.q, V * sizeof(float));
   __builtin_memcpy(scratch.u, total, V * sizeof(float));
   stats.u_sum = static_cast<float>(u_sum);
+  scratch.q_factor = q_factor;
+  scratch.u_factor = 1.0f;
   return {static_cast<float>(kd), softmax.ce};
 }
 
 inline void sum_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                          const KdStats&, const KdScratch& scratch) {
+                          const KdStats&, KdScratch& scratch) {
   KdStats again;
   sum_fwd<false>(student, teacher, V, -1, spec, again, scratch, nullptr);
 }

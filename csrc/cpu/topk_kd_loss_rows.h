@@ -30,15 +30,16 @@ KdLosses topk_row_fwd(const float* student, int64_t V, const TopKRow& teacher, i
 
   const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
   const bool needs_d1 = has_ce && spec.inv_temperature != 1.0f;
+  const Rate rate = rate_of(spec.rate), natural = natural_rate();
   double d_o = 0, d_o1 = 0;
   for (int64_t block = 0; block < V; block += kBlock) {
     const int64_t end = block + kBlock < V ? block + kBlock : V;
     vf sum{}, sum_1{};
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const vf x = load_n(scratch.e + i, n) - base;
-      const vf e = vexp(x * spec.inv_temperature);
+      const vf e = vexp_below(x, rate);
       sum += e;
-      if (needs_d1) sum_1 += vexp(x);
+      if (needs_d1) sum_1 += vexp_below(x, natural);
       store_n(scratch.e + i, n, e);
     });
     d_o += reduce_sum(sum);
@@ -130,10 +131,12 @@ void topk_row_grad(const float* student, int64_t V, const TopKRow& teacher, int6
   const float kd_scale = row_weight * spec.kd_weight * spec.inv_temperature;
   const float ce_scale = has_ce ? row_weight * spec.ce_weight : 0.0f;
   const float of_e = kd_scale * stats.of_others + (needs_q1 ? 0.0f : ce_scale * stats.share);
+  const Rate natural = natural_rate();
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     vf dz = load_or_zero(scratch.e + i, n) * of_e;
     if (has_u) dz += kd_scale * load_or_zero(scratch.u + i, n);
-    if (needs_q1) dz += ce_scale * vexp(load_n(student + i, n) - stats.max - stats.logd_1);
+    if (needs_q1)
+      dz += ce_scale * vexp_below(load_n(student + i, n) - stats.max - stats.logd_1, natural);
     store_n(dlogits + i, n, dz);
   });
   for (int64_t k = 0; k < teacher.count; ++k) {

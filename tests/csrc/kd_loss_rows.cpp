@@ -120,7 +120,7 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   const Real tolerance = 2e-5L;
 
   Row q(V), u(V), dlogits(V), in_place(V);
-  const modxfer::KdScratch scratch{q.data(), u.data(), nullptr};
+  modxfer::KdScratch scratch{q.data(), u.data(), nullptr};
   modxfer::KdStats stats;
   modxfer::KdExtras extras;
   for (const bool has_extras : {true, false}) {
@@ -139,7 +139,7 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   }
 
   Row q_again(V), u_again(V), dlogits_again(V);
-  const modxfer::KdScratch again{q_again.data(), u_again.data(), nullptr};
+  modxfer::KdScratch again{q_again.data(), u_again.data(), nullptr};
   kernels.recompute(student.data(), teacher.data(), V, spec, stats, again);
   kernels.grad(student.data(), V, label, row_weight, spec, stats, again, dlogits_again.data());
   for (int64_t i = 0; i < V; ++i) {
@@ -180,6 +180,7 @@ int main() {
                               std::log(beta),
                               std::log1p(-beta),
                               1.0f / temperature,
+                              1.44269504f / temperature,
                               0.7f,
                               0.4f,
                               0.0f,

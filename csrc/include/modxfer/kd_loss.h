@@ -49,6 +49,7 @@ struct KdSpec {
   float c2;
   float c3;
   float inv_temperature;
+  float rate;  // log2(e) / temperature, of `vexp_below`
   float kd_weight;
   float ce_weight;
   float label_smoothing;
@@ -89,12 +90,14 @@ struct KdSums {
   double u;
 };
 
-// Two rows of V floats: q and u of each class between the passes over a row; of a weighted sum
-// three more.
+// Two rows of V floats: q and u of each class between the passes over a row, up to a factor; of a
+// weighted sum two more.
 struct KdScratch {
   float* q;
   float* u;
   float* more;
+  float q_factor = 1.0f;
+  float u_factor = 1.0f;
 };
 
 // Row kernels of one divergence and instruction set. label < 0: the row has no cross entropy.
@@ -103,11 +106,10 @@ struct KdRowKernels {
   // Losses, statistics, and q and u in the scratch; by whether label smoothing or extras are asked
   // for. The lse of extras is written by both.
   KdLosses (*fwd[2])(const float* student, const float* teacher, int64_t V, int64_t label,
-                     const KdSpec& spec, KdStats& stats, const KdScratch& scratch,
-                     KdExtras* extras);
+                     const KdSpec& spec, KdStats& stats, KdScratch& scratch, KdExtras* extras);
   // q and u again, from the statistics.
   void (*recompute)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                    const KdStats& stats, const KdScratch& scratch);
+                    const KdStats& stats, KdScratch& scratch);
   // dlogits from q and u; dlogits may be the student's row itself. A label of V or more is the
   // label of a class that these V are not.
   void (*grad)(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,

@@ -13,7 +13,7 @@ constexpr int64_t kBlock = 64 * kLanes;
 
 #define MODXFER_INLINE static inline __attribute__((always_inline))
 
-MODXFER_INLINE vf splat(float x) { return vf{} + x; }
+MODXFER_INLINE vf splat(float x) { return x - vf{}; }  // exact, unlike 0 + x of -0
 
 MODXFER_INLINE vf load(const float* src) {
   vf x;
@@ -55,7 +55,7 @@ MODXFER_INLINE void store_n(float* dst, int n, vf x) {
   }
 }
 
-MODXFER_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+MODXFER_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 MODXFER_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 MODXFER_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 MODXFER_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
@@ -94,6 +94,39 @@ MODXFER_INLINE vf vexp(vf x) {
   return select(x < -87.33654f, vf{}, select(x == x, result, x));
 }
 
+// A factor of `vexp_below`, as vectors that a loop holds in registers.
+struct Rate {
+  vf log2;   // what an argument is multiplied by in 2^x
+  vf least;  // arguments below have no power
+  vf none;   // in their place: its exponent field is 0
+};
+
+// Of e^(factor x); log2 = factor log2(e), rounded once.
+MODXFER_INLINE Rate rate_of(float log2) {
+  return {splat(log2), splat(-125.999f / log2), splat(-127.0f / log2)};
+}
+
+// e^x
+MODXFER_INLINE Rate natural_rate() { return rate_of(1.44269504f); }
+
+// e^(factor x) for x <= 0, to 1 ulp and 2^-26 of the exponent; 0 below 2^-126 (no subnormals), NaN
+// stays NaN. 2^(n + r), |r| <= 1/2: the product with the rate is rounded once, less n.
+MODXFER_INLINE vf vexp_below(vf x, const Rate& rate) {
+  const vf bounded = select(x < rate.least, rate.none, x);
+  // adding 1.5 * 2^23 rounds to the nearest integer; 127 more and its low bits are the exponent's
+  const vf magic = splat(12583039.0f);
+  const vf shifted = bounded * rate.log2 + magic;
+  const vf r = bounded * rate.log2 - (shifted - magic);
+  vf y = splat(1.535336196e-4f);
+  y = y * r + 1.339887385e-3f;
+  y = y * r + 9.618436918e-3f;
+  y = y * r + 5.550332367e-2f;
+  y = y * r + 2.402264774e-1f;
+  y = y * r + 6.931471825e-1f;
+  y = y * r + 1.0f;
+  return y * (vf)((vi)shifted << 23);
+}
+
 // tanh to 2 ulp; an argument beyond 10 gives exactly +-1, NaN stays NaN.
 // Least maximum error polynomial of (tanh(x) / x - 1) / x^2 where 1 - e^-2x would cancel.
 MODXFER_INLINE vf vtanh(vf x) {
@@ -111,22 +144,19 @@ MODXFER_INLINE vf vtanh(vf x) {
   return select(size < 0.625f, small, signed_large);
 }
 
-// log(1 + y) for y in [0, 1], relative accuracy also for small y (Cephes logf polynomial).
+// log(1 + y) for y in [0, 1], to 1.2 ulp also of small y. Least maximum error polynomial.
 MODXFER_INLINE vf vlog1p_unit(vf y) {
-  const vi upper = y > 0.41421356f;
-  const vf r = select(upper, (y - 1.0f) * 0.5f, y);  // 1 + y = 2 (1 + r) in the upper part
-  vf poly = splat(7.0376836292e-2f);
-  poly = poly * r + -1.1514610310e-1f;
-  poly = poly * r + 1.1676998740e-1f;
-  poly = poly * r + -1.2420140846e-1f;
-  poly = poly * r + 1.4249322787e-1f;
-  poly = poly * r + -1.6668057665e-1f;
-  poly = poly * r + 2.0000714765e-1f;
-  poly = poly * r + -2.4999993993e-1f;
-  poly = poly * r + 3.3333331174e-1f;
-  const vf r2 = r * r;
-  const vf log1p = r + (poly * r * r2 - 0.5f * r2);
-  return log1p + select(upper, splat(0.69314718056f), vf{});
+  vf poly = splat(-3.244021209e-3f);
+  poly = poly * y + 1.985144429e-2f;
+  poly = poly * y + -5.695949867e-2f;
+  poly = poly * y + 1.060365140e-1f;
+  poly = poly * y + -1.530559063e-1f;
+  poly = poly * y + 1.967593879e-1f;
+  poly = poly * y + -2.495413423e-1f;
+  poly = poly * y + 3.332996368e-1f;
+  poly = poly * y + -4.999990165e-1f;
+  poly = poly * y + 1.0f;
+  return y * poly;
 }
 
 // log(e^a + e^b); a or b may be infinite.
