@@ -137,9 +137,8 @@ def spec_of(case: Case) -> KDSpec:
 
 def dense_kd_loss(student: Tensor, teacher: Tensor, spec: KDSpec) -> Tensor:
     """Mean divergence over the rows of logits [N, V]: softmax in fp32, autograd."""
-    log_q = F.log_softmax(student.float(), dim=-1)
-    log_p = F.log_softmax(teacher.float(), dim=-1)
-    return spec.record.definition(log_p, log_q, *spec.parameters).mean()
+    of_teacher, of_student = (spec.record.operand(z.float()) for z in (teacher, student))
+    return spec.record.definition(of_teacher, of_student, *spec.parameters).mean()
 
 
 def dense_linear_kd_loss(

@@ -3,7 +3,8 @@
 p teacher   q student   d = log p - log q
 
 A function without a suffix is a definition, `_terms` gives f and u of each class, `_rows` the
-divergence and u. Importing them needs no torch.
+divergence and u. Those of logits take them in the place of log p and log q. Importing them needs no
+torch.
 """
 
 import math
@@ -222,3 +223,56 @@ def lk_hybrid_rows(log_p, log_q, alpha, beta):
     _, of_variation = total_variation_terms(log_p, log_q, alpha, beta)
     w = weight[:, None]
     return weight * kl + (1.0 - weight) * variation, w * (q - p) + (1.0 - w) * of_variation
+
+
+# --- of the logits, y of the teacher and x of the student
+
+
+def logits_mse(y, x, alpha, beta):
+    return (x - y).square().mean(-1)
+
+
+def logits_mse_rows(y, x, alpha, beta):
+    y, x, apart = present(y, x)
+    gap = (x - y) + apart
+    return gap.square().mean(-1), (2.0 / x.shape[-1]) * gap
+
+
+def logits_cosine(y, x, alpha, beta):
+    of_x, of_y = (z / z.norm(dim=-1, keepdim=True).clamp(min=1e-30) for z in (x, y))
+    return 1.0 - (of_x * of_y).sum(-1)
+
+
+def logits_cosine_rows(y, x, alpha, beta):
+    # half the squared distance of the rows of length 1, which does not cancel where they are near;
+    # a row of zeros has a right angle to every other
+    y, x, apart = present(y, x)
+    (of_x, slope, x_is_zero), (of_y, _, y_is_zero) = unit_row(x), unit_row(y)
+    gap = (of_x - of_y) + apart
+    half = gap.new_full((), 0.5).where(x_is_zero == y_is_zero, gap.new_full((), 1.0))
+    divergence = half * gap.square().sum(-1, keepdim=True)
+    return divergence[:, 0], slope * (gap - divergence * of_x)
+
+
+def present(y: "Tensor", x: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+    """Both with 0 for a class that they exclude, NaN for what is no logit and in a row without a
+    class; and what to add to a difference: infinity where one side alone excludes.
+    """
+    no_y, no_x = y == -math.inf, x == -math.inf
+    apart = x.new_zeros(()).masked_fill(no_y != no_x, math.inf)
+    return _logits(y, no_y), _logits(x, no_x), apart
+
+
+def _logits(z: "Tensor", absent: "Tensor") -> "Tensor":
+    is_none = (z == math.inf) | absent.all(-1, keepdim=True)
+    return z.masked_fill(absent, 0.0).masked_fill(is_none, math.nan)
+
+
+def unit_row(x: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+    """x / |x|, 1 / |x| and whether x is 0, of which both are 0; squares of no size overflow."""
+    top = x.detach().abs().amax(-1, keepdim=True).clamp(1e-30, 1e30)
+    x = x / top
+    squared = x.square().sum(-1, keepdim=True)
+    is_zero = squared == 0
+    inverse = squared.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+    return x * inverse, (inverse / top).clamp(max=3e38), is_zero

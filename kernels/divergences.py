@@ -11,6 +11,9 @@ student's logits z stays the same:
 so u is written such that it vanishes with d, where that is possible: equal rows then have no
 gradient, to the last bit.
 
+Two are of the logits themselves, x of the student and y of the teacher, divided by the temperature.
+Their u is dD/dx and there is no sum of it: dD/dz = u / temperature.
+
 Names, help, reference, dense yardsticks and tests follow from the records. The kernels have one
 branch each: `divergence_terms` of kd_loss/triton_divergences.py and `divergence_terms` of
 csrc/cpu/kd_loss_rows.h, whose enum in csrc/include/modxfer/kd_loss.h has the order of this file.
@@ -78,8 +81,10 @@ class Divergence:
             D. Both means are known with the maxima and denominators of the softmaxes, after one
             pass over the logits. "normalised": D = sum(f) and sum(u) take p and q themselves, and a
             second pass. "of_row": D is another function of sums of the row, `rows` says which.
-        rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of such a divergence, which has
-            no terms; u = q dD/dq.
+            "of_logits": D is one of the logits; wherever a function here takes log_p and log_q, it
+            then takes y and x.
+        rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of the last two, which have no
+            terms; u = q dD/dq, of logits dD/dx.
         alpha, beta: what it reads, or None.
         limits: at ends of those, where its formula has a logarithm or a quotient of 0, what it is.
         mixes: (alpha, beta) -> weight of p and of q in a mixture of both, each rounded once, where
@@ -92,7 +97,9 @@ class Divergence:
     formula: str
     definition: "Callable[[Tensor, Tensor, float, float], Tensor]"
     terms: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
-    row_sums: Literal["mean_under_p", "mean_under_q", "normalised", "of_row"] = "normalised"
+    row_sums: Literal["mean_under_p", "mean_under_q", "normalised", "of_row", "of_logits"] = (
+        "normalised"
+    )
     rows: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
     alpha: Parameter | None = None
     beta: Parameter | None = None
@@ -115,6 +122,10 @@ class Divergence:
             return self.rows(log_p, log_q, alpha, beta)
         f, u = self.of_classes(log_p, log_q, alpha, beta)
         return f.sum(-1), u
+
+    def operand(self, z: "Tensor") -> "Tensor":
+        """What the functions above take of logits z [..., V] divided by the temperature."""
+        return z if self.row_sums == "of_logits" else z.log_softmax(-1)
 
     @property
     def reads_alpha(self) -> bool:
@@ -262,6 +273,20 @@ _RECORDS = (
         limits=(Limit(0.0, None, "forward_kl"),),
         constants=lambda alpha, beta: (alpha,),
     ),
+    Divergence(
+        name="logits_mse",
+        formula="1/V sum (x - y)^2 of the logits",
+        definition=formulas.logits_mse,
+        rows=formulas.logits_mse_rows,
+        row_sums="of_logits",
+    ),
+    Divergence(
+        name="logits_cosine",
+        formula="1 - x y / (|x| |y|) of the logits",
+        definition=formulas.logits_cosine,
+        rows=formulas.logits_cosine_rows,
+        row_sums="of_logits",
+    ),
 )
 
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType({r.name: r for r in _RECORDS})
@@ -336,10 +361,11 @@ def resolve_sum(
         if name not in DIVERGENCES:
             resolve(name, None, None)
         record = DIVERGENCES[name]
-        if record.row_sums == "of_row":
+        if record.row_sums in ("of_row", "of_logits"):
+            of = "the logits" if record.row_sums == "of_logits" else "such a sum"
             raise ValueError(
                 f"divergence: expected sums over the classes as parts of a weighted sum, "
-                f"got {name!r}, which is a function of such a sum"
+                f"got {name!r}, which is a function of {of}"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise TypeError(

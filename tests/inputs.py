@@ -299,7 +299,8 @@ def _through_the_sums(student_logits, teacher_logits, labels, objective, weights
     kd_weight, ce_weight, weights = abs(spec.kd_weight), abs(spec.ce_weight), weights.abs()
     touched = p + q
     # dlogits = u - q sum(u), whose parts may be large: under reverse KL u = q (log q - log p)
-    _, u = spec.record.of_rows(z_t.log_softmax(-1), z_s.log_softmax(-1), *spec.parameters)
+    of_t, of_s = (spec.record.operand(z) for z in (z_t, z_s))
+    _, u = spec.record.of_rows(of_t, of_s, *spec.parameters)
     if spec.divergence not in ("forward_kl", "jsd"):
         u = torch.where(q > 0, u, 0.0)
         touched = touched + u.abs() + q * u.sum(-1, keepdim=True).abs()

@@ -321,6 +321,7 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
 #include "kd_loss_stages_rows.h"
 #include "topk_kd_loss_rows.h"
 #include "kd_loss_whole_rows.h"
+#include "kd_loss_logit_rows.h"
 
 template <Divergence kDivergence>
 constexpr KdRowKernels kernels_of_one() {
@@ -330,6 +331,15 @@ constexpr KdRowKernels kernels_of_one() {
             of_row_recompute<kDivergence>,
             row_grad,
             {},  // Python refuses these beside a part of the classes, or a list of them
+            nullptr,
+            nullptr,
+            nullptr};
+  } else if constexpr (is_of_logits(kDivergence)) {
+    return {kIsaName,
+            {of_logits_fwd<kDivergence, false>, of_logits_fwd<kDivergence, true>},
+            of_logits_recompute<kDivergence>,
+            row_grad,
+            {},
             nullptr,
             nullptr,
             nullptr};

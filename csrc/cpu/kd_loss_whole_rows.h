@@ -3,7 +3,7 @@
 // kernels/divergences.py.
 
 constexpr bool is_of_row(Divergence divergence) {
-  return static_cast<int64_t>(divergence) >= kNumSums;
+  return divergence >= Divergence::kRenyi && divergence <= Divergence::kLkHybrid;
 }
 
 // e^x - 1 for |x| <= 1/2, exactly 0 at 0.

@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
@@ -65,9 +64,8 @@ def kd_loss_reference(
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
     z_s, z_t = bent(student_logits, teacher_logits, spec)
-    log_q = F.log_softmax(z_s / spec.temperature, dim=-1)
-    log_p = F.log_softmax(z_t / spec.temperature, dim=-1)
-    kd, _ = spec.record.of_rows(log_p, log_q, *spec.parameters)
+    of_t, of_s = (spec.record.operand(z / spec.temperature) for z in (z_t, z_s))
+    kd, _ = spec.record.of_rows(of_t, of_s, *spec.parameters)
     return kd, hard_terms_reference(z_s, labels, spec)[0]
 
 
@@ -93,10 +91,12 @@ def kd_loss_fwd(
     z_s, z_t = bent(student_logits, teacher_logits, spec)
     x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
     x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
-    kd, u = spec.record.of_rows(x_t - logd_t, x_s - logd_s, *spec.parameters)
+    kd, u = _of_rows(z_s, z_t, x_s - logd_s, x_t - logd_t, spec)
     u_sum = u.sum(-1, keepdim=True)
     if spec.record.row_sums == "mean_under_p":
         u_sum = -torch.ones_like(max_s)  # exactly: equal rows then have no gradient
+    elif spec.record.row_sums == "of_logits":
+        u_sum = torch.zeros_like(max_s)
     logd_1 = (z_s - max_s).exp().sum(-1, keepdim=True).log()
     lse = max_s + logd_1
     has_label, safe = label_index(z_s, labels)
@@ -131,8 +131,8 @@ def kd_loss_bwd(
     Args:
         classes: of rows of which the logits are a part.
     """
-    z_s, log_q, log_p = of_stats(student_logits, teacher_logits, stats, spec)
-    _, u = spec.record.of_rows(log_p, log_q, *spec.parameters)
+    z_s, z_t, log_q, log_p = of_stats(student_logits, teacher_logits, stats, spec)
+    _, u = _of_rows(z_s, z_t, log_q, log_p, spec)
     max_s, u_sum, logd_1 = (stats[:, i : i + 1].to(z_s.dtype) for i in (0, 4, 5))
     dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
     if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
@@ -145,13 +145,23 @@ def kd_loss_bwd(
 
 def of_stats(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z of the student, log q and log p, [M, V] each, from the statistics of the forward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z_s, z_t, log q and log p, [M, V] each, from the statistics of the forward."""
     z_s, z_t = bent(student_logits, teacher_logits, spec)
     max_s, logd_s, max_t, logd_t = stats[:, :4].to(z_s.dtype).unsqueeze(-1).unbind(1)
     log_q = (z_s - max_s) / spec.temperature - logd_s
     log_p = (z_t - max_t) / spec.temperature - logd_t
-    return z_s, log_q, log_p
+    return z_s, z_t, log_q, log_p
+
+
+def _of_rows(
+    z_s: Tensor, z_t: Tensor, log_q: Tensor, log_p: Tensor, spec: KDSpec
+) -> tuple[Tensor, Tensor]:
+    """The divergence [M] and u [M, V]."""
+    of_t, of_s = log_p, log_q
+    if spec.record.row_sums == "of_logits":
+        of_t, of_s = z_t / spec.temperature, z_s / spec.temperature
+    return spec.record.of_rows(of_t, of_s, *spec.parameters)
 
 
 def kd_loss_fwd_bwd(

@@ -39,7 +39,7 @@ def kd_loss_stats(
 def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
-    _, log_q, log_p = reference.of_stats(student_logits, teacher_logits, stats, spec)
+    *_, log_q, log_p = reference.of_stats(student_logits, teacher_logits, stats, spec)
     f, u = spec.record.of_classes(log_p, log_q, *spec.parameters)
     return torch.stack([f.sum(-1), u.sum(-1)], dim=-1)
 

@@ -271,8 +271,13 @@ def _missing(spec: KDSpec) -> float:
     return round(slope - _of_one_class(spec, p, q)[1] / q, 9)  # what a quotient is good for
 
 
-def refuse_hard_options(spec: KDSpec) -> None:
+def refuse_options(spec: KDSpec) -> None:
     """Raises ValueError for what the rows of a TeacherTopK do not compute."""
+    if spec.record.row_sums == "of_logits":
+        raise ValueError(
+            f"divergence: expected one of probabilities beside a TeacherTopK, whose logits are not "
+            f"known, got {spec.record.name!r}"
+        )
     smoothing = spec.label_smoothing if spec.ce_weight else 0.0
     for name, value in (("label_smoothing", smoothing), ("z_loss_weight", spec.z_loss_weight)):
         if value:

@@ -13,7 +13,8 @@ Label smoothing, z-loss and by-products (extras) change passes 1 and 3 where the
 KL(p || q) = sum p ((z_t - max_t) - (z_s - max_s)) / temperature + log(d_s / d_t) needs no
 normalised probability, nor does KL(q || p): they skip pass 2. ROW_SUMS, of the divergence's record
 in `kernels.divergences`, says which passes there are. Loss alone skips pass 3.
-Divergences that are functions of sums over the row have their own pass 2 (triton_of_row.py).
+Divergences that are functions of sums over the row have their own pass 2 (triton_of_row.py), and so
+have those of the logits themselves (triton_of_logits.py).
 A model that scales or caps its logits has it done to each tile that is loaded (triton_bend.py).
 Consecutive passes run in opposite directions: a pass begins with the tiles that the one before it
 left in the cache. Pass 3 always runs left to right, because dlogits may lie over the student's
@@ -38,6 +39,7 @@ from modxfer_fast.kernels.kd_loss.triton_divergences import (
     probabilities,
     sum_terms,
 )
+from modxfer_fast.kernels.kd_loss.triton_of_logits import of_logits_sums, of_logits_terms
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_sums, of_row_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
 
@@ -79,7 +81,7 @@ def _row_loss(
     NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr, EXTRAS: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
-    """Passes 1 and 2: (kd, ce) of one row, its statistics, and those of `of_row_sums`."""
+    """Passes 1 and 2: (kd, ce) of one row, its statistics, and what else is of the row."""
     max_s, d_s, max_t, d_t, d_1, kd, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
         student_ptr, teacher_ptr, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, SMOOTHS,
         EXTRAS > 1, BLOCK_V, VECTOR, BEND_S, BEND_T,
@@ -87,9 +89,7 @@ def _row_loss(
     logd_s = tl.log(d_s)
     logd_t = tl.log(d_t)
     logd_1 = tl.log(d_1)
-    is_near = False
-    factor = 1.0
-    log2_s = 0.0
+    of_row = None
     if ROW_SUMS == "mean_under_p":
         u_sum = -1.0
     elif ROW_SUMS == "mean_under_q":
@@ -98,6 +98,12 @@ def _row_loss(
         kd, u_sum, is_near, factor, log2_s = of_row_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
             scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+        )  # fmt: skip
+        of_row = (is_near, factor, log2_s)
+    elif ROW_SUMS == "of_logits":
+        kd, u_sum, of_row = of_logits_sums(
+            student_ptr, teacher_ptr, V, logd_s, logd_t, inv_temperature,
+            DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     else:
         kd, u_sum = _divergence_sums(
@@ -122,7 +128,7 @@ def _row_loss(
         tl.store(extras_ptr + 3, logd_s - mean_x_s * inv_temperature)
         tl.store(extras_ptr + 4, logd_t - mean_x_t * inv_temperature)
         tl.store(extras_ptr + 5, shares_top)
-    return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s
+    return kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row
 
 
 @triton.jit
@@ -130,7 +136,7 @@ def _write_dlogits(
     student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
     dlogits_ptr,                         # out  [V]
     V,
-    max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s,
+    max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row,
     row_weight, kd_scale, ce_weight,     # kd_scale = kd_weight / temperature
     smoothing, z_loss_weight,
     scale, c0, c1, c2, c3,
@@ -160,9 +166,12 @@ def _write_dlogits(
             z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
             p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
             if ROW_SUMS == "of_row":
+                is_near, factor, log2_s = of_row
                 u = of_row_terms(
                     p, q, d, log2_p, log2_q, c0, is_near, factor, log2_s, DIVERGENCE
                 )  # fmt: skip
+            elif ROW_SUMS == "of_logits":
+                u = of_logits_terms(z_s, z_t, of_row)
             elif PARTS > 1:
                 _, u = sum_terms(p, q, d, log2_p, log2_q, c0, DIVERGENCE, PARTS)
             else:
@@ -219,7 +228,7 @@ def _kd_loss_fwd_kernel(
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
-    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, _, _, _ = _row_loss(
+    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, _ = _row_loss(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, extras_ptr, V,
         scale, inv_temperature, c0, c1, c2, c3, smoothing,
         DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, SMOOTHS, EXTRAS, BLOCK_V, VECTOR,
@@ -262,18 +271,22 @@ def _kd_loss_bwd_kernel(
     logd_t = tl.load(stats_ptr + 3)
     u_sum = tl.load(stats_ptr + 4)
     logd_1 = tl.load(stats_ptr + 5)
-    is_near = False
-    factor = 1.0
-    log2_s = 0.0
+    of_row = None
     if ROW_SUMS == "of_row":
         _, _, is_near, factor, log2_s = of_row_sums(
             student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
             max_s, logd_s, max_t, logd_t, scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
+        of_row = (is_near, factor, log2_s)
+    if ROW_SUMS == "of_logits":
+        _, _, of_row = of_logits_sums(
+            student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
+            logd_s, logd_t, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+        )  # fmt: skip
     _write_dlogits(
         student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label,
         dlogits_ptr + row * stride_dm, V,
-        max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s,
+        max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, c0, c1, c2, c3,
         DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE,
@@ -305,7 +318,7 @@ def _kd_loss_fwd_bwd_kernel(
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
-    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s = _row_loss(
+    kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row = _row_loss(
         student_ptr, teacher_ptr, label, extras_ptr, V,
         scale, inv_temperature, c0, c1, c2, c3, smoothing,
         DIVERGENCE, PARTS, ROW_SUMS, HAS_CE,
@@ -316,7 +329,7 @@ def _kd_loss_fwd_bwd_kernel(
     tl.store(ce_ptr + row, ce)
     _write_dlogits(
         student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
-        max_s, logd_s, max_t, logd_t, u_sum, logd_1, is_near, factor, log2_s,
+        max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, c0, c1, c2, c3,
         DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, SMOOTHS, HAS_Z, UNIT_TEMPERATURE,

@@ -348,6 +348,22 @@ class Losses(NamedTuple):
     part: Tensor
 
 
+def refuse_without_logits(teacher: Any, spec: KDSpec) -> None:
+    """Raises ValueError for a divergence of logits beside a teacher that does not give them."""
+    if spec.record.row_sums != "of_logits":
+        return
+    kinds = teacher.teachers if isinstance(teacher, Mixture) else [teacher]
+    known = [getattr(kind, "holds", "logits") for kind in kinds]
+    if isinstance(teacher, Mixture) and teacher.of == "probabilities":
+        known.append("a mixture of probabilities")
+    for holds in known:
+        if holds != "logits":
+            raise ValueError(
+                f"divergence: expected one of probabilities beside a teacher that is given by "
+                f"{holds}, whose logits are not known, got {spec.record.name!r}"
+            )
+
+
 def row_function(
     kernels: ModuleType, student: Any, teacher: Teacher, suffix: str
 ) -> Callable[..., Any]:

@@ -53,9 +53,9 @@ from modxfer_fast.kernels.common.parallel_head import ParallelHead, Weight
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
 from modxfer_fast.kernels.divergences import DivergenceOption
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_hard_options
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_options
 from modxfer_fast.kernels.linear_kd_loss import parallel
-from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
+from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture, refuse_without_logits
 from modxfer_fast.kernels.linear_kd_loss.teachers import (
     BY_PRODUCTS,
     NoTeacher,
@@ -164,7 +164,8 @@ def linear_kd_loss(
         divergence: a name of `modxfer_fast.kernels.divergences.DIVERGENCES`, where its formula
             stands, such as "forward_kl", "reverse_kl" or "jsd". Or weights of several by name,
             {"forward_kl": 0.7, "reverse_kl": 0.3}, whose sum takes one pass over the logits; those
-            that are sums over the classes themselves.
+            that are sums over the classes themselves. "logits_mse" and "logits_cosine" are of the
+            logits divided by the temperature, and need a teacher that gives logits.
         alpha, beta: parameters of some divergences, an error beside another. None is what the
             divergence's record has. In "jsd" beta is the teacher's weight in the mixture, in
             [0, 1]; there 0 is forward KL and 1 is reverse KL.
@@ -379,7 +380,8 @@ def _computed(
             "by_products: expected one teacher's probabilities, got a TeacherMixture of losses"
         )
     if isinstance(teacher, TeacherTopK):
-        refuse_hard_options(spec)
+        refuse_options(spec)
+    refuse_without_logits(teacher, spec)
     tokens.check(spec.ce_weight, hidden, student.hidden)
     launch.check()
     read = [t for t in tensors_of("teacher", teacher).values() if t.is_floating_point()]

@@ -54,7 +54,7 @@ def teacher_beside(student: Any, teacher: Any) -> Any:
 
 def refuse_options(spec: KDSpec, launch: Launch) -> None:
     """Raises ValueError for an option that a head divided over ranks does not have."""
-    if spec.record.row_sums == "of_row" or len(spec.parts) > 1:
+    if spec.record.terms is None or len(spec.parts) > 1:
         raise ValueError(
             "divergence: expected a single one that is a sum over the classes, beside a "
             f"VocabParallelWeight, got {spec.record.name!r}, {spec.record.formula}"

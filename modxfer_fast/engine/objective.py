@@ -98,9 +98,9 @@ class Objective(KDSpec):
         if spec.kd_weight:
             with torch.no_grad():
                 teacher_logits = spec.teacher_bend.of(F.linear(*teacher).float())
-                log_p = _log_probs(teacher_logits, spec.temperature)
-            log_q = _log_probs(logits, spec.temperature)
-            rows = spec.record.definition(log_p, log_q, *spec.parameters)
+                of_teacher = spec.record.operand(teacher_logits / spec.temperature)
+            of_student = spec.record.operand(logits / spec.temperature)
+            rows = spec.record.definition(of_teacher, of_student, *spec.parameters)
             kd = rows.masked_fill(~valid, 0.0).sum()
         if spec.ce_weight:
             ce = F.cross_entropy(
@@ -116,7 +116,3 @@ class Objective(KDSpec):
         loss = loss / divisor
         kd, ce, z_loss = (term.detach() / count for term in (kd, ce, z_loss))
         return KDTerms(loss, kd, ce, z_loss)
-
-
-def _log_probs(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits / temperature, dim=-1)

@@ -61,8 +61,8 @@ def dense(inputs: LinearInputs, spec: KDSpec, bends, dtype: torch.dtype) -> dict
         bias = tensors.get(f"{role}_bias")
         logits.append(raw if bias is None else raw + bias.to(dtype))
     z_s, z_t = (bent(raw, *bend) for raw, bend in zip(logits, bends, strict=True))
-    log_q, log_p = (F.log_softmax(z / spec.temperature, dim=-1) for z in (z_s, z_t))
-    kd = DIVERGENCES[spec.divergence].definition(log_p, log_q, *spec.parameters)
+    of_s, of_t = (spec.record.operand(z / spec.temperature) for z in (z_s, z_t))
+    kd = spec.record.definition(of_t, of_s, *spec.parameters)
     ce = torch.zeros_like(kd)
     if inputs.labels is not None:
         ce = F.cross_entropy(z_s, inputs.labels, reduction="none", ignore_index=-100)

@@ -41,14 +41,27 @@ OTHERS = [
     ("negative_log_acceptance", {}),
     ("lk_hybrid", {"alpha": 3.0}),
     ({"forward_kl": 0.7, "jsd": 2.0, "total_variation": 0.3}, {"beta": 0.3}),
+    ("logits_mse", {}),
+    ("logits_cosine", {}),
 ]
+OF_LOGITS = ("logits_mse", "logits_cosine")
 # one part of a sum, with a parameter of its own
 PARAMETERS_OF = {"jsd": {"beta": 0.3}}
 
 
-def softmax(row: Tensor, temperature: float) -> list[mpmath.mpf]:
+def read(z: list[mpmath.mpf], divergence, temperature: float) -> list[mpmath.mpf]:
+    """What a divergence is of: a softmax, or the logits."""
+    if divergence in OF_LOGITS:
+        return [value / temperature for value in z]
+    return softmax(z, temperature)
+
+
+def exact(row: Tensor) -> list[mpmath.mpf]:
+    return [mpmath.mpf(value) for value in row.tolist()]
+
+
+def softmax(z: list[mpmath.mpf], temperature: float) -> list[mpmath.mpf]:
     """Exact for the logits as they are; no class is lost to underflow but one of -inf."""
-    z = [mpmath.mpf(value) for value in row.tolist()]
     top = max(z)
     weights = [
         mpmath.mpf(0) if value == -mpmath.inf else mpmath.exp((value - top) / temperature)
@@ -70,13 +83,34 @@ def mixture(weight: float, a: list, b: list) -> list[mpmath.mpf]:
     return [weight * x + (1 - weight) * y for x, y in zip(a, b, strict=True)]
 
 
+def present(p: list, q: list) -> list[tuple[mpmath.mpf, mpmath.mpf]]:
+    """Pairs of logits, 0 where both exclude the class; empty where one side alone does."""
+    pairs = list(zip(p, q, strict=True))
+    if any((x == -mpmath.inf) != (y == -mpmath.inf) for x, y in pairs):
+        return []
+    return [(mpmath.mpf(0), mpmath.mpf(0)) if x == -mpmath.inf else (x, y) for x, y in pairs]
+
+
+def cosine(pairs: list) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
+    """The cosine of two rows, and their lengths."""
+    lengths = [mpmath.sqrt(mpmath.fsum(row[i] ** 2 for row in pairs)) for i in (0, 1)]
+    return mpmath.fsum(x * y for x, y in pairs) / lengths[0] / lengths[1], *lengths
+
+
 def acceptance(p: list, q: list) -> mpmath.mpf:
     return mpmath.fsum(min(x, y) for x, y in zip(p, q, strict=True))
 
 
 def divergence_of(p, q, divergence: str, alpha=None, beta=None, blend=None) -> mpmath.mpf:
-    """blend: the weight of lk_hybrid where it is not that of p and q."""
+    """Of p and q, or of logits y and x; blend: the weight of lk_hybrid where it is not theirs."""
     pairs = list(zip(p, q, strict=True))
+    if divergence in OF_LOGITS:
+        pairs = present(p, q)
+        if not pairs:
+            return mpmath.inf
+        if divergence == "logits_mse":
+            return mpmath.fsum((x - y) ** 2 for x, y in pairs) / len(pairs)
+        return 1 - cosine(pairs)[0]
     if isinstance(divergence, dict):
         return mpmath.fsum(
             weight * divergence_of(p, q, name, **PARAMETERS_OF.get(name, {}))
@@ -124,8 +158,16 @@ def divergence_of(p, q, divergence: str, alpha=None, beta=None, blend=None) -> m
 
 
 def q_times_derivatives(p: list, q: list, divergence, **parameters) -> list[mpmath.mpf]:
-    """q dD/dq of every class."""
+    """q dD/dq of every class, dD/dx of a logit x."""
     pairs = list(zip(p, q, strict=True))
+    if divergence in OF_LOGITS:
+        pairs = present(p, q)
+        if not pairs:
+            return [mpmath.nan] * len(p)
+        if divergence == "logits_mse":
+            return [2 * (y - x) / len(pairs) for x, y in pairs]
+        cos, of_p, of_q = cosine(pairs)
+        return [(cos * y / of_q - x / of_p) / of_q for x, y in pairs]
     if isinstance(divergence, dict):
         parts = [
             [weight * u for u in q_times_derivatives(p, q, name, **PARAMETERS_OF.get(name, {}))]
@@ -182,15 +224,15 @@ def oracle(
 ) -> tuple[Tensor, Tensor]:
     """[M] divergences and [M, V] gradients in the student's logits, fp64.
 
-    dD/dz_i = q_i (g_i - sum q g) / temperature with g = dD/dq.
+    dD/dz_i = q_i (g_i - sum q g) / temperature with g = dD/dq, or dD/dx / temperature.
     """
     with mpmath.workdps(50):
         losses, grads = [], []
         for z_s, z_t in zip(student, teacher, strict=True):
-            p, q = softmax(z_t, temperature), softmax(z_s, temperature)
+            p, q = (read(exact(z), divergence, temperature) for z in (z_t, z_s))
             losses.append(float(divergence_of(p, q, divergence, **parameters)))
             q_g = q_times_derivatives(p, q, divergence, **parameters)
-            mean = mpmath.fsum(q_g)
+            mean = 0 if divergence in OF_LOGITS else mpmath.fsum(q_g)
             grads.append([float((g - y * mean) / temperature) for g, y in zip(q_g, q, strict=True)])
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(grads, dtype=torch.float64)
 
@@ -281,8 +323,9 @@ def test_masked_classes(divergence, parameters, value, side, temperature):
 def test_masked_classes_of_the_others(objective, value, side, temperature):
     student, teacher = masked_logits(value, side)
     losses, _ = oracle(student, teacher, *objective, temperature)
-    # fp32 ends before the loss does; an infinite one is told
+    # fp32 ends before the loss does, or before a logit of the loss; an infinite one is told
     is_large = losses.isfinite() & (losses > 1e37)
+    is_large |= objective[0] in OF_LOGITS and value == LOWEST and temperature < 1.0
     fits = CANDIDATES[:1] if is_large.any() else CANDIDATES
     check(student, teacher, *objective, temperature, fits)
 
@@ -332,19 +375,18 @@ def test_oracle_gradient_is_the_difference_quotient(value, divergence, parameter
     student, teacher = (z[:1, 12:20] for z in masked_logits(value, "student"))
     _, grads = oracle(student, teacher, divergence, parameters, 2.0)
     with mpmath.workdps(80):
-        p = softmax(teacher[0], 2.0)
+        p = read(exact(teacher[0]), divergence, 2.0)
         held = {}
         if divergence == "lk_hybrid":  # a constant of the gradient
-            accepted = acceptance(p, softmax(student[0], 2.0))
+            accepted = acceptance(p, softmax(exact(student[0]), 2.0))
             held["blend"] = mpmath.exp(-parameters["alpha"] * accepted)
         step = mpmath.mpf(10) ** -25
         for i in range(8):
             ends = []
             for sign in (1, -1):
-                z = [mpmath.mpf(x) for x in student[0].tolist()]
+                z = exact(student[0])
                 z[i] += sign * step
-                weights = [mpmath.exp((x - max(z)) / 2) for x in z]
-                q = [weight / mpmath.fsum(weights) for weight in weights]
+                q = read(z, divergence, 2)
                 ends.append(divergence_of(p, q, divergence, **parameters, **held))
             quotient = (ends[0] - ends[1]) / (2 * step)
             assert float(quotient) == pytest.approx(grads[0, i].item(), rel=1e-12, abs=1e-15)

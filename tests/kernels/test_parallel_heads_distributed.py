@@ -372,6 +372,7 @@ REFUSED = {
     "group": ("VocabParallelWeight: group: expected a ProcessGroup", ""),
     "common": ("vocabulary: expected at least one common class on every rank", ""),
     "of_row": ("divergence: expected a single one that is a sum over the classes", ""),
+    "of_logits": ("divergence: expected a single one that is a sum over the classes", ""),
     "weighted_sum": ("divergence: expected a single one that is a sum over the classes", ""),
     "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
 }
@@ -435,6 +436,8 @@ def _refused(name: str, rank: int) -> None:
         teacher["teacher_weight"], options["vocabulary"] = WEIGHT[:5], "common"
     if name == "of_row":
         options["divergence"] = "renyi"
+    if name == "of_logits":
+        options["divergence"] = "logits_mse"
     if name == "weighted_sum":
         options["divergence"] = {"forward_kl": 0.5, "jsd": 0.5}
     if name == "filter_eps":

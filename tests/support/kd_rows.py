@@ -12,7 +12,7 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.testing import assert_within_budget
 
-SUMS_OVER_CLASSES = [r.name for r in DIVERGENCES.values() if r.row_sums != "of_row"]
+SUMS_OVER_CLASSES = [r.name for r in DIVERGENCES.values() if r.terms is not None]
 # One divergence of each way in which row kernels find the sums of a row: for what is no matter of
 # the divergence itself.
 ONE_OF_A_KIND = list({r.row_sums: r.name for r in reversed(DIVERGENCES.values())}.values())[::-1]
@@ -117,6 +117,8 @@ def gradient_jumps(student: Tensor, teacher: Tensor, spec: KDSpec) -> Tensor:
 
     It is 0 but where u jumps at p = q and |d| is less than what fp32 leaves of a difference.
     """
+    if spec.record.row_sums == "of_logits":
+        return torch.zeros_like(student, dtype=torch.float64)
     x_s, x_t = (
         (z.double() - z.double().amax(-1, keepdim=True)) / spec.temperature
         for z in (student, teacher)
@@ -139,8 +141,8 @@ def term_sums(student: Tensor, teacher: Tensor, spec: KDSpec) -> tuple[Tensor, T
     """
     if spec.divergence in ("forward_kl", "reverse_kl", "jsd"):
         return 2 * (torch.zeros(len(student), dtype=torch.float64, device=student.device),)
-    log_p, log_q = ((z.double() / spec.temperature).log_softmax(-1) for z in (teacher, student))
-    if spec.record.row_sums == "of_row":
+    log_p, log_q = (spec.record.operand(z.double() / spec.temperature) for z in (teacher, student))
+    if spec.record.terms is None:
         loss, u = spec.record.of_rows(log_p, log_q, *spec.parameters)
         return loss.nan_to_num(), u.abs().nan_to_num().sum(-1)
     f, u = spec.record.terms(log_p, log_q, *spec.parameters)

@@ -23,10 +23,11 @@ def dense_terms(student: nn.Module, teacher: nn.Module | None, batch: dict, obje
         return torch.zeros_like(ce), ce, valid.sum()
     with torch.no_grad():
         teacher_logits = teacher(**inputs).logits[valid][:, :common]
-    log_p = (teacher_logits / objective.temperature).log_softmax(-1)
-    log_q = (student_logits / objective.temperature).log_softmax(-1)
     spec = objective.checked()
-    rows = spec.record.definition(log_p, log_q, *spec.parameters)
+    of_teacher, of_student = (
+        spec.record.operand(z / objective.temperature) for z in (teacher_logits, student_logits)
+    )
+    rows = spec.record.definition(of_teacher, of_student, *spec.parameters)
     return rows.sum(), ce, valid.sum()
 
 

@@ -23,11 +23,13 @@ enum class Divergence : int64_t {
   kRenyi,
   kNegativeLogAcceptance,
   kLkHybrid,
+  kLogitsMse,
+  kLogitsCosine,
   kCount
 };
 
 constexpr int64_t kNumDivergences = static_cast<int64_t>(Divergence::kCount);
-// The first ones are sums over the classes, the others functions of such sums.
+// The first ones are sums over the classes; then functions of such sums; two are of the logits.
 constexpr int64_t kNumSums = static_cast<int64_t>(Divergence::kRenyi);
 
 // One divergence of a weighted sum, with its constants.
@@ -75,7 +77,7 @@ struct KdStats {
   float logd_s;  // log sum exp((z_s - max_s) / temperature)
   float max_t;
   float logd_t;
-  float u_sum;   // sum of q dD/dq
+  float u_sum;   // sum of q dD/dq; 0 of a divergence of the logits
   float logd_1;  // log sum exp(z_s - max_s), computed when there is a term at temperature 1
 };
 
