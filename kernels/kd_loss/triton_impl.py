@@ -89,7 +89,7 @@ def _row_loss(
     logd_s = tl.log(d_s)
     logd_t = tl.log(d_t)
     logd_1 = tl.log(d_1)
-    of_row = None
+    of_row = scale  # a place, where a divergence has nothing of the row
     if ROW_SUMS == "mean_under_p":
         u_sum = -1.0
     elif ROW_SUMS == "mean_under_q":
@@ -271,7 +271,7 @@ def _kd_loss_bwd_kernel(
     logd_t = tl.load(stats_ptr + 3)
     u_sum = tl.load(stats_ptr + 4)
     logd_1 = tl.load(stats_ptr + 5)
-    of_row = None
+    of_row = scale  # a place, where a divergence has nothing of the row
     if ROW_SUMS == "of_row":
         _, _, is_near, factor, log2_s = of_row_sums(
             student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
