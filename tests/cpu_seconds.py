@@ -15,7 +15,7 @@ _seconds = Counter()
 def _used(item: pytest.Item) -> float:
     """CPU seconds of this process and of its children, those that live only where there are any."""
     seconds = sum(os.times()[:4])
-    if "ranks" in getattr(item, "fixturenames", ()):
+    if {"ranks", "four_ranks"}.intersection(getattr(item, "fixturenames", ())):
         import psutil
 
         for child in psutil.Process().children():
