@@ -9,13 +9,14 @@ MOST_A_FILE = 60  # CONTRIBUTING has this budget
 SHOWN = 10
 
 _START = pytest.StashKey[float]()
+_ON_RANKS = pytest.StashKey[bool]()
 _seconds = Counter()
 
 
 def _used(item: pytest.Item) -> float:
     """CPU seconds of this process and of its children, those that live only where there are any."""
     seconds = sum(os.times()[:4])
-    if {"ranks", "four_ranks"}.intersection(getattr(item, "fixturenames", ())):
+    if item.stash[_ON_RANKS]:
         import psutil
 
         for child in psutil.Process().children():
@@ -24,7 +25,10 @@ def _used(item: pytest.Item) -> float:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
+    # which end after the last test, with the seconds of all tests that they had
+    uses = {"ranks", "four_ranks"}.intersection(getattr(item, "fixturenames", ()))
+    item.stash[_ON_RANKS] = nextitem is None or bool(uses)
     item.stash[_START] = _used(item)
     return (yield)
 

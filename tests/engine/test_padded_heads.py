@@ -11,7 +11,6 @@ from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teache
 from modxfer_fast.engine.batch import Answer
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-from modxfer_fast.testing import run_distributed
 from tests.support.kd_rows import ONE_OF_A_KIND
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 from tests.support.reference import evaluate_dense, train_dense
@@ -196,14 +195,14 @@ def train_cells(folder: str) -> None:
         run.save_model(str(folder / f"trained-{stage}-{name}"))
 
 
-def test_sharded_heads_are_cut_alike(tmp_path):
+def test_distributed_heads_are_cut_alike(ranks, tmp_path):
     _, teacher = models("student", tied=False)
     teacher.save_pretrained(tmp_path / "teacher")
     starts = {}
     for tied in (False, True):
         starts[tied], _ = models("student", tied)
         starts[tied].save_pretrained(tmp_path / ("tied" if tied else "untied"))
-    run_distributed(train_cells, str(tmp_path), timeout=240)
+    ranks.run(train_cells, str(tmp_path), timeout=240)
     for stage, tied in CELLS:
         name = f"trained-{stage}-{'tied' if tied else 'untied'}"
         student = AutoModelForCausalLM.from_pretrained(tmp_path / name)

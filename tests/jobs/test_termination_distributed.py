@@ -11,7 +11,6 @@ from modxfer_fast.engine import DistillConfig, DistillTrainer, last_complete_che
 from modxfer_fast.errors import Terminated, UserError
 from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.jobs.termination import checkpoint_on_sigterm
-from modxfer_fast.testing import run_distributed
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 
 
@@ -66,9 +65,9 @@ def told_by() -> str:
     return "nobody"
 
 
-def test_all_ranks_stop_at_one_step(tmp_path):
+def test_all_ranks_stop_at_one_step(ranks, tmp_path):
     stopped = (3, "checkpoint-3")
-    ranks = run_distributed(stopped_and_resumed, str(tmp_path))
-    for outcome, _ in ranks:
+    results = ranks.run(stopped_and_resumed, str(tmp_path))
+    for outcome, _ in results:
         assert outcome == [stopped, "finished", stopped]
-    assert [told for _, told in ranks] == ["ConfigError", "ToldByMain"]
+    assert [told for _, told in results] == ["ConfigError", "ToldByMain"]
