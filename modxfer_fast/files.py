@@ -110,10 +110,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     _remove_leftovers(path)
     while True:
         scratch = Path(tempfile.mkdtemp(_SCRATCH, f".{path.name}-", path.parent))
-        handle = os.open(scratch, os.O_RDONLY)
+        # until it is locked another process may take it for a leftover
+        try:
+            handle = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         with contextlib.suppress(OSError):  # a file system without locks: nobody collects there
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if scratch.exists():  # else another process took it for a leftover before it was locked
+        if scratch.exists():
             break
         os.close(handle)
     try:

@@ -1,5 +1,6 @@
 """Files and folders are complete or absent."""
 
+import fcntl
 import json
 import os
 import stat
@@ -136,6 +137,27 @@ entered = new_folder(Path(sys.argv[1])); (entered.__enter__() / "half").write_te
         living.wait()
         killed.stdin.close()
         living.stdin.close()
+
+
+@pytest.mark.parametrize("taken_before", ["open", "flock"])
+def test_a_folder_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch, taken_before):
+    """Another process removes it between its making and its lock."""
+    module = os if taken_before == "open" else fcntl
+    act = getattr(module, taken_before)
+    removed = []
+
+    def take(target, *args):
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].rmdir()
+        return act(target, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, taken_before, take)
+        with new_folder(tmp_path / "result") as scratch:
+            (scratch / "a").write_text("x")
+    assert len(removed) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
