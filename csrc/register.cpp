@@ -43,7 +43,8 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int[] divergences, "
-      "float[] numbers, float[] bends, Tensor(a!)? dlogits) -> (Tensor kd, Tensor ce)");
+      "float[] numbers, float[] bends, Tensor(a!)? dlogits, Tensor(b!)? extras) "
+      "-> (Tensor kd, Tensor ce)");
   m.def(
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "
       "norm, "

@@ -3,8 +3,9 @@
 p teacher   q student   d = log p - log q
 
 A function without a suffix is a definition, `_terms` gives f and u of each class, `_rows` the
-divergence and u. Those of logits take them in the place of log p and log q. Importing them needs no
-torch.
+divergence and u. Of a function of sums over the row, `_sums` gives those, `_value` what follows
+from them and `_u` that of each class, as `OfRow` of divergences.py says. Those of logits take them
+in the place of log p and log q. Importing them needs no torch.
 """
 
 import math
@@ -165,44 +166,85 @@ def renyi(log_p, log_q, alpha, beta):
     return (alpha * log_p + (1 - alpha) * log_q).logsumexp(-1) / (alpha - 1)
 
 
-def renyi_rows(log_p, log_q, alpha, beta):
-    # S = sum p^alpha q^(1 - alpha) is a number near 1 for near rows, and else known by its
-    # logarithm
-    p, q, d = log_p.exp(), log_q.exp(), log_gap(log_p, log_q)
+def _less(log_p, log_q):
+    """1 where the student has less than the teacher, 1/2 where it has as much."""
+    return (log_q < log_p).to(log_q.dtype) + 0.5 * (log_q == log_p).to(log_q.dtype)
+
+
+def _signed(log_p, log_q):
+    """The u of the total variation, and that."""
+    gap = log_q.exp() - log_p.exp()
+    return 0.5 * log_q.exp() * sign(gap.detach()), 0.5 * gap.abs().sum(-1)
+
+
+def _power(log_p, log_q, alpha):
+    """log(p^alpha q^(1 - alpha)) and d."""
+    d = log_gap(log_p, log_q)
     absent = log_q == -math.inf
     power = log_q.masked_fill(absent, 0.0) + alpha * d.masked_fill(absent, 0.0)
     only_p = math.inf if alpha > 1 else -math.inf
-    power = power.masked_fill(absent, -math.inf).masked_fill(absent & (log_p > -math.inf), only_p)
-    log_s = power.logsumexp(-1, keepdim=True)
+    return power.masked_fill(absent, -math.inf).masked_fill(absent & (log_p > -math.inf), only_p), d
+
+
+def _excess(log_q, power, d, alpha):
+    """p^alpha q^(1 - alpha) - q, exactly 0 where d is; of a row whose S is near 1."""
+    q, small = log_q.exp(), (alpha * d).abs() < 0.5
+    series = q * (alpha * d).masked_fill(~small, 0.0).expm1()
+    return series.where(small, power.masked_fill(power > 0.5, 0.0).exp() - q)
+
+
+def renyi_sums(log_p, log_q, alpha):
+    # S = sum p^alpha q^(1 - alpha) is a number near 1 for near rows, and else known by its
+    # logarithm
+    power, d = _power(log_p, log_q, alpha)
+    excess = _excess(log_q, power, d, alpha)
+    second_order = (excess - alpha * (log_p.exp() - log_q.exp())).sum(-1)
+    signed, variation = _signed(log_p, log_q)
+    return power.logsumexp(-1), excess.sum(-1), second_order, variation, signed.detach().sum(-1)
+
+
+def renyi_value(sums, alpha):
+    log_s, excess, second_order, *_ = sums
     is_near = log_s.abs() < 0.5
-    small = (alpha * d).abs() < 0.5
-    excess = (q * (alpha * d).masked_fill(~small, 0.0).expm1()).where(
-        small, power.masked_fill(~is_near, 0.0).exp() - q
-    )
-    second_order = (excess - alpha * (p - q)).sum(-1)
-    near = second_order.masked_fill(~is_near[:, 0], 0.0).log1p()
-    divergence = near.where(is_near[:, 0], log_s[:, 0]) / (alpha - 1)
-    of_far = (power - log_s).exp()
-    return divergence, -(excess / (1.0 + excess.sum(-1, keepdim=True))).where(is_near, of_far)
+    near = second_order.masked_fill(~is_near, 0.0).log1p()
+    slope = (1.0 / (1.0 + excess.masked_fill(~is_near, 0.0))).masked_fill(~is_near, 0.0)
+    safe = log_s.masked_fill(log_s == -math.inf, 0.0)  # of sides that share no class
+    u_sum = (-slope * excess).where(is_near, -(log_s - safe).exp())
+    return near.where(is_near, log_s) / (alpha - 1), u_sum, slope, safe
+
+
+def renyi_u(log_p, log_q, alpha, slope, log_s):
+    power, d = _power(log_p, log_q, alpha)
+    near = -slope * _excess(log_q, power, d, alpha)
+    return near.where(slope > 0, -(power - log_s).exp())
 
 
 def negative_log_acceptance(log_p, log_q, alpha, beta):
     return -log_p.minimum(log_q).logsumexp(-1)
 
 
-def negative_log_acceptance_rows(log_p, log_q, alpha, beta):
+def negative_log_acceptance_sums(log_p, log_q, alpha):
     # A = sum min(p, q) = 1 - TV, or by its logarithm where little is left
-    p, q = log_p.exp(), log_q.exp()
-    gap = q - p
-    log_a = log_p.minimum(log_q).logsumexp(-1, keepdim=True)
-    distance = 0.5 * gap.abs().sum(-1, keepdim=True)
-    is_near = distance < 0.5
-    near = (-distance).masked_fill(~is_near, 0.0).log1p()
-    divergence = -near.where(is_near, log_a)[:, 0]
-    of_near = 0.5 * q * sign(gap.detach()) / (1.0 - distance)
-    is_less = (log_q < log_p).to(q.dtype) + 0.5 * (log_q == log_p).to(q.dtype)
-    of_far = -(log_p.minimum(log_q) - log_a).exp() * is_less
-    return divergence, of_near.where(is_near, of_far)
+    least = log_p.minimum(log_q)
+    signed, variation = _signed(log_p, log_q)
+    less = (least + _less(log_p, log_q).log()).detach().logsumexp(-1)
+    return least.logsumexp(-1), less, variation * 0.0, variation, signed.detach().sum(-1)
+
+
+def negative_log_acceptance_value(sums, alpha):
+    log_a, less, _, variation, signed = sums
+    is_near = variation < 0.5
+    near = (-variation).masked_fill(~is_near, 0.0).log1p()
+    slope = (1.0 / (1.0 - variation.masked_fill(~is_near, 0.0))).masked_fill(~is_near, 0.0)
+    safe = log_a.masked_fill(log_a == -math.inf, 0.0)
+    u_sum = (slope * signed).where(is_near, -(less - safe).exp())
+    return -near.where(is_near, log_a), u_sum, slope, safe
+
+
+def negative_log_acceptance_u(log_p, log_q, alpha, slope, log_a):
+    signed, _ = _signed(log_p, log_q)
+    far = -(log_p.minimum(log_q) - log_a).exp() * _less(log_p, log_q)
+    return (slope * signed).where(slope > 0, far)
 
 
 def blend(log_p, log_q, alpha):
@@ -216,13 +258,22 @@ def lk_hybrid(log_p, log_q, alpha, beta):
     return weight * kl(log_p, log_q) + (1.0 - weight) * variation
 
 
-def lk_hybrid_rows(log_p, log_q, alpha, beta):
-    p, q = log_p.exp(), log_q.exp()
-    weight, variation = blend(log_p, log_q, alpha)
-    kl = weighted(p, log_p - log_q).sum(-1)
-    _, of_variation = total_variation_terms(log_p, log_q, alpha, beta)
-    w = weight[:, None]
-    return weight * kl + (1.0 - weight) * variation, w * (q - p) + (1.0 - w) * of_variation
+def lk_hybrid_sums(log_p, log_q, alpha):
+    signed, variation = _signed(log_p, log_q)
+    kl = weighted(log_p.exp(), log_p - log_q).sum(-1)
+    zeros = variation * 0.0
+    return zeros, kl, zeros, variation, signed.detach().sum(-1)
+
+
+def lk_hybrid_value(sums, alpha):
+    _, kl, zeros, variation, signed = sums
+    weight = (-alpha * (1.0 - variation.detach())).exp()
+    return weight * kl + (1.0 - weight) * variation, (1.0 - weight) * signed, weight, zeros
+
+
+def lk_hybrid_u(log_p, log_q, alpha, weight, _):
+    signed, _ = _signed(log_p, log_q)
+    return weight * (log_q.exp() - log_p.exp()) + (1.0 - weight) * signed
 
 
 # --- of the logits, y of the teacher and x of the student

@@ -65,6 +65,30 @@ class Limit(NamedTuple):
         return f"{where}, {self.name}"
 
 
+class OfRow(NamedTuple):
+    """A divergence that is a function of sums over the row.
+
+    Attributes:
+        sums: (log_p, log_q, alpha) -> five [M] over classes [M, V], be they some of the row's:
+            log S of a sum S; for `value`; for `value`; the total variation; the sum of its u.
+        value: (sums, alpha) -> D, sum u and two numbers of the row, [M] each; the first of them, a
+            slope, is 0 where S is far from 1 and its logarithm serves.
+        u: (log_p, log_q, alpha, *numbers [M, 1]) -> u = q dD/dq [M, V].
+        num_logs: how many of the first sums are logarithms.
+    """
+
+    sums: "Callable[[Tensor, Tensor, float], tuple[Tensor, ...]]"
+    value: "Callable[[Iterable[Tensor], float], tuple[Tensor, Tensor, Tensor, Tensor]]"
+    u: "Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]"
+    num_logs: int
+
+    def joined(self, parts: "Tensor") -> "Tensor":
+        """The sums [M, 5] of a row from those of its parts [G, M, 5]."""
+        joined = parts.sum(0)
+        joined[:, : self.num_logs] = parts[..., : self.num_logs].logsumexp(0)
+        return joined
+
+
 @dataclasses.dataclass(frozen=True)
 class Divergence:
     """What is known of a divergence apart from the kernels.
@@ -80,11 +104,12 @@ class Divergence:
             d under p and sum(u) is -1; "mean_under_q": D is the mean of -d under q, and sum(u) is
             D. Both means are known with the maxima and denominators of the softmaxes, after one
             pass over the logits. "normalised": D = sum(f) and sum(u) take p and q themselves, and a
-            second pass. "of_row": D is another function of sums of the row, `rows` says which.
+            second pass. "of_row": D is another function of sums of the row, `whole` says which.
             "of_logits": D is one of the logits; wherever a function here takes log_p and log_q, it
             then takes y and x.
-        rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of the last two, which have no
-            terms; u = q dD/dq, of logits dD/dx.
+        whole: what says so, of a divergence "of_row", which has no terms.
+        rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of one "of_logits", which has
+            none either; u is dD/dx.
         alpha, beta: what it reads, or None.
         limits: at ends of those, where its formula has a logarithm or a quotient of 0, what it is.
         mixes: (alpha, beta) -> weight of p and of q in a mixture of both, each rounded once, where
@@ -100,6 +125,7 @@ class Divergence:
     row_sums: Literal["mean_under_p", "mean_under_q", "normalised", "of_row", "of_logits"] = (
         "normalised"
     )
+    whole: OfRow | None = None
     rows: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
     alpha: Parameter | None = None
     beta: Parameter | None = None
@@ -118,6 +144,10 @@ class Divergence:
         self, log_p: "Tensor", log_q: "Tensor", alpha: float, beta: float
     ) -> "tuple[Tensor, Tensor]":
         """D [M] and u [M, V], of any divergence."""
+        if self.whole is not None:
+            divergence, _, *numbers = self.whole.value(self.whole.sums(log_p, log_q, alpha), alpha)
+            of_rows = [number[..., None] for number in numbers]
+            return divergence, self.whole.u(log_p, log_q, alpha, *of_rows)
         if self.rows is not None:
             return self.rows(log_p, log_q, alpha, beta)
         f, u = self.of_classes(log_p, log_q, alpha, beta)
@@ -248,7 +278,7 @@ _RECORDS = (
         name="renyi",
         formula="log(sum p^alpha q^(1 - alpha)) / (alpha - 1)",
         definition=formulas.renyi,
-        rows=formulas.renyi_rows,
+        whole=OfRow(formulas.renyi_sums, formulas.renyi_value, formulas.renyi_u, 1),
         row_sums="of_row",
         alpha=Parameter(0.5, 0.0, math.inf, "greater than 0"),
         limits=(Limit(1.0, None, "forward_kl"),),
@@ -259,7 +289,12 @@ _RECORDS = (
         name="negative_log_acceptance",
         formula="-log sum min(p, q)",
         definition=formulas.negative_log_acceptance,
-        rows=formulas.negative_log_acceptance_rows,
+        whole=OfRow(
+            formulas.negative_log_acceptance_sums,
+            formulas.negative_log_acceptance_value,
+            formulas.negative_log_acceptance_u,
+            num_logs=2,
+        ),
         row_sums="of_row",
     ),
     Divergence(
@@ -267,7 +302,7 @@ _RECORDS = (
         formula="w KL(p || q) + (1 - w) 1/2 sum |p - q|, w = exp(-alpha sum min(p, q)), a constant "
         "of the gradient",
         definition=formulas.lk_hybrid,
-        rows=formulas.lk_hybrid_rows,
+        whole=OfRow(formulas.lk_hybrid_sums, formulas.lk_hybrid_value, formulas.lk_hybrid_u, 0),
         row_sums="of_row",
         alpha=Parameter(3.0, 0.0, math.inf, "not less than 0"),
         limits=(Limit(0.0, None, "forward_kl"),),

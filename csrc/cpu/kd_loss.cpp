@@ -108,6 +108,8 @@ Tensor empty_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
+constexpr int64_t kStats = sizeof(KdStats) / sizeof(float);
+
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 // Rows a thread takes at least: about 64k logits.
@@ -118,9 +120,9 @@ int64_t grain(int64_t vocab_size) {
 // What a thread holds: the scratch of the row kernels, and fp32 copies of half-precision rows.
 class Buffers {
  public:
-  Buffers(int64_t vocab_size, const KdSpec& spec, const BentRows& student, const BentRows& teacher,
+  Buffers(int64_t vocab_size, const BentRows& student, const BentRows& teacher,
           int64_t dlogits_size = 0)
-      : scratch_((spec.num_parts > 1 ? 4 : 2) * vocab_size),
+      : scratch_(2 * vocab_size),
         student(student.buffer_size()),
         teacher(teacher.buffer_size()),
         dlogits(dlogits_size),
@@ -128,7 +130,7 @@ class Buffers {
 
   KdScratch scratch() {
     float* q = scratch_.data();
-    return {q, q + vocab_size_, q + 2 * vocab_size_};
+    return {q, q + vocab_size_};
   }
 
  private:
@@ -167,18 +169,25 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
   check_same_shape(student_logits, teacher_logits);
   check_same_shape(student_logits, dlogits);
   check_per_row(row_weights, M);
-  check_per_row(stats, 6 * M);
-  const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
+  STD_TORCH_CHECK(stats.dim() == 2 && (stats.size(1) == kStats || stats.size(1) == kStats + 2),
+                  "stats: expected [M, 6], or [M, 8] with the numbers of a KdOfRow");
+  const int64_t width = stats.size(1);
+  check_per_row(stats, width * M);
+  const float* stats_rows = floats(stats);
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, spec, student, teacher, grad.buffer_size());
+    Buffers buffers(V, student, teacher, grad.buffer_size());
     KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
-      kernels.recompute(z_s, z_t, V, spec, stats_rows[row], scratch);
-      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec,
-                stats_rows[row], scratch, buffers.dlogits);
+      const float* at = stats_rows + row * width;
+      const auto& of_softmax = *reinterpret_cast<const KdStats*>(at);
+      const auto* of_row =
+          width == kStats ? nullptr : reinterpret_cast<const KdOfRow*>(at + kStats);
+      kernels.recompute(z_s, z_t, V, spec, of_softmax, of_row, scratch);
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, of_softmax,
+                scratch, buffers.dlogits);
     }
   });
 }
@@ -206,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
   auto* stats_rows = reinterpret_cast<KdStats*>(floats(stats));
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, spec, student, teacher);
+    Buffers buffers(V, student, teacher);
     KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
       KdExtras own;
@@ -252,7 +261,7 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
   float *kd_rows = floats(kd), *ce_rows = floats(ce);
   const float* weights = floats(row_weights);
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(V, spec, student, teacher, grad.buffer_size());
+    Buffers buffers(V, student, teacher, grad.buffer_size());
     KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
       const float* z_s = student.read(row, buffers.student.data());
@@ -360,23 +369,29 @@ class TopKBuffers {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
-                                        std::optional<Tensor> log_tail, int64_t tail,
-                                        double missing, std::optional<Tensor> labels,
-                                        std::optional<Tensor> row_weights,
-                                        std::vector<int64_t> divergences,
-                                        std::vector<double> numbers, std::vector<double> bends,
-                                        std::optional<Tensor> dlogits) {
+std::tuple<Tensor, Tensor> topk_kd_loss(
+    Tensor student_logits, Tensor ids, Tensor log_probs, std::optional<Tensor> log_tail,
+    int64_t tail, double missing, std::optional<Tensor> labels, std::optional<Tensor> row_weights,
+    std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
+    std::optional<Tensor> dlogits, std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  STD_TORCH_CHECK(kernels.topk_fwd != nullptr,
-                  "divergences: expected one that is a sum over the classes");
+  STD_TORCH_CHECK(kernels.topk_fwd != nullptr, "divergences: expected one of probabilities");
+  STD_TORCH_CHECK(
+      static_cast<int64_t>(spec.divergence) < kNumSums || spec.divergence == Divergence::kCount ||
+          tail == static_cast<int64_t>(TopKTail::kBucket),
+      "tail: expected a bucket beside a divergence that is a function of sums over the row");
   const BentRows student(student_logits, Bends(bends).student);
   const Rows grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);
   const Labels label(labels, M, V);
+  float* lse_rows = nullptr;
+  if (extras.has_value()) {
+    check_per_row(*extras, M);
+    lse_rows = floats(*extras);
+  }
   const float* weights = nullptr;
   if (dlogits.has_value()) {
     check_same_shape(student_logits, *dlogits);
@@ -393,7 +408,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tenso
       const float* z = student.read(row, buffers.student.data());
       const TopKRow of_row = teacher.read(row, buffers.ids.data(), buffers.log_p.data());
       TopKStats stats;
-      const KdLosses losses = kernels.topk_fwd(z, V, of_row, label[row], spec, stats, scratch);
+      float* lse = lse_rows == nullptr ? nullptr : lse_rows + row;
+      const KdLosses losses = kernels.topk_fwd(z, V, of_row, label[row], spec, stats, scratch, lse);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
       if (weights == nullptr) continue;

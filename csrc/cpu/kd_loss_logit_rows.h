@@ -87,7 +87,7 @@ KdLosses of_logits_fwd(const float* student, const float* teacher, int64_t V, in
 // The scales again, which are not in the statistics.
 template <Divergence kDivergence>
 void of_logits_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                         const KdStats&, KdScratch& scratch) {
+                         const KdStats&, const KdOfRow*, KdScratch& scratch) {
   KdStats again;
   of_logits_fwd<kDivergence, false>(student, teacher, V, -1, spec, again, scratch, nullptr);
 }

@@ -34,7 +34,8 @@ struct LogMixture {
   vf over_p;
 };
 
-MODXFER_INLINE LogMixture log_mixture(const Class& x, const KdSpec& spec) {
+template <class Constants>
+MODXFER_INLINE LogMixture log_mixture(const Class& x, const Constants& spec) {
   const vf gap = x.d + (spec.c2 - spec.c3);
   const vf of_p = spec.c0 * x.p, of_q = spec.c1 * x.q;
   const vf rest = vlog1p_unit(vmin(of_p, of_q) / vmax(of_p, of_q));
@@ -49,8 +50,9 @@ MODXFER_INLINE vf vexpm1(vf x) {
   return select(x > -0.5f, x * series, vexp(x) - 1.0f);
 }
 
-template <Divergence kDivergence>
-MODXFER_INLINE Terms divergence_terms(const Class& x, const KdSpec& spec) {
+// spec: a KdSpec, or a part of a weighted sum, which has such constants too.
+template <Divergence kDivergence, class Constants>
+MODXFER_INLINE Terms divergence_terms(const Class& x, const Constants& spec) {
   // d is meaningless where its probability is 0, whose term is 0 by definition; a NaN is not 0 and
   // stays
   const vf q = x.q, d = x.d;
@@ -112,6 +114,43 @@ MODXFER_INLINE Terms divergence_terms(const Class& x, const KdSpec& spec) {
     return {select(top == 0.0f, vf{}, f), select(top == 0.0f, vf{}, u)};
   } else {
     static_assert(kDivergence == Divergence::kCount, "a divergence without terms");
+  }
+}
+
+// Of a part of a weighted sum. u = q - p in the place of -p: equal rows have no gradient, to the
+// bit
+template <Divergence kDivergence>
+Terms part_terms(const Class& x, const KdSummand& part) {
+  Terms terms = divergence_terms<kDivergence>(x, part);
+  if constexpr (kDivergence == Divergence::kForwardKl) terms.u += x.q;
+  return terms;
+}
+
+using PartTerms = Terms (*)(const Class&, const KdSummand&);
+
+template <int64_t... kIds>
+constexpr std::array<PartTerms, sizeof...(kIds)> part_terms_of(
+    std::integer_sequence<int64_t, kIds...>) {
+  return {part_terms<static_cast<Divergence>(kIds)>...};
+}
+
+// Those of sums over the classes.
+constexpr auto kPartTerms = part_terms_of(std::make_integer_sequence<int64_t, kNumSums>{});
+
+// Of one divergence, or, for kCount, of a weighted sum.
+template <Divergence kDivergence>
+MODXFER_INLINE Terms class_terms(const Class& x, const KdSpec& spec) {
+  if constexpr (kDivergence != Divergence::kCount) {
+    return divergence_terms<kDivergence>(x, spec);
+  } else {
+    Terms sum{};
+    for (int64_t k = 0; k < spec.num_parts; ++k) {
+      const KdSummand& part = spec.parts[k];
+      const Terms terms = kPartTerms[static_cast<size_t>(part.divergence)](x, part);
+      sum.f += part.weight * terms.f;
+      sum.u += part.weight * terms.u;
+    }
+    return sum;
   }
 }
 
@@ -237,7 +276,7 @@ KdSums row_terms(const float* student, const float* teacher, int64_t V, const Kd
       const vf q = load_or_zero(e_s + i, n) * inv_d_s;
       const vf p = load_or_zero(e_t + i, n) * inv_d_t;
       const Class x = class_at(student, teacher, i, n, own, at, logd_gap, q, p);
-      const Terms terms = divergence_terms<kDivergence>(x, own);
+      const Terms terms = class_terms<kDivergence>(x, own);
       sum_f += terms.f;
       sum_u += terms.u;
       store_n(u + i, n, terms.u);
@@ -283,12 +322,12 @@ MODXFER_INLINE Class class_of(const float* student, const float* teacher, int64_
 
 template <Divergence kDivergence>
 void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                   const KdStats& stats, KdScratch& scratch) {
+                   const KdStats& stats, const KdOfRow*, KdScratch& scratch) {
   scratch.q_factor = scratch.u_factor = 1.0f;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const Class x = class_of(student, teacher, i, n, spec, stats);
     store_n(scratch.q + i, n, x.q);
-    store_n(scratch.u + i, n, divergence_terms<kDivergence>(x, spec).u);
+    store_n(scratch.u + i, n, class_terms<kDivergence>(x, spec).u);
   });
 }
 
@@ -296,7 +335,9 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
               const KdStats& stats, const KdScratch& scratch, float* dlogits) {
   const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
   const bool has_z = spec.z_loss_weight != 0.0f;
-  const bool needs_q1 = (has_ce || has_z) && spec.inv_temperature != 1.0f;
+  // at temperature 1 too where q is of some of the classes
+  const bool is_same = spec.inv_temperature == 1.0f && stats.logd_1 == stats.logd_s;
+  const bool needs_q1 = (has_ce || has_z) && !is_same;
   const float kd_scale = row_weight * spec.kd_weight * spec.inv_temperature;
   const float ce_scale = has_ce ? row_weight * spec.ce_weight : 0.0f;
   float q1_scale = ce_scale;
@@ -319,9 +360,9 @@ void row_grad(const float* student, int64_t V, int64_t label, float row_weight, 
 }
 
 #include "kd_loss_stages_rows.h"
-#include "topk_kd_loss_rows.h"
 #include "kd_loss_whole_rows.h"
 #include "kd_loss_logit_rows.h"
+#include "topk_kd_loss_rows.h"
 
 template <Divergence kDivergence>
 constexpr KdRowKernels kernels_of_one() {
@@ -330,17 +371,19 @@ constexpr KdRowKernels kernels_of_one() {
             {of_row_fwd<kDivergence, false>, of_row_fwd<kDivergence, true>},
             of_row_recompute<kDivergence>,
             row_grad,
-            {},  // Python refuses these beside a part of the classes, or a list of them
-            nullptr,
-            nullptr,
-            nullptr};
+            {row_part<kDivergence, false>, row_part<kDivergence, true>},
+            of_row_part_sums<kDivergence>,
+            sizeof(KdRowSums) / sizeof(double),
+            topk_row_fwd<kDivergence>,
+            topk_row_grad};
   } else if constexpr (is_of_logits(kDivergence)) {
     return {kIsaName,
             {of_logits_fwd<kDivergence, false>, of_logits_fwd<kDivergence, true>},
             of_logits_recompute<kDivergence>,
             row_grad,
-            {},
+            {},  // Python refuses these beside a part of the classes, or a list of them
             nullptr,
+            0,
             nullptr,
             nullptr};
   } else {
@@ -350,16 +393,17 @@ constexpr KdRowKernels kernels_of_one() {
             row_grad,
             {row_part<kDivergence, false>, row_part<kDivergence, true>},
             row_sums<kDivergence>,
+            2,
             topk_row_fwd<kDivergence>,
             topk_row_grad};
   }
 }
 
 template <int64_t... kIds>
-constexpr std::array<KdRowKernels, sizeof...(kIds) + 1> kernels_of(
+constexpr std::array<KdRowKernels, sizeof...(kIds)> kernels_of(
     std::integer_sequence<int64_t, kIds...>) {
-  return {kernels_of_one<static_cast<Divergence>(kIds)>()..., kSumKernels};
+  return {kernels_of_one<static_cast<Divergence>(kIds)>()...};
 }
 
 // By divergence, and behind the last those of a weighted sum.
-constexpr auto kKernels = kernels_of(std::make_integer_sequence<int64_t, kNumDivergences>{});
+constexpr auto kKernels = kernels_of(std::make_integer_sequence<int64_t, kNumDivergences + 1>{});

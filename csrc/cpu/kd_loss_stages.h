@@ -8,8 +8,7 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
   const Spec owner(divergences, numbers, V);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  STD_TORCH_CHECK(kernels.sums != nullptr,
-                  "divergences: expected one that is a sum over the classes");
+  STD_TORCH_CHECK(kernels.sums != nullptr, "divergences: expected one of probabilities");
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V + 1);
@@ -19,7 +18,7 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
   auto* out = static_cast<double*>(parts.data_ptr());
   const auto stats = kernels.part[has_more || spec.label_smoothing != 0.0f];
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(0, spec, student, teacher);
+    Buffers buffers(0, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       KdPart part;
       stats(student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()), V,
@@ -37,21 +36,21 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
   const Spec owner(divergences, numbers, V);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  STD_TORCH_CHECK(kernels.sums != nullptr,
-                  "divergences: expected one that is a sum over the classes");
+  STD_TORCH_CHECK(kernels.sums != nullptr, "divergences: expected one of probabilities");
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   check_same_shape(student_logits, teacher_logits);
   check_per_row(stats, 6 * M);
   const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
-  Tensor sums = torch::stable::new_empty(student_logits, {M, 2}, ScalarType::Double);
+  const int64_t width = kernels.num_sums;
+  Tensor sums = torch::stable::new_empty(student_logits, {M, width}, ScalarType::Double);
   auto* out = static_cast<double*>(sums.data_ptr());
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {
-    Buffers buffers(0, spec, student, teacher);
+    Buffers buffers(0, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       kernels.sums(student.read(row, buffers.student.data()),
                    teacher.read(row, buffers.teacher.data()), V, spec, stats_rows[row],
-                   out + 2 * row);
+                   out + width * row);
     }
   });
   return sums;

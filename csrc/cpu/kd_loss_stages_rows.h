@@ -81,7 +81,7 @@ void row_sums(const float* student, const float* teacher, int64_t V, const KdSpe
     vf sum_f{}, sum_u{};
     for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Class x = class_of(student, teacher, i, n, spec, stats);
-      const Terms terms = divergence_terms<kDivergence>(x, spec);
+      const Terms terms = class_terms<kDivergence>(x, spec);
       sum_f += terms.f;
       sum_u += terms.u;
     });

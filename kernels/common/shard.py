@@ -94,7 +94,9 @@ _agreed: set[tuple[str, str]] = set()  # on GPUs: what ranks have told each othe
 _awaited: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("awaited", default=None)
 
 
-def agree(shard: Shard, arguments: dict[str, Any], device: torch.device) -> None:
+def agree(
+    shard: Shard, arguments: dict[str, Any], numbers: dict[str, Any], device: torch.device
+) -> None:
     """Raises ValueError on every rank where their arguments differ, or where one refuses its own.
 
     On a CPU at every call. On a GPU, which would have to wait, at the first call of a rank with
@@ -102,6 +104,8 @@ def agree(shard: Shard, arguments: dict[str, Any], device: torch.device) -> None
 
     Args:
         arguments: what has to be equal on all ranks.
+        numbers: what has to be so too, and may change from step to step, as an annealed temperature
+            does: no reason to agree anew.
     """
     if device.type != "cpu" and not env.debug():
         key = (shard.group, repr(arguments))
@@ -110,7 +114,7 @@ def agree(shard: Shard, arguments: dict[str, Any], device: torch.device) -> None
             return
         _agreed.add(key)
     _awaited.set(None)
-    _tell(shard, arguments)
+    _tell(shard, arguments | numbers)
 
 
 @contextlib.contextmanager

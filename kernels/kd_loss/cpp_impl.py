@@ -93,9 +93,13 @@ def kd_loss_write(
 
 
 def topk_kd_loss_fwd(
-    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
-    return *_topk(student_logits, teacher, labels, None, spec, None), None
+    return *_topk(student_logits, teacher, labels, None, spec, None, extras), None
 
 
 def topk_kd_loss_fwd_bwd(
@@ -105,11 +109,14 @@ def topk_kd_loss_fwd_bwd(
     row_weights: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _topk(student_logits, teacher, labels, row_weights, spec, dlogits)
+    return _topk(student_logits, teacher, labels, row_weights, spec, dlogits, extras)
 
 
-def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[Tensor, Tensor]:
+def _topk(
+    student_logits, teacher, labels, row_weights, spec, dlogits, extras
+) -> tuple[Tensor, Tensor]:
     ids, log_probs, log_tail, tail, missing = teacher
     return compiled.ops().topk_kd_loss(
         student_logits,
@@ -123,6 +130,7 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits) -> tuple[
         *_scalars(spec),
         spec.bends,
         dlogits,
+        extras,
     )
 
 

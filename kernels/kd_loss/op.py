@@ -36,7 +36,7 @@ from modxfer_fast.kernels.common import (
 from modxfer_fast.kernels.common.packing import row_major
 from modxfer_fast.kernels.common.rows import Tokens
 from modxfer_fast.kernels.divergences import DivergenceOption
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_options
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.kd_loss.topk_op import fake_bwd, topk_rows
 
 
@@ -123,7 +123,6 @@ def kd_loss(
     numbers, names = spec.numbers(), spec.names()
     options = (labels, numbers, names, ignore_index, backend)
     if isinstance(teacher_logits, TeacherTopK):
-        refuse_options(spec)
         rows = topk_rows(
             student_logits, teacher_logits.detach().flat(len(student_logits)), *options
         )

@@ -11,7 +11,6 @@ test. The other functions are the backend interface: f and u of each class are t
 Label smoothing and the z-loss are in reference_cross_entropy.py.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from modxfer_fast.kernels.kd_loss.reference_cross_entropy import (
     label_index,
     write_extras,
 )
-from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
+from modxfer_fast.kernels.kd_loss.topk import TopKRows, list_terms
 
 __all__ = [
     "available",
@@ -132,7 +131,12 @@ def kd_loss_bwd(
         classes: of rows of which the logits are a part.
     """
     z_s, z_t, log_q, log_p = of_stats(student_logits, teacher_logits, stats, spec)
-    _, u = _of_rows(z_s, z_t, log_q, log_p, spec)
+    if stats.shape[1] == 6:
+        _, u = _of_rows(z_s, z_t, log_q, log_p, spec)
+    else:  # of a part of the classes, to which belong numbers of the whole row
+        assert spec.record.whole is not None
+        numbers = stats[:, 6:].to(z_s.dtype).split(1, dim=1)
+        u = spec.record.whole.u(log_p, log_q, spec.parameters[0], *numbers)
     max_s, u_sum, logd_1 = (stats[:, i : i + 1].to(z_s.dtype) for i in (0, 4, 5))
     dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
     if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
@@ -198,12 +202,20 @@ def kd_loss_write(*args: Any) -> None:
 
 
 def topk_kd_loss_fwd(
-    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
-    """Per-row losses kd, ce [M] against a teacher that lists K classes; formulas in topk.py."""
+    """Per-row losses kd, ce [M] against a teacher that lists K classes; formulas in topk.py.
+
+    Args:
+        extras: [M, 1], written where given: log sum exp of the student's logits.
+    """
     z = spec.student_bend.of(_promote(student_logits))
     kd, _ = _topk_divergence(z, teacher, spec)
-    ce, _ = _cross_entropy(z, labels, spec)
+    _, ce, _ = cross_entropy_fwd(student_logits, None, labels, spec, extras)
     return kd, ce, None
 
 
@@ -214,12 +226,15 @@ def topk_kd_loss_fwd_bwd(
     row_weights: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns kd, ce [M] and writes dlogits [M, V], which may lie over student_logits."""
     z = spec.student_bend.of(_promote(student_logits))
     kd, dkd = _topk_divergence(z, teacher, spec)
-    ce, dce = _cross_entropy(z, labels, spec)
-    dz = (spec.kd_weight * dkd + spec.ce_weight * dce) * spec.student_bend.slope(z)
+    _, ce, _ = cross_entropy_fwd(student_logits, None, labels, spec, extras)
+    lse = z.logsumexp(-1, keepdim=True)
+    dz = spec.kd_weight * dkd + hard_dlogits(z.log_softmax(-1), lse, *label_index(z, labels), spec)
+    dz = dz * spec.student_bend.slope(z)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
     return kd, ce
@@ -235,22 +250,13 @@ def _topk_divergence(z: Tensor, teacher: TopKRows, spec: KDSpec) -> tuple[Tensor
     log_q = torch.cat([x - logd, torch.full_like(logd, -torch.inf)], dim=-1)
     log_q_listed = log_q.gather(-1, columns)
     log_q = log_q.scatter(-1, columns, -torch.inf)[:, :vocab_size]  # of the others
-    log_p = teacher.log_probs.to(z.dtype).masked_fill(~listed, -torch.inf)
     log_q_tail = log_q.logsumexp(-1, keepdim=True)
-    if teacher.log_tail is not None:
-        log_p_tail = teacher.log_tail[:, None].to(z.dtype)
-        # nothing of the student's is left, and of the teacher's no more than rounding
-        is_full = listed.sum(-1, keepdim=True) == vocab_size
-        is_gone = (log_q_tail == -torch.inf) & (is_full | (log_p_tail < math.log(ROUNDING)))
-        log_q_listed = torch.cat([log_q_listed, log_q_tail], dim=-1)
-        log_p = torch.cat([log_p, log_p_tail.masked_fill(is_gone, -torch.inf)], dim=-1)
-
-    q, q_listed = log_q.exp(), log_q_listed.exp()
-    f, u = _terms(log_q_listed, log_p, spec)
-    u = u + teacher.missing * q_listed
-    kd, u_sum, u_others = f.sum(-1), u.sum(-1, keepdim=True), torch.zeros_like(q)
+    kd, u, q_listed = list_terms(teacher, listed, log_q_listed, log_q_tail, vocab_size, spec)
+    q = log_q.exp()
+    u_sum, u_others = u.sum(-1, keepdim=True), torch.zeros_like(q)
     if teacher.tail == "renormalise":
-        f_others, u_others = _terms(log_q, torch.full_like(log_q, -torch.inf), spec)
+        nothing = torch.full_like(log_q, -torch.inf)
+        f_others, u_others = spec.record.of_classes(nothing, log_q, *spec.parameters)
         kd, u_sum = kd + f_others.sum(-1), u_sum + u_others.sum(-1, keepdim=True)
     elif teacher.tail == "bucket":
         # from the logits: next to a sure student's, log q of the others has lost its digits
@@ -262,22 +268,6 @@ def _topk_divergence(z: Tensor, teacher: TopKRows, spec: KDSpec) -> tuple[Tensor
     dz = torch.cat([u_others - q * u_sum, torch.zeros_like(u_sum)], dim=-1)
     dz = dz.scatter(-1, columns, (u - q_listed * u_sum)[:, : columns.shape[-1]])
     return kd, dz[:, :vocab_size] / spec.temperature
-
-
-def _cross_entropy(z: Tensor, labels: Tensor | None, spec: KDSpec) -> tuple[Tensor, Tensor]:
-    """[M] cross entropies at temperature 1 and their gradients [M, V]; 0 without a label."""
-    if labels is None or spec.ce_weight == 0.0:
-        return torch.zeros_like(z[:, 0]), torch.zeros_like(z)
-    has_label, safe = label_index(z, labels)
-    log_q = z.log_softmax(-1)
-    ce = torch.where(has_label, -log_q.gather(-1, safe[:, None]).squeeze(-1), 0.0)
-    dz = log_q.exp().scatter_add(-1, safe[:, None], -torch.ones_like(z[:, :1]))
-    return ce, torch.where(has_label[:, None], dz, 0.0)
-
-
-def _terms(log_q: Tensor, log_p: Tensor, spec: KDSpec) -> tuple[Tensor, Tensor]:
-    """f and u of each class, [M, V]."""
-    return spec.record.of_classes(log_p, log_q, *spec.parameters)
 
 
 def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,8 +50,7 @@ def cross_entropy_fwd(
         extras: [M, 1] or [M, 4], written where given: lse; the label's log-probability; 1 where its
             logit is the largest, or among the largest; entropy. Without a label 0.
     """
-    z, has_label, safe, lse = _of(student_logits, labels, spec)
-    log_q = z - lse
+    z, log_q, has_label, safe, lse = _of(student_logits, labels, spec)
     of_label = torch.where(has_label, log_q.gather(-1, safe[:, None]).squeeze(-1), 0.0)
     ce = torch.zeros_like(of_label)
     if labels is not None and spec.ce_weight != 0.0:
@@ -78,8 +77,8 @@ def cross_entropy_fwd_bwd(
     It may be student_logits itself, or overlap its memory.
     """
     kd, ce, _ = cross_entropy_fwd(student_logits, signal, labels, spec, extras)
-    z, has_label, safe, lse = _of(student_logits, labels, spec)
-    dz = hard_dlogits(z - lse, lse, has_label, safe, spec) * spec.student_bend.slope(z)
+    z, log_q, has_label, safe, lse = _of(student_logits, labels, spec)
+    dz = hard_dlogits(log_q, lse, has_label, safe, spec) * spec.student_bend.slope(z)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
     return kd, ce
@@ -135,6 +134,7 @@ def label_index(z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _of(
     logits: Tensor, labels: Tensor | None, spec: KDSpec
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = spec.student_bend.of(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    return z, *label_index(z, labels), z.logsumexp(-1, keepdim=True)
+    # z - lse would be a difference of large numbers where all logits are
+    return z, z.log_softmax(-1), *label_index(z, labels), z.logsumexp(-1, keepdim=True)

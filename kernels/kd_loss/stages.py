@@ -3,7 +3,8 @@
 G ranks   M rows   V_r classes of a rank   P_r, Q_r a rank's share of the row's probabilities
 
     stats   each rank's maxima and sums of its classes            [M, 8], one all-gather
-    sums    of f and u, where p and q have to be known first      [M, 2], one all-gather
+    sums    of f and u, where p and q have to be known first,     [M, 2], one all-gather
+            or those of a divergence that is a function of sums   [M, 5]
     write   dlogits of its classes
 
 Forward and reverse KL need no sums: by the chain rule, with K_r the KL of a rank's classes alone,
@@ -14,11 +15,12 @@ All ranks add up the same numbers in the same order, in fp64, and so have the sa
 has, beside `kd_loss_fwd` and the others,
 
     kd_loss_stats(logits, teacher, labels, spec, has_more) -> [M, len(PART)], less MORE
-    kd_loss_sums(logits, teacher, stats [M, 6], spec) -> [M, 2]
-    kd_loss_write(logits, teacher, labels, classes, row_weights, stats [M, 6], spec, dlogits)
+    kd_loss_sums(logits, teacher, stats [M, 6], spec) -> [M, 2], or [M, 5]
+    kd_loss_write(logits, teacher, labels, classes, row_weights, stats, spec, dlogits)
 
 in which a label is in [0, V_r], V_r for a class of another rank, and -1 where there is none; stats
-[M, 6] are those of `reference.kd_loss_fwd`, of the whole row.
+[M, 6] are those of `reference.kd_loss_fwd`, of the whole row, and [M, 8] with the two numbers of an
+`OfRow` behind them.
 """
 
 from types import ModuleType
@@ -57,7 +59,7 @@ def kd_loss_fwd(
     spec: KDSpec,
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the row kernel of this name: kd, ce [M] and stats [M, 6], the same on all ranks.
+    """As the row kernel of this name: kd, ce [M] and stats, the same on all ranks.
 
     Args:
         kernels: backend module.
@@ -71,17 +73,25 @@ def kd_loss_fwd(
     has_more = extras is not None and extras.shape[1] > 1
     local = local_labels(labels, shard)
     parts = kernels.kd_loss_stats(student_logits, teacher_logits, local, spec, has_more)
-    row = _Row(shard.gather(parts), shard, spec)
+    row = Row(shard.gather(parts), shard, spec)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     kd, u_sum = row.divergence()
-    if spec.record.row_sums == "normalised":
+    record = spec.record
+    numbers: list[Tensor] = []
+    if record.row_sums in ("normalised", "of_row"):
         stats = row.stats(torch.zeros_like(kd)).to(dtype)
         sums = kernels.kd_loss_sums(student_logits, teacher_logits, stats, spec)
-        kd, u_sum = shard.gather(sums).double().sum(0).unbind(-1)
+        of_ranks = shard.gather(sums).double()
+        if record.whole is None:
+            kd, u_sum = of_ranks.sum(0).unbind(-1)
+        else:
+            joined = record.whole.joined(of_ranks)
+            kd, u_sum, *numbers = record.whole.value(joined.unbind(-1), spec.parameters[0])
     if extras is not None:
         row.write_extras(extras, local)
     kd = kd.clamp(min=0.0) if has_teacher else torch.zeros_like(kd)  # below is rounding
-    return kd.to(dtype), row.cross_entropy(local).to(dtype), row.stats(u_sum).to(dtype)
+    stats = torch.cat([row.stats(u_sum), *[number[:, None] for number in numbers]], dim=-1)
+    return kd.to(dtype), row.cross_entropy(local).to(dtype), stats.to(dtype)
 
 
 def kd_loss_fwd_bwd(
@@ -104,7 +114,7 @@ def kd_loss_fwd_bwd(
     return kd, ce
 
 
-class _Row:
+class Row:
     """Rows [M] put together from the parts [G, M, ...] of all ranks."""
 
     def __init__(self, parts: Tensor, shard: Shard, spec: KDSpec):
@@ -119,13 +129,13 @@ class _Row:
         sums = [d.sum(0) for d in (d_s, d_t, d_1)]
         self._share_s, self._share_t = d_s / sums[0], d_t / sums[1]
         self._logd_s, self._logd_t, self._logd_1 = (total.log() for total in sums)
-        self._lse = self._top_s + self._logd_1
+        self.lse = self._top_s + self._logd_1
 
     def divergence(self) -> tuple[Tensor, Tensor]:
         """(kd, sum u) of a KL; of another divergence, zeros."""
         under = self._spec.record.row_sums
-        zeros = torch.zeros_like(self._lse)
-        if under == "normalised":
+        zeros = torch.zeros_like(self.lse)
+        if under not in ("mean_under_p", "mean_under_q"):
             return zeros, zeros
         is_p = under == "mean_under_p"
         a, b = (self._share_t, self._share_s) if is_p else (self._share_s, self._share_t)
@@ -142,23 +152,23 @@ class _Row:
     def cross_entropy(self, labels: Tensor | None) -> Tensor:
         spec = self._spec
         if labels is None or spec.ce_weight == 0.0:
-            return torch.zeros_like(self._lse)
-        ce = self._lse - self._part["z_label"].sum(0)
+            return torch.zeros_like(self.lse)
+        ce = self.lse - self._part["z_label"].sum(0)
         if spec.label_smoothing:
             sizes = ce.new_tensor(self._shard.sizes)[:, None]
             mean = ((self._part["max_s"] + self._part["mean_x"]) * sizes).sum(0)
-            ce = ce + spec.label_smoothing * (self._lse - mean / self._shard.classes - ce)
+            ce = ce + spec.label_smoothing * (self.lse - mean / self._shard.classes - ce)
         return torch.where(labels >= 0, ce, 0.0)
 
     def write_extras(self, extras: Tensor, labels: Tensor | None) -> None:
         """As `reference.kd_loss_fwd` says."""
         part, inverse = self._part, 1.0 / self._spec.temperature
-        extras[:, 0] = self._lse
+        extras[:, 0] = self.lse
         if extras.shape[1] == 1:
             return
         z_label = part["z_label"].sum(0)
         has_label = torch.zeros_like(z_label, dtype=torch.bool) if labels is None else labels >= 0
-        extras[:, 1] = torch.where(has_label, z_label - self._lse, 0.0)
+        extras[:, 1] = torch.where(has_label, z_label - self.lse, 0.0)
         extras[:, 2] = has_label & (z_label == self._top_s)
         sides = [(self._share_s, part["d_s"], part["mean_x_s"])]
         if extras.shape[1] > 4:

@@ -17,6 +17,10 @@ In the student's logits, with f, u of kernels/divergences.py for p, q of a class
                  dD/dz_j = (u(0, q_j) - q_j U) / temperature               renormalise
                  dD/dz_j = -q_j U / temperature                            none
 
+A divergence that is a function of sums over the row is that of the K + 1 classes: with
+"renormalise" of a bucket without p, in whose sums the classes that are not listed have one addend;
+"none" has nothing to leave out of it.
+
 The u of a record may lack a multiple c q of q, of which the gradient of a whole distribution does
 not depend. That of "none", whose sum has no whole, does: there u + c q takes its place.
 
@@ -24,6 +28,7 @@ No teacher is [N, V] anywhere; q_tail is a sum over the classes that are not lis
 over those that are, which would be noise where a student is sure.
 """
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
@@ -42,6 +47,8 @@ from modxfer_fast.kernels.common.checks import (
     check_tensor,
 )
 from modxfer_fast.kernels.common.scalars import check_number, is_finite
+from modxfer_fast.kernels.common.shard import Shard
+from modxfer_fast.kernels.kd_loss import stages
 
 TAILS = ("bucket", "renormalise", "none")
 # What a sum of probabilities, or a logarithm, may exceed its bound by: rounding to four decimals.
@@ -203,12 +210,19 @@ class TeacherTopK(NamedTuple):
                 f"TeacherTopK(..., temperature={spec.temperature}), or tail='renormalise'"
             )
         divergence = spec.record
-        if len(spec.parts) > 1 or divergence.row_sums == "of_row":
+        if divergence.row_sums == "of_logits":
             raise ValueError(
-                f"divergence: expected one that is a sum over the classes, with a TeacherTopK, "
-                f"got {divergence.name!r}, {divergence.formula}"
+                f"divergence: expected one of probabilities beside a TeacherTopK, whose logits are "
+                f"not known, got {divergence.name!r}"
             )
-        if self.tail == "renormalise" and not math.isfinite(_of_one_class(spec, 0.0, 0.5)[0]):
+        if divergence.whole is not None:
+            if self.tail == "none":
+                raise ValueError(
+                    f"divergence: expected a sum over the classes, with tail 'none', which leaves "
+                    f"addends out of it, got {divergence.name!r}, {divergence.formula}; the other "
+                    f"tails have it"
+                )
+        elif self.tail == "renormalise" and not math.isfinite(_of_one_class(spec, 0.0, 0.5)[0]):
             raise ValueError(
                 f"divergence: expected one that is finite where the teacher gives a class nothing, "
                 f"with tail 'renormalise', got {divergence.name!r}, {divergence.formula}; "
@@ -236,6 +250,10 @@ class TeacherTopK(NamedTuple):
         if self.tail == "renormalise":
             softened = log_p * (self.temperature / spec.temperature)
             log_p = softened - softened.logsumexp(-1, keepdim=True)
+            if spec.record.whole is not None:
+                # classes without p have one addend together: all are multiples of q, or nothing
+                nothing = torch.full_like(log_p[:, 0], -torch.inf)
+                return TopKRows(self.ids, log_p.to(dtype), nothing.to(dtype), "bucket")
             return TopKRows(self.ids, log_p.to(dtype), None, self.tail)
         log_p = log_p.clamp(max=0.0)
         log_tail = None
@@ -271,24 +289,58 @@ def _missing(spec: KDSpec) -> float:
     return round(slope - _of_one_class(spec, p, q)[1] / q, 9)  # what a quotient is good for
 
 
-def refuse_options(spec: KDSpec) -> None:
-    """Raises ValueError for what the rows of a TeacherTopK do not compute."""
-    if spec.record.row_sums == "of_logits":
-        raise ValueError(
-            f"divergence: expected one of probabilities beside a TeacherTopK, whose logits are not "
-            f"known, got {spec.record.name!r}"
-        )
-    smoothing = spec.label_smoothing if spec.ce_weight else 0.0
-    for name, value in (("label_smoothing", smoothing), ("z_loss_weight", spec.z_loss_weight)):
-        if value:
-            raise ValueError(
-                f"{name}: expected 0.0 beside a TeacherTopK, whose rows do not compute it, "
-                f"got {value}"
-            )
+def list_terms(
+    teacher: TopKRows,
+    listed: Tensor,
+    log_q: Tensor,
+    log_q_tail: Tensor,
+    classes: int,
+    spec: KDSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence [M] of the K classes, or of K + 1 with a tail, and u and q of each.
+
+    Args:
+        listed: [M, K] bool, ids that are there; those that are not have a log_q of -inf.
+        log_q: [M, K]. log_q_tail: [M, 1], of the classes that are not listed.
+        classes: of the whole row.
+    """
+    log_p = teacher.log_probs.to(log_q.dtype).masked_fill(~listed, -torch.inf)
+    if teacher.log_tail is not None:
+        log_p_tail = teacher.log_tail[:, None].to(log_q.dtype)
+        # nothing of the student's is left, and of the teacher's no more than rounding
+        is_full = listed.sum(-1, keepdim=True) == classes
+        is_gone = (log_q_tail == -torch.inf) & (is_full | (log_p_tail < math.log(ROUNDING)))
+        log_q = torch.cat([log_q, log_q_tail], dim=-1)
+        log_p = torch.cat([log_p, log_p_tail.masked_fill(is_gone, -torch.inf)], dim=-1)
+    q = log_q.exp()
+    kd, u = spec.record.of_rows(log_p, log_q, *spec.parameters)
+    return kd, u + teacher.missing * q, q
+
+
+def local_columns(ids: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+    """[M, K]: columns among the classes of a span, 0 for the ids that are not; and which are."""
+    here = (ids >= span.start) & (ids < span.stop)
+    return torch.where(here, ids - span.start, 0).long(), here
+
+
+def listed_logits(logits: Tensor, ids: Tensor, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+    """Raw logits [M, K] at ids, and which of them are there.
+
+    Args:
+        logits: [M, V], or [M, V_r] of this rank's classes.
+    """
+    if shard is None:
+        columns, listed = local_columns(ids, slice(0, logits.shape[1]))
+        return logits.gather(1, columns), listed
+    columns, here = local_columns(ids, shard.span)
+    found = torch.where(here, logits.gather(1, columns), 0.0)
+    shard.add(found)
+    return found, (ids >= 0) & (ids < shard.classes)
 
 
 def topk_by_products(
     kernels: ModuleType,
+    shard: Shard | None,
     logits: Tensor,
     teacher: TeacherTopK,
     labels: Tensor | None,
@@ -301,23 +353,40 @@ def topk_by_products(
 
     Args:
         kernels: backend module. It reads the logits [M, V] once, or twice at a temperature.
+        shard: where the logits are [M, V_r] of this rank's classes.
         teacher: of [M, K].
     """
+    top = logits.amax(-1, keepdim=True)
     own = extras.new_empty(len(logits), 4)
-    bend, temperature = spec.student_bend, spec.temperature
-    kernels.cross_entropy_fwd(logits, None, labels, KDSpec(**bend.options("student")), own)
+    if shard is None:
+        lse = _own_by_products(kernels, logits, labels, spec, own)
+    else:
+        plain = dataclasses.replace(spec, divergence="forward_kl", alpha=None, beta=None)
+        _, _, stats = stages.kd_loss_fwd(kernels, shard, logits, None, labels, plain, own)
+        lse = stats[:, :1] / spec.temperature + stats[:, 1:2]
+        top = shard.gather(top).amax(0)
     extras[:, :4] = own
-    if temperature != 1.0:
-        cap = None if bend.cap is None else bend.cap / temperature
-        softened = Bend(bend.scale / temperature, cap).options("student")
-        kernels.cross_entropy_fwd(logits, None, None, KDSpec(**softened), own)
-        extras[:, 3] = own[:, 3]
-    listed = (teacher.ids >= 0) & (teacher.ids < logits.shape[1])
-    z = logits.gather(1, teacher.ids.clamp(0, logits.shape[1] - 1).long()).to(extras.dtype)
-    log_q = (bend.of(z) / temperature - own[:, :1]).masked_fill(~listed, -torch.inf)
+    raw, listed = listed_logits(logits, teacher.ids, shard)
+    z = spec.student_bend.of(raw.to(extras.dtype))
+    log_q = (z / spec.temperature - lse).masked_fill(~listed, -torch.inf)
     log_p = teacher.log_probs.to(extras.dtype).masked_fill(~listed, -torch.inf)
-    is_top = listed & (log_p == log_p.amax(-1, keepdim=True))
-    is_top &= z == logits.amax(-1, keepdim=True)
+    is_top = listed & (log_p == log_p.amax(-1, keepdim=True)) & (raw == top)
     extras[:, 4] = is_top.any(-1).to(extras.dtype)
     extras[:, 5] = log_q.exp().sum(-1)
     extras[:, 6] = log_p.exp().sum(-1)
+
+
+def _own_by_products(
+    kernels: ModuleType, logits: Tensor, labels: Tensor | None, spec: KDSpec, own: Tensor
+) -> Tensor:
+    """Writes the student's, [M, 4], and returns log sum exp [M, 1] at the temperature."""
+    bend, temperature = spec.student_bend, spec.temperature
+    kernels.cross_entropy_fwd(logits, None, labels, KDSpec(**bend.options("student")), own)
+    if temperature == 1.0:
+        return own[:, :1]
+    cap = None if bend.cap is None else bend.cap / temperature
+    softened = Bend(bend.scale / temperature, cap).options("student")
+    found = torch.empty_like(own)
+    kernels.cross_entropy_fwd(logits, None, None, KDSpec(**softened), found)
+    own[:, 3] = found[:, 3]
+    return found[:, :1]

@@ -60,10 +60,12 @@ def _run_fwd(inputs: _Inputs) -> Tensor:
     check_label_values(labels, inputs.ignore_index, student.shape[-1])
     teacher.check_values(spec, valid_rows(labels, inputs.ignore_index), student.shape[-1])
     debug_check_finite(student_logits=student)
+    lse = _fake_fwd(inputs)[:, None] if spec.z_loss_weight else None
     kd, ce, _ = dispatch.load("kd_loss", inputs.backend).topk_kd_loss_fwd(
-        row_major(student), teacher.rows(spec), labels, spec
+        row_major(student), teacher.rows(spec), labels, spec, lse
     )
-    return spec.kd_weight * kd + spec.ce_weight * ce
+    rows = spec.kd_weight * kd + spec.ce_weight * ce
+    return rows if lse is None else rows + spec.z_loss_weight * lse[:, 0].square()
 
 
 def _fake_fwd(inputs: _Inputs) -> Tensor:

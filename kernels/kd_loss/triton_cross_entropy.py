@@ -25,6 +25,26 @@ from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent
 
 
 @triton.jit
+def add_hard_dlogits(
+    dlogits, q_1, is_label, of_q, of_label, smoothing, classes,
+    HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """dlogits of a divergence and those of the terms of temperature 1, of which q_1 is a softmax.
+
+    of_label is a row's weight of the cross entropy; of_q that of q_1 from it and from the z-loss.
+    """
+    if not SMOOTHS and not HAS_Z:
+        dlogits += of_label * tl.where(is_label, q_1 - 1.0, q_1)
+    else:
+        dlogits += of_q * q_1
+        if SMOOTHS:
+            dlogits -= of_label * smoothing / classes
+        if HAS_CE:
+            dlogits = tl.where(is_label, dlogits - of_label * (1.0 - smoothing), dlogits)
+    return dlogits
+
+
+@triton.jit
 def _row_sums(
     logits_ptr,                          # in   [V]
     V,

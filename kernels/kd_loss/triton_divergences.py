@@ -133,8 +133,20 @@ def divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE: tl.con
 
 
 @triton.jit
-def sum_terms(p, q, d, log2_p, log2_q, numbers, DIVERGENCES: tl.constexpr, PARTS: tl.constexpr):
-    """The same of a weighted sum; numbers: weight and c0 to c3 of each."""
+def class_terms(
+    p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """f, u of each class, of one divergence, or of a weighted sum, whose numbers are in c0."""
+    if PARTS > 1:
+        f, u = _sum_terms(p, q, d, log2_p, log2_q, c0, DIVERGENCE, PARTS)
+    else:
+        f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+    return f, u
+
+
+@triton.jit
+def _sum_terms(p, q, d, log2_p, log2_q, numbers, DIVERGENCES: tl.constexpr, PARTS: tl.constexpr):
+    """Of a weighted sum; numbers: weight and c0 to c3 of each."""
     f = tl.zeros_like(p)
     u = tl.zeros_like(p)
     for k in tl.static_range(PARTS):

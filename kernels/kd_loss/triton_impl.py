@@ -34,11 +34,8 @@ from modxfer_fast.kernels.divergences import Divergence
 from modxfer_fast.kernels.kd_loss import triton_cross_entropy
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
-from modxfer_fast.kernels.kd_loss.triton_divergences import (
-    divergence_terms,
-    probabilities,
-    sum_terms,
-)
+from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
+from modxfer_fast.kernels.kd_loss.triton_divergences import class_terms, probabilities
 from modxfer_fast.kernels.kd_loss.triton_of_logits import of_logits_sums, of_logits_terms
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_sums, of_row_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
@@ -62,10 +59,7 @@ def _divergence_sums(
         z_s = load_bent(student_ptr, offs_v, V, BEND_S)
         z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
         p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        if PARTS > 1:
-            f, u = sum_terms(p, q, d, log2_p, log2_q, c0, DIVERGENCE, PARTS)
-        else:
-            f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+        f, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
         f_sum += f
         u_sum += u
     return tl.sum(f_sum, axis=0), tl.sum(u_sum, axis=0)
@@ -95,11 +89,11 @@ def _row_loss(
     elif ROW_SUMS == "mean_under_q":
         u_sum = kd
     elif ROW_SUMS == "of_row":
-        kd, u_sum, is_near, factor, log2_s = of_row_sums(
+        kd, u_sum, slope, log2_s = of_row_sums(
             student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
             scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
-        of_row = (is_near, factor, log2_s)
+        of_row = (slope, log2_s)
     elif ROW_SUMS == "of_logits":
         kd, u_sum, of_row = of_logits_sums(
             student_ptr, teacher_ptr, V, logd_s, logd_t, inv_temperature,
@@ -166,30 +160,23 @@ def _write_dlogits(
             z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
             p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
             if ROW_SUMS == "of_row":
-                is_near, factor, log2_s = of_row
+                slope, log2_s = of_row
                 u = of_row_terms(
-                    p, q, d, log2_p, log2_q, c0, is_near, factor, log2_s, DIVERGENCE
+                    p, q, d, log2_p, log2_q, c0, slope, log2_s, DIVERGENCE
                 )  # fmt: skip
             elif ROW_SUMS == "of_logits":
                 u = of_logits_terms(z_s, z_t, of_row)
-            elif PARTS > 1:
-                _, u = sum_terms(p, q, d, log2_p, log2_q, c0, DIVERGENCE, PARTS)
             else:
-                _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+                _, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
             dlogits = kd_factor * (u - q * u_sum)
             if HAS_CE or HAS_Z:
                 q_1 = q
                 if not UNIT_TEMPERATURE:
                     q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
-                if not SMOOTHS and not HAS_Z:
-                    dlogits += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
-                else:
-                    dlogits += q_1_factor * q_1
-                    if SMOOTHS:
-                        dlogits -= ce_factor * smoothing / V
-                    if HAS_CE:
-                        of_label = ce_factor * (1.0 - smoothing)
-                        dlogits = tl.where(offs_v == label, dlogits - of_label, dlogits)
+                dlogits = add_hard_dlogits(
+                    dlogits, q_1, offs_v == label, q_1_factor, ce_factor, smoothing, V,
+                    HAS_CE, SMOOTHS, HAS_Z,
+                )  # fmt: skip
             dlogits = unbend(dlogits, z_s, BEND_S)
             # without this barrier one warp may overwrite logits that another has yet to load
             tl.debug_barrier()
@@ -273,11 +260,11 @@ def _kd_loss_bwd_kernel(
     logd_1 = tl.load(stats_ptr + 5)
     of_row = scale  # a place, where a divergence has nothing of the row
     if ROW_SUMS == "of_row":
-        _, _, is_near, factor, log2_s = of_row_sums(
+        _, _, slope, log2_s = of_row_sums(
             student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
             max_s, logd_s, max_t, logd_t, scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
-        of_row = (is_near, factor, log2_s)
+        of_row = (slope, log2_s)
     if ROW_SUMS == "of_logits":
         _, _, of_row = of_logits_sums(
             student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
@@ -476,7 +463,6 @@ def _launch(
             HAS_CE=has_ce,
             SMOOTHS=has_ce and spec.label_smoothing != 0.0,
             ROW_SUMS=spec.record.row_sums,
-            PARTS=len(spec.parts),
             BLOCK_V=config.block_v,
             BEND_S=bend_constants(spec.student_bend),
             BEND_T=bend_constants(spec.teacher_bend),
@@ -503,6 +489,7 @@ def _spec_args(spec: KDSpec) -> dict[str, Any]:
         "c2": c2,
         "c3": c3,
         "DIVERGENCE": names if len(names) > 1 else names[0],
+        "PARTS": len(names),
         "UNIT_TEMPERATURE": spec.temperature == 1.0,
     }
 

@@ -1,8 +1,8 @@
 """What the Triton row kernels add for divergences that are functions of sums over the row.
 
 S = sum p^alpha q^(1 - alpha) of "renyi", sum min(p, q) of "negative_log_acceptance": a number near
-1 for near rows, else known by its logarithm; `rows` of the records in `kernels.divergences`. Such a
-row is read three times before its gradient: softmaxes, sums, and the sum of u.
+1 for near rows, else known by its logarithm; `OfRow` of the records in `kernels.divergences`. Such
+a row is read twice before its gradient: softmaxes and sums.
 """
 
 import triton
@@ -60,23 +60,129 @@ def _renyi_excess(q, d, log, c0):
 
 
 @triton.jit
-def of_row_terms(
-    p, q, d, log2_p, log2_q, c0, is_near, factor, log2_s, DIVERGENCE: tl.constexpr
-):  # fmt: skip
-    """u of each class; is_near, factor and log2_s are those of `of_row_sums`."""
+def _less(d):
+    """1 where the student has less than the teacher, 1/2 where it has as much."""
+    return tl.where(d > 0, 1.0, tl.where(d == 0, 0.5, 0.0))
+
+
+@triton.jit
+def of_row_terms(p, q, d, log2_p, log2_q, c0, slope, log2_s, DIVERGENCE: tl.constexpr):
+    """u of each class; slope, 0 where S is far from 1, and log2_s are those of `_value`."""
     gap = tl.where(d == 0, 0.0, q - p)
     if DIVERGENCE == "lk_hybrid":
-        u = factor * gap + (1.0 - factor) * (0.5 * q) * _sign(gap)
+        u = slope * gap + (1.0 - slope) * (0.5 * q) * _sign(gap)
     else:
         log = _log2_addend(d, log2_p, log2_q, c0, DIVERGENCE)
         far = tl.exp2(log - log2_s)
         if DIVERGENCE == "renyi":
-            u = -tl.where(is_near, factor * _renyi_excess(q, d, log, c0), far)
+            u = -tl.where(slope != 0, slope * _renyi_excess(q, d, log, c0), far)
         else:
-            near = factor * (0.5 * q) * _sign(gap)
-            less = tl.where(d > 0, 1.0, tl.where(d == 0, 0.5, 0.0))
-            u = tl.where(is_near, near, -far * less)
+            near = slope * (0.5 * q) * _sign(gap)
+            u = tl.where(slope != 0, near, -far * _less(d))
     return u
+
+
+@triton.jit
+def _added(
+    top, total, first, second, variation, signed,
+    p, q, d, log2_p, log2_q, c0, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """The sums of each lane with one class more; S and `first` of a logarithm are relative to the
+    largest addend that the lane has seen."""
+    gap = tl.where(d == 0, 0.0, p - q)
+    variation += 0.5 * tl.abs(gap)
+    signed += 0.5 * q * _sign(-gap)
+    if DIVERGENCE == "lk_hybrid":
+        first += tl.where(p == 0, 0.0, LN2 * p * d)
+    else:
+        log = _log2_addend(d, log2_p, log2_q, c0, DIVERGENCE)
+        higher = tl.maximum(top, log)
+        keep = tl.exp2(top - higher)
+        part = tl.exp2(log - higher)
+        total = total * keep + part
+        top = higher
+        if DIVERGENCE == "renyi":
+            more = _renyi_excess(q, d, log, c0)
+            first += more
+            second += more - c0 * gap
+        else:
+            first = first * keep + part * _less(d)
+    return top, total, first, second, variation, signed
+
+
+@triton.jit
+def _summed(top, total, first, second, variation, signed, DIVERGENCE: tl.constexpr):
+    """(log2 S, first, second, variation, signed) of all lanes, as `OfRow.sums` but for the base."""
+    log2_s = 0.0
+    first_sum = 0.0
+    variation_sum = tl.sum(variation, axis=0)
+    if DIVERGENCE == "lk_hybrid":
+        first_sum = tl.sum(first, axis=0)
+    else:
+        most = tl.max(top, axis=0)
+        keep = tl.exp2(top - most)
+        log2_s = most + tl.log2(tl.sum(total * keep, axis=0))
+        log2_s = tl.where(most == INF, INF, log2_s)
+        log2_s += variation_sum - variation_sum  # a NaN is no class that has less than another
+        if DIVERGENCE == "renyi":
+            first_sum = tl.sum(first, axis=0)
+        else:
+            first_sum = most + tl.log2(tl.sum(first * keep, axis=0))
+    return log2_s, first_sum, tl.sum(second, axis=0), variation_sum, tl.sum(signed, axis=0)
+
+
+@triton.jit
+def _value(log2_s, first, second, variation, signed, c0, c1, DIVERGENCE: tl.constexpr):
+    """The divergence, sum u, slope and log2 S of a row with these sums."""
+    if DIVERGENCE == "lk_hybrid":
+        slope = tl.exp2((c0 * (variation - 1.0)) * LOG2E)
+        kd = tl.where(first > 0, slope * first, 0.0) + (1.0 - slope) * variation
+        u_sum = (1.0 - slope) * signed
+    else:
+        log_s = LN2 * log2_s
+        of_all = log2_s
+        log2_s = tl.where(of_all == -INF, 0.0, of_all)  # of sides that share no class
+        if DIVERGENCE == "renyi":
+            is_near = tl.abs(log_s) < 0.5
+            near = _log1p(tl.where(is_near, second, 0.0))
+            kd = c1 * tl.where(is_near, near, log_s)
+            slope = tl.where(is_near, 1.0 / tl.where(is_near, 1.0 + first, 1.0), 0.0)
+            u_sum = tl.where(is_near, -slope * first, -tl.exp2(of_all - log2_s))
+        else:
+            is_near = variation < 0.5
+            near = _log1p(tl.where(is_near, -variation, 0.0))
+            kd = -tl.where(is_near, near, log_s)
+            slope = tl.where(is_near, 1.0 / tl.where(is_near, 1.0 - variation, 1.0), 0.0)
+            u_sum = tl.where(is_near, slope * signed, -tl.exp2(first - log2_s))
+    kd += variation - variation
+    return kd, u_sum, slope, log2_s
+
+
+@triton.jit
+def of_row_parts(
+    student_ptr, teacher_ptr,            # in   [V]
+    V,
+    max_s, logd_s, max_t, logd_t,
+    scale, c0,
+    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+):  # fmt: skip
+    """(log2 S, first, second, variation, signed) of these classes."""
+    top = tl.full([BLOCK_V], NO_MAX, tl.float32)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    first = tl.zeros([BLOCK_V], tl.float32)
+    second = tl.zeros([BLOCK_V], tl.float32)
+    variation = tl.zeros([BLOCK_V], tl.float32)
+    signed = tl.zeros([BLOCK_V], tl.float32)
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    for i in range(num_tiles):
+        offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
+        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
+        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+        top, total, first, second, variation, signed = _added(
+            top, total, first, second, variation, signed, p, q, d, log2_p, log2_q, c0, DIVERGENCE
+        )  # fmt: skip
+    return _summed(top, total, first, second, variation, signed, DIVERGENCE)
 
 
 @triton.jit
@@ -87,68 +193,23 @@ def of_row_sums(
     scale, c0, c1,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
-    """The divergence, sum u, and what `of_row_terms` takes of the row.
+    """The divergence, sum u, and what `of_row_terms` takes of the row."""
+    log2_s, first, second, variation, signed = of_row_parts(
+        student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t, scale, c0,
+        DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+    )  # fmt: skip
+    return _value(log2_s, first, second, variation, signed, c0, c1, DIVERGENCE)
 
-    S is summed relative to the largest addend that a lane has seen.
-    """
-    top = tl.full([BLOCK_V], NO_MAX, tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    excess = tl.zeros([BLOCK_V], tl.float32)
-    second_order = tl.zeros([BLOCK_V], tl.float32)
-    distance = tl.zeros([BLOCK_V], tl.float32)
-    kl = tl.zeros([BLOCK_V], tl.float32)
-    num_tiles = tl.cdiv(V, BLOCK_V)
-    for i in range(num_tiles):
-        offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        gap = tl.where(d == 0, 0.0, p - q)
-        distance += 0.5 * tl.abs(gap)
-        if DIVERGENCE == "lk_hybrid":
-            kl += tl.where(p == 0, 0.0, LN2 * p * d)
-        else:
-            log = _log2_addend(d, log2_p, log2_q, c0, DIVERGENCE)
-            higher = tl.maximum(top, log)
-            total = total * tl.exp2(top - higher) + tl.exp2(log - higher)
-            top = higher
-            if DIVERGENCE == "renyi":
-                more = _renyi_excess(q, d, log, c0)
-                excess += more
-                second_order += more - c0 * gap
-    variation = tl.sum(distance, axis=0)
-    most = tl.max(top, axis=0)
-    is_near = True
-    log2_s = 0.0
-    if DIVERGENCE == "lk_hybrid":
-        factor = tl.exp2((c0 * (variation - 1.0)) * LOG2E)
-        kl_sum = tl.sum(kl, axis=0)
-        kd = tl.where(kl_sum > 0, factor * kl_sum, 0.0) + (1.0 - factor) * variation
-    else:
-        total_sum = tl.sum(total * tl.exp2(top - most), axis=0)
-        log2_s = most + tl.log2(total_sum)
-        log_s = LN2 * log2_s
-        if DIVERGENCE == "renyi":
-            is_near = tl.abs(log_s) < 0.5
-            excess_sum = tl.sum(excess, axis=0)
-            near = _log1p(tl.where(is_near, tl.sum(second_order, axis=0), 0.0))
-            kd = c1 * tl.where(is_near, near, log_s)
-            kd = tl.where(most == INF, INF, kd)
-            factor = 1.0 / tl.where(is_near, 1.0 + excess_sum, 1.0)
-        else:
-            is_near = variation < 0.5
-            near = _log1p(tl.where(is_near, -variation, 0.0))
-            kd = -tl.where(is_near, near, log_s)
-            factor = 1.0 / tl.where(is_near, 1.0 - variation, 1.0)
-        kd = tl.where(total_sum == 0, INF, kd)  # no class has a probability on both sides
-        log2_s = tl.where(total_sum == 0, 0.0, log2_s)
-    kd += variation - variation  # a NaN is no class that has less than another
-    log2_s += variation - variation
-    u_sum = tl.zeros([BLOCK_V], tl.float32)
-    for i in range(num_tiles):
-        offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        u_sum += of_row_terms(p, q, d, log2_p, log2_q, c0, is_near, factor, log2_s, DIVERGENCE)
-    return kd, tl.sum(u_sum, axis=0), is_near, factor, log2_s
+
+@triton.jit
+def of_list(p, q, d, log2_p, log2_q, c0, c1, DIVERGENCE: tl.constexpr):
+    """The divergence and u of a row that is all there."""
+    zeros = tl.zeros_like(p)
+    top, total, first, second, variation, signed = _added(
+        zeros + NO_MAX, zeros, zeros, zeros, zeros, zeros, p, q, d, log2_p, log2_q, c0, DIVERGENCE
+    )  # fmt: skip
+    log2_s, first, second, variation, signed = _summed(
+        top, total, first, second, variation, signed, DIVERGENCE
+    )  # fmt: skip
+    kd, _, slope, log2_s = _value(log2_s, first, second, variation, signed, c0, c1, DIVERGENCE)
+    return kd, of_row_terms(p, q, d, log2_p, log2_q, c0, slope, log2_s, DIVERGENCE)

@@ -15,8 +15,10 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import RowConfig, row_config
 from modxfer_fast.kernels.kd_loss.stages import MORE, PART
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
-from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms, probabilities
+from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
+from modxfer_fast.kernels.kd_loss.triton_divergences import LN2, class_terms, probabilities
 from modxfer_fast.kernels.kd_loss.triton_impl import _spec_args
+from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_parts, of_row_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
 
 
@@ -73,12 +75,12 @@ def _kd_loss_stats_kernel(
 def _kd_loss_sums_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     stats_ptr,                           # in   [M, 6], fp32
-    sums_ptr,                            # out  [M, 2], fp32
+    sums_ptr,                            # out  [M, 2], or [M, 5] of a function of sums, fp32
     V,
     stride_sm, stride_tm,
     scale, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
-    BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Every lane, the owner of VECTOR neighbouring columns, has sums of its own.
 
@@ -93,20 +95,34 @@ def _kd_loss_sums_kernel(
     logd_s = tl.load(stats_ptr + 1)
     max_t = tl.load(stats_ptr + 2)
     logd_t = tl.load(stats_ptr + 3)
-    LANES: tl.constexpr = BLOCK_V // VECTOR
-    f_sum = tl.zeros([LANES], tl.float32)
-    u_sum = tl.zeros([LANES], tl.float32)
-    offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    for i in range(tl.cdiv(V, BLOCK_V)):
-        offs_v = i * BLOCK_V + offs_lane
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
-        p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        f, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
-        f_sum += tl.sum(f, axis=1)
-        u_sum += tl.sum(u, axis=1)
-    tl.store(sums_ptr + row * 2, tl.sum(f_sum, axis=0))
-    tl.store(sums_ptr + row * 2 + 1, tl.sum(u_sum, axis=0))
+    if ROW_SUMS == "of_row":
+        log2_s, first, second, variation, signed = of_row_parts(
+            student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t, scale, c0,
+            DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+        )  # fmt: skip
+        if DIVERGENCE == "negative_log_acceptance":
+            first *= LN2
+        sums_ptr += row * 5
+        tl.store(sums_ptr + 0, log2_s * LN2)
+        tl.store(sums_ptr + 1, first)
+        tl.store(sums_ptr + 2, second)
+        tl.store(sums_ptr + 3, variation)
+        tl.store(sums_ptr + 4, signed)
+    else:
+        LANES: tl.constexpr = BLOCK_V // VECTOR
+        f_sum = tl.zeros([LANES], tl.float32)
+        u_sum = tl.zeros([LANES], tl.float32)
+        offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        for i in range(tl.cdiv(V, BLOCK_V)):
+            offs_v = i * BLOCK_V + offs_lane
+            z_s = load_bent(student_ptr, offs_v, V, BEND_S)
+            z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+            p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
+            f, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
+            f_sum += tl.sum(f, axis=1)
+            u_sum += tl.sum(u, axis=1)
+        tl.store(sums_ptr + row * 2, tl.sum(f_sum, axis=0))
+        tl.store(sums_ptr + row * 2 + 1, tl.sum(u_sum, axis=0))
 
 
 @triton.jit
@@ -114,14 +130,14 @@ def _kd_loss_write_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     labels_ptr,                          # in   [M], int64
     row_weights_ptr,                     # in   [M], fp32
-    stats_ptr,                           # in   [M, 6], fp32
+    stats_ptr,                           # in   [M, 6], or [M, 8] of a function of sums, fp32
     dlogits_ptr,                         # out  [M, V]
     V, classes,
-    stride_sm, stride_tm, stride_lm, stride_wm, stride_dm,
+    stride_sm, stride_tm, stride_lm, stride_wm, stride_am, stride_dm,
     kd_weight, ce_weight, smoothing, z_loss_weight,
     scale, inv_temperature, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr,
-    UNIT_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, HAS_CE: tl.constexpr, SMOOTHS: tl.constexpr,
+    HAS_Z: tl.constexpr, ROW_SUMS: tl.constexpr, BLOCK_V: tl.constexpr,
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """Pass 3 of triton_impl.py, left to right; other ranks have more classes of a row.
@@ -134,13 +150,18 @@ def _kd_loss_write_kernel(
     dlogits_ptr += row * stride_dm
     label = _local_label(labels_ptr, row, stride_lm, HAS_CE)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
-    stats_ptr += row * 6
+    stats_ptr += row * stride_am
     max_s = tl.load(stats_ptr + 0)
     logd_s = tl.load(stats_ptr + 1)
     max_t = tl.load(stats_ptr + 2)
     logd_t = tl.load(stats_ptr + 3)
     u_sum = tl.load(stats_ptr + 4)
     logd_1 = tl.load(stats_ptr + 5)
+    slope = 1.0
+    log2_s = 0.0
+    if ROW_SUMS == "of_row":
+        slope = tl.load(stats_ptr + 6)
+        log2_s = tl.load(stats_ptr + 7) * LOG2E
     counts = row_weight != 0  # an ignored row may hold anything and is not read
     kd_factor = row_weight * kd_weight * inv_temperature
     ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
@@ -153,18 +174,18 @@ def _kd_loss_write_kernel(
         z_s = load_bent(student_ptr, offs_v, of_row, BEND_S)
         z_t = load_bent(teacher_ptr, offs_v, of_row, BEND_T)
         p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
-        _, u = divergence_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE)
+        if ROW_SUMS == "of_row":
+            u = of_row_terms(p, q, d, log2_p, log2_q, c0, slope, log2_s, DIVERGENCE)
+        else:
+            _, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
         dlogits = kd_factor * (u - q * u_sum)
         if HAS_CE or HAS_Z:
-            q_1 = q
-            if not UNIT_TEMPERATURE:
-                q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
-            dlogits += q_1_factor * q_1
-            if SMOOTHS:
-                dlogits -= ce_factor * smoothing / classes
-            if HAS_CE:
-                of_label = ce_factor * (1.0 - smoothing)
-                dlogits = tl.where(offs_v == label, dlogits - of_label, dlogits)
+            # at temperature 1 too, where q may be of some of the classes
+            q_1 = tl.exp2((z_s - max_s - logd_1) * LOG2E)
+            dlogits = add_hard_dlogits(
+                dlogits, q_1, offs_v == label, q_1_factor, ce_factor, smoothing, classes,
+                HAS_CE, SMOOTHS, HAS_Z,
+            )  # fmt: skip
         dlogits = tl.where(counts, unbend(dlogits, z_s, BEND_S), 0.0)
         # without this barrier one warp may overwrite logits that another has yet to load
         tl.debug_barrier()
@@ -182,7 +203,7 @@ def kd_loss_stats(
     parts = student_logits.new_empty(len(student_logits), width, dtype=torch.float32)
     config = _config(student_logits, teacher_logits)
     args: dict[str, Any] = _spec_args(spec)
-    for unread in ("c0", "c1", "c2", "c3", "DIVERGENCE"):
+    for unread in ("c0", "c1", "c2", "c3", "DIVERGENCE", "PARTS"):
         del args[unread]
     has_ce = labels is not None and spec.ce_weight != 0.0
     _launch(
@@ -203,7 +224,7 @@ def kd_loss_stats(
 def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
-    sums = stats.new_empty(len(stats), 2)
+    sums = stats.new_empty(len(stats), 2 if spec.record.whole is None else 5)
     config = _config(student_logits, teacher_logits)
     args: dict[str, Any] = _spec_args(spec)
     for unread in ("inv_temperature", "UNIT_TEMPERATURE"):
@@ -211,6 +232,7 @@ def kd_loss_sums(
     _launch(
         *(_kd_loss_sums_kernel, config, student_logits, teacher_logits, spec),
         *(stats, sums),
+        ROW_SUMS=spec.record.row_sums,
         VECTOR=config.vector,
         **args,
     )
@@ -231,13 +253,16 @@ def kd_loss_write(
     has_ce = labels is not None and spec.ce_weight != 0.0
     config = _config(student_logits, teacher_logits)
     args: dict[str, Any] = _spec_args(spec)
+    del args["UNIT_TEMPERATURE"]
     _launch(
         *(_kd_loss_write_kernel, config, student_logits, teacher_logits, spec),
         *(labels, row_weights, stats, dlogits),
         classes=classes,
         stride_lm=0 if labels is None else labels.stride(0),
         stride_wm=row_weights.stride(0),
+        stride_am=stats.stride(0),
         stride_dm=dlogits.stride(0),
+        ROW_SUMS=spec.record.row_sums,
         kd_weight=spec.kd_weight,
         ce_weight=spec.ce_weight,
         smoothing=spec.label_smoothing,

@@ -21,12 +21,14 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
-from modxfer_fast.kernels.kd_loss.triton_divergences import divergence_terms
+from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
+from modxfer_fast.kernels.kd_loss.triton_divergences import class_terms
 from modxfer_fast.kernels.kd_loss.triton_impl import (
     _load_label,
     _row_outputs,
     _spec_args,
 )
+from modxfer_fast.kernels.kd_loss.triton_of_row import of_list
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent
 
 _WORD = 32
@@ -35,19 +37,23 @@ P_ROUNDING = tl.constexpr(ROUNDING)
 
 @triton.jit
 def _load_others(row_ptr, listed_ptr, offs_v, V, BEND: tl.constexpr):
-    """fp32 logits as the model gives them; -inf at classes that are listed and past the row."""
+    """fp32 logits as the model gives them, and which classes are others; -inf at those that are not
+    and past the row."""
     z = load_bent(row_ptr, offs_v, V, BEND)
     word = tl.load(listed_ptr + offs_v // 32, mask=offs_v < V, other=0)
-    return tl.where((word >> (offs_v % 32)) & 1 != 0, -float("inf"), z)
+    is_listed = (word >> (offs_v % 32)) & 1 != 0
+    return tl.where(is_listed, -float("inf"), z), (offs_v < V) & (is_listed == 0)
 
 
 @triton.jit
 def _others_stats(
     student_ptr, listed_ptr,             # in   [V], [V / 32]
     V, scale,                            # scale = log2(e) / temperature
-    NEEDS_D_1: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
+    NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1: (max, d, d_1) of the others, every lane for itself.
+    """Pass 1: (max, d, d_1) of the others, every lane for itself; and where it smooths, the sum of
+    z - max.
 
     Right to left: the next pass begins with the tiles that this one leaves in the cache.
     """
@@ -55,16 +61,21 @@ def _others_stats(
     m = tl.full([LANES], NO_MAX, tl.float32)
     d = tl.zeros([LANES], tl.float32)
     d_1 = tl.zeros([LANES], tl.float32)
+    x_sum = tl.zeros([LANES], tl.float32)
+    count = tl.zeros([LANES], tl.float32)
     offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + offs_lane
-        z = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
+        z, is_other = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
         m_new = tl.maximum(m, tl.max(z, axis=1))
         rise = m_new - m
         x = z - m_new[:, None]
         if NEEDS_D_1:
             d_1 = d_1 * tl.exp2(-rise * LOG2E) + tl.sum(tl.exp2(x * LOG2E), axis=1)
+        if SMOOTHS:
+            x_sum += tl.sum(tl.where(is_other, x, 0.0), axis=1) - rise * count
+            count += tl.sum(tl.where(is_other, 1.0, 0.0), axis=1)
         d = d * tl.exp2(-rise * scale) + tl.sum(tl.exp2(x * scale), axis=1)
         m = m_new
     top = tl.max(m, axis=0)
@@ -73,7 +84,7 @@ def _others_stats(
     sum_1 = sum_d
     if NEEDS_D_1:
         sum_1 = tl.sum(d_1 * tl.exp2(-rise * LOG2E), axis=0)
-    return top, sum_d, sum_1
+    return top, sum_d, sum_1, tl.sum(x_sum - rise * count, axis=0)
 
 
 @triton.jit
@@ -83,12 +94,14 @@ def _topk_kd_loss_kernel(
     listed_ptr,                          # in   [M, W], int32, a bit a class
     labels_ptr, row_weights_ptr,         # in   [M]; int64, fp32
     kd_ptr, ce_ptr,                      # out  [M], fp32
+    lse_ptr,                             # out  [M, 1], fp32, or None
     dlogits_ptr,                         # out  [M, V]
     V, K,
     stride_sm, stride_bm, stride_lm, stride_wm, stride_dm,
-    kd_weight, ce_weight, missing,
+    kd_weight, ce_weight, smoothing, z_loss_weight, missing,
     scale, inv_temperature, c0, c1, c2, c3,
-    DIVERGENCE: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr, HAS_CE: tl.constexpr,
+    SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr, HAS_LSE: tl.constexpr,
     UNIT_TEMPERATURE: tl.constexpr, TAIL: tl.constexpr, HAS_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
@@ -110,10 +123,11 @@ def _topk_kd_loss_kernel(
     z_k = bend(z_k, BEND)
     log2_p = tl.load(log_p_ptr + row * K + offs_k, mask=is_listed, other=-float("inf")) * LOG2E
 
-    NEEDS_D_1: tl.constexpr = HAS_CE and not UNIT_TEMPERATURE
-    max_o, d_o, d_o1 = _others_stats(
-        student_ptr, listed_ptr, V, scale, NEEDS_D_1, BLOCK_V, VECTOR, BEND
+    NEEDS_D_1: tl.constexpr = (HAS_CE or HAS_Z or HAS_LSE) and not UNIT_TEMPERATURE
+    max_o, d_o, d_o1, x_sum = _others_stats(
+        student_ptr, listed_ptr, V, scale, NEEDS_D_1, SMOOTHS, BLOCK_V, VECTOR, BEND
     )  # fmt: skip
+    num_listed = tl.sum(is_listed.to(tl.int32), axis=0)
     max_all = tl.maximum(max_o, tl.max(z_k, axis=0))
     below = max_o - max_all
     x_k = z_k - max_all
@@ -124,13 +138,17 @@ def _topk_kd_loss_kernel(
     ce = 0.0
     if HAS_CE:
         ce = tl.where(label >= 0, logd_1 - (z_label - max_all), 0.0)
+        if SMOOTHS:
+            x_sum += (V - num_listed) * below + tl.sum(tl.where(is_listed, x_k, 0.0), axis=0)
+            ce += tl.where(label >= 0, smoothing * ((logd_1 - x_sum / V) - ce), 0.0)
     tl.store(ce_ptr + row, ce)
+    if HAS_LSE:
+        tl.store(lse_ptr + row, max_all + logd_1)
 
     log2_q = x_k * scale - logd * LOG2E
     if TAIL == "bucket":
         log2_tail = tl.load(log_tail_ptr + row) * LOG2E
         # nothing of the student's is left, and of the teacher's no more than rounding
-        num_listed = tl.sum(is_listed.to(tl.int32), axis=0)
         is_rounding = (num_listed == V) | (tl.exp2(log2_tail) < P_ROUNDING)
         log2_tail = tl.where((d_o == 0) & is_rounding, -float("inf"), log2_tail)
         log2_q_tail = below * scale + (tl.log(d_o) - logd) * LOG2E
@@ -138,27 +156,31 @@ def _topk_kd_loss_kernel(
         log2_p = tl.where(offs_k == K, log2_tail, log2_p)
     q_k = tl.exp2(log2_q)
     p_k = tl.exp2(log2_p)
-    f_k, u_k = divergence_terms(
-        p_k, q_k, log2_p - log2_q, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE
-    )
-    if TAIL == "none":
-        u_k += missing * q_k
-    kd = tl.sum(f_k, axis=0)
+    d_k = log2_p - log2_q
+    if ROW_SUMS == "of_row":
+        kd, u_k = of_list(p_k, q_k, d_k, log2_p, log2_q, c0, c1, DIVERGENCE)
+    else:
+        f_k, u_k = class_terms(
+            p_k, q_k, d_k, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS
+        )  # fmt: skip
+        if TAIL == "none":
+            u_k += missing * q_k
+        kd = tl.sum(f_k, axis=0)
     u_sum = tl.sum(u_k, axis=0)
     # q of the others is exp2(z scale) times this
     share = tl.exp2(below * scale - logd * LOG2E)
 
-    if TAIL == "renormalise" and DIVERGENCE != "forward_kl":  # whose p is a factor
+    if TAIL == "renormalise" and ROW_SUMS != "mean_under_p":  # whose p is a factor
         f_sum = tl.zeros([BLOCK_V], tl.float32)
         u_others = tl.zeros([BLOCK_V], tl.float32)
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-            z = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
+            z, _ = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
             q = tl.exp2((z - max_o) * scale) * share
             zeros = tl.zeros([BLOCK_V], tl.float32)
-            f, u = divergence_terms(
+            f, u = class_terms(
                 zeros, q, zeros - float("inf"), zeros - float("inf"), tl.log2(q),
-                c0, c1, c2, c3, DIVERGENCE,
+                c0, c1, c2, c3, DIVERGENCE, PARTS,
             )  # fmt: skip
             f_sum += f
             u_others += u
@@ -182,39 +204,48 @@ def _topk_kd_loss_kernel(
         else:
             kd_factor = row_weight * kd_weight * inv_temperature
             ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
+            q_1_factor = ce_factor
+            if HAS_Z:
+                q_1_factor += 2.0 * row_weight * z_loss_weight * (max_all + logd_1)
             of_others = -u_sum * share
             if TAIL == "bucket":
                 u_tail = tl.sum(tl.where(offs_k == K, u_k, 0.0), axis=0)
                 of_others += tl.where(d_o == 0, 0.0, u_tail / d_o)
             for i in range(tl.cdiv(V, BLOCK_V)):
                 offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-                z = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
+                z, _ = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
                 e = tl.exp2((z - max_o) * scale)
                 dz = e * of_others
-                if TAIL == "renormalise" and DIVERGENCE != "forward_kl":
+                if TAIL == "renormalise" and ROW_SUMS != "mean_under_p":
                     zeros = tl.zeros([BLOCK_V], tl.float32)
-                    _, u = divergence_terms(
+                    _, u = class_terms(
                         zeros, e * share, zeros - float("inf"), zeros - float("inf"),
                         tl.log2(e * share),
-                        c0, c1, c2, c3, DIVERGENCE,
+                        c0, c1, c2, c3, DIVERGENCE, PARTS,
                     )  # fmt: skip
                     dz += u
                 dz = kd_factor * dz
-                if HAS_CE:
+                if HAS_CE or HAS_Z:
                     q_1 = e * share
                     if not UNIT_TEMPERATURE:
                         q_1 = tl.exp2((z - max_all - logd_1) * LOG2E)
-                    dz += ce_factor * tl.where(offs_v == label, q_1 - 1.0, q_1)
+                    dz = add_hard_dlogits(
+                        dz, q_1, offs_v == label, q_1_factor, ce_factor, smoothing, V,
+                        HAS_CE, SMOOTHS, HAS_Z,
+                    )  # fmt: skip
                 dz = unbend(dz, z, BEND)
                 # one warp may not overwrite logits that another has yet to load
                 tl.debug_barrier()
                 tl.store(dlogits_ptr + offs_v, dz.to(dlogits_ptr.dtype.element_ty), mask=offs_v < V)
             dz_k = kd_factor * (u_k - q_k * u_sum)
-            if HAS_CE:
+            if HAS_CE or HAS_Z:
                 q_1k = q_k
                 if not UNIT_TEMPERATURE:
                     q_1k = tl.exp2((x_k - logd_1) * LOG2E)
-                dz_k += ce_factor * tl.where(ids == label, q_1k - 1.0, q_1k)
+                dz_k = add_hard_dlogits(
+                    dz_k, q_1k, ids == label, q_1_factor, ce_factor, smoothing, V,
+                    HAS_CE, SMOOTHS, HAS_Z,
+                )  # fmt: skip
             dz_k = unbend(dz_k, z_k, BEND)
             # behind what the loop has stored there
             tl.debug_barrier()
@@ -222,10 +253,18 @@ def _topk_kd_loss_kernel(
 
 
 def topk_kd_loss_fwd(
-    student_logits: Tensor, teacher: TopKRows, labels: Tensor | None, spec: KDSpec
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
-    """Per-row losses kd, ce [M] fp32, unweighted; student_logits [M, V], last stride 1."""
-    return *_launch(student_logits, teacher, labels, None, spec, None), None
+    """Per-row losses kd, ce [M] fp32, unweighted; student_logits [M, V], last stride 1.
+
+    Args:
+        extras: [M, 1], written where given: log sum exp of the student's logits.
+    """
+    return *_launch(student_logits, teacher, labels, None, spec, None, extras), None
 
 
 def topk_kd_loss_fwd_bwd(
@@ -235,9 +274,10 @@ def topk_kd_loss_fwd_bwd(
     row_weights: Tensor,
     spec: KDSpec,
     dlogits: Tensor,
+    extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns kd, ce and writes dlogits as `triton_impl.kd_loss_bwd` does, over the logits too."""
-    return _launch(student_logits, teacher, labels, row_weights, spec, dlogits)
+    return _launch(student_logits, teacher, labels, row_weights, spec, dlogits, extras)
 
 
 def _launch(
@@ -247,6 +287,7 @@ def _launch(
     row_weights: Tensor | None,
     spec: KDSpec,
     dlogits: Tensor | None,
+    extras: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     kd, ce = _row_outputs(student_logits)
     rows, vocab_size = student_logits.shape
@@ -257,6 +298,7 @@ def _launch(
     )
     listed = _listed(teacher.ids, vocab_size)
     num_listed = teacher.ids.shape[1]
+    has_ce = labels is not None and spec.ce_weight != 0.0
     with torch.cuda.device_of(student_logits):
         _topk_kd_loss_kernel[(rows,)](
             student_logits,
@@ -268,6 +310,7 @@ def _launch(
             row_weights,
             kd,
             ce,
+            extras,
             dlogits,
             V=vocab_size,
             K=num_listed,
@@ -278,8 +321,13 @@ def _launch(
             stride_dm=0 if dlogits is None else dlogits.stride(0),
             kd_weight=spec.kd_weight,
             ce_weight=spec.ce_weight,
+            smoothing=spec.label_smoothing,
+            z_loss_weight=spec.z_loss_weight,
             missing=teacher.missing,
-            HAS_CE=labels is not None and spec.ce_weight != 0.0,
+            HAS_CE=has_ce,
+            SMOOTHS=has_ce and spec.label_smoothing != 0.0,
+            HAS_Z=spec.z_loss_weight != 0.0,
+            HAS_LSE=extras is not None,
             TAIL=teacher.tail,
             HAS_GRADIENT=dlogits is not None,
             BLOCK_V=config.block_v,

@@ -39,7 +39,9 @@ from modxfer_fast.kernels.common.composed_head import (
 )
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import ParallelHead
-from modxfer_fast.kernels.kd_loss import stages
+from modxfer_fast.kernels.common.shard import Shard
+from modxfer_fast.kernels.kd_loss import stages, topk_stages
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values
 
 OF = ("probabilities", "losses")
@@ -123,7 +125,7 @@ class TeacherMixture:
                     f"TeacherMixture: route: expected torch.int64, got {self.route.dtype}"
                 )
             of, weights = "route", self.route[..., None]
-        return Mixture(*_packed(teachers), fixed, bends, weights, of)
+        return Mixture(*_packed(teachers), fixed, bends, weights, of, "", [])
 
     def _weights(self, count: int) -> tuple[list[float], Tensor | None]:
         """Numbers, and a tensor [..., M] where the weights are one."""
@@ -166,6 +168,7 @@ class Mixture(NamedTuple):
         weights: [N, M] weights or, for "route", [N, 1] int64; [..., M] before `flat`. A tensor [M]
             serves all rows.
         of: "probabilities", "losses" or "route".
+        group, sizes: of the `Shard` whose part of the classes this is; none where it has all.
     """
 
     tensors: list[Tensor]
@@ -174,6 +177,8 @@ class Mixture(NamedTuple):
     bends: list[float]
     weights: Tensor | None
     of: str
+    group: str
+    sizes: list[int]
 
     @property
     def teachers(self) -> list[Any]:
@@ -244,6 +249,10 @@ class Mixture(NamedTuple):
     def part(self, classes: slice) -> "Mixture":
         return self._with([each.part(classes) for each in self.teachers], self.weights)
 
+    def part_of(self, shard: Shard) -> "Mixture":
+        """Of this rank's classes."""
+        return self.part(shard.span)._replace(group=shard.group, sizes=shard.sizes)
+
     def take(self, span: slice, index: Tensor | None) -> "Mixture":
         weights = self.weights
         if weights is not None:
@@ -252,7 +261,6 @@ class Mixture(NamedTuple):
 
     def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Any:
         """Logits; or `Losses` for a sum of them."""
-        self._check_values()
         if self.of == "route":
             return self._routed(buffers, tile, spec)
         if self.of == "losses":
@@ -280,12 +288,20 @@ class Mixture(NamedTuple):
             if first is None:
                 log_p = total
             scaled.copy_(logits)  # the same memory for a head
-            torch.log_softmax(scaled.div_(spec.temperature), -1, out=log_p)
+            self._log_softmax(scaled.div_(spec.temperature), log_p)
             # in logarithms: a probability below the smallest number must not become 0
             log_p += weight.to(log_p).log() if isinstance(weight, Tensor) else _log(weight)
             first = log_p if first is None else torch.logaddexp(first, log_p, out=first)
         assert first is not None
         return first.mul_(spec.temperature)
+
+    def _log_softmax(self, z: Tensor, out: Tensor) -> None:
+        """Over the classes of all ranks."""
+        if not self.sizes:
+            torch.log_softmax(z, -1, out=out)
+            return
+        of_ranks = Shard(self.group, self.sizes).gather(z.logsumexp(-1))
+        torch.sub(z, of_ranks.logsumexp(0)[:, None], out=out)
 
     def _routed(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
         assert self.weights is not None
@@ -308,11 +324,16 @@ class Mixture(NamedTuple):
         """The weight of each teacher: a number, or [m, 1]."""
         return self.numbers if self.weights is None else list(self.weights.split(1, dim=1))
 
-    def _check_values(self) -> None:
-        """On a GPU only under MODXFER_DEBUG=1."""
+    def check_values(self, spec: KDSpec, valid: Tensor | None, vocab_size: int) -> None:
+        """Raises ValueError for values of rows that count; those on a GPU under MODXFER_DEBUG=1
+        alone."""
+        for teacher in self.teachers:
+            if isinstance(teacher, Values):
+                teacher.check_values(spec, valid, vocab_size)
         weights = self.weights
         if weights is None or not (weights.device.type == "cpu" or env.debug()):
             return
+        weights = weights if valid is None else weights[valid]
         if self.of == "route":
             count = len(self.teachers)
             bad, expected = (weights < 0) | (weights >= count), f"values in [0, {count})"
@@ -368,10 +389,13 @@ def row_function(
     kernels: ModuleType, student: Any, teacher: Teacher, suffix: str
 ) -> Callable[..., Any]:
     """The function of `kernels` that reads these two; suffix is "fwd" or "fwd_bwd"."""
+    function: Callable[..., Any]
     if isinstance(student, ParallelHead):
-        in_stages = getattr(stages, f"kd_loss_{suffix}")
-        return functools.partial(in_stages, kernels, student.shard)
-    function = getattr(kernels, f"{teacher.row_kernel}_{suffix}")
+        room = topk_stages if isinstance(teacher, TeacherTopK) else stages
+        name = "topk_kd_loss" if isinstance(teacher, TeacherTopK) else "kd_loss"
+        function = functools.partial(getattr(room, f"{name}_{suffix}"), kernels, student.shard)
+    else:
+        function = getattr(kernels, f"{teacher.row_kernel}_{suffix}")
     if isinstance(teacher, Mixture) and teacher.of == "losses":
         return functools.partial(_sum_fwd if suffix == "fwd" else _sum_fwd_bwd, function)
     return function

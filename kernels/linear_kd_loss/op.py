@@ -53,7 +53,7 @@ from modxfer_fast.kernels.common.parallel_head import ParallelHead, Weight
 from modxfer_fast.kernels.common.rows import Launch, Rows, Tokens
 from modxfer_fast.kernels.common.streamed_op import StreamedOp, inputs_of
 from modxfer_fast.kernels.divergences import DivergenceOption
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, refuse_options
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss import parallel
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture, refuse_without_logits
 from modxfer_fast.kernels.linear_kd_loss.teachers import (
@@ -379,8 +379,6 @@ def _computed(
         raise ValueError(
             "by_products: expected one teacher's probabilities, got a TeacherMixture of losses"
         )
-    if isinstance(teacher, TeacherTopK):
-        refuse_options(spec)
     refuse_without_logits(teacher, spec)
     tokens.check(spec.ce_weight, hidden, student.hidden)
     launch.check()
@@ -560,6 +558,8 @@ for suffix, kind in (
     ("_of_tiles", ComposedHead),
     ("_of_values", Values),
     ("_of_ranks", ParallelHead),
+    ("_of_mixture", Mixture),
 ):
     streamed(f"linear_kd_loss{suffix}_in_ranks", ParallelHead, kind)
+streamed("linear_topk_kd_loss_in_ranks", ParallelHead, TeacherTopK)
 streamed("linear_cross_entropy_in_ranks", ParallelHead, NoTeacher)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.common.composed_head import ComposedHead
-from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import ParallelHead
 from modxfer_fast.kernels.common.rows import Launch, Rows
 from modxfer_fast.kernels.common.shard import agree, awaited
-from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher, Values
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
+from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher
 
 Result = TypeVar("Result")
 
@@ -34,30 +34,24 @@ def told_to_ranks(loss: Callable[..., Result]) -> Callable[..., Result]:
 def teacher_beside(student: Any, teacher: Any) -> Any:
     """The teacher of the classes that this rank has of the student's.
 
-    One that is divided in another way stays what it is, until `teacher_moved`.
-
-    Raises:
-        ValueError: a kind that has no part.
+    One that is divided in another way stays what it is, until `teacher_moved`, and so does one that
+    lists classes.
     """
-    if not isinstance(student, ParallelHead) or isinstance(teacher, NoTeacher):
+    if not isinstance(student, ParallelHead) or isinstance(teacher, (NoTeacher, TeacherTopK)):
         return teacher
     if isinstance(teacher, ParallelHead):
         return teacher.inner if teacher.sizes == student.sizes else teacher
-    if not isinstance(teacher, (Head, ComposedHead, Values)):
-        raise ValueError(
-            "student_weight: expected a whole one beside a "
-            f"{type(teacher).__name__}, got a VocabParallelWeight, whose teachers are heads, "
-            "TeacherLogits, TeacherLogProbs and TeacherProbs"
-        )
+    if isinstance(teacher, Mixture):
+        return teacher.part_of(student.shard)
     return teacher.part(student.shard.span)
 
 
 def refuse_options(spec: KDSpec, launch: Launch) -> None:
     """Raises ValueError for an option that a head divided over ranks does not have."""
-    if spec.record.terms is None or len(spec.parts) > 1:
+    if spec.record.row_sums == "of_logits":
         raise ValueError(
-            "divergence: expected a single one that is a sum over the classes, beside a "
-            f"VocabParallelWeight, got {spec.record.name!r}, {spec.record.formula}"
+            "divergence: expected one of probabilities beside a VocabParallelWeight, whose ranks "
+            f"tell each other nothing of logits, got {spec.record.name!r}, {spec.record.formula}"
         )
     if launch.filter_eps is not None:
         raise ValueError(
@@ -85,9 +79,9 @@ def agree_on(
         "VocabParallelWeight: sizes": student.sizes,
         "student_hidden": (tuple(hidden.shape), hidden.dtype),
         "student_weight": student.weight.dtype,
-        "teacher": [type(teacher).__name__, *_kinds(teacher)],
+        "teacher": _kinds(teacher),
         "gradients asked for": sorted(wanted),
-        "options of the loss": (spec.names(), spec.values(), rows.ignore_index),
+        "options of the loss": (spec.names(), rows.ignore_index),
         **launch,
     }
     if hidden.device.type == "cpu":
@@ -95,12 +89,20 @@ def agree_on(
         counted = None if labels is None else int((labels * (labels + 1)).sum())
         arguments["labels"] = (counted, rows.num_valid)
         arguments["token_weights"] = float(rows.row_weights.sum())
-    agree(student.shard, arguments, hidden.device)
+        if isinstance(teacher, TeacherTopK):
+            arguments["teacher_ids"] = int((teacher.ids.long() * (teacher.ids + 1)).sum())
+    agree(student.shard, arguments, spec.options(), hidden.device)
 
 
 def _kinds(teacher: Any) -> list[Any]:
-    return [
-        (value.dtype, value.dim()) if isinstance(value, Tensor) else value
-        for name, value in zip(teacher._fields, teacher, strict=True)
-        if name not in ("parts", "quantized", "hidden")
-    ] + [tuple(teacher.hidden.shape) if hasattr(teacher, "hidden") else None]
+    if isinstance(teacher, Mixture):
+        weights = None if teacher.weights is None else tuple(teacher.weights.shape)
+        of_all = [teacher.of, teacher.numbers, teacher.bends, weights]
+        return [*of_all, *map(_kinds, teacher.teachers)]
+    found: list[Any] = [type(teacher).__name__]
+    for name, value in zip(teacher._fields, teacher, strict=True):
+        if name == "hidden" or (isinstance(teacher, TeacherTopK) and isinstance(value, Tensor)):
+            found.append((value.dtype, tuple(value.shape)))
+        elif name not in ("parts", "quantized"):
+            found.append((value.dtype, value.dim()) if isinstance(value, Tensor) else value)
+    return found

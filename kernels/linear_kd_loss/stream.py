@@ -27,11 +27,12 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec, gemm, packing
 from modxfer_fast.kernels.common.chunks import ChunkPlan, budget_for, spans
 from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.common.parallel_head import ParallelHead
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch, slab_buffer
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, topk_by_products
 from modxfer_fast.kernels.linear_kd_loss.class_filter import ClassFilter
-from modxfer_fast.kernels.linear_kd_loss.mixture import row_function
+from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture, row_function
 from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher, Values
 
 
@@ -146,6 +147,7 @@ def stream(
     num_extras = num_found or int(spec.z_loss_weight != 0.0)
     found = weights.new_zeros(len(weights), num_found)
     row_kernel = row_function(kernels, student, teacher, "fwd_bwd" if wanted else "fwd")
+    shard = student.shard if isinstance(student, ParallelHead) else None
     gradient = None
     if wanted:
         gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)
@@ -157,9 +159,9 @@ def stream(
         signal = taught.signal(z_t, plan.tile, spec)
         extras = weights.new_empty(len(logits), num_extras) if num_extras else None
         more = () if extras is None else (extras,)
-        if extras is not None and isinstance(taught, TeacherTopK):
-            topk_by_products(kernels, logits, taught, part.labels, spec, extras)
-            more = ()  # its row kernels have none
+        if extras is not None and by_products and isinstance(taught, TeacherTopK):
+            topk_by_products(kernels, shard, logits, taught, part.labels, spec, extras)
+            more = ()  # its row kernels have the first alone
         if not wanted:
             kd_rows, ce_rows, _ = row_kernel(logits, signal, part.labels, spec, *more)
         else:
@@ -208,6 +210,8 @@ def stream(
 
 def _row_bytes(teacher: Teacher, columns: int) -> int:
     """Of a row that `take` copies, where a rank has so many classes."""
+    if isinstance(teacher, Mixture):
+        return sum(_row_bytes(each, columns) for each in teacher.teachers)
     if isinstance(teacher, Values) and teacher.ids is None:
         return columns * teacher.values.itemsize
     return teacher.row_bytes()

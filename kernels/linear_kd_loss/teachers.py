@@ -20,9 +20,11 @@ from torch import Tensor
 
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import KDSpec, check_float, check_same_device, packing
+from modxfer_fast.kernels.common.chunks import spans
 from modxfer_fast.kernels.common.composed_head import head_of
 
 _COLUMNS = 4096  # of a teacher's classes that are gathered at once
+_ROWS = 64  # whose values are checked at once
 _OF_STUDENT = ("lse", "label_log_prob", "label_is_top", "student_entropy")
 # Of each row kernel, which fields of `op.ByProducts` there are, in the order of extras.
 BY_PRODUCTS = {
@@ -247,6 +249,25 @@ class Values(NamedTuple):
             )
         check_same_device(name, self.values, "student_hidden", student.hidden)
 
+    def check_values(self, spec: KDSpec, valid: Tensor | None, vocab_size: int) -> None:
+        """Raises ValueError for values of rows that count which are no probabilities; those on a
+        GPU under MODXFER_DEBUG=1 alone. A NaN is a broken model, whose loss is NaN."""
+        if self.holds == "logits" or not (self.values.device.type == "cpu" or env.debug()):
+            return
+        rounding = 4 * torch.finfo(self.values.dtype).eps
+        top, expected = (0.0, "at most 0") if self.holds == "log_probs" else (1.0, "in [0, 1]")
+        for rows in spans(len(self.values), _ROWS):
+            values = self.values[rows]
+            bad = values > top + rounding
+            if self.holds == "probs":
+                bad |= values < 0.0
+            if valid is not None:
+                bad &= valid[rows, None]
+            if bad.any():
+                raise ValueError(
+                    f"teacher_{self.holds}: expected values {expected}, got {values[bad][0].item()}"
+                )
+
     def flat(self, rows: int) -> "Values":
         return self._replace(values=self.values.reshape(rows, self.values.shape[-1]))
 
@@ -260,7 +281,6 @@ class Values(NamedTuple):
 
     def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
         values = self.values
-        self._check_values()
         if not self.num_buffers:
             return packing.row_major(values)
         out = buffers[0][: values.shape[0]]
@@ -271,21 +291,6 @@ class Values(NamedTuple):
                 columns = slice(start, start + _COLUMNS)
                 out[:, columns] = values.index_select(1, self.ids[columns])
         return out.log_() if self.holds == "probs" else out
-
-    def _check_values(self) -> None:
-        """On a GPU only under MODXFER_DEBUG=1. A NaN is a broken model, whose loss is NaN."""
-        values = self.values
-        if self.holds == "logits" or not (values.device.type == "cpu" or env.debug()):
-            return
-        rounding = 4 * torch.finfo(values.dtype).eps
-        top, expected = (0.0, "at most 0") if self.holds == "log_probs" else (1.0, "in [0, 1]")
-        bad = values > top + rounding
-        if self.holds == "probs":
-            bad |= values < 0.0
-        if bad.any():
-            raise ValueError(
-                f"teacher_{self.holds}: expected values {expected}, got {values[bad][0].item()}"
-            )
 
     def row_bytes(self) -> int:
         return self.values.shape[-1] * self.values.itemsize

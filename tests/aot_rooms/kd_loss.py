@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.divergences import DIVERGENCES, DivergenceOption
 from modxfer_fast.kernels.kd_loss import triton_impl
 
 FUNCTIONS = ("kd_loss_fwd", "kd_loss_bwd", "kd_loss_fwd_bwd")
@@ -23,6 +23,16 @@ OBJECTIVES = {"kd": (0.0, 1.0), "kd+ce": (0.5, 1.0), "kd+ce-t2": (0.5, 2.0)}
 BENT = {"student_softcap": 30.0, "teacher_logit_scale": 0.0625}
 # beside the last: label smoothing, z-loss and by-products
 ALL = "all-t2"
+
+
+# all but functions of a sum
+SUMS = [r.name for r in DIVERGENCES.values() if r.terms is not None]
+
+
+def option_of(divergence: str) -> DivergenceOption:
+    """Of "a+b" the weights."""
+    names = divergence.split("+")
+    return dict.fromkeys(names, 1.0) if len(names) > 1 else divergence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +58,7 @@ class Case:
         named = "kd+ce" if is_bent else "kd+ce-t2" if has_all else self.objective
         ce_weight, temperature = OBJECTIVES[named]
         bends = BENT if is_bent else {}
-        names = self.divergence.split("+")
-        divergence = dict.fromkeys(names, 1.0) if len(names) > 1 else self.divergence
+        divergence = option_of(self.divergence)
         spec = KDSpec(divergence, None, temperature, 1.0, ce_weight, **bends).checked()
         if has_all:
             spec = dataclasses.replace(spec, label_smoothing=0.1, z_loss_weight=1e-4)

@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 
 import torch
-from aot_rooms.kd_loss import DTYPES, OBJECTIVES
+from aot_rooms.kd_loss import ALL, DTYPES, OBJECTIVES, SUMS, option_of
 
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_topk
 from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 
@@ -34,8 +33,13 @@ class Case:
 
     def launch(self) -> None:
         logits_dtype, dlogits_dtype = DTYPES[self.dtypes]
-        ce_weight, temperature = OBJECTIVES[self.objective]
-        spec = KDSpec(self.divergence, temperature=temperature, ce_weight=ce_weight).checked()
+        has_all = self.objective == ALL
+        ce_weight, temperature = OBJECTIVES["kd+ce-t2" if has_all else self.objective]
+        divergence = option_of(self.divergence)
+        spec = KDSpec(divergence, temperature=temperature, ce_weight=ce_weight).checked()
+        if has_all:
+            spec = dataclasses.replace(spec, label_smoothing=0.1, z_loss_weight=1e-4)
+        lse = torch.empty(self.rows, 1, device="meta") if has_all else None
         student = torch.empty(self.rows, self.vocab_size, dtype=logits_dtype, device="meta")
         ids = torch.empty(self.rows, self.k, dtype=torch.int64, device="meta")
         log_probs, weights = torch.empty(ids.shape, device="meta"), ids.new_empty(self.rows).float()
@@ -43,14 +47,14 @@ class Case:
         teacher = TopKRows(ids, log_probs, log_tail, self.tail)
         labels = ids.new_empty(self.rows) if ce_weight else None
         if self.function == "topk_kd_loss_fwd":
-            triton_topk.topk_kd_loss_fwd(student, teacher, labels, spec)
+            triton_topk.topk_kd_loss_fwd(student, teacher, labels, spec, lse)
         else:
             dlogits = torch.empty_like(student, dtype=dlogits_dtype)
-            triton_topk.topk_kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits)
+            triton_topk.topk_kd_loss_fwd_bwd(student, teacher, labels, weights, spec, dlogits, lse)
 
 
 def all_cases() -> list[Case]:
-    products = itertools.product(FUNCTIONS, DIVERGENCES, TAILS, OBJECTIVES, DTYPES)
+    products = itertools.product(FUNCTIONS, SUMS, TAILS, OBJECTIVES, DTYPES)
     return [Case(*parts) for parts in products if parts[1:3] != ("reverse_kl", "renormalise")]
 
 
@@ -61,4 +65,5 @@ def core_cases() -> list[Case]:
         for divergence, tail in (("forward_kl", "bucket"), ("jsd", "renormalise"))
         for rest in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
     ]
+    cases.append(Case("topk_kd_loss_fwd_bwd", "forward_kl+jsd", "renormalise", ALL, "fp32-bf16"))
     return [*cases, Case("topk_kd_loss_fwd", "forward_kl", "bucket", "kd", "fp32-bf16")]

@@ -120,7 +120,7 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   const Real tolerance = 2e-5L;
 
   Row q(V), u(V), dlogits(V), in_place(V);
-  modxfer::KdScratch scratch{q.data(), u.data(), nullptr};
+  modxfer::KdScratch scratch{q.data(), u.data()};
   modxfer::KdStats stats;
   modxfer::KdExtras extras;
   for (const bool has_extras : {true, false}) {
@@ -139,8 +139,8 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   }
 
   Row q_again(V), u_again(V), dlogits_again(V);
-  modxfer::KdScratch again{q_again.data(), u_again.data(), nullptr};
-  kernels.recompute(student.data(), teacher.data(), V, spec, stats, again);
+  modxfer::KdScratch again{q_again.data(), u_again.data()};
+  kernels.recompute(student.data(), teacher.data(), V, spec, stats, nullptr, again);
   kernels.grad(student.data(), V, label, row_weight, spec, stats, again, dlogits_again.data());
   for (int64_t i = 0; i < V; ++i) {
     expect_near(dlogits_again[i], truth.dlogits[i], tolerance, kernels.isa, "recomputed dlogits", V,

@@ -12,7 +12,6 @@ from modxfer_fast import (
     LoraWeight,
     QuantizedWeight,
     TeacherTopK,
-    kd_loss,
     linear_cross_entropy,
     linear_kd_loss,
     linear_kd_loss_terms,
@@ -302,16 +301,3 @@ def test_by_products_beside_listed_classes(tail, temperature, cap, backend):
         assert not got.requires_grad
         want = torch.where(labels != -100, value, 0.0)
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("name", ["label_smoothing", "z_loss_weight"])
-def test_listed_classes_have_no_smoothing_and_no_z_loss(name):
-    z, labels = randn(N, V, seed=1), masked_labels(N, V)
-    teacher = topk_of(randn(N, V, seed=2), 3)
-    hidden, weight = torch.ones(N, D), torch.ones(V, D)
-    options = {"labels": labels, "ce_weight": 1.0, name: 0.1}
-    message = f"^{name}: expected 0.0 beside a TeacherTopK, whose rows do not compute it, got 0.1"
-    with pytest.raises(ValueError, match=message):
-        kd_loss(z, teacher, **options)
-    with pytest.raises(ValueError, match=message):
-        linear_kd_loss(hidden, weight, teacher, **options)

@@ -10,7 +10,7 @@ from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import BACKENDS
-from tests.support.kd_rows import SUMS_OVER_CLASSES
+from tests.support.kd_rows import OF_PROBABILITIES
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -18,11 +18,12 @@ pytestmark = [
 ]
 N, V, CLASSES = 7, 150, 400
 HARD = {"label_smoothing": 0.1, "z_loss_weight": 0.01}
+SUM = {"forward_kl": 0.7, "jsd": 0.25, "total_variation": 2.0}
 BENDS = {"student_softcap": 6.0, "teacher_logit_scale": 1.5}
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("divergence", SUMS_OVER_CLASSES)
+@pytest.mark.parametrize("divergence", [*OF_PROBABILITIES, SUM], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0], ids=lambda t: f"T{t}")
 @pytest.mark.parametrize("hard", [{}, HARD], ids=["plain", "hard"])
 @pytest.mark.parametrize("bends", [{}, BENDS], ids=["straight", "bent"])
@@ -46,10 +47,14 @@ def test_each_stage(dtype, bends, hard, temperature, divergence, backend):
         kernels = dispatch.load("kd_loss", name)
         z_s, z_t = student.to(wide), teacher.to(wide)
         parts = kernels.kd_loss_stats(z_s, z_t, labels, spec, True)
-        sums = kernels.kd_loss_sums(z_s, z_t, stats.to(wide), spec)
+        write = stats.to(wide)
+        sums = kernels.kd_loss_sums(z_s, z_t, write, spec)
+        if spec.record.whole is not None:  # its two numbers, a slope of 0 where S is far from 1
+            numbers = torch.tensor([[0.0, -0.7], [1.2, -0.1]]).repeat(4, 1)[:N]
+            write = torch.cat([stats, numbers], dim=-1).to(wide)
         dlogits = torch.empty_like(z_s, dtype=dtype if name == backend else wide)
         row_weights = weights.to(wide)
-        kernels.kd_loss_write(z_s, z_t, labels, CLASSES, row_weights, stats.to(wide), spec, dlogits)
+        kernels.kd_loss_write(z_s, z_t, labels, CLASSES, row_weights, write, spec, dlogits)
         return parts, sums, dlogits
 
     got, plain, exact = (

@@ -16,12 +16,9 @@ from torch import Tensor
 from modxfer_fast import (
     LoraWeight,
     QuantizedWeight,
-    TeacherHead,
     TeacherLogits,
     TeacherLogProbs,
-    TeacherMixture,
     TeacherProbs,
-    TeacherTopK,
     VocabParallelWeight,
     linear_cross_entropy,
     linear_kd_loss,
@@ -33,7 +30,7 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import NATIVE
 from tests.pairs import pairwise
-from tests.support.kd_rows import SUMS_OVER_CLASSES
+from tests.support.kd_rows import OF_PROBABILITIES
 
 D_S, D_T = 8, 12
 SIZES = {
@@ -42,6 +39,7 @@ SIZES = {
     4: {"equal": ([9, 9, 9, 9], [9, 9, 9, 9]), "unequal": ([16, 1, 3, 16], [2, 20, 13, 1])},
 }
 TEACHERS = ("whole", "same", "other", "logits", "log_probs", "probs", "lora", "quantized")
+WEIGHTS = (0.7, 0.25, 2.0)  # of a sum of three
 BENDS = {"student_softcap": 6.0, "teacher_softcap": 9.0, "student_logit_scale": 1.5}
 
 
@@ -65,6 +63,12 @@ class Case:
     excluded: bool = False  # the first rank's classes have no probability, nor has the last one
 
     @property
+    def weights(self) -> dict[str, float]:
+        """By divergence, of "a+b" some."""
+        names = self.divergence.split("+")
+        return dict(zip(names, WEIGHTS if len(names) > 1 else [1.0], strict=True))
+
+    @property
     def name(self) -> str:
         return "-".join(str(value) for value in dataclasses.astuple(self))
 
@@ -81,7 +85,7 @@ def _pairs(product: list[dict]) -> list[Case]:
 
 def _cases() -> list[Case]:
     losses = {
-        "divergence": SUMS_OVER_CLASSES,
+        "divergence": [*OF_PROBABILITIES, "forward_kl+jsd+total_variation"],
         "sizes": ["equal", "unequal"],
         "temperature": [1.0, 2.0],
         "labels": ["some", "none", "all_ignored"],
@@ -103,12 +107,13 @@ def _cases() -> list[Case]:
     }
     cases = _pairs(_product(**losses, backend=NATIVE, dtype=["float32", "bfloat16"]))
     cases += _pairs(random.Random(0).sample(_product(**heads), 2000))
-    cases += [Case(each, "reference", "float64", "unequal") for each in SUMS_OVER_CLASSES]
+    cases += [Case(each, "reference", "float64", "unequal") for each in OF_PROBABILITIES]
     available, _ = dispatch.availability("kd_loss", "triton")
     if available:  # one of each kind; its kernels are compared in test_kd_loss_stages.py
         cases += [
             Case("forward_kl", "triton", sizes="unequal", temperature=2.0, excluded=True),
             Case("jsd", "triton", sizes="unequal", hard=True, bends=True),
+            Case("negative_log_acceptance", "triton", sizes="unequal", temperature=2.0),
         ]
     return list(dict.fromkeys(cases))
 
@@ -158,7 +163,7 @@ class Whole:
         case = self.case
         options = {"temperature": case.temperature, "kd_weight": 0.7}
         for name, value in (("alpha", 0.4), ("beta", 0.3)):
-            if getattr(DIVERGENCES[case.divergence], name) is not None:
+            if any(getattr(DIVERGENCES[each], name) is not None for each in case.weights):
                 options[name] = value
         if case.labels != "none":
             options["ce_weight"] = 0.4
@@ -218,9 +223,12 @@ class Whole:
         # an excluded class keeps a probability too small to count, for autograd
         floor = -600.0 if dtype == torch.float64 else -80.0
         log_q, log_p = ((z / case.temperature).log_softmax(-1).clamp(min=floor) for z in (z_s, z_t))
-        kd = DIVERGENCES[case.divergence].definition(
-            log_p, log_q, options.get("alpha", 0.0), options.get("beta", 0.5)
-        )
+        kd = 0.0
+        for name, weight in case.weights.items():
+            of_one = DIVERGENCES[name].definition(
+                log_p, log_q, options.get("alpha", 0.0), options.get("beta", 0.5)
+            )
+            kd = kd + weight * of_one
         counts = (
             torch.ones(self.rows, dtype=torch.bool) if self.labels is None else self.labels != -100
         )
@@ -278,7 +286,7 @@ def run_case(case: Case) -> tuple:
         student_bias=leaves.get("bias"),
         labels=whole.labels,
         token_weights=whole.token_weights if case.weighted else None,
-        divergence=case.divergence,
+        divergence=case.weights if len(case.weights) > 1 else case.divergence,
         reduction=case.reduction,
         backend=case.backend,
         workspace_mb=1,
@@ -360,20 +368,16 @@ REFUSED = {
     "labels": ("labels: expected the same on every rank", ""),
     "label_out_of_range": ("rank 1: ValueError: labels: expected values in", "labels: expected"),
     "bias": ("rank 1: ValueError: student_bias: expected", "student_bias: expected"),
-    "temperature": ("options of the loss: expected the same", ""),
+    "temperature": ("temperature: expected the same on every rank", ""),
     "frozen": ("gradients asked for: expected the same", ""),
     "workspace": ("workspace_mb: expected the same", ""),
-    "topk": ("a whole one beside a TeacherTopK", ""),
-    "mixture": ("a whole one beside a Mixture", ""),
     "whole_student": ("beside a whole student's", ""),
     "other_group": ("beside another group's", ""),
     "sizes": ("VocabParallelWeight: sizes: expected 2, one a rank", ""),
     "empty_shard": ("VocabParallelWeight: sizes: expected a positive number", ""),
     "group": ("VocabParallelWeight: group: expected a ProcessGroup", ""),
     "common": ("vocabulary: expected at least one common class on every rank", ""),
-    "of_row": ("divergence: expected a single one that is a sum over the classes", ""),
-    "of_logits": ("divergence: expected a single one that is a sum over the classes", ""),
-    "weighted_sum": ("divergence: expected a single one that is a sum over the classes", ""),
+    "of_logits": ("divergence: expected one of probabilities beside a Vocab", ""),
     "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
 }
 
@@ -415,12 +419,6 @@ def _refused(name: str, rank: int) -> None:
         shard.requires_grad_(not is_bad)
     if name == "workspace":
         options["workspace_mb"] = 64 + rank
-    if name == "topk":
-        ids = torch.arange(3).expand(6, 3)
-        teacher = {"teacher_hidden": TeacherTopK(ids, torch.full((6, 3), -2.0))}
-    if name == "mixture":
-        heads = [TeacherHead(HIDDEN, WEIGHT), TeacherHead(HIDDEN, WEIGHT)]
-        teacher = {"teacher_hidden": TeacherMixture(heads)}
     if name in ("whole_student", "other_group"):
         divided = VocabParallelWeight(WEIGHT[here])
         if name == "other_group":
@@ -434,12 +432,8 @@ def _refused(name: str, rank: int) -> None:
         group = "tp"
     if name == "common":
         teacher["teacher_weight"], options["vocabulary"] = WEIGHT[:5], "common"
-    if name == "of_row":
-        options["divergence"] = "renyi"
     if name == "of_logits":
         options["divergence"] = "logits_mse"
-    if name == "weighted_sum":
-        options["divergence"] = {"forward_kl": 0.5, "jsd": 0.5}
     if name == "filter_eps":
         options["filter_eps"] = 1e-3
     weight = VocabParallelWeight(shard, group, sizes)

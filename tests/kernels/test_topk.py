@@ -57,6 +57,17 @@ def alpha_beta(p: Tensor, q: Tensor) -> Tensor:
     return (0.2 / 0.9 * p**0.9 + 0.7 / 0.9 * q**0.9 - p**0.2 * q**0.7).sum(-1) / 0.14
 
 
+def root_product(p: Tensor, q: Tensor) -> Tensor:
+    """sum sqrt(p q), where both have a class."""
+    both = (p > 0) & (q > 0)
+    return ((p * q).masked_fill(~both, 1.0).sqrt() * both).sum(-1)
+
+
+def blended(kl: Tensor, variation: Tensor) -> Tensor:
+    weight = (-3.0 * (1.0 - variation.detach())).exp()
+    return weight * kl + (1.0 - weight) * variation
+
+
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
@@ -73,12 +84,29 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "chi_squared": lambda p, q: ((p - q).square() / q.masked_fill(q == 0, 1.0)).sum(-1),
     "alpha_beta": lambda p, q: alpha_beta(*there(p, q)),
 }
+WEIGHTS = {"forward_kl": 0.7, "jsd": 0.25, "total_variation": 2.0}
+OTHERS["sum"] = lambda p, q: sum(
+    weight * (DEFINITIONS | OTHERS)[name](p, q) for name, weight in WEIGHTS.items()
+)
+# functions of a sum, which "none" does not have
+WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "renyi": lambda p, q: -2.0 * root_product(p, q).log(),
+    "negative_log_acceptance": lambda p, q: -torch.minimum(p, q).sum(-1).log(),
+    "lk_hybrid": lambda p, q: blended(kl(p, q), 0.5 * (p - q).abs().sum(-1)),
+}
+OTHERS |= WHOLE
 OTHER_CASES = [(tail, name) for tail in TAILS for name in OTHERS]
 OTHER_CASES.remove(("renormalise", "jeffreys"))
+OTHER_CASES = [case for case in OTHER_CASES if case[0] != "none" or case[1] not in WHOLE]
+
+
+# beside a cross entropy
+HARD = {"label_smoothing": 0.1, "z_loss_weight": 0.02}
 
 
 def options_of(divergence: str) -> dict:
-    return {"divergence": divergence, "beta": 0.3 if divergence == "jsd" else None}
+    beta = 0.3 if divergence in ("jsd", "sum") else None
+    return {"divergence": WEIGHTS if divergence == "sum" else divergence, "beta": beta}
 
 
 @dataclasses.dataclass
@@ -170,6 +198,8 @@ def truth_rows(
     ce_weight: float = 0.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
 ) -> Tensor:
     """[N] weighted losses of a head's logits, by the definition, in their dtype."""
     z = student_logit_scale * z
@@ -183,7 +213,10 @@ def truth_rows(
     losses = kd_weight * (DEFINITIONS | OTHERS)[divergence](p, q)
     if ce_weight:
         labels = inputs.labels[counts]
-        losses = losses + ce_weight * F.cross_entropy(z[counts], labels, reduction="none")
+        losses = losses + ce_weight * F.cross_entropy(
+            z[counts], labels, reduction="none", label_smoothing=label_smoothing
+        )
+    losses = losses + z_loss_weight * z[counts].logsumexp(-1).square()
     if inputs.token_weights is not None:
         losses = losses * inputs.token_weights[counts].to(z.dtype)
     return torch.zeros(len(z), dtype=z.dtype).masked_scatter(counts, losses)
@@ -233,7 +266,7 @@ def test_the_other_divergences(tail, divergence, backend):
 @pytest.mark.parametrize(("tail", "divergence"), CASES)
 def test_loss_and_gradients(tail, divergence, beside, backend):
     inputs = make_inputs(tail=tail, beside=beside)
-    options = {"kd_weight": 0.7, "ce_weight": 0.4} if beside else {}
+    options = {"kd_weight": 0.7, "ce_weight": 0.4, **HARD} if beside else {}
     check(inputs, divergence, backend=backend, **options)
 
 
@@ -261,7 +294,8 @@ def test_temperature_and_dtype(tail, divergence, dtype, backend):
 def test_scaled_and_capped_logits(tail, divergence, bend, dtype, backend):
     """Of the classes that are listed, the others and the label; many are far beyond the cap."""
     inputs = make_inputs(4, 1030, 40, dtype, tail=tail, temperature=2.0, beside=True)
-    check(inputs, divergence, backend=backend, temperature=2.0, ce_weight=0.5, **bend)
+    options = {"temperature": 2.0, "ce_weight": 0.5, **HARD, **bend}
+    check(inputs, divergence, backend=backend, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -326,6 +360,26 @@ def test_the_whole_list_is_the_dense_teacher(divergence, backend):
 
 
 # --- kd_loss, reductions, what is trained
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_terms_of_temperature_1(temperature, backend):
+    """Without a label too, with and without by-products; and from logits as from a head."""
+    inputs = make_inputs(tail="renormalise")
+    options = {"temperature": temperature, "z_loss_weight": 0.02, "backend": backend}
+    z = F.linear(inputs.hidden, inputs.weight).detach()
+    expected = z.double().logsumexp(-1).square().mean()
+    all_terms = [
+        linear_kd_loss_terms(
+            *(inputs.hidden, inputs.weight, inputs.teacher), by_products=by_products, **options
+        )
+        for by_products in (False, True)
+    ]
+    for terms in all_terms:
+        torch.testing.assert_close(terms.z_loss.double(), expected, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(terms.loss, terms.kd + 0.02 * terms.z_loss)
+        torch.testing.assert_close(terms.loss, kd_loss(z, inputs.teacher, **options))
 
 
 @pytest.mark.pairs
@@ -642,6 +696,10 @@ BAD = {
     "renormalise-reverse": (
         {"tail": "renormalise"},
         *({"divergence": "reverse_kl"}, ValueError, "divergence", "finite", "'reverse_kl'"),
+    ),
+    "none-whole": (
+        {"tail": "none"},
+        *({"divergence": "renyi"}, ValueError, "divergence", "tail 'none'", "'renyi'"),
     ),
     "renormalise-nothing": (
         {"tail": "renormalise", "ids": with_value(GOOD.ids, (1,), -1)},

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from modxfer_fast import LinearKDLoss, TeacherTopK, kd_loss, linear_kd_loss
+from modxfer_fast import LinearKDLoss, kd_loss, linear_kd_loss
 from modxfer_fast.config.loss import LossSection
 from modxfer_fast.engine import Objective
 from modxfer_fast.kernels import dispatch
@@ -82,11 +82,3 @@ def test_options_of_a_job():
     ):
         with pytest.raises(ValueError, match=words):
             LossSection(divergence=wrong)
-
-
-def test_a_teacher_that_lists_classes_takes_one_divergence():
-    student, _ = close_logits(2, 20)
-    teacher = TeacherTopK(torch.tensor([[1, 2], [3, 4]]), torch.full((2, 2), -2.0))
-    for divergence in (SUM, "renyi"):
-        with pytest.raises(ValueError, match="sum over the classes, with a TeacherTopK"):
-            kd_loss(student, teacher, divergence=divergence)

@@ -13,6 +13,7 @@ from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.testing import assert_within_budget
 
 SUMS_OVER_CLASSES = [r.name for r in DIVERGENCES.values() if r.terms is not None]
+OF_PROBABILITIES = [r.name for r in DIVERGENCES.values() if r.row_sums != "of_logits"]
 # One divergence of each way in which row kernels find the sums of a row: for what is no matter of
 # the divergence itself.
 ONE_OF_A_KIND = list({r.row_sums: r.name for r in reversed(DIVERGENCES.values())}.values())[::-1]

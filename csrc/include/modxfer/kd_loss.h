@@ -92,12 +92,10 @@ struct KdSums {
   double u;
 };
 
-// Two rows of V floats: q and u of each class between the passes over a row, up to a factor; of a
-// weighted sum two more.
+// Two rows of V floats: q and u of each class between the passes over a row, up to a factor.
 struct KdScratch {
   float* q;
   float* u;
-  float* more;
   float q_factor = 1.0f;
   float u_factor = 1.0f;
 };
@@ -109,23 +107,26 @@ struct KdRowKernels {
   // for. The lse of extras is written by both.
   KdLosses (*fwd[2])(const float* student, const float* teacher, int64_t V, int64_t label,
                      const KdSpec& spec, KdStats& stats, KdScratch& scratch, KdExtras* extras);
-  // q and u again, from the statistics.
+  // q and u again, from the statistics. of_row: of a function of sums over the row, may be null
+  // where the V classes are the row.
   void (*recompute)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                    const KdStats& stats, KdScratch& scratch);
+                    const KdStats& stats, const KdOfRow* of_row, KdScratch& scratch);
   // dlogits from q and u; dlogits may be the student's row itself. A label of V or more is the
   // label of a class that these V are not.
   void (*grad)(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
                const KdStats& stats, const KdScratch& scratch, float* dlogits);
   // In stages, see kd_loss_stages_rows.h: statistics, by whether label smoothing or by-products are
-  // asked for; and sums of f and u.
+  // asked for; and num_sums sums: of f and u, or those of a function of sums.
   void (*part[2])(const float* student, const float* teacher, int64_t V, int64_t label,
                   const KdSpec& spec, KdPart& part);
   void (*sums)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
                const KdStats& stats, double* sums);
-  // The same of a teacher that lists a few classes: losses, statistics and the scratch, and from
-  // these dlogits, which may be the student's row itself.
+  int64_t num_sums;
+  // The same of a teacher that lists a few classes: losses, log sum exp of the student where asked
+  // for, statistics and the scratch, and from these dlogits, which may be the student's row itself.
   KdLosses (*topk_fwd)(const float* student, int64_t V, const TopKRow& teacher, int64_t label,
-                       const KdSpec& spec, TopKStats& stats, const TopKScratch& scratch);
+                       const KdSpec& spec, TopKStats& stats, const TopKScratch& scratch,
+                       float* lse);
   void (*topk_grad)(const float* student, int64_t V, const TopKRow& teacher, int64_t label,
                     float row_weight, const KdSpec& spec, const TopKStats& stats,
                     const TopKScratch& scratch, float* dlogits);

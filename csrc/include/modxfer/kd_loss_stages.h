@@ -22,4 +22,20 @@ struct KdPart {
   double is_top_shared;  // 1 where a class is the largest of both
 };
 
+// What a rank says of its classes where the divergence is a function of sums over the row; as
+// `OfRow.sums` of kernels/divergences.py.
+struct KdRowSums {
+  double log_sum;  // log S of its classes
+  double first;
+  double second;
+  double variation;
+  double signed_sum;
+};
+
+// What u of a class is made of beside its p and q: the numbers of `OfRow.value`.
+struct KdOfRow {
+  float slope;  // 0 where S is far from 1
+  float log_sum;
+};
+
 }  // namespace modxfer

@@ -65,14 +65,13 @@ void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<T
                    std::vector<int64_t> divergences, std::vector<double> numbers,
                    std::vector<double> bends, Tensor dlogits);
 
-// of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given
-std::tuple<Tensor, Tensor> topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs,
-                                        std::optional<Tensor> log_tail, int64_t tail,
-                                        double missing, std::optional<Tensor> labels,
-                                        std::optional<Tensor> row_weights,
-                                        std::vector<int64_t> divergences,
-                                        std::vector<double> numbers, std::vector<double> bends,
-                                        std::optional<Tensor> dlogits);
+// of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given, and
+// log sum exp of the student to extras [M, 1]
+std::tuple<Tensor, Tensor> topk_kd_loss(
+    Tensor student_logits, Tensor ids, Tensor log_probs, std::optional<Tensor> log_tail,
+    int64_t tail, double missing, std::optional<Tensor> labels, std::optional<Tensor> row_weights,
+    std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
+    std::optional<Tensor> dlogits, std::optional<Tensor> extras);
 
 // -> loss [M]; writes dz [M, D] where given, which may be z
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,

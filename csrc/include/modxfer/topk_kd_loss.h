@@ -25,7 +25,7 @@ struct TopKRow {
 // What the gradient of a row needs beside the scratch.
 struct TopKStats {
   float max;        // of the whole row
-  float logd_1;     // log sum exp(z - max), computed when there is a cross entropy
+  float logd_1;     // log sum exp(z - max), computed when there is a term of temperature 1
   float u_sum;      // sum of q dD/dq
   float share;      // q of a class that is not listed, over its e^x
   float of_others;  // its temperature dD/dz, over its e^x
