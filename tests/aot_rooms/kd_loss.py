@@ -25,8 +25,7 @@ BENT = {"student_softcap": 30.0, "teacher_logit_scale": 0.0625}
 ALL = "all-t2"
 
 
-# all but functions of a sum
-SUMS = [r.name for r in DIVERGENCES.values() if r.terms is not None]
+OF_PROBABILITIES = [r.name for r in DIVERGENCES.values() if r.row_sums != "of_logits"]
 
 
 def option_of(divergence: str) -> DivergenceOption:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 import torch
-from aot_rooms.kd_loss import SUMS, option_of
+from aot_rooms.kd_loss import OF_PROBABILITIES, option_of
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss import triton_stages
@@ -48,6 +48,8 @@ class Case:
         elif self.function == "kd_loss_sums":
             triton_stages.kd_loss_sums(logits, logits, stats, spec)
         else:
+            if spec.record.whole is not None:
+                stats = torch.empty(self.rows, 8, device="meta")
             dlogits = torch.empty_like(logits, dtype=torch.bfloat16)
             triton_stages.kd_loss_write(
                 logits, logits, labels, 8 * self.vocab_size, weights, stats, spec, dlogits
@@ -56,7 +58,7 @@ class Case:
 
 def all_cases() -> list[Case]:
     """The product, then every other launch of `row_config`."""
-    cases = [Case(*parts) for parts in itertools.product(FUNCTIONS, SUMS, OBJECTIVES)]
+    cases = [Case(*parts) for parts in itertools.product(FUNCTIONS, OF_PROBABILITIES, OBJECTIVES)]
     for function in FUNCTIONS:
         case = Case(function, "jsd", "all")
         cases.append(dataclasses.replace(case, rows=8))
@@ -72,7 +74,9 @@ def core_cases() -> list[Case]:
         Case("kd_loss_sums", "jsd", "kd"),
         Case("kd_loss_sums", "jsd", "all"),
         Case("kd_loss_sums", "forward_kl+jsd", "all"),
+        Case("kd_loss_sums", "negative_log_acceptance", "all"),
         Case("kd_loss_write", "forward_kl", "kd"),
         Case("kd_loss_write", "jsd", "all"),
         Case("kd_loss_write", "forward_kl+jsd", "all"),
+        Case("kd_loss_write", "renyi", "all"),
     ]

@@ -4,9 +4,10 @@ import dataclasses
 import itertools
 
 import torch
-from aot_rooms.kd_loss import ALL, DTYPES, OBJECTIVES, SUMS, option_of
+from aot_rooms.kd_loss import ALL, DTYPES, OBJECTIVES, OF_PROBABILITIES, option_of
 
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_topk
 from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 
@@ -54,8 +55,15 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    products = itertools.product(FUNCTIONS, SUMS, TAILS, OBJECTIVES, DTYPES)
-    return [Case(*parts) for parts in products if parts[1:3] != ("reverse_kl", "renormalise")]
+    products = itertools.product(FUNCTIONS, OF_PROBABILITIES, TAILS, OBJECTIVES, DTYPES)
+    return [Case(*parts) for parts in products if _is_launched(*parts[1:3])]
+
+
+def _is_launched(divergence: str, tail: str) -> bool:
+    """The others are refused, or have another tail where they reach the kernel."""
+    if DIVERGENCES[divergence].whole is not None:
+        return tail == "bucket"
+    return tail != "renormalise" or divergence not in ("reverse_kl", "jeffreys")
 
 
 def core_cases() -> list[Case]:
@@ -66,4 +74,5 @@ def core_cases() -> list[Case]:
         for rest in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
     ]
     cases.append(Case("topk_kd_loss_fwd_bwd", "forward_kl+jsd", "renormalise", ALL, "fp32-bf16"))
+    cases.append(Case("topk_kd_loss_fwd_bwd", "renyi", "bucket", "kd+ce-t2", "fp32-bf16"))
     return [*cases, Case("topk_kd_loss_fwd", "forward_kl", "bucket", "kd", "fp32-bf16")]

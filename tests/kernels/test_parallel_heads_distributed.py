@@ -378,6 +378,7 @@ REFUSED = {
     "group": ("VocabParallelWeight: group: expected a ProcessGroup", ""),
     "common": ("vocabulary: expected at least one common class on every rank", ""),
     "of_logits": ("divergence: expected one of probabilities beside a Vocab", ""),
+    "values": ("rank 1: ValueError: teacher_log_probs: expected values at", "teacher_log_probs: "),
     "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
 }
 
@@ -434,6 +435,10 @@ def _refused(name: str, rank: int) -> None:
         teacher["teacher_weight"], options["vocabulary"] = WEIGHT[:5], "common"
     if name == "of_logits":
         options["divergence"] = "logits_mse"
+    if name == "values":
+        values = torch.full((6, 10), -2.0)
+        values[2, 7] = 1.0  # of a class of rank 1's
+        teacher = {"teacher_hidden": TeacherLogProbs(values)}
     if name == "filter_eps":
         options["filter_eps"] = 1e-3
     weight = VocabParallelWeight(shard, group, sizes)
