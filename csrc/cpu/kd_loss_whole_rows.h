@@ -43,8 +43,9 @@ MODXFER_INLINE vf renyi_excess(const Class& x, vf log, const KdSpec& spec) {
   return select(vabs(power) < 0.5f, x.q * vexpm1_small(power), vexp(log) - x.q);
 }
 
-// The sums over V classes, which `at` gives by vectors, be they a list or some of a row.
-template <Divergence kDivergence, class At>
+// The sums over V classes, which `at` gives by vectors, be they a list or some of a row; kU: also
+// what the sum of u follows from, where it is not summed itself.
+template <Divergence kDivergence, bool kU, class At>
 KdRowSums of_row_sums(int64_t V, const KdSpec& spec, const At& at) {
   // S is summed relative to its largest addend
   float top = 0.0f;
@@ -65,7 +66,9 @@ KdRowSums of_row_sums(int64_t V, const KdSpec& spec, const At& at) {
       const Class x = at(i, n);
       const vf gap = gap_of(x);
       variation += 0.5f * vabs(gap);
-      signed_sum += 0.5f * x.q * sign_of(-gap);
+      if constexpr (kU && kDivergence != Divergence::kRenyi) {
+        signed_sum += 0.5f * x.q * sign_of(-gap);
+      }
       if constexpr (kDivergence == Divergence::kLkHybrid) {
         first += select(x.p == 0.0f, vf{}, x.p * x.d);
       } else {
@@ -76,7 +79,7 @@ KdRowSums of_row_sums(int64_t V, const KdSpec& spec, const At& at) {
           const vf more = renyi_excess(x, log, spec);
           first += more;
           second += more - spec.c0 * gap;
-        } else {
+        } else if constexpr (kU) {
           first += part * less_of(x);
         }
       }
@@ -157,11 +160,21 @@ KdLosses of_row_fwd(const float* student, const float* teacher, int64_t V, int64
                     load_or_zero(scratch.u + i, n) * inv_d_t);
   };
   KdOfRow of_row;
-  const KdSums sums = of_sums<kDivergence>(of_row_sums<kDivergence>(V, spec, at), spec, of_row);
-  for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
-    store_n(scratch.u + i, n, of_row_u<kDivergence>(at(i, n), of_row, spec));
-  });
-  stats.u_sum = static_cast<float>(sums.u);
+  const KdSums sums =
+      of_sums<kDivergence>(of_row_sums<kDivergence, false>(V, spec, at), spec, of_row);
+  const KdOfRow own = of_row;  // no store to u may change it
+  double u_sum = 0;
+  for (int64_t block = 0; block < V; block += kBlock) {
+    const int64_t end = block + kBlock < V ? block + kBlock : V;
+    vf sum_u{};
+    for_each_vector(block, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const vf u = of_row_u<kDivergence>(at(i, n), own, spec);
+      sum_u += u;
+      store_n(scratch.u + i, n, u);
+    });
+    u_sum += reduce_sum(sum_u);
+  }
+  stats.u_sum = static_cast<float>(u_sum);
   scratch.q_factor = inv_d_s;
   scratch.u_factor = 1.0f;
   return {static_cast<float>(sums.kd), softmax.ce};
@@ -191,5 +204,5 @@ void of_row_part_sums(const float* student, const float* teacher, int64_t V, con
   const auto at = [&](int64_t i, int n) __attribute__((always_inline)) {
     return class_of(student, teacher, i, n, spec, stats);
   };
-  *reinterpret_cast<KdRowSums*>(sums) = of_row_sums<kDivergence>(V, spec, at);
+  *reinterpret_cast<KdRowSums*>(sums) = of_row_sums<kDivergence, true>(V, spec, at);
 }

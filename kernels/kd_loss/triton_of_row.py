@@ -91,7 +91,8 @@ def _added(
     largest addend that the lane has seen."""
     gap = tl.where(d == 0, 0.0, p - q)
     variation += 0.5 * tl.abs(gap)
-    signed += 0.5 * q * _sign(-gap)
+    if DIVERGENCE != "renyi":
+        signed += 0.5 * q * _sign(-gap)
     if DIVERGENCE == "lk_hybrid":
         first += tl.where(p == 0, 0.0, LN2 * p * d)
     else:
