@@ -12,16 +12,17 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def(
       "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int[] "
       "divergences, "
-      "float[] numbers, float[] bends, Tensor(a!)? extras) -> (Tensor kd, Tensor ce, Tensor "
+      "float[] numbers, float[] bends, Tensor? softening, Tensor(a!)? extras) -> (Tensor kd, "
+      "Tensor ce, Tensor "
       "stats)");
   m.def(
       "kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
       "Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, float[] bends, "
-      "Tensor(a!) dlogits) -> ()");
+      "Tensor? softening, Tensor(a!) dlogits) -> ()");
   m.def(
       "kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, int[] divergences, float[] numbers, float[] bends, Tensor(a!) dlogits, "
-      "Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
+      "Tensor row_weights, int[] divergences, float[] numbers, float[] bends, Tensor? softening, "
+      "Tensor(a!) dlogits, Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor? labels, float ce_weight, float label_smoothing, "
       "float z_loss_weight, float[] bends, Tensor(a!)? extras) -> Tensor ce");
@@ -43,7 +44,7 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int[] divergences, "
-      "float[] numbers, float[] bends, Tensor(a!)? dlogits, Tensor(b!)? extras) "
+      "float[] numbers, float[] bends, Tensor? softening, Tensor(a!)? dlogits, Tensor(b!)? extras) "
       "-> (Tensor kd, Tensor ce)");
   m.def(
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "

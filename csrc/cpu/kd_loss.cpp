@@ -20,13 +20,14 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// A spec, and the parts of a weighted sum that it points to.
+// A spec, the parts of a weighted sum that it points to, and what rows have of their own.
 class Spec {
  public:
   // divergences: one, or several of a weighted sum. numbers: temperature, kd_weight, ce_weight,
   // label_smoothing, z_loss_weight, then weight and c0 to c3 of each divergence. classes: of a row.
-  Spec(const std::vector<int64_t>& divergences, const std::vector<double>& numbers,
-       int64_t classes) {
+  // softening: [rows, 2], each row's temperature and a factor of its kd_weight, or nothing.
+  Spec(const std::vector<int64_t>& divergences, const std::vector<double>& numbers, int64_t classes,
+       const std::optional<Tensor>& softening = std::nullopt, int64_t rows = 0) {
     STD_TORCH_CHECK(!divergences.empty() && numbers.size() == 5 + 5 * divergences.size(),
                     "divergences, numbers: expected five numbers, and five of each divergence");
     const auto number = [&](size_t i) { return static_cast<float>(numbers[i]); };
@@ -49,7 +50,7 @@ class Spec {
              first.c2,
              first.c3,
              static_cast<float>(1.0 / numbers[0]),
-             static_cast<float>(1.4426950408889634 / numbers[0]),
+             static_cast<float>(kLog2E / numbers[0]),
              number(1),
              number(2),
              number(3),
@@ -57,13 +58,32 @@ class Spec {
              static_cast<float>(classes),
              parts_.data(),
              static_cast<int64_t>(parts_.size())};
+    if (!softening.has_value()) return;
+    STD_TORCH_CHECK(softening->scalar_type() == ScalarType::Float && softening->is_contiguous() &&
+                        softening->dim() == 2 && softening->size(0) == rows &&
+                        softening->size(1) == 2,
+                    "softening: expected contiguous float32 [M, 2]");
+    softening_ = static_cast<const float*>(softening->data_ptr());
   }
 
   operator const KdSpec&() const { return spec_; }
 
+  KdSpec of_row(int64_t row) const {
+    KdSpec own = spec_;
+    if (softening_ != nullptr) {
+      const double temperature = softening_[2 * row];
+      own.inv_temperature = static_cast<float>(1.0 / temperature);
+      own.rate = static_cast<float>(kLog2E / temperature);
+      own.kd_weight *= softening_[2 * row + 1];
+    }
+    return own;
+  }
+
  private:
+  static constexpr double kLog2E = 1.4426950408889634;
   std::vector<KdSummand> parts_;
   KdSpec spec_;
+  const float* softening_ = nullptr;
 };
 
 // Where the by-products of rows go, [M, 1] (lse alone) or [M, 6], or nowhere.
@@ -159,9 +179,10 @@ void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& 
 
 // dlogits of all rows, from their statistics.
 void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, const Labels& label,
-                const Tensor& row_weights, const Tensor& stats, const KdSpec& spec,
+                const Tensor& row_weights, const Tensor& stats, const Spec& owner,
                 const std::vector<double>& bends, const Tensor& dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
+  const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
@@ -185,8 +206,9 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
       const auto& of_softmax = *reinterpret_cast<const KdStats*>(at);
       const auto* of_row =
           width == kStats ? nullptr : reinterpret_cast<const KdOfRow*>(at + kStats);
-      kernels.recompute(z_s, z_t, V, spec, of_softmax, of_row, scratch);
-      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, of_softmax,
+      const KdSpec own = owner.of_row(row);
+      kernels.recompute(z_s, z_t, V, own, of_softmax, of_row, scratch);
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], own, of_softmax,
                 scratch, buffers.dlogits);
     }
   });
@@ -194,14 +216,12 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
-                                               std::optional<Tensor> labels,
-                                               std::vector<int64_t> divergences,
-                                               std::vector<double> numbers,
-                                               std::vector<double> bends,
-                                               std::optional<Tensor> extras) {
+std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(
+    Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
+    std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
+    std::optional<Tensor> softening, std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const Spec owner(divergences, numbers, V);
+  const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
@@ -218,12 +238,12 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
     Buffers buffers(V, student, teacher);
     KdScratch scratch = buffers.scratch();
     for (int64_t row = begin; row < end; ++row) {
-      KdExtras own;
-      KdExtras* room = more.room(own);
+      KdExtras extra;
+      KdExtras* room = more.room(extra);
       const KdLosses losses =
           fwd(student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()),
-              V, label[row], spec, stats_rows[row], scratch, room);
-      if (room != nullptr) more.put(row, own);
+              V, label[row], owner.of_row(row), stats_rows[row], scratch, room);
+      if (room != nullptr) more.put(row, extra);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
     }
@@ -233,19 +253,21 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor tea
 
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                  Tensor row_weights, Tensor stats, std::vector<int64_t> divergences,
-                 std::vector<double> numbers, std::vector<double> bends, Tensor dlogits) {
+                 std::vector<double> numbers, std::vector<double> bends,
+                 std::optional<Tensor> softening, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   write_rows(student_logits, teacher_logits, Labels(labels, M, V), row_weights, stats,
-             Spec(divergences, numbers, V), bends, dlogits);
+             Spec(divergences, numbers, V, softening, M), bends, dlogits);
 }
 
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
                                            std::vector<int64_t> divergences,
                                            std::vector<double> numbers, std::vector<double> bends,
-                                           Tensor dlogits, std::optional<Tensor> extras) {
+                                           std::optional<Tensor> softening, Tensor dlogits,
+                                           std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const Spec owner(divergences, numbers, V);
+  const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   const Bends of(bends);
@@ -267,13 +289,14 @@ std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher
       const float* z_s = student.read(row, buffers.student.data());
       const float* z_t = teacher.read(row, buffers.teacher.data());
       KdStats stats;
-      KdExtras own;
-      KdExtras* room = more.room(own);
-      const KdLosses losses = fwd(z_s, z_t, V, label[row], spec, stats, scratch, room);
-      if (room != nullptr) more.put(row, own);
+      KdExtras extra;
+      KdExtras* room = more.room(extra);
+      const KdSpec own = owner.of_row(row);
+      const KdLosses losses = fwd(z_s, z_t, V, label[row], own, stats, scratch, room);
+      if (room != nullptr) more.put(row, extra);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
-      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], spec, stats, scratch,
+      write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], own, stats, scratch,
                 buffers.dlogits);
     }
   });
@@ -373,9 +396,9 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
     Tensor student_logits, Tensor ids, Tensor log_probs, std::optional<Tensor> log_tail,
     int64_t tail, double missing, std::optional<Tensor> labels, std::optional<Tensor> row_weights,
     std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
-    std::optional<Tensor> dlogits, std::optional<Tensor> extras) {
+    std::optional<Tensor> softening, std::optional<Tensor> dlogits, std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const Spec owner(divergences, numbers, V);
+  const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   STD_TORCH_CHECK(kernels.topk_fwd != nullptr, "divergences: expected one of probabilities");
@@ -409,7 +432,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
       const TopKRow of_row = teacher.read(row, buffers.ids.data(), buffers.log_p.data());
       TopKStats stats;
       float* lse = lse_rows == nullptr ? nullptr : lse_rows + row;
-      const KdLosses losses = kernels.topk_fwd(z, V, of_row, label[row], spec, stats, scratch, lse);
+      const KdSpec own = owner.of_row(row);
+      const KdLosses losses = kernels.topk_fwd(z, V, of_row, label[row], own, stats, scratch, lse);
       kd_rows[row] = losses.kd;
       ce_rows[row] = losses.ce;
       if (weights == nullptr) continue;
@@ -417,7 +441,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
       if (weights[row] == 0.0f) {
         std::fill_n(target, V, 0.0f);  // an ignored row may hold anything, NaN included
       } else {
-        kernels.topk_grad(z, V, of_row, label[row], weights[row], spec, stats, scratch, target);
+        kernels.topk_grad(z, V, of_row, label[row], weights[row], own, stats, scratch, target);
         student.unbend(z, target);
       }
       grad.commit(row, target);

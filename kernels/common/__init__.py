@@ -15,6 +15,7 @@ from modxfer_fast.kernels.common.checks import (
     check_num_valid,
     check_row_tensor,
     check_same_device,
+    check_temperatures,
     check_tensor,
     check_tensors,
     debug_check_finite,

@@ -1,5 +1,7 @@
 """Checks of arguments that rooms share. Shapes always; values only where that costs no wait."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,26 @@ def check_label_values(
         raise ValueError(
             f"{name}: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, "
             f"got {labels[bad][0].item()}"
+        )
+
+
+def check_temperatures(softening: Tensor | None, valid: Tensor | None) -> None:
+    """Raises ValueError for a temperature that is not positive and finite; on a GPU only under
+    MODXFER_DEBUG=1, where it makes the loss of its token NaN, infinite or meaningless.
+
+    Args:
+        softening: [N, 2], as `KDSpec.softened` makes it.
+        valid: [N] bool, rows that count; the others may hold anything.
+    """
+    if softening is None or not (softening.device.type == "cpu" or env.debug()):
+        return
+    temperature = softening[:, 0]
+    bad = ~((temperature > 0.0) & (temperature < math.inf))
+    if valid is not None:
+        bad &= valid
+    if bad.any():
+        raise ValueError(
+            f"temperature: expected positive numbers, got {temperature[bad][0].item()}"
         )
 
 

@@ -43,23 +43,28 @@ class Rows(NamedTuple):
         row_weights: [N] fp32 or fp64, the factor of each row's loss; 0 where it does not count.
         ignore_index: the label of rows that do not count.
         num_valid: how many do, where the host knows it.
+        softening: [N, 2], its dtype: of rows with a temperature each, it and a factor of kd_weight.
     """
 
     labels: Tensor | None
     row_weights: Tensor
     ignore_index: int
     num_valid: int | torch.SymInt | None
+    softening: Tensor | None = None
 
     def valid(self) -> Tensor | None:
         """[N] bool: rows that count; None when every row does."""
         return valid_rows(self.labels, self.ignore_index)
 
-    def take(self, span: slice, index: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """(labels, row_weights) of a chunk; arguments as of `packing.take`."""
-        labels = self.labels
+    def take(
+        self, span: slice, index: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(labels, row_weights, softening) of a chunk; arguments as of `packing.take`."""
+        labels, softening = self.labels, self.softening
         return (
             None if labels is None else packing.take(labels, span, index),
             packing.take(self.row_weights, span, index),
+            None if softening is None else packing.take(softening, span, index),
         )
 
 

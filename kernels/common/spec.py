@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common.bend import Bend
+from modxfer_fast.kernels.common.checks import check_float, check_row_tensor
 from modxfer_fast.kernels.common.scalars import check_number, is_finite, pack
 from modxfer_fast.kernels.divergences import (
     DIVERGENCES,
@@ -39,7 +41,8 @@ class Spec:
         if cls.__bases__ != (Spec,):  # one with more options reads those of its base
             return
         cls._names = tuple(n for n, kind in kinds.items() if kind in (str, DivergenceOption))
-        cls._numbers = tuple(name for name, kind in kinds.items() if kind in (float, float | None))
+        numbers = (float, float | None, float | Tensor)
+        cls._numbers = tuple(name for name, kind in kinds.items() if kind in numbers)
         if (carried := (*cls._names, *cls._numbers)) != tuple(kinds)[: len(carried)]:
             raise TypeError(f"{cls.__name__}: expected fields of str, then of float, got {kinds}")
 
@@ -68,6 +71,8 @@ def _parsed(kind: Any, names: str, *numbers: float | None) -> Any:
 
 # Options that a model's configuration decides, where the model is known and not its head alone.
 OF_MODELS = frozenset(name for role in ("student", "teacher") for name in Bend().options(role))
+# What a spec makes of its options, which nobody gives.
+MADE = frozenset({"weights", "softening"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,8 @@ class KDSpec(Spec):
             {"forward_kl": 0.7, "reverse_kl": 0.3}, of which it keeps the names, joined by "+".
         beta: a parameter of some divergences, of "jsd" the weight of the teacher in its mixture.
             None is what the divergence's record has.
-        temperature: divides both rows of logits before the softmax of the divergence.
+        temperature: divides both rows of logits before the softmax of the divergence. Or a tensor
+            [...] of one a token; `softened` makes of it what rows have of their own.
         kd_weight: factor of the divergence.
         ce_weight: factor of the cross entropy with the label, always at temperature 1.
         label_smoothing: share of the label's probability that goes to all classes alike.
@@ -89,13 +95,15 @@ class KDSpec(Spec):
             does to the logits of its head before anything else, see `bend.py`.
         weights: of a sum of several divergences, in the order of their names.
         scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
+        softening: of the spec of rows that have a temperature each: [M, 2], it and a factor of
+            kd_weight; temperature is then 1.
 
     Row kernels take one that is `checked`.
     """
 
     divergence: DivergenceOption = "forward_kl"
     beta: float | None = None
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     label_smoothing: float = 0.0
@@ -107,6 +115,7 @@ class KDSpec(Spec):
     teacher_softcap: float | None = None
     weights: tuple[float, ...] = ()
     scale_by_temperature_squared: bool = False
+    softening: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if isinstance(self.divergence, Mapping):
@@ -137,9 +146,9 @@ class KDSpec(Spec):
 
     def options(self) -> dict[str, Any]:
         """What a user gives for this spec, by name."""
-        options = dataclasses.asdict(self) | {"divergence": self.option}
-        del options["weights"]
-        return options
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options["divergence"] = self.option
+        return {name: value for name, value in options.items() if name not in MADE}
 
     @property
     def record(self) -> Divergence:
@@ -163,6 +172,43 @@ class KDSpec(Spec):
         return self.record.parameters(self.alpha, self.beta)
 
     @property
+    def temperatures(self) -> float | Tensor:
+        """What divides logits [M, V]: a number, or [M, 1]."""
+        return self.temperature if self.softening is None else self.softening[:, :1]
+
+    @property
+    def kd_weights(self) -> float | Tensor:
+        """What multiplies gradients [M, V] of the divergence: a number, or [M, 1]."""
+        return self.kd_weight if self.softening is None else self.kd_weight * self.softening[:, 1:]
+
+    def weighted(self, kd: Tensor) -> Tensor:
+        """kd_weight times the divergences [M] of rows."""
+        weighted = self.kd_weight * kd
+        return weighted if self.softening is None else weighted * self.softening[:, 1]
+
+    def of_rows(self, softening: Tensor | None) -> "KDSpec":
+        """A checked spec with what its rows have of their own."""
+        return self if softening is None else dataclasses.replace(self, softening=softening)
+
+    def softened(self, name: str, like: Tensor) -> Tensor | None:
+        """[N, 2] of rows with a temperature each, beside states `like` [..., D], the argument
+        `name`; None of a number.
+
+        Raises:
+            ValueError, TypeError: for what is no constant of the leading dimensions of `like`.
+        """
+        given = self.temperature
+        if not isinstance(given, Tensor):
+            return None
+        check_float("temperature", given)
+        check_row_tensor("temperature", given, like.shape[:-1], name, like)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        temperature = given.reshape(-1).to(dtype)
+        is_squared = self.scale_by_temperature_squared
+        factor = temperature.square() if is_squared else torch.ones_like(temperature)
+        return torch.stack([temperature, factor], dim=-1)
+
+    @property
     def student_bend(self) -> Bend:
         """From the student's raw logits to what the loss is of."""
         return Bend(self.student_logit_scale, self.student_softcap)
@@ -184,7 +230,8 @@ class KDSpec(Spec):
         """Validates what a user passed, and resolves it to what the row kernels read.
 
         A divergence at a limit of alpha or beta becomes what it is there, both are numbers, and
-        kd_weight holds temperature squared where it is wanted.
+        kd_weight holds temperature squared where it is wanted. Of a temperature a token that is in
+        `softened`, and the number is 1.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came; see
@@ -204,6 +251,8 @@ class KDSpec(Spec):
                 alpha, beta = DIVERGENCES[divergence].parameters(alpha, beta)
         else:
             divergence, alpha, beta = resolve(divergence, alpha, beta)
+        if isinstance(temperature, Tensor):
+            temperature = 1.0
         check_number("temperature", temperature)
         if not (temperature > 0.0 and is_finite(temperature)):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")

@@ -22,7 +22,8 @@ def kd_loss_fwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd(
-        student_logits, teacher_logits, labels, *_scalars(spec), spec.bends, extras
+        *(student_logits, teacher_logits, labels, *_scalars(spec)),
+        *(spec.bends, spec.softening, extras),
     )
 
 
@@ -37,7 +38,7 @@ def kd_loss_bwd(
 ) -> None:
     compiled.ops().kd_loss_bwd(
         *(student_logits, teacher_logits, labels, row_weights, stats, *_scalars(spec)),
-        *(spec.bends, dlogits),
+        *(spec.bends, spec.softening, dlogits),
     )
 
 
@@ -52,7 +53,7 @@ def kd_loss_fwd_bwd(
 ) -> tuple[Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd_bwd(
         *(student_logits, teacher_logits, labels, row_weights, *_scalars(spec)),
-        *(spec.bends, dlogits, extras),
+        *(spec.bends, spec.softening, dlogits, extras),
     )
 
 
@@ -129,6 +130,7 @@ def _topk(
         row_weights,
         *_scalars(spec),
         spec.bends,
+        spec.softening,
         dlogits,
         extras,
     )
@@ -162,7 +164,7 @@ def cross_entropy_fwd_bwd(
 
 def _scalars(spec: KDSpec) -> tuple[list[int], list[float]]:
     """The divergences, and the numbers in the order of csrc's Spec."""
-    numbers = [spec.temperature, spec.kd_weight, *_hard(spec)]
+    numbers = [float(spec.temperature), spec.kd_weight, *_hard(spec)]
     for record, weight in spec.parts:
         own = record.parameters(spec.alpha, spec.beta)
         numbers += [weight, *record.kernel_constants(*own)]

@@ -26,6 +26,7 @@ from modxfer_fast.kernels.common import (
     check_label_values,
     check_reduction,
     check_same_device,
+    check_temperatures,
     combine_row_weights,
     debug_check_finite,
     denominator,
@@ -44,6 +45,7 @@ class _Inputs(NamedTuple):
     student_logits: Tensor
     teacher_logits: Tensor
     labels: Tensor | None
+    softening: Tensor | None  # [N, 2]
     numbers: Tensor
     names: str  # of a KDSpec
     ignore_index: int
@@ -63,7 +65,7 @@ def kd_loss(
     divergence: DivergenceOption = "forward_kl",
     alpha: float | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -98,7 +100,7 @@ def kd_loss(
         teacher_logits[:2] if isinstance(teacher_logits, TeacherTopK) else (teacher_logits,)
     )
     refuse_transforms("kd_loss", student_logits, *of_teacher)
-    spec = KDSpec(
+    given = KDSpec(
         divergence,
         alpha=alpha,
         beta=beta,
@@ -108,9 +110,11 @@ def kd_loss(
         label_smoothing=label_smoothing,
         z_loss_weight=z_loss_weight,
         scale_by_temperature_squared=scale_by_temperature_squared,
-    ).checked()
+    )
+    spec = given.checked()
     check_reduction(reduction, normalizer)
     _check(student_logits, teacher_logits)
+    softening = given.softened("student_logits", student_logits)
     tokens = Tokens(labels, token_weights, normalizer, reduction, ignore_index)
     tokens.check(spec.ce_weight, "student_logits", student_logits)
     backend = dispatch.resolve("kd_loss", student_logits, of_teacher[-1], backend=backend)
@@ -121,7 +125,7 @@ def kd_loss(
     valid = valid_rows(labels, ignore_index)
 
     numbers, names = spec.numbers(), spec.names()
-    options = (labels, numbers, names, ignore_index, backend)
+    options = (labels, softening, numbers, names, ignore_index, backend)
     if isinstance(teacher_logits, TeacherTopK):
         rows = topk_rows(
             student_logits, teacher_logits.detach().flat(len(student_logits)), *options
@@ -159,12 +163,13 @@ def _check(student_logits: Tensor, teacher_logits: Tensor | TeacherTopK) -> None
 def _run_fwd(inputs: _Inputs) -> tuple[Tensor, Tensor]:
     student, teacher, labels = inputs[:3]
     check_label_values(labels, inputs.ignore_index, student.shape[-1])
+    check_temperatures(inputs.softening, valid_rows(labels, inputs.ignore_index))
     debug_check_finite(student_logits=student, teacher_logits=teacher)
-    spec = KDSpec.read(inputs.names, inputs.numbers)
+    spec = KDSpec.read(inputs.names, inputs.numbers).of_rows(inputs.softening)
     kd, ce, stats = dispatch.load("kd_loss", inputs.backend).kd_loss_fwd(
         row_major(student), row_major(teacher), labels, spec
     )
-    rows = spec.kd_weight * kd + spec.ce_weight * ce
+    rows = spec.weighted(kd) + spec.ce_weight * ce
     if spec.z_loss_weight:
         rows = rows + spec.z_loss_weight * (stats[:, 0] + stats[:, 5]).square()  # max_s + logd_1
     return rows, stats
@@ -196,7 +201,7 @@ def _run_bwd(inputs) -> Tensor:
         inputs.labels,
         inputs.drows.contiguous(),  # the gradient of a sum arrives with stride 0
         inputs.stats,
-        KDSpec.read(inputs.names, inputs.numbers),
+        KDSpec.read(inputs.names, inputs.numbers).of_rows(inputs.softening),
         dlogits,
     )
     return dlogits

@@ -63,7 +63,7 @@ def kd_loss_reference(
         labels: [M] int64; a value outside [0, V) has no cross entropy. Or None.
     """
     z_s, z_t = bent(student_logits, teacher_logits, spec)
-    of_t, of_s = (spec.record.operand(z / spec.temperature) for z in (z_t, z_s))
+    of_t, of_s = (spec.record.operand(z / spec.temperatures) for z in (z_t, z_s))
     kd, _ = spec.record.of_rows(of_t, of_s, *spec.parameters)
     return kd, hard_terms_reference(z_s, labels, spec)[0]
 
@@ -88,8 +88,8 @@ def kd_loss_fwd(
         temperature 1, which means something only where there is a term of temperature 1.
     """
     z_s, z_t = bent(student_logits, teacher_logits, spec)
-    x_s, max_s, logd_s = _shifted(z_s, spec.temperature)
-    x_t, max_t, logd_t = _shifted(z_t, spec.temperature)
+    x_s, max_s, logd_s = _shifted(z_s, spec.temperatures)
+    x_t, max_t, logd_t = _shifted(z_t, spec.temperatures)
     kd, u = _of_rows(z_s, z_t, x_s - logd_s, x_t - logd_t, spec)
     u_sum = u.sum(-1, keepdim=True)
     if spec.record.row_sums == "mean_under_p":
@@ -138,7 +138,7 @@ def kd_loss_bwd(
         numbers = stats[:, 6:].to(z_s.dtype).split(1, dim=1)
         u = spec.record.whole.u(log_p, log_q, spec.parameters[0], *numbers)
     max_s, u_sum, logd_1 = (stats[:, i : i + 1].to(z_s.dtype) for i in (0, 4, 5))
-    dz = (spec.kd_weight / spec.temperature) * (u - log_q.exp() * u_sum)
+    dz = (spec.kd_weights / spec.temperatures) * (u - log_q.exp() * u_sum)
     if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
         log_q1 = (z_s - max_s) - logd_1
         dz += hard_dlogits(log_q1, max_s + logd_1, *label_index(z_s, labels), spec, classes)
@@ -153,8 +153,8 @@ def of_stats(
     """z_s, z_t, log q and log p, [M, V] each, from the statistics of the forward."""
     z_s, z_t = bent(student_logits, teacher_logits, spec)
     max_s, logd_s, max_t, logd_t = stats[:, :4].to(z_s.dtype).unsqueeze(-1).unbind(1)
-    log_q = (z_s - max_s) / spec.temperature - logd_s
-    log_p = (z_t - max_t) / spec.temperature - logd_t
+    log_q = (z_s - max_s) / spec.temperatures - logd_s
+    log_p = (z_t - max_t) / spec.temperatures - logd_t
     return z_s, z_t, log_q, log_p
 
 
@@ -164,7 +164,7 @@ def _of_rows(
     """The divergence [M] and u [M, V]."""
     of_t, of_s = log_p, log_q
     if spec.record.row_sums == "of_logits":
-        of_t, of_s = z_t / spec.temperature, z_s / spec.temperature
+        of_t, of_s = z_t / spec.temperatures, z_s / spec.temperatures
     return spec.record.of_rows(of_t, of_s, *spec.parameters)
 
 
@@ -233,8 +233,8 @@ def topk_kd_loss_fwd_bwd(
     kd, dkd = _topk_divergence(z, teacher, spec)
     _, ce, _ = cross_entropy_fwd(student_logits, None, labels, spec, extras)
     lse = z.logsumexp(-1, keepdim=True)
-    dz = spec.kd_weight * dkd + hard_dlogits(z.log_softmax(-1), lse, *label_index(z, labels), spec)
-    dz = dz * spec.student_bend.slope(z)
+    dz = hard_dlogits(z.log_softmax(-1), lse, *label_index(z, labels), spec)
+    dz = (spec.kd_weights * dkd + dz) * spec.student_bend.slope(z)
     row_weights = row_weights[:, None].to(dz.dtype)
     dlogits.copy_(torch.where(row_weights != 0, dz * row_weights, 0.0))
     return kd, ce
@@ -246,7 +246,7 @@ def _topk_divergence(z: Tensor, teacher: TopKRows, spec: KDSpec) -> tuple[Tensor
     listed = (teacher.ids >= 0) & (teacher.ids < vocab_size)
     # one more column, which the absent ones have for themselves
     columns = torch.where(listed, teacher.ids, vocab_size).long()
-    x, _, logd = _shifted(z, spec.temperature)
+    x, _, logd = _shifted(z, spec.temperatures)
     log_q = torch.cat([x - logd, torch.full_like(logd, -torch.inf)], dim=-1)
     log_q_listed = log_q.gather(-1, columns)
     log_q = log_q.scatter(-1, columns, -torch.inf)[:, :vocab_size]  # of the others
@@ -261,16 +261,16 @@ def _topk_divergence(z: Tensor, teacher: TopKRows, spec: KDSpec) -> tuple[Tensor
     elif teacher.tail == "bucket":
         # from the logits: next to a sure student's, log q of the others has lost its digits
         others = z.masked_fill(log_q == -torch.inf, -torch.inf)
-        share = (others / spec.temperature).softmax(-1).masked_fill(log_q == -torch.inf, 0.0)
+        share = (others / spec.temperatures).softmax(-1).masked_fill(log_q == -torch.inf, 0.0)
         u_others = share * u[:, -1:]
     if teacher.tail != "none" and spec.record.row_sums == "mean_under_p":
         u_sum = -torch.ones_like(u_sum)  # exactly: equal rows then have no gradient
     dz = torch.cat([u_others - q * u_sum, torch.zeros_like(u_sum)], dim=-1)
     dz = dz.scatter(-1, columns, (u - q_listed * u_sum)[:, : columns.shape[-1]])
-    return kd, dz[:, :vocab_size] / spec.temperature
+    return kd, dz[:, :vocab_size] / spec.temperatures
 
 
-def _shifted(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _shifted(z: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     maximum = z.amax(-1, keepdim=True)
     x = (z - maximum) / temperature
     return x, maximum, x.exp().sum(-1, keepdim=True).log()

@@ -202,6 +202,12 @@ class TeacherTopK(NamedTuple):
             )
 
     def _check_spec(self, spec: KDSpec) -> None:
+        if self.tail != "renormalise" and spec.softening is not None:
+            raise ValueError(
+                f"temperature: expected a number, that of the teacher's log_probs, with tail "
+                f"{self.tail!r}, because the mass of classes that are not listed cannot be "
+                f"softened, got one a token; take tail='renormalise'"
+            )
         if self.tail != "renormalise" and spec.temperature != self.temperature:
             raise ValueError(
                 f"temperature: expected {self.temperature}, that of the teacher's log_probs, with "
@@ -248,7 +254,7 @@ class TeacherTopK(NamedTuple):
         log_p = self.log_probs.double().masked_fill(absent, -torch.inf)
         dtype = torch.promote_types(self.log_probs.dtype, torch.float32)
         if self.tail == "renormalise":
-            softened = log_p * (self.temperature / spec.temperature)
+            softened = log_p * (self.temperature / spec.temperatures)
             log_p = softened - softened.logsumexp(-1, keepdim=True)
             if spec.record.whole is not None:
                 # classes without p have one addend together: all are multiples of q, or nothing
@@ -368,7 +374,7 @@ def topk_by_products(
     extras[:, :4] = own
     raw, listed = listed_logits(logits, teacher.ids, shard)
     z = spec.student_bend.of(raw.to(extras.dtype))
-    log_q = (z / spec.temperature - lse).masked_fill(~listed, -torch.inf)
+    log_q = (z / spec.temperatures - lse).masked_fill(~listed, -torch.inf)
     log_p = teacher.log_probs.to(extras.dtype).masked_fill(~listed, -torch.inf)
     is_top = listed & (log_p == log_p.amax(-1, keepdim=True)) & (raw == top)
     extras[:, 4] = is_top.any(-1).to(extras.dtype)
@@ -380,13 +386,17 @@ def _own_by_products(
     kernels: ModuleType, logits: Tensor, labels: Tensor | None, spec: KDSpec, own: Tensor
 ) -> Tensor:
     """Writes the student's, [M, 4], and returns log sum exp [M, 1] at the temperature."""
-    bend, temperature = spec.student_bend, spec.temperature
+    bend, temperature = spec.student_bend, spec.temperatures
     kernels.cross_entropy_fwd(logits, None, labels, KDSpec(**bend.options("student")), own)
-    if temperature == 1.0:
+    softer = Bend()
+    if isinstance(temperature, Tensor):
+        logits = bend.of(logits.to(own.dtype)) / temperature
+    elif temperature == 1.0:
         return own[:, :1]
-    cap = None if bend.cap is None else bend.cap / temperature
-    softened = Bend(bend.scale / temperature, cap).options("student")
+    else:
+        cap = None if bend.cap is None else bend.cap / temperature
+        softer = Bend(bend.scale / temperature, cap)
     found = torch.empty_like(own)
-    kernels.cross_entropy_fwd(logits, None, None, KDSpec(**softened), found)
+    kernels.cross_entropy_fwd(logits, None, None, KDSpec(**softer.options("student")), found)
     own[:, 3] = found[:, 3]
     return found[:, :1]

@@ -13,6 +13,7 @@ from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
     KDSpec,
     check_label_values,
+    check_temperatures,
     debug_check_finite,
     streamed_op,
     valid_rows,
@@ -28,6 +29,7 @@ class _Inputs(NamedTuple):
     tail: str
     teacher_temperature: float
     labels: Tensor | None
+    softening: Tensor | None  # [N, 2]
     numbers: Tensor
     names: str  # of a KDSpec
     ignore_index: int
@@ -41,13 +43,14 @@ def topk_rows(
     student_logits: Tensor,
     teacher: TeacherTopK,
     labels: Tensor | None,
+    softening: Tensor | None,
     numbers: Tensor,
     names: str,
     ignore_index: int,
     backend: str,
 ) -> Tensor:
     """[N] losses of student_logits [N, V] and a teacher [N, K], differentiable in the former."""
-    return _fwd(student_logits, *teacher, labels, numbers, names, ignore_index, backend)
+    return _fwd(student_logits, *teacher, labels, softening, numbers, names, ignore_index, backend)
 
 
 def _teacher(inputs) -> TeacherTopK:
@@ -56,15 +59,17 @@ def _teacher(inputs) -> TeacherTopK:
 
 def _run_fwd(inputs: _Inputs) -> Tensor:
     student, labels, teacher = inputs.student_logits, inputs.labels, _teacher(inputs)
-    spec = KDSpec.read(inputs.names, inputs.numbers)
+    spec = KDSpec.read(inputs.names, inputs.numbers).of_rows(inputs.softening)
     check_label_values(labels, inputs.ignore_index, student.shape[-1])
-    teacher.check_values(spec, valid_rows(labels, inputs.ignore_index), student.shape[-1])
+    valid = valid_rows(labels, inputs.ignore_index)
+    check_temperatures(inputs.softening, valid)
+    teacher.check_values(spec, valid, student.shape[-1])
     debug_check_finite(student_logits=student)
     lse = _fake_fwd(inputs)[:, None] if spec.z_loss_weight else None
     kd, ce, _ = dispatch.load("kd_loss", inputs.backend).topk_kd_loss_fwd(
         row_major(student), teacher.rows(spec), labels, spec, lse
     )
-    rows = spec.kd_weight * kd + spec.ce_weight * ce
+    rows = spec.weighted(kd) + spec.ce_weight * ce
     return rows if lse is None else rows + spec.z_loss_weight * lse[:, 0].square()
 
 
@@ -84,7 +89,7 @@ def _backward(ctx, drows: Tensor | None) -> dict[str, Tensor | None]:
 
 
 def _run_bwd(inputs) -> Tensor:
-    spec = KDSpec.read(inputs.names, inputs.numbers)
+    spec = KDSpec.read(inputs.names, inputs.numbers).of_rows(inputs.softening)
     dlogits = fake_bwd(inputs)
     dispatch.load("kd_loss", inputs.backend).topk_kd_loss_fwd_bwd(
         row_major(inputs.student_logits),

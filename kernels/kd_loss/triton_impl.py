@@ -196,9 +196,20 @@ def _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS: tl.constexpr):
 
 
 @triton.jit
+def _row_softening(softening_ptr, row, scale, inv_temperature, kd_weight):
+    """The three of a row that has a temperature, and a factor of kd_weight, of its own."""
+    if softening_ptr is not None:
+        inv_temperature = 1.0 / tl.load(softening_ptr + 2 * row)
+        scale = inv_temperature * LOG2E
+        kd_weight *= tl.load(softening_ptr + 2 * row + 1)
+    return scale, inv_temperature, kd_weight
+
+
+@triton.jit
 def _kd_loss_fwd_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     labels_ptr,                          # in   [M], int64
+    softening_ptr,                       # in   [M, 2], fp32, or None
     kd_ptr, ce_ptr,                      # out  [M], fp32
     stats_ptr,                           # out  [M, 6], fp32
     extras_ptr,                          # out  [M, EXTRAS], fp32, or None
@@ -213,6 +224,7 @@ def _kd_loss_fwd_kernel(
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
+    scale, inv_temperature, _ = _row_softening(softening_ptr, row, scale, inv_temperature, 1.0)
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, _ = _row_loss(
@@ -236,6 +248,7 @@ def _kd_loss_fwd_kernel(
 def _kd_loss_bwd_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     labels_ptr,                          # in   [M], int64
+    softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
     stats_ptr,                           # in   [M, 6], fp32
     dlogits_ptr,                         # out  [M, V]
@@ -251,6 +264,9 @@ def _kd_loss_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    scale, inv_temperature, kd_weight = _row_softening(
+        softening_ptr, row, scale, inv_temperature, kd_weight
+    )
     stats_ptr += row * 6
     max_s = tl.load(stats_ptr + 0)
     logd_s = tl.load(stats_ptr + 1)
@@ -285,6 +301,7 @@ def _kd_loss_bwd_kernel(
 def _kd_loss_fwd_bwd_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     labels_ptr,                          # in   [M], int64
+    softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
     kd_ptr, ce_ptr,                      # out  [M], fp32
     dlogits_ptr,                         # out  [M, V]
@@ -303,6 +320,9 @@ def _kd_loss_fwd_bwd_kernel(
     teacher_ptr += row * stride_tm
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    scale, inv_temperature, kd_weight = _row_softening(
+        softening_ptr, row, scale, inv_temperature, kd_weight
+    )
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row = _row_loss(
@@ -454,7 +474,7 @@ def _launch(
         of_passes |= {"z_loss_weight": spec.z_loss_weight, "HAS_Z": spec.z_loss_weight != 0.0}
     with torch.cuda.device_of(student_logits):
         kernel[(rows,)](
-            *(student_logits, teacher_logits, labels, *others),
+            *(student_logits, teacher_logits, labels, spec.softening, *others),
             V=vocab_size,
             stride_sm=student_logits.stride(0),
             stride_tm=teacher_logits.stride(0),
@@ -490,7 +510,7 @@ def _spec_args(spec: KDSpec) -> dict[str, Any]:
         "c3": c3,
         "DIVERGENCE": names if len(names) > 1 else names[0],
         "PARTS": len(names),
-        "UNIT_TEMPERATURE": spec.temperature == 1.0,
+        "UNIT_TEMPERATURE": spec.softening is None and spec.temperature == 1.0,
     }
 
 

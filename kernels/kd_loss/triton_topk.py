@@ -26,6 +26,7 @@ from modxfer_fast.kernels.kd_loss.triton_divergences import class_terms
 from modxfer_fast.kernels.kd_loss.triton_impl import (
     _load_label,
     _row_outputs,
+    _row_softening,
     _spec_args,
 )
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_list
@@ -93,6 +94,7 @@ def _topk_kd_loss_kernel(
     ids_ptr, log_p_ptr, log_tail_ptr,    # in   [M, K], [M, K], [M]; fp32
     listed_ptr,                          # in   [M, W], int32, a bit a class
     labels_ptr, row_weights_ptr,         # in   [M]; int64, fp32
+    softening_ptr,                       # in   [M, 2], fp32, or None
     kd_ptr, ce_ptr,                      # out  [M], fp32
     lse_ptr,                             # out  [M, 1], fp32, or None
     dlogits_ptr,                         # out  [M, V]
@@ -110,6 +112,9 @@ def _topk_kd_loss_kernel(
     student_ptr += row * stride_sm
     listed_ptr += row * stride_bm
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
+    scale, inv_temperature, kd_weight = _row_softening(
+        softening_ptr, row, scale, inv_temperature, kd_weight
+    )
     z_label = 0.0
     if HAS_CE:
         z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
@@ -308,6 +313,7 @@ def _launch(
             listed,
             labels,
             row_weights,
+            spec.softening,
             kd,
             ce,
             extras,

@@ -288,12 +288,12 @@ class Mixture(NamedTuple):
             if first is None:
                 log_p = total
             scaled.copy_(logits)  # the same memory for a head
-            self._log_softmax(scaled.div_(spec.temperature), log_p)
+            self._log_softmax(scaled.div_(spec.temperatures), log_p)
             # in logarithms: a probability below the smallest number must not become 0
             log_p += weight.to(log_p).log() if isinstance(weight, Tensor) else _log(weight)
             first = log_p if first is None else torch.logaddexp(first, log_p, out=first)
         assert first is not None
-        return first.mul_(spec.temperature)
+        return first.mul_(spec.temperatures)
 
     def _log_softmax(self, z: Tensor, out: Tensor) -> None:
         """Over the classes of all ranks."""

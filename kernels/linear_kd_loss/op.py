@@ -32,6 +32,7 @@ from modxfer_fast.kernels.common import (
     check_label_values,
     check_num_valid,
     check_reduction,
+    check_temperatures,
     check_tensor,
     combine_row_weights,
     counted_rows,
@@ -124,7 +125,7 @@ def linear_kd_loss(
     divergence: DivergenceOption = "forward_kl",
     alpha: float | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -169,7 +170,9 @@ def linear_kd_loss(
         alpha, beta: parameters of some divergences, an error beside another. None is what the
             divergence's record has. In "jsd" beta is the teacher's weight in the mixture, in
             [0, 1]; there 0 is forward KL and 1 is reverse KL.
-        temperature: divides both logits in the divergence; the cross entropy stays at 1.
+        temperature: divides both logits in the divergence; the cross entropy stays at 1. One
+            number, or a tensor [...] of a positive one a token: a constant, not beside a
+            `VocabParallelWeight`, beside a `TeacherTopK` with tail "renormalise" alone.
         kd_weight, ce_weight: factors of the two terms.
         label_smoothing: in [0, 1], the share of the label's probability in the cross entropy that
             goes to all V classes alike (Szegedy et al. 2016), as in torch.
@@ -188,7 +191,7 @@ def linear_kd_loss(
         reduction: "mean", "sum", or "none" (shape [...]), whose backward recomputes the logits
             because each token brings a gradient of its own.
         scale_by_temperature_squared: multiplies the divergence by temperature squared
-            (Hinton et al. 2015). Off by default, as in TRL and Liger.
+            (Hinton et al. 2015), of each token its own. Off by default, as in TRL and Liger.
         workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. None is
             512, and on a GPU at least what 1024 rows take, 8 bytes a class each: 1002 MiB for
             128,256 classes. Larger is faster until a chunk holds a thousand rows or so. A trainable
@@ -223,8 +226,8 @@ def linear_kd_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. Values of
-            labels, num_valid and a normalizer tensor are checked on a CPU, on a GPU only under
-            MODXFER_DEBUG=1.
+            labels, temperatures, num_valid and a normalizer tensor are checked on a CPU, on a GPU
+            only under MODXFER_DEBUG=1.
         RuntimeError: under torch.func's gradients or forward-mode differentiation.
         BackendError: the backend asked for cannot run these inputs.
 
@@ -354,7 +357,7 @@ def _computed(
         check_tensor(name, tensor)
     refuse_transforms("linear_kd_loss" if role else "linear_cross_entropy", *given.values())
     spec.student_bend.check(role)
-    spec = spec.checked()
+    given_spec, spec = spec, spec.checked()
     labels, token_weights, normalizer, reduction, ignore_index, num_valid = tokens
     check_reduction(reduction, normalizer)
     student, teacher = student.cast(), teacher.detach().cast()
@@ -366,8 +369,9 @@ def _computed(
         student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
     teacher = parallel.teacher_beside(student, teacher)
+    softening = given_spec.softened(hidden, student.hidden)
     if isinstance(student, ParallelHead):
-        parallel.refuse_options(spec, launch)
+        parallel.refuse_options(spec, launch, softening)
     if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
         raise ValueError(
             "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
@@ -400,7 +404,7 @@ def _computed(
 
     op = _OPS[type(student), type(teacher)]
     inputs = op.inputs(
-        *(*student, *teacher, labels, weights, ignore_index, num_valid),
+        *(*student, *teacher, labels, weights, ignore_index, num_valid, softening),
         *(spec.numbers(), spec.names()),
         *launch._replace(backend=backend),
         by_products,
@@ -478,13 +482,14 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
     def run(inputs, needs):
         student = student_kind(*inputs[: len(of_student)])
         teacher = teacher_kind(*inputs[len(of_student) : len(of_heads)])
-        rows = Rows(inputs.labels, inputs.row_weights, inputs.ignore_index, inputs.num_valid)
+        rows = Rows(*(getattr(inputs, name) for name in Rows._fields))
         spec = KDSpec.read(inputs.names, inputs.numbers)
         check_label_values(rows.labels, rows.ignore_index, student.vocab_size)
         valid, weights = rows.valid(), rows.row_weights
         workspace_mb = inputs.workspace_mb
+        check_temperatures(rows.softening, valid)
         if hasattr(teacher, "check_values"):
-            teacher.check_values(spec, valid, student.vocab_size)
+            teacher.check_values(spec.of_rows(rows.softening), valid, student.vocab_size)
         counted = f"the labels other than ignore_index={rows.ignore_index}"
         check_num_valid(rows.num_valid, valid, counted)
         debug_check_finite(**tensors_of("student", student), **tensors_of("teacher", teacher))
@@ -509,7 +514,7 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         if valid is not None:  # padding may hold anything, NaN included
             kd, ce, z_loss = (term.masked_fill(~valid, 0.0) for term in (kd, ce, z_loss))
             found = found.masked_fill(~valid[:, None], 0.0)
-        losses = spec.kd_weight * kd
+        losses = spec.of_rows(rows.softening).weighted(kd)
         for factor, term in ((spec.ce_weight, ce), (spec.z_loss_weight, z_loss)):
             if factor != 0.0:  # else the term is 0, and adding it costs two operators
                 losses = losses + factor * term

@@ -46,8 +46,12 @@ def teacher_beside(student: Any, teacher: Any) -> Any:
     return teacher.part(student.shard.span)
 
 
-def refuse_options(spec: KDSpec, launch: Launch) -> None:
+def refuse_options(spec: KDSpec, launch: Launch, softening: Tensor | None) -> None:
     """Raises ValueError for an option that a head divided over ranks does not have."""
+    if softening is not None:
+        raise ValueError(
+            "temperature: expected a number beside a VocabParallelWeight, got one a token"
+        )
     if spec.record.row_sums == "of_logits":
         raise ValueError(
             "divergence: expected one of probabilities beside a VocabParallelWeight, whose ranks "

@@ -44,16 +44,18 @@ class Part(NamedTuple):
     head: Any
     labels: Tensor | None
     row_weights: Tensor
+    softening: Tensor | None
 
     def part(self, rows: slice) -> "Part":
         """Rows of this part."""
-        span, kept, head, labels, row_weights = self
+        span, kept, head, labels, row_weights, softening = self
         return Part(
             slice(span.start + rows.start, span.start + rows.stop),
             None if kept is None else kept[rows],
             head.take(rows, None),
             None if labels is None else labels[rows],
             row_weights[rows],
+            None if softening is None else softening[rows],
         )
 
 
@@ -154,20 +156,20 @@ def stream(
 
     def run(part: Part, dlogits: Tensor | None, z_s: Tensor, *z_t: Tensor) -> Tensor | None:
         """The losses of a chunk; returns its dlogits, for which there may be room in a slab."""
-        logits = part.head.logits(z_s, plan.tile)
+        logits, own = part.head.logits(z_s, plan.tile), spec.of_rows(part.softening)
         taught = teacher.take(part.span, part.kept)
-        signal = taught.signal(z_t, plan.tile, spec)
+        signal = taught.signal(z_t, plan.tile, own)
         extras = weights.new_empty(len(logits), num_extras) if num_extras else None
         more = () if extras is None else (extras,)
         if extras is not None and by_products and isinstance(taught, TeacherTopK):
-            topk_by_products(kernels, shard, logits, taught, part.labels, spec, extras)
+            topk_by_products(kernels, shard, logits, taught, part.labels, own, extras)
             more = ()  # its row kernels have the first alone
         if not wanted:
-            kd_rows, ce_rows, _ = row_kernel(logits, signal, part.labels, spec, *more)
+            kd_rows, ce_rows, _ = row_kernel(logits, signal, part.labels, own, *more)
         else:
             dlogits = part.head.dlogits(logits) if dlogits is None else dlogits
             kd_rows, ce_rows = row_kernel(
-                logits, signal, part.labels, part.row_weights, spec, dlogits, *more
+                logits, signal, part.labels, part.row_weights, own, dlogits, *more
             )
         packing.put(kd, part.span, part.kept, kd_rows)
         packing.put(ce, part.span, part.kept, ce_rows)

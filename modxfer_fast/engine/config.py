@@ -16,7 +16,7 @@ from modxfer_fast.config.loss import FeaturesSection
 from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students import student_of_kind
-from modxfer_fast.kernels.common.spec import OF_MODELS
+from modxfer_fast.kernels.common.spec import MADE, OF_MODELS
 from modxfer_fast.kernels.divergences import ALPHAS, BETAS, FORMULAS
 
 logger = logging.get_logger(__name__)
@@ -146,7 +146,7 @@ class DistillConfig(TrainingArguments):
         """The loss of the logits that the options describe; None for encoders, which have none."""
         if not student_of_kind(self.kind).has_logits:
             return None
-        names = {option.name for option in fields(Objective)} - {"impl", "weights", *OF_MODELS}
+        names = {option.name for option in fields(Objective)} - {"impl", *MADE, *OF_MODELS}
         return Objective(**{name: getattr(self, name) for name in names}, impl=self.loss_impl)
 
     def hidden_state_options(self) -> HiddenStatesSection | None:

@@ -1,5 +1,6 @@
 """`linear_kd_loss` as a module that holds its options."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
+from modxfer_fast.kernels.common import KDSpec, check_integer, check_number, check_reduction
 from modxfer_fast.kernels.common.composed_head import head_of
 from modxfer_fast.kernels.common.parallel_head import Weight
 from modxfer_fast.kernels.common.rows import Launch, Tokens
@@ -52,6 +53,7 @@ class LinearKDLoss(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        check_number("temperature", temperature)
         self.spec = KDSpec(
             divergence,
             alpha=alpha,
@@ -90,14 +92,22 @@ class LinearKDLoss(nn.Module):
         normalizer: float | torch.Tensor | None = None,
         num_valid: int | None = None,
         teacher_ids: Tensor | None = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
+        """
+        Args:
+            temperature: [...] of one a token, in the place of the module's.
+        """
+        spec = self.spec
+        if temperature is not None:
+            spec = dataclasses.replace(spec, temperature=temperature)
         tokens = self.tokens._replace(
             labels=labels, token_weights=token_weights, normalizer=normalizer, num_valid=num_valid
         )
         return loss_alone(
             head_of(student_hidden, student_weight, student_bias),
             teacher_of(teacher_hidden, teacher_weight, teacher_bias),
-            self.spec,
+            spec,
             tokens,
             self.launch,
             self.vocabulary._replace(teacher_ids=teacher_ids),

@@ -23,6 +23,8 @@ OBJECTIVES = {"kd": (0.0, 1.0), "kd+ce": (0.5, 1.0), "kd+ce-t2": (0.5, 2.0)}
 BENT = {"student_softcap": 30.0, "teacher_logit_scale": 0.0625}
 # beside the last: label smoothing, z-loss and by-products
 ALL = "all-t2"
+# of "kd+ce-t2", where each row has a temperature of its own
+TOKENS = "kd+ce-tokens"
 
 
 OF_PROBABILITIES = [r.name for r in DIVERGENCES.values() if r.row_sums != "of_logits"]
@@ -54,13 +56,17 @@ class Case:
     def launch(self) -> None:
         logits_dtype, dlogits_dtype = DTYPES[self.dtypes]
         is_bent, has_all = self.objective == "bent", self.objective == ALL
-        named = "kd+ce" if is_bent else "kd+ce-t2" if has_all else self.objective
+        has_own, named = self.objective == TOKENS, self.objective
+        if named not in OBJECTIVES:
+            named = "kd+ce" if is_bent else "kd+ce-t2"
         ce_weight, temperature = OBJECTIVES[named]
         bends = BENT if is_bent else {}
         divergence = option_of(self.divergence)
         spec = KDSpec(divergence, None, temperature, 1.0, ce_weight, **bends).checked()
         if has_all:
             spec = dataclasses.replace(spec, label_smoothing=0.1, z_loss_weight=1e-4)
+        if has_own:
+            spec = spec.of_rows(torch.empty(self.rows, 2, device="meta"))
         extras = torch.empty(self.rows, 6, device="meta") if has_all else None
         shape = (self.rows, self.vocab_size)
         student = torch.empty(shape, dtype=logits_dtype, device="meta")
@@ -109,6 +115,7 @@ def core_cases() -> list[Case]:
     ] + [
         *(Case(function, "jsd", "bent", "fp32-bf16") for function in FUNCTIONS[::2]),
         Case("kd_loss_fwd_bwd", "jsd", ALL, "fp32-bf16"),
+        *(Case(function, "jsd", TOKENS, "fp32-bf16") for function in FUNCTIONS),
     ]
     held = {case.divergence for case in everywhere}
     others = [

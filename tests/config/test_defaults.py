@@ -20,7 +20,7 @@ from modxfer_fast.config.task_distill import (
 from modxfer_fast.config.transfer import RefineSection, TransferSection, TransferStudentSection
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.kernels.common import KDSpec
-from modxfer_fast.kernels.common.spec import OF_MODELS
+from modxfer_fast.kernels.common.spec import MADE, OF_MODELS
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss, LinearKDLoss
 from modxfer_fast.transfer import MapOptions
 
@@ -92,7 +92,7 @@ def test_the_trainer_resolves_to_the_same_weight(tmp_path):
 )
 def test_every_option_of_the_objective_is_at_every_door(door):
     taken = getattr(door, "model_fields", None) or inspect.signature(door).parameters
-    options = {field.name for field in dataclasses.fields(KDSpec)} - {"weights"}  # of divergence
+    options = {field.name for field in dataclasses.fields(KDSpec)} - MADE
     if door not in (LinearKDLoss, linear_kd_loss):
         options -= OF_MODELS  # models are asked, or have given their logits
     assert options <= set(taken)

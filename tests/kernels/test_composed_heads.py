@@ -410,7 +410,7 @@ def test_opcheck(op):
     stored, _ = int8(randn(V, D, seed=2))
     weight = LoraWeight(stored, tensors["lora_A"], tensors["lora_B"], 0.5)
     head = head_of(tensors["student_hidden"], weight, tensors["student_bias"])
-    args = (*head, *TeacherLogits(TEACHER).kind(), None, torch.ones(N), -100, None)
+    args = (*head, *TeacherLogits(TEACHER).kind(), None, torch.ones(N), -100, None, None)
     args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", "forward", None, False)
     args += ([True, False, True, True, True, False],) if op == "fwd" else ()
     torch.library.opcheck(

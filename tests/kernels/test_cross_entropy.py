@@ -471,7 +471,7 @@ def test_ops_are_sound(by_products):
     inputs = inputs_of(5, 20)
     weights = torch.rand(5).masked_fill(inputs.labels == -100, 0.0)
     spec = KDSpec(kd_weight=0.0, ce_weight=1.0, z_loss_weight=0.1).checked()
-    args = (inputs.hidden, inputs.weight, inputs.bias, inputs.labels, weights, -100, None)
+    args = (inputs.hidden, inputs.weight, inputs.bias, inputs.labels, weights, -100, None, None)
     args += (spec.numbers(), spec.names(), *Launch(64, "reference"), by_products)
     torch.library.opcheck(torch.ops.modxfer.linear_cross_entropy_rows.default, args)
     torch.library.opcheck(

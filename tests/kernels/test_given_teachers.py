@@ -496,7 +496,7 @@ def test_opcheck_of_mixtures(of, weights, op):
     teachers, _ = several()
     mixture = TeacherMixture(teachers, of=of, **MIXTURES[weights][0]).kind().flat(N)
     leaves = list(student().values())
-    args = (*leaves, *mixture, None, torch.ones(N), -100, None)
+    args = (*leaves, *mixture, None, torch.ones(N), -100, None, None)
     args += (KDSpec().checked().numbers(), KDSpec().names(), 64, "cpp", "forward", None, False)
     args += ([True] * 3,) if op == "fwd" else ()
     torch.library.opcheck(

@@ -563,14 +563,17 @@ def test_compiled_equals_eager(layout, reduction, backend):
 
 
 @pytest.mark.parametrize("labels", [False, True], ids=["unlabelled", "labelled"])
+@pytest.mark.parametrize("softened", [False, True], ids=["number", "tokens"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_opcheck(layout, labels):
+@pytest.mark.pairs
+def test_opcheck(layout, softened, labels):
     student, teacher = close_logits(6, 20)
     if layout == "transposed":
         student = student.detach().T.contiguous().T.requires_grad_()
     labels = masked_labels(6, 20) if labels else None
     spec = KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels is not None else 0.0).checked()
-    options = (labels, spec.numbers(), spec.names(), -100, "cpp")
+    temperatures = torch.tensor([[2.0, 1.0]]).repeat(6, 1) if softened else None
+    options = (labels, temperatures, spec.numbers(), spec.names(), -100, "cpp")
     args = (student, teacher, *options)
     torch.library.opcheck(torch.ops.modxfer.kd_loss_fwd.default, args)
     _, stats = torch.ops.modxfer.kd_loss_fwd(*args)

@@ -696,7 +696,7 @@ def test_opcheck(op, labels, layout):
         *(student_hidden, student_weight, inputs.student_bias),
         *(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias),
         *(inputs.labels, row_weights(6, inputs.labels, None).float()),
-        *(-100, 5 if labels else None),
+        *(-100, 5 if labels else None, torch.ones(6, 2) if labels else None),
         *(KDSpec("jsd", 0.3, 2.0, 1.0, 0.5 if labels else 0.0).checked().numbers(), "jsd"),
         *(64, "cpp", "forward", None, labels),
     )

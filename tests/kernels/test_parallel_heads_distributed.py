@@ -379,6 +379,7 @@ REFUSED = {
     "common": ("vocabulary: expected at least one common class on every rank", ""),
     "of_logits": ("divergence: expected one of probabilities beside a Vocab", ""),
     "values": ("rank 1: ValueError: teacher_log_probs: expected values at", "teacher_log_probs: "),
+    "temperatures": ("temperature: expected a number beside a VocabParallelWeight", ""),
     "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
 }
 
@@ -439,6 +440,8 @@ def _refused(name: str, rank: int) -> None:
         values = torch.full((6, 10), -2.0)
         values[2, 7] = 1.0  # of a class of rank 1's
         teacher = {"teacher_hidden": TeacherLogProbs(values)}
+    if name == "temperatures":
+        options["temperature"] = torch.full((6,), 2.0)
     if name == "filter_eps":
         options["filter_eps"] = 1e-3
     weight = VocabParallelWeight(shard, group, sizes)

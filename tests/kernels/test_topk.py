@@ -616,11 +616,11 @@ def test_opcheck(op):
     labels = torch.tensor([1, 2, -100, 4, 5, 6])
     if op == "topk_kd_loss_fwd":
         z = F.linear(inputs.hidden, inputs.weight).detach().requires_grad_()
-        args = (z, *inputs.teacher, labels, *options, -100, "cpp")
+        args = (z, *inputs.teacher, labels, None, *options, -100, "cpp")
     else:
         weights = (labels != -100).float()
         args = (inputs.hidden, inputs.weight, None, *inputs.teacher)
-        args += (labels, weights, -100, None, *options, 8, "cpp", "forward", None, False)
+        args += (labels, weights, -100, None, None, *options, 8, "cpp", "forward", None, False)
         args += ([True, True, False],)
     torch.library.opcheck(getattr(torch.ops.modxfer, op).default, args)
 

@@ -148,8 +148,7 @@ def test_a_constant_that_wants_a_gradient(name, call):
 @pytest.mark.parametrize(
     ("call", "name"),
     [
-        *((call, name) for call in ("kd", "linear") for name in ("temperature", "kd_weight")),
-        *((call, name) for call in ("kd", "linear") for name in ("ce_weight", "beta")),
+        *((call, n) for call in ("kd", "linear") for n in ("kd_weight", "ce_weight", "beta")),
         ("projection", "beta"),
         ("projection", "norm_eps"),
         ("lora_projection", "beta"),

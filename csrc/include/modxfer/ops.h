@@ -20,25 +20,26 @@ int64_t instruction_set();
 void use_instruction_set(int64_t index);
 
 // -> kd [M], ce [M], stats [M, 6]; divergences, numbers: those of Spec, bends: none or two a side;
+// softening: [M, 2], each row's temperature and a factor of its kd_weight, where they have any;
 // writes extras, KdExtras of rows [M, 6] or their first number alone [M, 1], where given
-std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(Tensor student_logits, Tensor teacher_logits,
-                                               std::optional<Tensor> labels,
-                                               std::vector<int64_t> divergences,
-                                               std::vector<double> numbers,
-                                               std::vector<double> bends,
-                                               std::optional<Tensor> extras);
+std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(
+    Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
+    std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
+    std::optional<Tensor> softening, std::optional<Tensor> extras);
 
 // writes dlogits [M, V]
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                  Tensor row_weights, Tensor stats, std::vector<int64_t> divergences,
-                 std::vector<double> numbers, std::vector<double> bends, Tensor dlogits);
+                 std::vector<double> numbers, std::vector<double> bends,
+                 std::optional<Tensor> softening, Tensor dlogits);
 
 // both for one row while it is in cache -> kd [M], ce [M]
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
                                            std::vector<int64_t> divergences,
                                            std::vector<double> numbers, std::vector<double> bends,
-                                           Tensor dlogits, std::optional<Tensor> extras);
+                                           std::optional<Tensor> softening, Tensor dlogits,
+                                           std::optional<Tensor> extras);
 
 // -> ce [M]; writes extras [M, 1] or [M, 4] where given: log sum e^z, the label's log-probability,
 // whether it is the largest, entropy; bends: none or two a side, of which the student's are read
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
     Tensor student_logits, Tensor ids, Tensor log_probs, std::optional<Tensor> log_tail,
     int64_t tail, double missing, std::optional<Tensor> labels, std::optional<Tensor> row_weights,
     std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
-    std::optional<Tensor> dlogits, std::optional<Tensor> extras);
+    std::optional<Tensor> softening, std::optional<Tensor> dlogits, std::optional<Tensor> extras);
 
 // -> loss [M]; writes dz [M, D] where given, which may be z
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
