@@ -80,30 +80,25 @@ class _Rows:
     ):
         self._kernels, self._shard, self._logits = kernels, shard, logits
         self._teacher, self._labels, self._spec = teacher, labels, spec
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        local = stages.local_labels(labels, shard)
+        self._dtype = torch.promote_types(logits.dtype, torch.float32)
+        self._local = local = stages.local_labels(labels, shard)
         of_all = kernels.kd_loss_stats(logits, logits, local, spec, False)
-        raw, self._listed = listed_logits(logits, teacher.ids, shard)
-        self._z = z = spec.student_bend.of(raw.double()).masked_fill(~self._listed, -torch.inf)
+        raw, listed = listed_logits(logits, teacher.ids, shard)
+        self._z = spec.student_bend.of(raw.double()).masked_fill(~listed, -torch.inf)
         self._columns, self._here = local_columns(teacher.ids, shard.span)
         blank = torch.where(self._here, -torch.inf, torch.inf).to(logits.dtype)
         logits.scatter_reduce_(1, self._columns, blank, "amin")
         of_others = kernels.kd_loss_stats(logits, logits, None, spec, False)
-        parts = shard.gather(torch.cat([of_all, of_others], dim=-1))
-        row = stages.Row(parts[..., : of_all.shape[1]], shard, spec)
-        top, logd, _, _, _, self._logd_1 = (
-            row.stats(torch.zeros_like(row.lse)).unsqueeze(-1).unbind(1)
-        )
-        self._top, self._logd, self._lse = top, logd, row.lse[:, None]
-        max_o, d_o = parts[..., of_all.shape[1] :][..., :2].double().clamp(min=_LEAST).unbind(-1)
-        self._max_o = max_o.amax(0)[:, None]
-        scaled = ((max_o[..., None] - self._max_o) / spec.temperature).exp()
-        self._d_o = (d_o[..., None] * scaled).sum(0)
-        log_q_tail = (self._max_o - top) / spec.temperature + self._d_o.log() - logd
-        log_q = (z - top) / spec.temperature - logd
-        kd, self._u, self._q = list_terms(
-            *(teacher, self._listed, log_q, log_q_tail, shard.classes, spec)
-        )
+        parts = shard.gather(torch.stack([of_all, of_others], dim=1))  # [G, M, 2, 8]
+
+        row = stages.Row(parts[:, :, 0], shard, spec)
+        whole = row.stats(torch.zeros_like(row.lse))
+        self._top, self._logd, *_, self._logd_1 = whole.split(1, dim=1)
+        self._lse = row.lse[:, None]
+        self._max_o, self._d_o = _joined(parts[:, :, 1], spec.temperature)
+        log_q = (self._z - self._top) / spec.temperature - self._logd
+        log_q_tail = (self._max_o - self._top) / spec.temperature + self._d_o.log() - self._logd
+        kd, self._u, self._q = list_terms(teacher, listed, log_q, log_q_tail, shard.classes, spec)
         self._q_tail, self._u_sum = log_q_tail.exp(), self._u.sum(-1, keepdim=True)
         self._has_u = teacher.tail == "renormalise" and spec.record.row_sums != "mean_under_p"
         if self._has_u:
@@ -114,6 +109,7 @@ class _Rows:
             self._u_sum = -torch.ones_like(self._u_sum)  # exactly: equal rows have no gradient
         if extras is not None:
             extras[:, 0] = row.lse
+        dtype = self._dtype
         self.kd, self.ce = kd.to(dtype), row.cross_entropy(local).to(dtype)
 
     def _of_others(self) -> tuple[Tensor, Tensor]:
@@ -129,10 +125,10 @@ class _Rows:
             logd = logd.masked_fill(self._d_o == 0, 0.0)
         zero = torch.zeros_like(top)
         stats = torch.cat([top, logd, zero, zero, u_sum, logd_1], dim=-1)
-        return stats.to(torch.promote_types(self._logits.dtype, torch.float32))
+        return stats.to(self._dtype)
 
     def write(self, row_weights: Tensor, dlogits: Tensor) -> None:
-        spec, shard, ids = self._spec, self._shard, self._teacher.ids
+        spec, local, labels = self._spec, self._local, self._labels
         if self._has_u:
             of_kernel, stats = spec, self._stats(self._u_sum)
         else:  # u of the others is their share of the tail's, of which q is a multiple
@@ -141,12 +137,12 @@ class _Rows:
             of_share = torch.where(self._d_o == 0, 0.0, of_share)
             of_kernel = dataclasses.replace(spec, divergence="forward_kl", alpha=None, beta=None)
             stats = self._stats(-of_share, of_others=True)
-        local, label = stages.local_labels(self._labels, shard), self._labels
-        if local is not None and label is not None:
-            is_listed = (ids == label[:, None]).any(-1)
+        if local is not None and labels is not None:  # one that is listed is none of the others
+            is_listed = (self._teacher.ids == labels[:, None]).any(-1)
             local = torch.where(is_listed & (local >= 0), self._logits.shape[1], local)
         self._kernels.kd_loss_write(
-            *(*self._of_others(), local, shard.classes, row_weights, stats, of_kernel, dlogits)
+            *(*self._of_others(), local, self._shard.classes, row_weights, stats, of_kernel),
+            dlogits,
         )
         dz = torch.where(row_weights[:, None] != 0, row_weights[:, None] * self._of_list(), 0.0)
         written = dlogits.gather(1, self._columns)  # nothing, or what label smoothing takes
@@ -170,3 +166,10 @@ class _Rows:
         dz = dz + 2.0 * spec.z_loss_weight * self._lse * q_1
         slope: Any = spec.student_bend.slope(self._z)
         return dz * slope
+
+
+def _joined(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Maximum and sum e^((z - max) / temperature), [M, 1] each, from parts [G, M, 8] of ranks."""
+    tops, sums = parts[..., :2].double().clamp(min=_LEAST).split(1, dim=-1)
+    top = tops.amax(0)
+    return top, (sums * ((tops - top) / temperature).exp()).sum(0)
