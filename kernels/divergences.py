@@ -110,6 +110,8 @@ class Divergence:
         whole: what says so, of a divergence "of_row", which has no terms.
         rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of one "of_logits", which has
             none either; u is dD/dx.
+        joins: whether the addends of classes without p are multiples of q, as those of a function
+            of p / q times q are: such classes have one addend together.
         alpha, beta: what it reads, or None.
         limits: at ends of those, where its formula has a logarithm or a quotient of 0, what it is.
         mixes: (alpha, beta) -> weight of p and of q in a mixture of both, each rounded once, where
@@ -127,6 +129,7 @@ class Divergence:
     )
     whole: OfRow | None = None
     rows: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
+    joins: bool = True
     alpha: Parameter | None = None
     beta: Parameter | None = None
     limits: tuple[Limit, ...] = ()
@@ -266,6 +269,7 @@ _RECORDS = (
         formula="sum (alpha p^s + beta q^s - s p^alpha q^beta) / (alpha beta s), s = alpha + beta",
         definition=formulas.alpha_beta,
         terms=formulas.alpha_beta_terms,
+        joins=False,
         alpha=Parameter(0.2, 0.0, math.inf, "greater than 0"),
         beta=Parameter(0.7, 0.0, math.inf, "greater than 0"),
         limits=(Limit(1.0, 0.0, "forward_kl"), Limit(0.0, 1.0, "reverse_kl")),
@@ -373,7 +377,8 @@ def weighted_sum(
         return f, u
 
     formula = " + ".join(f"{w:g} ({record.formula})" for w, record, _ in parts)
-    return Divergence("+".join(names), formula, definition, terms)
+    joins = all(record.joins for _, record, _ in parts)
+    return Divergence("+".join(names), formula, definition, terms, joins=joins)
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:

@@ -17,9 +17,9 @@ In the student's logits, with f, u of kernels/divergences.py for p, q of a class
                  dD/dz_j = (u(0, q_j) - q_j U) / temperature               renormalise
                  dD/dz_j = -q_j U / temperature                            none
 
-A divergence that is a function of sums over the row is that of the K + 1 classes: with
-"renormalise" of a bucket without p, in whose sums the classes that are not listed have one addend;
-"none" has nothing to leave out of it.
+Where classes without p have one addend together, "renormalise" is a bucket without p, and takes no
+pass over the others. So it is of a divergence that is a function of sums over the row, which is
+that of the K + 1 classes; "none" has nothing to leave out of it.
 
 The u of a record may lack a multiple c q of q, of which the gradient of a whole distribution does
 not depend. That of "none", whose sum has no whole, does: there u + c q takes its place.
@@ -256,8 +256,7 @@ class TeacherTopK(NamedTuple):
         if self.tail == "renormalise":
             softened = log_p * (self.temperature / spec.temperatures)
             log_p = softened - softened.logsumexp(-1, keepdim=True)
-            if spec.record.whole is not None:
-                # classes without p have one addend together: all are multiples of q, or nothing
+            if spec.record.joins:  # the classes that are not listed, which have no p
                 nothing = torch.full_like(log_p[:, 0], -torch.inf)
                 return TopKRows(self.ids, log_p.to(dtype), nothing.to(dtype), "bucket")
             return TopKRows(self.ids, log_p.to(dtype), None, self.tail)

@@ -4,7 +4,8 @@ G ranks   M rows   V_r classes of a rank   K listed; formulas in topk.py
 
     stats   of all classes of a rank, and of those that are not listed     [M, 16], one all-gather
     list    the student's K logits, of which each rank has some            [M, K], one all-reduce
-    sums    f and u of the classes that are not listed, of "renormalise"   [M, 2], one all-gather
+    sums    f and u of the classes that are not listed, where these are    [M, 2], one all-gather
+            no bucket: of tail "renormalise"
     write   dlogits of its classes
 
 With the K logits and the share of the others every rank has the K + 1 classes of a row, and takes
@@ -168,7 +169,7 @@ class _Rows:
         return dz * slope
 
 
-def _joined(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _joined(parts: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and sum e^((z - max) / temperature), [M, 1] each, from parts [G, M, 8] of ranks."""
     tops, sums = parts[..., :2].double().clamp(min=_LEAST).split(1, dim=-1)
     top = tops.amax(0)

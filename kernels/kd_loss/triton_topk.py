@@ -175,7 +175,7 @@ def _topk_kd_loss_kernel(
     # q of the others is exp2(z scale) times this
     share = tl.exp2(below * scale - logd * LOG2E)
 
-    if TAIL == "renormalise" and ROW_SUMS != "mean_under_p":  # whose p is a factor
+    if TAIL == "renormalise":
         f_sum = tl.zeros([BLOCK_V], tl.float32)
         u_others = tl.zeros([BLOCK_V], tl.float32)
         for i in range(tl.cdiv(V, BLOCK_V)):
@@ -221,7 +221,7 @@ def _topk_kd_loss_kernel(
                 z, _ = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
                 e = tl.exp2((z - max_o) * scale)
                 dz = e * of_others
-                if TAIL == "renormalise" and ROW_SUMS != "mean_under_p":
+                if TAIL == "renormalise":
                     zeros = tl.zeros([BLOCK_V], tl.float32)
                     _, u = class_terms(
                         zeros, e * share, zeros - float("inf"), zeros - float("inf"),

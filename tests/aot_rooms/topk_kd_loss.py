@@ -61,18 +61,18 @@ def all_cases() -> list[Case]:
 
 def _is_launched(divergence: str, tail: str) -> bool:
     """The others are refused, or have another tail where they reach the kernel."""
-    if DIVERGENCES[divergence].whole is not None:
-        return tail == "bucket"
-    return tail != "renormalise" or divergence not in ("reverse_kl", "jeffreys")
+    if tail == "renormalise":
+        return not DIVERGENCES[divergence].joins
+    return tail == "bucket" or DIVERGENCES[divergence].whole is None
 
 
 def core_cases() -> list[Case]:
     """As most often launched, and where most registers are needed."""
     cases = [
         Case("topk_kd_loss_fwd_bwd", divergence, tail, *rest)
-        for divergence, tail in (("forward_kl", "bucket"), ("jsd", "renormalise"))
+        for divergence, tail in (("forward_kl", "bucket"), ("alpha_beta", "renormalise"))
         for rest in (("kd", "fp32-bf16"), ("kd+ce-t2", "bf16"))
     ]
-    cases.append(Case("topk_kd_loss_fwd_bwd", "forward_kl+jsd", "renormalise", ALL, "fp32-bf16"))
+    cases.append(Case("topk_kd_loss_fwd_bwd", "forward_kl+jsd", "bucket", ALL, "fp32-bf16"))
     cases.append(Case("topk_kd_loss_fwd_bwd", "renyi", "bucket", "kd+ce-t2", "fp32-bf16"))
     return [*cases, Case("topk_kd_loss_fwd", "forward_kl", "bucket", "kd", "fp32-bf16")]

@@ -12,6 +12,7 @@ from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS, resolve
 from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.kernels.kd_loss.reference import kd_loss_reference
 from tests.inputs import close_logits
+from tests.support.kd_rows import SUMS_OVER_CLASSES
 
 ROOT = Path(__file__).parents[2]
 DELTAS = [1e-3, 0.3, 3.0]
@@ -113,6 +114,16 @@ def test_u_gives_the_gradient_of_the_definition(divergence, temperature, delta):
     u_sum = 0.0 if record.row_sums == "of_logits" else u.sum(-1, keepdim=True)
     dlogits = (u - student.detach().div(temperature).softmax(-1) * u_sum) / temperature
     torch.testing.assert_close(dlogits, expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("divergence", SUMS_OVER_CLASSES)
+def test_classes_without_p_have_one_addend_where_the_record_says(divergence):
+    log_q = torch.tensor([[0.3, 0.1], [0.4, 0.0]], dtype=torch.float64).log()
+    f, u = DIVERGENCES[divergence].of_classes(
+        torch.full_like(log_q, -torch.inf), log_q, *parameters(divergence)
+    )
+    apart, together = (torch.stack([f, u]).sum(-1)).unbind(-1)
+    assert DIVERGENCES[divergence].joins == torch.allclose(apart, together, rtol=1e-12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -54,6 +54,7 @@ CASES = [
     Case("bucket", "jsd", hard=True),
     Case("bucket", "reverse_kl", "reference", temperature=2.0, hard=True, bends=True),
     Case("renormalise", "sum", temperature=2.0, hard=True),
+    Case("renormalise", "alpha_beta", hard=True),
     Case("renormalise", "forward_kl", dtype="bfloat16", hard=True),
     Case("none", "reverse_kl", hard=True, bends=True),
     Case("bucket", "renyi", hard=True),
