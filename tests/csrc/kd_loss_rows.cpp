@@ -148,6 +148,31 @@ void check_row(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t 
   }
 }
 
+// Of every divergence, and of a sum of two: what is read and written stays inside of the rows, and
+// what is made again from the statistics is what the forward left.
+void check_reach(const KdRowKernels& kernels, Row& student, Row& teacher, int64_t V,
+                 const KdSpec& spec) {
+  Row q(V), u(V), dlogits(V), q_again(V), u_again(V), dlogits_again(V);
+  modxfer::KdScratch scratch{q.data(), u.data()}, again{q_again.data(), u_again.data()};
+  modxfer::KdStats stats;
+  modxfer::KdExtras extras;
+  kernels.fwd[1](student.data(), teacher.data(), V, V / 2, spec, stats, scratch, &extras);
+  kernels.recompute(student.data(), teacher.data(), V, spec, stats, nullptr, again);
+  kernels.grad(student.data(), V, V / 2, 0.75f, spec, stats, scratch, dlogits.data());
+  kernels.grad(student.data(), V, V / 2, 0.75f, spec, stats, again, dlogits_again.data());
+  for (int64_t i = 0; i < V; ++i) {
+    const Real tolerance = 2e-5L * std::max<Real>(1, std::abs(dlogits[i]));
+    expect_near(dlogits_again[i], dlogits[i], tolerance, kernels.isa, "dlogits again", V, spec);
+  }
+  if (kernels.sums == nullptr) return;
+  const std::unique_ptr<double[]> sums(new double[kernels.num_sums]);
+  kernels.sums(student.data(), teacher.data(), V, spec, stats, sums.get());
+  for (const bool has_more : {true, false}) {
+    modxfer::KdPart part;
+    kernels.part[has_more](student.data(), teacher.data(), V, V, spec, part);  // another's label
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -170,24 +195,41 @@ int main() {
         }
         teacher[V / 2] += 20.0f;
         if (V > 8) student[V - 1] = teacher[V - 1] = student[3] = teacher[3] = -kInf;
+        const float beta = 0.3f, mixture[] = {beta, 1.0f - beta, std::log(beta), std::log1p(-beta)};
+        const auto spec_of = [&](Divergence divergence, float temperature) {
+          return KdSpec{divergence,
+                        mixture[0],
+                        mixture[1],
+                        mixture[2],
+                        mixture[3],
+                        1.0f / temperature,
+                        1.44269504f / temperature,
+                        0.7f,
+                        0.4f,
+                        0.0f,
+                        0.0f,
+                        static_cast<float>(V),
+                        nullptr,
+                        1};
+        };
+        if (delta == 0.03f) {
+          const modxfer::KdSummand parts[] = {
+              {Divergence::kJsd, 0.5f, mixture[0], mixture[1], mixture[2], mixture[3]},
+              {Divergence::kTotalVariation, 2.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
+          for (int64_t id = 0; id <= modxfer::kNumDivergences; ++id) {
+            KdSpec spec = spec_of(static_cast<Divergence>(id), 2.5f);
+            spec.parts = parts, spec.num_parts = 2;
+            if (spec.divergence ==
+                Divergence::kAlphaBeta) {  // alpha, beta, sum, 1 / product of all
+              spec.c0 = 0.2f, spec.c1 = 0.7f, spec.c2 = 0.9f, spec.c3 = 1.0f / 0.126f;
+            }
+            check_reach(modxfer::kd_row_kernels(spec.divergence), student, teacher, V, spec);
+          }
+        }
         for (Divergence divergence : kKnown) {
           const KdRowKernels& kernels = modxfer::kd_row_kernels(divergence);
           for (float temperature : {1.0f, 2.5f}) {
-            const float beta = 0.3f;
-            const KdSpec spec{divergence,
-                              beta,
-                              1.0f - beta,
-                              std::log(beta),
-                              std::log1p(-beta),
-                              1.0f / temperature,
-                              1.44269504f / temperature,
-                              0.7f,
-                              0.4f,
-                              0.0f,
-                              0.0f,
-                              static_cast<float>(V),
-                              nullptr,
-                              1};
+            const KdSpec spec = spec_of(divergence, temperature);
             for (int64_t label : {int64_t{-1}, int64_t{0}, V / 2}) {
               check_row(kernels, student, teacher, V, label, spec, beta);
               ++rows;
