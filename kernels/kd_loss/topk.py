@@ -352,9 +352,9 @@ def topk_by_products(
     spec: KDSpec,
     extras: Tensor,
 ) -> None:
-    """Writes extras [M, 7]: those of `cross_entropy_fwd`, with the entropy at the temperature; 1
-    where a class that is the student's largest is the largest of those listed; and the masses of
-    the listed classes under student and teacher.
+    """Writes extras [M, 8]: those of `cross_entropy_fwd`, with the entropy at the temperature; the
+    entropy of what the loss reads of the teacher; 1 where a class that is the student's largest is
+    the largest of those listed; and the masses of the listed classes under student and teacher.
 
     Args:
         kernels: backend module. It reads the logits [M, V] once, or twice at a temperature.
@@ -376,9 +376,14 @@ def topk_by_products(
     log_q = (z / spec.temperatures - lse).masked_fill(~listed, -torch.inf)
     log_p = teacher.log_probs.to(extras.dtype).masked_fill(~listed, -torch.inf)
     is_top = listed & (log_p == log_p.amax(-1, keepdim=True)) & (raw == top)
-    extras[:, 4] = is_top.any(-1).to(extras.dtype)
-    extras[:, 5] = log_q.exp().sum(-1)
-    extras[:, 6] = log_p.exp().sum(-1)
+    of_loss = teacher.rows(spec)
+    read = [of_loss.log_probs.masked_fill(~listed, -torch.inf)]
+    if of_loss.log_tail is not None:
+        read.append(of_loss.log_tail[:, None])
+    extras[:, 4] = torch.special.entr(torch.cat(read, dim=-1).exp()).sum(-1)
+    extras[:, 5] = is_top.any(-1).to(extras.dtype)
+    extras[:, 6] = log_q.exp().sum(-1)
+    extras[:, 7] = log_p.exp().sum(-1)
 
 
 def _own_by_products(

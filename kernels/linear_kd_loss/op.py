@@ -78,7 +78,8 @@ class ByProducts(NamedTuple):
             labels.
         label_is_top: 1 where the label's logit is the student's largest, or one of several.
         student_entropy: of q, the student's softmax at the temperature of the divergence, in nats.
-        teacher_entropy: of p, likewise. None without a teacher, and for one that lists K classes.
+        teacher_entropy: of p, likewise; of a `TeacherTopK` that of the K + 1 classes of a bucket,
+            or the addends of those listed. None without a teacher.
         agreement: 1 where a class with the student's largest logit has the teacher's largest too.
             None without a teacher.
         student_mass: sum of q over the classes that a `TeacherTopK` lists; None for others.

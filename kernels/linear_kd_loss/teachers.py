@@ -26,11 +26,12 @@ from modxfer_fast.kernels.common.composed_head import head_of
 _COLUMNS = 4096  # of a teacher's classes that are gathered at once
 _ROWS = 64  # whose values are checked at once
 _OF_STUDENT = ("lse", "label_log_prob", "label_is_top", "student_entropy")
+_OF_BOTH = ("teacher_entropy", "agreement")
 # Of each row kernel, which fields of `op.ByProducts` there are, in the order of extras.
 BY_PRODUCTS = {
     "cross_entropy": _OF_STUDENT,
-    "kd_loss": (*_OF_STUDENT, "teacher_entropy", "agreement"),
-    "topk_kd_loss": (*_OF_STUDENT, "agreement", "student_mass", "teacher_mass"),
+    "kd_loss": (*_OF_STUDENT, *_OF_BOTH),
+    "topk_kd_loss": (*_OF_STUDENT, *_OF_BOTH, "student_mass", "teacher_mass"),
 }
 
 

@@ -246,6 +246,16 @@ def topk_of(z_t: Tensor, k: int, **options) -> TeacherTopK:
     return TeacherTopK(ids, log_p, **options)
 
 
+def entropy_of(log_probs, tail: str, temperature: float):
+    """[N], of what the loss compares the student with; log_probs [N, K] fp64."""
+    p = log_probs.exp()
+    if tail == "renormalise":
+        p = (log_probs / temperature).softmax(-1)
+    if tail == "bucket":
+        p = torch.cat([p, 1.0 - p.sum(-1, keepdim=True)], -1)
+    return -(p * p.log()).sum(-1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("tail", "temperature", "cap"),
@@ -289,12 +299,12 @@ def test_by_products_beside_listed_classes(tail, temperature, cap, backend):
         "label_log_prob": z_s.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0],
         "label_is_top": (top == labels).double(),
         "student_entropy": -(log_q.exp() * log_q).sum(-1),
+        "teacher_entropy": entropy_of(teacher.log_probs[:, :4].double(), tail, temperature),
         "agreement": (top == teacher.ids[:, 0]).double(),
         "student_mass": log_q.exp().gather(1, kept).sum(-1),
         "teacher_mass": teacher.log_probs[:, :4].double().exp().sum(-1),
     }
     found = terms.by_products
-    assert found.teacher_entropy is None
     assert 0 < expected["agreement"].sum() < N
     for name, value in expected.items():
         got = getattr(found, name)
