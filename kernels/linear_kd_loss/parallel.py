@@ -95,18 +95,27 @@ def agree_on(
         arguments["token_weights"] = float(rows.row_weights.sum())
         if isinstance(teacher, TeacherTopK):
             arguments["teacher_ids"] = int((teacher.ids.long() * (teacher.ids + 1)).sum())
-    agree(student.shard, arguments, spec.options(), hidden.device)
+    numbers = spec.options() | {"numbers of the teacher": _numbers(teacher)}
+    agree(student.shard, arguments, numbers, hidden.device)
+
+
+def _numbers(teacher: Any) -> list[Any]:
+    """A temperature, the weights of a mixture, the scaling of a LoRA."""
+    found: list[Any] = [value for value in teacher if isinstance(value, float)]
+    if isinstance(teacher, Mixture):
+        found += [*teacher.numbers, *teacher.bends, *map(_numbers, teacher.teachers)]
+    return found
 
 
 def _kinds(teacher: Any) -> list[Any]:
+    """What of a teacher is the same on all ranks, apart from numbers."""
     if isinstance(teacher, Mixture):
         weights = None if teacher.weights is None else tuple(teacher.weights.shape)
-        of_all = [teacher.of, teacher.numbers, teacher.bends, weights]
-        return [*of_all, *map(_kinds, teacher.teachers)]
+        return [teacher.of, weights, *map(_kinds, teacher.teachers)]
     found: list[Any] = [type(teacher).__name__]
     for name, value in zip(teacher._fields, teacher, strict=True):
         if name == "hidden" or (isinstance(teacher, TeacherTopK) and isinstance(value, Tensor)):
             found.append((value.dtype, tuple(value.shape)))
-        elif name not in ("parts", "quantized"):
+        elif name not in ("parts", "quantized") and not isinstance(value, float):
             found.append((value.dtype, value.dim()) if isinstance(value, Tensor) else value)
     return found
