@@ -33,14 +33,14 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def(
       "kd_loss_stats(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int[] "
       "divergences, "
-      "float[] numbers, float[] bends, bool has_more) -> Tensor parts");
+      "float[] numbers, float[] bends, Tensor? softening, bool has_more) -> Tensor parts");
   m.def(
       "kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int[] divergences, "
-      "float[] numbers, float[] bends) -> Tensor sums");
+      "float[] numbers, float[] bends, Tensor? softening) -> Tensor sums");
   m.def(
       "kd_loss_write(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int classes, "
       "Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, float[] bends, "
-      "Tensor(a!) dlogits) -> ()");
+      "Tensor? softening, Tensor(a!) dlogits) -> ()");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int[] divergences, "

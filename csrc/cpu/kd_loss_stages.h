@@ -3,9 +3,9 @@
 // -> double [M, 8], or [M, 11] with by-products; local labels are in [0, V], V for another rank's.
 Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                      std::vector<int64_t> divergences, std::vector<double> numbers,
-                     std::vector<double> bends, bool has_more) {
+                     std::vector<double> bends, std::optional<Tensor> softening, bool has_more) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const Spec owner(divergences, numbers, V);
+  const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   STD_TORCH_CHECK(kernels.sums != nullptr, "divergences: expected one of probabilities");
@@ -22,7 +22,7 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
     for (int64_t row = begin; row < end; ++row) {
       KdPart part;
       stats(student.read(row, buffers.student.data()), teacher.read(row, buffers.teacher.data()), V,
-            label[row], spec, part);
+            label[row], owner.of_row(row), part);
       std::copy_n(reinterpret_cast<const double*>(&part), width, out + row * width);
     }
   });
@@ -31,9 +31,9 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
 
 Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
                     std::vector<int64_t> divergences, std::vector<double> numbers,
-                    std::vector<double> bends) {
+                    std::vector<double> bends, std::optional<Tensor> softening) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
-  const Spec owner(divergences, numbers, V);
+  const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
   STD_TORCH_CHECK(kernels.sums != nullptr, "divergences: expected one of probabilities");
@@ -49,7 +49,7 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
     Buffers buffers(0, student, teacher);
     for (int64_t row = begin; row < end; ++row) {
       kernels.sums(student.read(row, buffers.student.data()),
-                   teacher.read(row, buffers.teacher.data()), V, spec, stats_rows[row],
+                   teacher.read(row, buffers.teacher.data()), V, owner.of_row(row), stats_rows[row],
                    out + width * row);
     }
   });
@@ -60,8 +60,8 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
 void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                    int64_t classes, Tensor row_weights, Tensor stats,
                    std::vector<int64_t> divergences, std::vector<double> numbers,
-                   std::vector<double> bends, Tensor dlogits) {
+                   std::vector<double> bends, std::optional<Tensor> softening, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   write_rows(student_logits, teacher_logits, Labels(labels, M, V + 1), row_weights, stats,
-             Spec(divergences, numbers, classes), bends, dlogits);
+             Spec(divergences, numbers, classes, softening, M), bends, dlogits);
 }

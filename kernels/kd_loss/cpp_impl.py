@@ -65,7 +65,8 @@ def kd_loss_stats(
     has_more: bool,
 ) -> Tensor:
     return compiled.ops().kd_loss_stats(
-        student_logits, teacher_logits, labels, *_scalars(spec), spec.bends, has_more
+        *(student_logits, teacher_logits, labels, *_scalars(spec)),
+        *(spec.bends, spec.softening, has_more),
     )
 
 
@@ -73,7 +74,7 @@ def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
     return compiled.ops().kd_loss_sums(
-        student_logits, teacher_logits, stats, *_scalars(spec), spec.bends
+        student_logits, teacher_logits, stats, *_scalars(spec), spec.bends, spec.softening
     )
 
 
@@ -89,7 +90,7 @@ def kd_loss_write(
 ) -> None:
     compiled.ops().kd_loss_write(
         *(student_logits, teacher_logits, labels, classes, row_weights, stats),
-        *(*_scalars(spec), spec.bends, dlogits),
+        *(*_scalars(spec), spec.bends, spec.softening, dlogits),
     )
 
 

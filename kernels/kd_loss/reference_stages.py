@@ -17,13 +17,13 @@ def kd_loss_stats(
     z_s, z_t = reference.bent(student_logits, teacher_logits, spec)
     x_s, max_s = _shifted(z_s)
     x_t, max_t = _shifted(z_t)
-    e_s, e_t = ((x / spec.temperature).exp() for x in (x_s, x_t))
+    e_s, e_t = ((x / spec.temperatures).exp() for x in (x_s, x_t))
     d_s, d_t = e_s.sum(-1), e_t.sum(-1)
     mean = torch.zeros_like(d_s)
     if spec.record.row_sums == "mean_under_p":
-        mean = _mean(e_t, x_t - x_s) / spec.temperature + (d_s / d_t).log()
+        mean = _mean(e_t, (x_t - x_s) / spec.temperatures) + (d_s / d_t).log()
     if spec.record.row_sums == "mean_under_q":
-        mean = _mean(e_s, x_s - x_t) / spec.temperature + (d_t / d_s).log()
+        mean = _mean(e_s, (x_s - x_t) / spec.temperatures) + (d_t / d_s).log()
     z_label = torch.zeros_like(d_s)
     if labels is not None:
         here = (labels >= 0) & (labels < z_s.shape[-1])

@@ -24,6 +24,7 @@ in which a label is in [0, V_r], V_r for a class of another rank, and -1 where t
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,10 @@ class Row:
         columns = parts.double().unbind(-1)
         self._part = part = dict(zip((*PART, *MORE), columns, strict=False))
         self._top_s, self._top_t = part["max_s"].amax(0), part["max_t"].amax(0)
-        inverse = 1.0 / spec.temperature
+        temperature: Any = spec.temperature
+        if spec.softening is not None:
+            temperature = spec.softening[:, 0].double()
+        self._inverse = inverse = 1.0 / temperature
         d_s = part["d_s"] * ((part["max_s"] - self._top_s) * inverse).exp()
         d_t = part["d_t"] * ((part["max_t"] - self._top_t) * inverse).exp()
         d_1 = part["d_1"] * (part["max_s"] - self._top_s).exp()
@@ -162,7 +166,7 @@ class Row:
 
     def write_extras(self, extras: Tensor, labels: Tensor | None) -> None:
         """As `reference.kd_loss_fwd` says."""
-        part, inverse = self._part, 1.0 / self._spec.temperature
+        part, inverse = self._part, self._inverse
         extras[:, 0] = self.lse
         if extras.shape[1] == 1:
             return

@@ -368,7 +368,7 @@ def topk_by_products(
     else:
         plain = dataclasses.replace(spec, divergence="forward_kl", alpha=None, beta=None)
         _, _, stats = stages.kd_loss_fwd(kernels, shard, logits, None, labels, plain, own)
-        lse = stats[:, :1] / spec.temperature + stats[:, 1:2]
+        lse = stats[:, :1] / spec.temperatures + stats[:, 1:2]
         top = shard.gather(top).amax(0)
     extras[:, :4] = own
     raw, listed = listed_logits(logits, teacher.ids, shard)

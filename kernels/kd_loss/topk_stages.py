@@ -96,9 +96,9 @@ class _Rows:
         whole = row.stats(torch.zeros_like(row.lse))
         self._top, self._logd, *_, self._logd_1 = whole.split(1, dim=1)
         self._lse = row.lse[:, None]
-        self._max_o, self._d_o = _joined(parts[:, :, 1], spec.temperature)
-        log_q = (self._z - self._top) / spec.temperature - self._logd
-        log_q_tail = (self._max_o - self._top) / spec.temperature + self._d_o.log() - self._logd
+        self._max_o, self._d_o = _joined(parts[:, :, 1], spec.temperatures)
+        log_q = (self._z - self._top) / spec.temperatures - self._logd
+        log_q_tail = (self._max_o - self._top) / spec.temperatures + self._d_o.log() - self._logd
         kd, self._u, self._q = list_terms(teacher, listed, log_q, log_q_tail, shard.classes, spec)
         self._q_tail, self._u_sum = log_q_tail.exp(), self._u.sum(-1, keepdim=True)
         self._has_u = teacher.tail == "renormalise" and spec.record.row_sums != "mean_under_p"
@@ -155,7 +155,7 @@ class _Rows:
         """dlogits [M, K] of the listed classes, of rows of weight 1."""
         spec, labels, num_listed = self._spec, self._labels, self._z.shape[1]
         u, q = (each[:, :num_listed] for each in (self._u, self._q))
-        dz = spec.kd_weight / spec.temperature * (u - q * self._u_sum)
+        dz = spec.kd_weights / spec.temperatures * (u - q * self._u_sum)
         q_1 = (self._z - self._lse).exp()
         if labels is not None and spec.ce_weight != 0.0:
             is_label = self._teacher.ids == labels[:, None]

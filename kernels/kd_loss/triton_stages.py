@@ -17,7 +17,7 @@ from modxfer_fast.kernels.kd_loss.stages import MORE, PART
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
 from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
 from modxfer_fast.kernels.kd_loss.triton_divergences import LN2, class_terms, probabilities
-from modxfer_fast.kernels.kd_loss.triton_impl import _spec_args
+from modxfer_fast.kernels.kd_loss.triton_impl import _row_softening, _spec_args
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_parts, of_row_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
 
@@ -35,6 +35,7 @@ def _local_label(labels_ptr, row, stride_lm, HAS_LABELS: tl.constexpr):
 def _kd_loss_stats_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     labels_ptr,                          # in   [M], int64
+    softening_ptr,                       # in   [M, 2], fp32, or None
     parts_ptr,                           # out  [M, WIDTH], fp32
     V,
     stride_sm, stride_tm, stride_lm,     # strides, in elements
@@ -47,6 +48,7 @@ def _kd_loss_stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride_sm
     label = _local_label(labels_ptr, row, stride_lm, HAS_LABELS)
+    scale, inv_temperature, _ = _row_softening(softening_ptr, row, scale, inv_temperature, 1.0)
     max_s, d_s, max_t, d_t, d_1, mean, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
         student_ptr, teacher_ptr + row * stride_tm, V, scale, inv_temperature, ROW_SUMS,
         not UNIT_TEMPERATURE, SMOOTHS, HAS_MORE, BLOCK_V, VECTOR, BEND_S, BEND_T,
@@ -74,6 +76,7 @@ def _kd_loss_stats_kernel(
 @triton.jit
 def _kd_loss_sums_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    softening_ptr,                       # in   [M, 2], fp32, or None
     stats_ptr,                           # in   [M, 6], fp32
     sums_ptr,                            # out  [M, 2], or [M, 5] of a function of sums, fp32
     V,
@@ -90,6 +93,7 @@ def _kd_loss_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride_sm
     teacher_ptr += row * stride_tm
+    scale, _, _ = _row_softening(softening_ptr, row, scale, 1.0, 1.0)
     stats_ptr += row * 6
     max_s = tl.load(stats_ptr + 0)
     logd_s = tl.load(stats_ptr + 1)
@@ -129,6 +133,7 @@ def _kd_loss_sums_kernel(
 def _kd_loss_write_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     labels_ptr,                          # in   [M], int64
+    softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
     stats_ptr,                           # in   [M, 6], or [M, 8] of a function of sums, fp32
     dlogits_ptr,                         # out  [M, V]
@@ -150,6 +155,9 @@ def _kd_loss_write_kernel(
     dlogits_ptr += row * stride_dm
     label = _local_label(labels_ptr, row, stride_lm, HAS_CE)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
+    scale, inv_temperature, kd_weight = _row_softening(
+        softening_ptr, row, scale, inv_temperature, kd_weight
+    )
     stats_ptr += row * stride_am
     max_s = tl.load(stats_ptr + 0)
     logd_s = tl.load(stats_ptr + 1)
@@ -208,7 +216,7 @@ def kd_loss_stats(
     has_ce = labels is not None and spec.ce_weight != 0.0
     _launch(
         *(_kd_loss_stats_kernel, config, student_logits, teacher_logits, spec),
-        *(labels, parts),
+        *(labels, spec.softening, parts),
         stride_lm=0 if labels is None else labels.stride(0),
         ROW_SUMS=spec.record.row_sums,
         SMOOTHS=has_ce and spec.label_smoothing != 0.0,
@@ -231,7 +239,7 @@ def kd_loss_sums(
         del args[unread]
     _launch(
         *(_kd_loss_sums_kernel, config, student_logits, teacher_logits, spec),
-        *(stats, sums),
+        *(spec.softening, stats, sums),
         ROW_SUMS=spec.record.row_sums,
         VECTOR=config.vector,
         **args,
@@ -256,7 +264,7 @@ def kd_loss_write(
     del args["UNIT_TEMPERATURE"]
     _launch(
         *(_kd_loss_write_kernel, config, student_logits, teacher_logits, spec),
-        *(labels, row_weights, stats, dlogits),
+        *(labels, spec.softening, row_weights, stats, dlogits),
         classes=classes,
         stride_lm=0 if labels is None else labels.stride(0),
         stride_wm=row_weights.stride(0),

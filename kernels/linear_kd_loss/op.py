@@ -172,8 +172,8 @@ def linear_kd_loss(
             divergence's record has. In "jsd" beta is the teacher's weight in the mixture, in
             [0, 1]; there 0 is forward KL and 1 is reverse KL.
         temperature: divides both logits in the divergence; the cross entropy stays at 1. One
-            number, or a tensor [...] of a positive one a token: a constant, not beside a
-            `VocabParallelWeight`, beside a `TeacherTopK` with tail "renormalise" alone.
+            number, or a tensor [...] of a positive one a token: a constant, which beside a
+            `TeacherTopK` needs the tail "renormalise".
         kd_weight, ce_weight: factors of the two terms.
         label_smoothing: in [0, 1], the share of the label's probability in the cross entropy that
             goes to all V classes alike (Szegedy et al. 2016), as in torch.
@@ -372,7 +372,7 @@ def _computed(
     teacher = parallel.teacher_beside(student, teacher)
     softening = given_spec.softened(hidden, student.hidden)
     if isinstance(student, ParallelHead):
-        parallel.refuse_options(spec, launch, softening)
+        parallel.refuse_options(spec, launch)
     if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
         raise ValueError(
             "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "

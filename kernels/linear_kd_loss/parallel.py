@@ -46,12 +46,8 @@ def teacher_beside(student: Any, teacher: Any) -> Any:
     return teacher.part(student.shard.span)
 
 
-def refuse_options(spec: KDSpec, launch: Launch, softening: Tensor | None) -> None:
+def refuse_options(spec: KDSpec, launch: Launch) -> None:
     """Raises ValueError for an option that a head divided over ranks does not have."""
-    if softening is not None:
-        raise ValueError(
-            "temperature: expected a number beside a VocabParallelWeight, got one a token"
-        )
     if spec.record.row_sums == "of_logits":
         raise ValueError(
             "divergence: expected one of probabilities beside a VocabParallelWeight, whose ranks "
@@ -88,14 +84,16 @@ def agree_on(
         "options of the loss": (spec.names(), rows.ignore_index),
         **launch,
     }
+    numbers = spec.options() | {"numbers of the teacher": _numbers(teacher)}
     if hidden.device.type == "cpu":
         # a checksum of what decides which rows are packed, and of what a label adds
         counted = None if labels is None else int((labels * (labels + 1)).sum())
         arguments["labels"] = (counted, rows.num_valid)
         arguments["token_weights"] = float(rows.row_weights.sum())
+        if rows.softening is not None:
+            numbers["temperature"] = float(rows.softening.sum())
         if isinstance(teacher, TeacherTopK):
             arguments["teacher_ids"] = int((teacher.ids.long() * (teacher.ids + 1)).sum())
-    numbers = spec.options() | {"numbers of the teacher": _numbers(teacher)}
     agree(student.shard, arguments, numbers, hidden.device)
 
 

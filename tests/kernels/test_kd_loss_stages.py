@@ -24,12 +24,14 @@ BENDS = {"student_softcap": 6.0, "teacher_logit_scale": 1.5}
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("divergence", [*OF_PROBABILITIES, SUM], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 2.0], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("temperature", [1.0, 2.0, "tokens"], ids=lambda t: f"T{t}")
 @pytest.mark.parametrize("hard", [{}, HARD], ids=["plain", "hard"])
 @pytest.mark.parametrize("bends", [{}, BENDS], ids=["straight", "bent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_each_stage(dtype, bends, hard, temperature, divergence, backend):
-    spec = KDSpec(divergence, temperature=temperature, ce_weight=0.5, **hard, **bends).checked()
+    number = 1.0 if temperature == "tokens" else temperature
+    given = KDSpec(divergence, temperature=number, ce_weight=0.5, **hard, **bends).checked()
+    own = torch.stack([torch.linspace(0.6, 3.0, N), torch.linspace(2.0, 0.5, N)], dim=-1)
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(N, V, generator=generator) for _ in range(2))
     # of one row all classes of this rank are excluded, of another some of both sides
@@ -45,6 +47,7 @@ def test_each_stage(dtype, bends, hard, temperature, divergence, backend):
 
     def run(name, wide):
         kernels = dispatch.load("kd_loss", name)
+        spec = given.of_rows(own.to(wide) if temperature == "tokens" else None)
         z_s, z_t = student.to(wide), teacher.to(wide)
         parts = kernels.kd_loss_stats(z_s, z_t, labels, spec, True)
         write = stats.to(wide)

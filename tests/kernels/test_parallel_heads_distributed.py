@@ -50,7 +50,7 @@ class Case:
     dtype: str = "float32"
     sizes: str = "equal"
     teacher: str = "whole"
-    temperature: float = 1.0
+    temperature: float | str = 1.0  # "tokens": of each its own
     reduction: str = "mean"
     labels: str = "some"
     weighted: bool = False
@@ -87,7 +87,7 @@ def _cases() -> list[Case]:
     losses = {
         "divergence": [*OF_PROBABILITIES, "forward_kl+jsd+total_variation"],
         "sizes": ["equal", "unequal"],
-        "temperature": [1.0, 2.0],
+        "temperature": [1.0, 2.0, "tokens"],
         "labels": ["some", "none", "all_ignored"],
         "excluded": [False, True],
         "bends": [False, True],
@@ -113,7 +113,7 @@ def _cases() -> list[Case]:
         cases += [
             Case("forward_kl", "triton", sizes="unequal", temperature=2.0, excluded=True),
             Case("jsd", "triton", sizes="unequal", hard=True, bends=True),
-            Case("negative_log_acceptance", "triton", sizes="unequal", temperature=2.0),
+            Case("negative_log_acceptance", "triton", sizes="unequal", temperature="tokens"),
         ]
     return list(dict.fromkeys(cases))
 
@@ -157,11 +157,13 @@ class Whole:
                 self.labels[:] = -100
         self.token_weights = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(9))
         self.upstream = randn(n, seed=10)
+        is_number = case.temperature != "tokens"
+        self.temperature = case.temperature if is_number else torch.linspace(0.6, 3.0, n)
 
     @property
     def options(self) -> dict:
         case = self.case
-        options = {"temperature": case.temperature, "kd_weight": 0.7}
+        options = {"temperature": self.temperature, "kd_weight": 0.7}
         for name, value in (("alpha", 0.4), ("beta", 0.3)):
             if any(getattr(DIVERGENCES[each], name) is not None for each in case.weights):
                 options[name] = value
@@ -171,7 +173,9 @@ class Whole:
             options |= BENDS
         if case.hard:
             options["z_loss_weight"] = 0.01
-            options["label_smoothing"] = 0.1 if case.labels != "none" else 0.0
+            # of an excluded class the smoothed loss is infinite, whose gradient has no value
+            smooths = case.labels != "none" and not case.excluded
+            options["label_smoothing"] = 0.1 if smooths else 0.0
         return options
 
     def teacher_logits(self, dtype: torch.dtype) -> Tensor:
@@ -222,7 +226,10 @@ class Whole:
             z_t = _capped(z_t, 9.0)
         # an excluded class keeps a probability too small to count, for autograd
         floor = -600.0 if dtype == torch.float64 else -80.0
-        log_q, log_p = ((z / case.temperature).log_softmax(-1).clamp(min=floor) for z in (z_s, z_t))
+        divisor = self.temperature
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(dtype)[:, None]
+        log_q, log_p = ((z / divisor).log_softmax(-1).clamp(min=floor) for z in (z_s, z_t))
         kd = 0.0
         for name, weight in case.weights.items():
             of_one = DIVERGENCES[name].definition(
@@ -379,7 +386,7 @@ REFUSED = {
     "common": ("vocabulary: expected at least one common class on every rank", ""),
     "of_logits": ("divergence: expected one of probabilities beside a Vocab", ""),
     "values": ("rank 1: ValueError: teacher_log_probs: expected values at", "teacher_log_probs: "),
-    "temperatures": ("temperature: expected a number beside a VocabParallelWeight", ""),
+    "temperatures": ("temperature: expected the same on every rank", ""),
     "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
 }
 
@@ -441,7 +448,7 @@ def _refused(name: str, rank: int) -> None:
         values[2, 7] = 1.0  # of a class of rank 1's
         teacher = {"teacher_hidden": TeacherLogProbs(values)}
     if name == "temperatures":
-        options["temperature"] = torch.full((6,), 2.0)
+        options["temperature"] = torch.full((6,), 2.0 + rank)
     if name == "filter_eps":
         options["filter_eps"] = 1e-3
     weight = VocabParallelWeight(shard, group, sizes)

@@ -167,7 +167,7 @@ def make_inputs(
     )
 
 
-def laid_out(z: Tensor, teacher: TeacherTopK, temperature: float) -> tuple[Tensor, Tensor]:
+def laid_out(z: Tensor, teacher: TeacherTopK, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """p and q, [N, classes] that the tail's definition sums over."""
     q = (z / temperature).softmax(-1)
     is_there = teacher.ids >= 0
@@ -193,7 +193,7 @@ def truth_rows(
     z: Tensor,
     inputs: Inputs,
     divergence: str,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     student_logit_scale: float = 1.0,
@@ -209,6 +209,8 @@ def truth_rows(
     if inputs.labels is not None:
         counts = inputs.labels != -100
     of_counting = teacher._replace(ids=teacher.ids[counts], log_probs=teacher.log_probs[counts])
+    if isinstance(temperature, Tensor):
+        temperature = temperature[counts].to(z.dtype)[:, None]
     p, q = laid_out(z[counts], of_counting, temperature)
     losses = kd_weight * (DEFINITIONS | OTHERS)[divergence](p, q)
     if ce_weight:

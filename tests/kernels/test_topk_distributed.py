@@ -44,7 +44,7 @@ class Case:
     backend: str = "cpp"
     dtype: str = "float32"
     k: int = 7
-    temperature: float = 1.0
+    temperature: float | None = 1.0  # None: each token its own
     hard: bool = False
     bends: bool = False
 
@@ -59,6 +59,7 @@ CASES = [
     Case("none", "reverse_kl", hard=True, bends=True),
     Case("bucket", "renyi", hard=True),
     Case("renormalise", "negative_log_acceptance", temperature=2.0),
+    Case("renormalise", "jsd", temperature=None, hard=True, bends=True),
     Case("none", "jsd", "reference", temperature=2.0, dtype="bfloat16", k=20),
 ]
 if dispatch.availability("kd_loss", "triton")[0]:
@@ -70,10 +71,10 @@ def of_lists(case: Case) -> tuple:
     sizes = SIZES[dist.get_world_size()]
     here = span_of(sizes)
     dtype = getattr(torch, case.dtype)
-    inputs = make_inputs(
-        9, V, case.k, dtype, tail=case.tail, temperature=case.temperature, beside=True
-    )
-    options = {"temperature": case.temperature, "ce_weight": 0.4, "kd_weight": 0.7}
+    temperature = torch.linspace(0.6, 3.0, 9) if case.temperature is None else case.temperature
+    of_lists = case.temperature or 1.0
+    inputs = make_inputs(9, V, case.k, dtype, tail=case.tail, temperature=of_lists, beside=True)
+    options = {"temperature": temperature, "ce_weight": 0.4, "kd_weight": 0.7}
     options |= HARD if case.hard else {}
     options |= {"student_logit_scale": 1.5, "student_softcap": 6.0} if case.bends else {}
     leaves = [

@@ -57,14 +57,14 @@ Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor
 // in [0, V], V for a class of another rank
 Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                      std::vector<int64_t> divergences, std::vector<double> numbers,
-                     std::vector<double> bends, bool has_more);
+                     std::vector<double> bends, std::optional<Tensor> softening, bool has_more);
 Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
                     std::vector<int64_t> divergences, std::vector<double> numbers,
-                    std::vector<double> bends);
+                    std::vector<double> bends, std::optional<Tensor> softening);
 void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                    int64_t classes, Tensor row_weights, Tensor stats,
                    std::vector<int64_t> divergences, std::vector<double> numbers,
-                   std::vector<double> bends, Tensor dlogits);
+                   std::vector<double> bends, std::optional<Tensor> softening, Tensor dlogits);
 
 // of a teacher that lists ids [M, K] -> kd [M], ce [M]; writes dlogits [M, V] where given, and
 // log sum exp of the student to extras [M, 1]
