@@ -5,6 +5,7 @@
     python tests/aot.py --json cuda:90         an object a line
     python tests/aot.py --room kd_loss         the kernels of one room
     python tests/aot.py --core                 the cases of the test suite, by aot_budget.json
+    python tests/aot.py --known                the same; what changed is named and not compiled
     python tests/aot.py --update               compile what changed there, and rewrite the file
 
 A room contributes `aot_rooms/<room>.py`: dataclasses with `launch()` and `most_registers`, listed
@@ -150,6 +151,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--room", action="append", choices=ROOMS, help="may be repeated")
     parser.add_argument("--core", action="store_true", help="the cases of the test suite only")
+    parser.add_argument("--known", action="store_true", help="of those, compile none")
     parser.add_argument("--update", action="store_true", help="rewrite the budget of those cases")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
@@ -158,7 +160,7 @@ def main() -> int:
         parser.error(f"targets: expected {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
     if args.update and (args.targets or args.room):
         parser.error("--update: expected no targets and rooms, the file holds all of them")
-    core, budget, spilled = args.core or args.update, Budget(), 0
+    core, budget, spilled = args.core or args.known or args.update, Budget(), 0
     for target in args.targets or TARGETS:
         for room in args.room or ROOMS:
             cases = importlib.import_module(f"aot_rooms.{room}")
@@ -168,6 +170,9 @@ def main() -> int:
                 if core:
                     digest, entry = hash_case(case, target), budget.entry(target, name)
                     row["known"] = entry.pop("hash", None) == digest
+                    if args.known and not row["known"]:
+                        print(json.dumps(row), flush=True)
+                        continue
                 used = Resources(**entry) if row.get("known") else compile_case(case, target)
                 if core:
                     budget.record(target, name, digest, used)

@@ -1,7 +1,7 @@
 """The Triton kernels compile for every supported GPU, and no thread spills registers to memory.
 
-What `tests/aot_budget.json` knows is not compiled again; a kernel that changed is, and fails until
-`make aot-budget` has written down what it needs now.
+`tests/aot_budget.json` has what they need; a kernel that changed fails until `make aot-budget` has
+compiled it and written down what it needs now. Under another Triton all are compiled here.
 """
 
 import json
@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 AOT = Path(__file__).parents[1] / "aot.py"
 BUDGET = json.loads(AOT.with_name("aot_budget.json").read_text())
+IS_OF_THIS_TRITON = BUDGET["triton"] == triton.__version__
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 FUNCTIONS = {
     "kd_loss_fwd",
@@ -47,7 +48,7 @@ def kernels():
     # the interpreter of the other tests replaces what is compiled here, so this is another process
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(AOT), "--core", "--json"],
+        [sys.executable, str(AOT), "--known" if IS_OF_THIS_TRITON else "--core", "--json"],
         env=environment,
         capture_output=True,
         text=True,
@@ -63,13 +64,14 @@ def kernels():
 def test_compiles_without_spills(kernels, target):
     of_target = [kernel for kernel in kernels if kernel["target"] == target]
     assert {kernel["function"] for kernel in of_target} == FUNCTIONS
+    of_target = [kernel for kernel in of_target if "spills" in kernel]  # else it changed, see below
     assert not [kernel for kernel in of_target if kernel["spills"]]
     if target.startswith("cuda"):
         assert not [k for k in of_target if k["registers"] > k["most_registers"]]
 
 
 @pytest.mark.skipif(
-    BUDGET["triton"] != triton.__version__,
+    not IS_OF_THIS_TRITON,
     reason=f"the budget is of Triton {BUDGET['triton']}, this is {triton.__version__}",
 )
 def test_the_budget_is_that_of_the_kernels(kernels):
@@ -77,13 +79,7 @@ def test_the_budget_is_that_of_the_kernels(kernels):
     for kernel in kernels:
         names[kernel["target"]].add(kernel["name"])
     gone = {target: BUDGET[target].keys() - names[target] for target in TARGETS}
-    changed = [
-        f"{kernel['target']} {kernel['name']}: registers, shared memory and spills are now "
-        f"{kernel['registers']}, {kernel['shared']}, {kernel['spills']}, the budget has "
-        f"{BUDGET[kernel['target']].get(kernel['name'], 'no entry')}"
-        for kernel in kernels
-        if not kernel["known"]
-    ]
+    changed = [f"{kernel['target']} {kernel['name']}" for kernel in kernels if not kernel["known"]]
     message = "tests/aot_budget.json is stale: run `make aot-budget`, look at the changes, commit"
     assert not changed, "\n".join([message, *changed])
     assert not any(gone.values()), f"{message}; no case is called {gone}"
