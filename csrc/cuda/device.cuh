@@ -1,0 +1,262 @@
+// What the CUDA kernels are written in: a thread, its warp, block and cluster, and how they meet.
+//
+// nvcc reads CUDA's own instructions here, PTX included, and no kernel has any of its own; a C++
+// compiler reads the emulator of csrc/testing, which says what each function does.
+#pragma once
+
+#ifndef __CUDACC__
+
+#include "emulator.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define MODXFER_DEVICE __device__ __forceinline__
+#define MODXFER_BOTH __host__ __device__ __forceinline__
+#define MODXFER_KERNEL static __global__
+#define MODXFER_UNROLL _Pragma("unroll")
+#define MODXFER_ARGUMENT const __grid_constant__
+
+namespace modxfer::device {
+
+struct Grid {
+  int blocks;
+  int threads;
+  int cluster;
+  int shared_bytes;
+};
+
+constexpr uint32_t kAllLanes = 0xFFFFFFFF;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define MODXFER_HAS_CLUSTERS 1
+#endif
+
+MODXFER_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+MODXFER_DEVICE int block_size() { return static_cast<int>(blockDim.x); }
+
+MODXFER_DEVICE int cluster_rank() {
+#ifdef MODXFER_HAS_CLUSTERS
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+
+MODXFER_DEVICE int cluster_size() {
+#ifdef MODXFER_HAS_CLUSTERS
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+
+MODXFER_DEVICE int cluster_index() { return static_cast<int>(blockIdx.x) / cluster_size(); }
+MODXFER_DEVICE int num_clusters() { return static_cast<int>(gridDim.x) / cluster_size(); }
+
+MODXFER_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+MODXFER_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+MODXFER_DEVICE void sync_warp() { __syncwarp(); }
+MODXFER_DEVICE void sync_block() { __syncthreads(); }
+
+MODXFER_DEVICE void arrive_cluster() {
+#ifdef MODXFER_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+MODXFER_DEVICE void wait_cluster() {
+#ifdef MODXFER_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+MODXFER_DEVICE void sync_cluster() {
+  arrive_cluster();
+  wait_cluster();
+}
+
+template <class T>
+MODXFER_DEVICE T from_lane(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+
+template <class T>
+MODXFER_DEVICE T from_lane_xor(T value, int mask) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+
+MODXFER_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
+
+template <class T>
+MODXFER_DEVICE T* of_rank(T* shared, int rank) {
+#ifdef MODXFER_HAS_CLUSTERS
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(address);
+#else
+  return shared;
+#endif
+}
+
+// Barriers and bulk copies: of devices that have clusters, and a fault on others, which launch no
+// kernel that reaches one.
+struct Barrier {
+  uint64_t state;
+
+  MODXFER_DEVICE void init(int arrivals) {
+#ifdef MODXFER_HAS_CLUSTERS
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals));
+#else
+    __trap();
+#endif
+  }
+  MODXFER_DEVICE void arrive() {
+#ifdef MODXFER_HAS_CLUSTERS
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory");
+#else
+    __trap();
+#endif
+  }
+  MODXFER_DEVICE void arrive_expecting(int bytes) {
+#ifdef MODXFER_HAS_CLUSTERS
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(bytes)
+                 : "memory");
+#else
+    __trap();
+#endif
+  }
+  MODXFER_DEVICE void wait(int parity) {
+#ifdef MODXFER_HAS_CLUSTERS
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(&state)),
+        "r"(parity)
+        : "memory");
+#else
+    __trap();
+#endif
+  }
+};
+
+MODXFER_DEVICE void fence_barriers() {
+#ifdef MODXFER_HAS_CLUSTERS
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+MODXFER_DEVICE void fence_copies() {
+#ifdef MODXFER_HAS_CLUSTERS
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+MODXFER_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier& barrier) {
+#ifdef MODXFER_HAS_CLUSTERS
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&barrier.state))
+      : "memory");
+#else
+  __trap();
+#endif
+}
+
+MODXFER_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+MODXFER_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroupsLeft>
+MODXFER_DEVICE void wait_async() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+template <class T>
+MODXFER_DEVICE T atomic_add(T* target, T value) {
+  return atomicAdd(target, value);
+}
+template <class T>
+MODXFER_DEVICE T atomic_max(T* target, T value) {
+  return atomicMax(target, value);
+}
+
+MODXFER_DEVICE float log(float x) { return logf(x); }
+MODXFER_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MODXFER_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+using Bf16 = __nv_bfloat16;
+MODXFER_DEVICE Bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
+using Half = __half;
+MODXFER_DEVICE Half to_half(float x) { return __float2half_rn(x); }
+MODXFER_DEVICE float to_float(Half x) { return __half2float(x); }
+MODXFER_DEVICE float to_float(Bf16 x) { return __bfloat162float(x); }
+
+// A half-precision number from its bits.
+MODXFER_DEVICE float from_bits(uint16_t bits, bool is_bf16) {
+  return is_bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                 : __half2float(__ushort_as_half(bits));
+}
+
+// On the stream; blocks come in clusters where the device has them.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   Arguments... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           grid.shared_bytes);
+  if (error == cudaSuccess && grid.cluster > 8) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace modxfer::device
+
+#endif
