@@ -16,7 +16,8 @@ Their u is dD/dx and there is no sum of it: dD/dz = u / temperature.
 
 Names, help, reference, dense yardsticks and tests follow from the records. The kernels have one
 branch each: `divergence_terms` of kd_loss/triton_divergences.py and `divergence_terms` of
-csrc/cpu/kd_loss_rows.h, whose enum in csrc/include/modxfer/kd_loss.h has the order of this file.
+csrc/include/modxfer/kd_loss_terms.h, for CPUs and CUDA, whose enum in kd_loss.h beside it has the
+order of this file.
 """
 
 import dataclasses

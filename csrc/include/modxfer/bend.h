@@ -9,7 +9,7 @@ struct Bend {
   float scale = 1.0f;
   float cap = 0.0f;  // 0: none, z = scale raw
 
-  bool is_identity() const { return scale == 1.0f && cap == 0.0f; }
+  constexpr bool is_identity() const { return scale == 1.0f && cap == 0.0f; }
 };
 
 // Row kernels of one instruction set.

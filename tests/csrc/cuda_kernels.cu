@@ -1,0 +1,23 @@
+// Every instance of the CUDA kernels, for compilers alone.
+#include <utility>
+
+#include "kd_loss_rows.cuh"
+
+namespace modxfer::cuda {
+
+using Kernel = void (*)(KdRows);
+
+template <bool kIsResident, int64_t... kIds>
+void name(Kernel* kernels, std::integer_sequence<int64_t, kIds...>) {
+  const Kernel all[] = {kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...,
+                        kd_loss_rows<Divergence::kCount, kIsResident>};
+  for (Kernel kernel : all) *kernels++ = kernel;
+}
+
+void name_all(Kernel* kernels) {
+  constexpr auto kIds = std::make_integer_sequence<int64_t, kNumSums>{};
+  name<true>(kernels, kIds);
+  name<false>(kernels + kNumSums + 1, kIds);
+}
+
+}  // namespace modxfer::cuda

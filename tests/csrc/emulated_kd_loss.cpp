@@ -1,0 +1,45 @@
+// The CUDA rows of the KD loss on the emulator, as a library with C names.
+#include <cstring>
+#include <string>
+
+#include "kd_loss_rows.cuh"
+
+namespace {
+
+using namespace modxfer;
+using namespace modxfer::cuda;
+
+std::string fault;
+
+template <bool kIsResident, int64_t kId = 0>
+void launch_divergence(const device::Grid& grid, const KdRows& rows) {
+  if constexpr (kId == kNumSums) {
+    device::launch(kd_loss_rows<Divergence::kCount, kIsResident>, grid, rows);
+  } else if (static_cast<int64_t>(rows.spec.divergence) == kId) {
+    device::launch(kd_loss_rows<static_cast<Divergence>(kId), kIsResident>, grid, rows);
+  } else {
+    launch_divergence<kIsResident, kId + 1>(grid, rows);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void emulator_schedule(uint64_t seed) { emulator::schedule() = emulator::Schedule::of(seed); }
+
+// An empty text, or what the kernel did wrong.
+const char* emulated_kd_loss(const KdRows* rows, int blocks, int cluster, int threads,
+                             bool is_resident) {
+  fault.clear();
+  const device::Grid grid{blocks, threads, cluster,
+                          shared_bytes(rows->classes, cluster, rows->logits, is_resident)};
+  try {
+    is_resident ? launch_divergence<true>(grid, *rows) : launch_divergence<false>(grid, *rows);
+  } catch (const emulator::Fault& found) {
+    fault = found.what();
+  }
+  return fault.c_str();
+}
+
+}  // extern "C"

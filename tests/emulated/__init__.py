@@ -1,0 +1,38 @@
+"""CUDA kernels on the block emulator of csrc/testing, as backends for the tests of their rooms."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@functools.cache
+def library(source: str, *, checked: bool) -> ctypes.CDLL:
+    """tests/csrc/<source>, compiled with the emulator; `checked` also finds races."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler: {compiler} is not on PATH")
+    csrc, folder = ROOT / "csrc", Path(tempfile.mkdtemp(prefix="emulated"))
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Werror"]
+    flags += [f"-I{csrc / name}" for name in ("cuda", "testing", "include")]
+
+    def build(*arguments: object) -> None:
+        command = [compiler, *flags, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    objects = [csrc / "testing" / "emulator.cpp"]
+    if checked:
+        build("-fsanitize=thread", "-c", ROOT / "tests/csrc" / source, "-o", folder / "kernels.o")
+        objects += [csrc / "testing" / "checker.cpp", folder / "kernels.o"]
+    else:
+        objects.append(ROOT / "tests/csrc" / source)
+    build("-shared", *objects, "-o", folder / "library.so")
+    return ctypes.CDLL(str(folder / "library.so"))
