@@ -2,7 +2,7 @@
 
 MODXFER_BUILD=auto   what this machine can compile; if that fails, the other backends (default)
               cpu    the CPU kernels, or fail
-              cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU; none in this version)
+              cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU)
               none   pure Python
 
 MODXFER_CXXFLAGS       more options for the C++ compiler, behind ours
@@ -13,8 +13,10 @@ resolved for the build alone would be gigabytes of another version.
 
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -25,6 +27,8 @@ ROOT = Path(__file__).parent
 MODES = ("auto", "cpu", "cuda", "none")
 # The oldest LibTorch whose stable ABI we call: one binary serves it and every later one.
 STABLE_ABI = "0x020b000000000000"
+# What a wheel has machine code for: A100, H100 and H200, B200.
+CUDA_TARGETS = ("80", "90a", "100a")
 
 
 def _missing() -> str:
@@ -54,16 +58,11 @@ def _extensions(mode: str):
             raise SystemExit(f"MODXFER_BUILD={mode}: {reason}")
         print(f"modxfer_fast: csrc is not built, other backends remain: {reason}")
         return [], {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     csrc = ROOT / "csrc"
     sources = [csrc / "register.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
-    cuda_sources = sorted((csrc / "cuda").glob("*.cu"))
-    if mode == "cuda" and not cuda_sources:
-        raise SystemExit("MODXFER_BUILD=cuda: this version has no CUDA sources; use cpu")
-    with_cuda = bool(cuda_sources) and (mode == "cuda" or (mode == "auto" and has_nvcc))
-    if with_cuda:
-        sources += cuda_sources
+    with_cuda = mode == "cuda" or (mode == "auto" and has_nvcc)
 
     cxx = [
         "-O3",
@@ -75,16 +74,25 @@ def _extensions(mode: str):
     if platform.machine() in ("x86_64", "AMD64"):
         cxx.append("-Wno-psabi")  # vector types stay inside always_inline functions
     cxx += shlex.split(os.environ.get("MODXFER_CXXFLAGS", ""))
-    extension = (CUDAExtension if with_cuda else CppExtension)(
+    extension = CppExtension(
         name="modxfer_fast._C",
         sources=[str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[str(csrc / "include")],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17"]},
+        extra_compile_args={"cxx": cxx},
         py_limited_api=True,
     )
 
     class Build(BuildExtension):
         def build_extensions(self):
+            if with_cuda:
+                try:
+                    objects, linked = _compile_cuda(csrc, Path(self.build_temp))
+                    extension.extra_objects += objects
+                    extension.extra_link_args += linked
+                except Exception as error:
+                    if mode == "cuda":
+                        raise
+                    print(f"modxfer_fast: csrc/cuda is not built, others remain: {error}")
             try:
                 super().build_extensions()
             except Exception as error:  # no compiler, or one that cannot build this
@@ -98,6 +106,33 @@ def _extensions(mode: str):
 
     command = Build.with_options(use_ninja=True, no_python_abi_suffix=True)
     return [extension], {"build_ext": command}
+
+
+def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
+    """Objects of csrc/cuda, and what they are linked with; one that is newer than csrc stays.
+
+    By nvcc itself: torch's own extension needs a torch that was built with CUDA, and the wheel none
+    but a CUDA driver.
+    """
+    from torch.utils.cpp_extension import include_paths
+
+    out.mkdir(parents=True, exist_ok=True)
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--threads", "0"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_TARGETS]
+    flags += [f"-I{path}" for path in (csrc / "include", csrc / "cuda", *include_paths())]
+    newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
+    objects = []
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        target = out / f"{source.stem}.cu.o"
+        objects.append(str(target))
+        if not target.exists() or target.stat().st_mtime < newest:
+            subprocess.run(["nvcc", *flags, "-c", str(source), "-o", str(target)], check=True)
+    told = subprocess.run(
+        ["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    )
+    libraries = re.findall(r'"(-L[^"]*)"', told.stderr + told.stdout)
+    return objects, [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
 ext_modules, cmdclass = _extensions(os.environ.get("MODXFER_BUILD", "auto"))

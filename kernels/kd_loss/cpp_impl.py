@@ -4,14 +4,11 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, compiled
-from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.csrc_spec import hard_scalars, scalars
 from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 
 available = compiled.available
 supports = compiled.supports
-
-# modxfer::Divergence
-_IDS = {name: index for index, name in enumerate(DIVERGENCES)}
 
 
 def kd_loss_fwd(
@@ -22,7 +19,7 @@ def kd_loss_fwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd(
-        *(student_logits, teacher_logits, labels, *_scalars(spec)),
+        *(student_logits, teacher_logits, labels, *scalars(spec)),
         *(spec.bends, spec.softening, extras),
     )
 
@@ -37,7 +34,7 @@ def kd_loss_bwd(
     dlogits: Tensor,
 ) -> None:
     compiled.ops().kd_loss_bwd(
-        *(student_logits, teacher_logits, labels, row_weights, stats, *_scalars(spec)),
+        *(student_logits, teacher_logits, labels, row_weights, stats, *scalars(spec)),
         *(spec.bends, spec.softening, dlogits),
     )
 
@@ -52,7 +49,7 @@ def kd_loss_fwd_bwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd_bwd(
-        *(student_logits, teacher_logits, labels, row_weights, *_scalars(spec)),
+        *(student_logits, teacher_logits, labels, row_weights, *scalars(spec)),
         *(spec.bends, spec.softening, dlogits, extras),
     )
 
@@ -65,7 +62,7 @@ def kd_loss_stats(
     has_more: bool,
 ) -> Tensor:
     return compiled.ops().kd_loss_stats(
-        *(student_logits, teacher_logits, labels, *_scalars(spec)),
+        *(student_logits, teacher_logits, labels, *scalars(spec)),
         *(spec.bends, spec.softening, has_more),
     )
 
@@ -74,7 +71,7 @@ def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
     return compiled.ops().kd_loss_sums(
-        student_logits, teacher_logits, stats, *_scalars(spec), spec.bends, spec.softening
+        student_logits, teacher_logits, stats, *scalars(spec), spec.bends, spec.softening
     )
 
 
@@ -90,7 +87,7 @@ def kd_loss_write(
 ) -> None:
     compiled.ops().kd_loss_write(
         *(student_logits, teacher_logits, labels, classes, row_weights, stats),
-        *(*_scalars(spec), spec.bends, spec.softening, dlogits),
+        *(*scalars(spec), spec.bends, spec.softening, dlogits),
     )
 
 
@@ -129,7 +126,7 @@ def _topk(
         missing,
         labels,
         row_weights,
-        *_scalars(spec),
+        *scalars(spec),
         spec.bends,
         spec.softening,
         dlogits,
@@ -144,7 +141,9 @@ def cross_entropy_fwd(
     spec: KDSpec,
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
-    ce = compiled.ops().cross_entropy_fwd(student_logits, labels, *_hard(spec), spec.bends, extras)
+    ce = compiled.ops().cross_entropy_fwd(
+        student_logits, labels, *hard_scalars(spec), spec.bends, extras
+    )
     return torch.zeros_like(ce), ce, None
 
 
@@ -158,19 +157,6 @@ def cross_entropy_fwd_bwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     ce = compiled.ops().cross_entropy_fwd_bwd(
-        student_logits, labels, row_weights, *_hard(spec), spec.bends, dlogits, extras
+        student_logits, labels, row_weights, *hard_scalars(spec), spec.bends, dlogits, extras
     )
     return torch.zeros_like(ce), ce
-
-
-def _scalars(spec: KDSpec) -> tuple[list[int], list[float]]:
-    """The divergences, and the numbers in the order of csrc's Spec."""
-    numbers = [float(spec.temperature), spec.kd_weight, *_hard(spec)]
-    for record, weight in spec.parts:
-        own = record.parameters(spec.alpha, spec.beta)
-        numbers += [weight, *record.kernel_constants(*own)]
-    return [_IDS[record.name] for record, _ in spec.parts], numbers
-
-
-def _hard(spec: KDSpec) -> tuple[float, float, float]:
-    return spec.ce_weight, spec.label_smoothing, spec.z_loss_weight
