@@ -227,10 +227,15 @@ MODXFER_DEVICE Half to_half(float x) { return __float2half_rn(x); }
 MODXFER_DEVICE float to_float(Half x) { return __half2float(x); }
 MODXFER_DEVICE float to_float(Bf16 x) { return __bfloat162float(x); }
 
-// A half-precision number from its bits.
+// A half-precision number from its bits, and back.
 MODXFER_DEVICE float from_bits(uint16_t bits, bool is_bf16) {
   return is_bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
                  : __half2float(__ushort_as_half(bits));
+}
+
+MODXFER_DEVICE uint16_t to_bits(float x, bool is_bf16) {
+  return is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x))
+                 : __half_as_ushort(__float2half_rn(x));
 }
 
 // On the stream; blocks come in clusters where the device has them.

@@ -12,71 +12,9 @@
 // up in the same order: all have the same bits.
 #pragma once
 
-#include "device.cuh"
-#include "modxfer/bend.h"
-#include "modxfer/kd_loss.h"
+#include "kd_loss_args.cuh"
 
 namespace modxfer::cuda {
-
-#include "scalar.cuh"
-
-#include "modxfer/kd_loss_terms.h"
-
-constexpr float kInf = __builtin_huge_valf();
-constexpr float kNoTop = -3.40282347e38f;  // below it are classes without probability alone
-constexpr float kLog2E = 1.44269504f;
-constexpr int kLanes = 32, kMaxWarps = 32, kMaxBlocks = 16;
-constexpr int kTile = 2048;  // floats of a bulk copy
-
-enum class Kind : int { kFloat, kBf16, kHalf };
-
-MODXFER_BOTH int size_of(Kind kind) { return kind == Kind::kFloat ? 4 : 2; }
-
-// Divergences of a weighted sum; more are refused before a launch.
-constexpr int kMaxParts = 8;
-
-struct KdRows {
-  const void* student;  // [rows, classes] of `logits`, rows so many elements apart
-  const void* teacher;
-  int64_t student_stride, teacher_stride;
-  Kind logits;
-  const int64_t* labels;     // or nullptr; below 0 there is none
-  const float* row_weights;  // of dlogits
-  const float* softening;    // [rows, 2], a temperature and a factor of kd_weight, or nullptr
-  float* kd;                 // [rows]
-  float* ce;
-  float* stats;   // [rows, 6], KdStats, or nullptr
-  float* extras;  // [rows, num_extras], or nullptr
-  int num_extras;
-  void* dlogits;  // rows so many elements apart, of `kind`; nullptr: the losses alone
-  int64_t dlogits_stride;
-  Kind kind;
-  int rows, classes;
-  Bend student_bend, teacher_bend;
-  KdSpec spec;  // whose `parts` are these, whatever it points to
-  KdSummand parts[kMaxParts];
-};
-
-// Of a row that so many blocks share, a multiple of 8.
-MODXFER_BOTH int slice_size(int classes, int blocks) {
-  return ((classes + blocks - 1) / blocks + 7) / 8 * 8;
-}
-
-MODXFER_DEVICE float bent(float raw, const Bend& bend) {
-  if (bend.cap == 0.0f) return raw * bend.scale;
-  const float x = raw * (bend.scale / bend.cap);
-  const float e = vexp(-2.0f * vabs(x));
-  const float small = x * (1.0f - x * x * (1.0f / 3.0f - x * x * (2.0f / 15.0f)));
-  const float large = (1.0f - e) / (1.0f + e);
-  const float t = vabs(x) < 0.1f ? small : x < 0.0f ? -large : large;
-  return vabs(raw) == kInf ? raw : bend.cap * t;
-}
-
-MODXFER_DEVICE float bend_slope(float z, const Bend& bend) {
-  if (bend.cap == 0.0f) return bend.scale;
-  const float t = vmax(vmin(z / bend.cap, 1.0f), -1.0f);
-  return bend.scale * (1.0f - t * t);
-}
 
 // What a thread, then a block, then a row knows of the classes so far. Sums are relative to the
 // tops.
@@ -116,117 +54,34 @@ MODXFER_DEVICE void raise(RowPart& part, float top_s, float top_t, float rate, i
 // Of a block's shared memory, behind its slices.
 struct Room {
   float warps[kMaxWarps * kPart];
-  float first[kMaxBlocks * kPart], second[kMaxBlocks * 3];  // what the blocks tell one another
+  // what the blocks tell one another; of every second row the first, which some blocks may read
+  // while others are at the next row already
+  float first[2][kMaxBlocks * kPart], second[kMaxBlocks * 3];
 };
 
-constexpr int kRoomBytes = sizeof(Room);
-
-// The bytes that a block needs: for rows that it holds, `tiles` barriers and both slices.
+// The bytes that a block needs.
 inline int shared_bytes(int classes, int blocks, Kind logits, bool is_resident) {
-  const int size = is_resident ? slice_size(classes, blocks) : 0;
-  const int tiles = (size + kTile - 1) / kTile;
-  return static_cast<int>(sizeof(Room)) + 2 * size * size_of(logits) + 8 * tiles;
+  return static_cast<int>(sizeof(Room)) +
+         (is_resident ? slices_bytes(2, classes, blocks, logits) : 0);
 }
-
-// The same number in all threads of the block, added up in one order.
-template <bool kIsMax, int kCount>
-MODXFER_DEVICE void reduce_block(float* values, float* warps) {
-  const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
-  MODXFER_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-      const float other = device::from_lane_xor(values[i], mask);
-      values[i] = kIsMax ? vmax(other, values[i]) : values[i] + other;
-    }
-  }
-  device::sync_block();  // the values of the last reduction are read
-  if (lane == 0) {
-    MODXFER_UNROLL
-    for (int i = 0; i < kCount; ++i) warps[warp * kCount + i] = values[i];
-  }
-  device::sync_block();
-  const int num_warps = device::block_size() / kLanes;
-  MODXFER_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    float total = warps[i];
-    for (int w = 1; w < num_warps; ++w) {
-      const float other = warps[w * kCount + i];
-      total = kIsMax ? vmax(other, total) : total + other;
-    }
-    values[i] = total;
-  }
-}
-
-// Gives every block the values of each: [blocks, kCount] of its shared memory.
-template <int kCount>
-MODXFER_DEVICE void exchange(const float* values, float* all) {
-  if (device::thread_index() < device::cluster_size()) {
-    float* there = device::of_rank(all, device::thread_index()) + device::cluster_rank() * kCount;
-    MODXFER_UNROLL
-    for (int i = 0; i < kCount; ++i) there[i] = values[i];
-  }
-  device::sync_cluster();
-}
-
-MODXFER_DEVICE void put(void* values, Kind kind, int64_t i, float value) {
-  if (kind == Kind::kFloat) {
-    static_cast<float*>(values)[i] = value;
-  } else if (kind == Kind::kBf16) {
-    static_cast<device::Bf16*>(values)[i] = device::to_bf16(value);
-  } else {
-    static_cast<device::Half*>(values)[i] = device::to_half(value);
-  }
-}
-
-// Of the part whose divergence is kId or a later one. u = q - p in the place of -p: equal rows have
-// no gradient, to the bit.
-template <int64_t kId>
-MODXFER_DEVICE void add_part(const Class& x, const KdSummand& part, Terms& sum) {
-  if constexpr (kId < kNumSums) {
-    constexpr auto kDivergence = static_cast<Divergence>(kId);
-    if (part.divergence != kDivergence) return add_part<kId + 1>(x, part, sum);
-    const Terms terms = divergence_terms<kDivergence>(x, part);
-    sum.f += part.weight * terms.f;
-    sum.u += part.weight * (kDivergence == Divergence::kForwardKl ? terms.u + x.q : terms.u);
-  }
-}
-
-// f and u of a class for one divergence or, for kCount, of a weighted sum.
-template <Divergence kDivergence>
-MODXFER_DEVICE Terms terms_of(const Class& x, const KdRows& rows) {
-  if constexpr (kDivergence != Divergence::kCount) {
-    return divergence_terms<kDivergence>(x, rows.spec);
-  } else {
-    Terms sum{};
-    for (int k = 0; k < rows.spec.num_parts; ++k) add_part<0>(x, rows.parts[k], sum);
-    return sum;
-  }
-}
-
-#include "kd_loss_sides.cuh"
 
 template <Divergence kDivergence, bool kIsResident>
 MODXFER_KERNEL void kd_loss_rows(MODXFER_ARGUMENT KdRows rows) {
   constexpr bool kIsForwardKl = kDivergence == Divergence::kForwardKl;
   KdSpec spec = rows.spec;
   Room& room = *reinterpret_cast<Room*>(device::shared_memory());
-  Sides<kIsResident> sides(rows, device::shared_memory() + sizeof(Room));
+  const Side both[] = {{rows.student, rows.student_stride, rows.logits, rows.student_bend},
+                       {rows.teacher, rows.teacher_stride, rows.logits, rows.teacher_bend}};
+  Sides<2, kIsResident> sides(both, rows.classes, device::shared_memory() + sizeof(Room));
   const bool leads = device::thread_index() == 0;
+  const Target target(rows.dlogits, rows.dlogits_stride, rows.kind);
   const bool has_all = rows.num_extras > 1;
   const bool needs_x = has_all || spec.label_smoothing != 0.0f;
-  const int stride = device::num_clusters();
-  sides.init();
-  if (leads && device::cluster_index() < rows.rows) {
-    for (int tile = 0; tile < sides.num_tiles(); ++tile) sides.load(device::cluster_index(), tile);
-  }
+  sides.start(rows.rows);
   int turn = 0;
-  for (int row = device::cluster_index(); row < rows.rows; row += stride, ++turn) {
-    int64_t label = rows.labels == nullptr ? -1 : rows.labels[row];
-    if (label >= rows.classes) label = -1;
-    if (rows.softening != nullptr) {
-      spec.inv_temperature = 1.0f / rows.softening[2 * row];
-      spec.kd_weight = rows.spec.kd_weight * rows.softening[2 * row + 1];
-    }
+  for (int row = device::cluster_index(); row < rows.rows; row += device::num_clusters(), ++turn) {
+    const int label = label_of(rows, row);
+    soften(rows, row, spec);
     const float inv_t = spec.inv_temperature, rate = inv_t * kLog2E;
     const bool has_ce = label >= 0 && spec.ce_weight != 0.0f;
     const bool has_z = spec.z_loss_weight != 0.0f;
@@ -261,25 +116,26 @@ MODXFER_KERNEL void kd_loss_rows(MODXFER_ARGUMENT KdRows rows) {
             part.e_x_s += e_s == 0.0f ? 0.0f : e_s * x_s;
             part.e_x_t += e_t == 0.0f ? 0.0f : e_t * x_t;
           }
-          if (sides.begin() + i + k == label) part.z_label = z_s.of[k];
         }
+        pick(z_s, label - sides.begin() - i, part.z_label);
       });
     }
     float* tops = &part.top_s;
-    float both[kTops] = {part.top_s, part.top_t};
-    reduce_block<true, kTops>(both, room.warps);
-    raise(part, both[0], both[1], rate, count);
+    float highest[kTops] = {part.top_s, part.top_t};
+    reduce_block<true, kTops>(highest, room.warps);
+    raise(part, highest[0], highest[1], rate, count);
     reduce_block<false, kSums>(tops + kTops, room.warps);
-    exchange<kPart>(tops, room.first);
+    float* of_blocks = room.first[turn & 1];
+    exchange<kPart>(tops, of_blocks);
     RowPart whole = {kNoTop, kNoTop};
     for (int rank = 0; rank < device::cluster_size(); ++rank) {
-      const auto& other = *reinterpret_cast<const RowPart*>(room.first + rank * kPart);
+      const auto& other = *reinterpret_cast<const RowPart*>(of_blocks + rank * kPart);
       whole.top_s = vmax(other.top_s, whole.top_s);
       whole.top_t = vmax(other.top_t, whole.top_t);
     }
     const int per_block = slice_size(rows.classes, device::cluster_size());
     for (int rank = 0; rank < device::cluster_size(); ++rank) {
-      RowPart other = *reinterpret_cast<const RowPart*>(room.first + rank * kPart);
+      RowPart other = *reinterpret_cast<const RowPart*>(of_blocks + rank * kPart);
       const int left = rows.classes - rank * per_block;
       raise(other, whole.top_s, whole.top_t, rate, left < per_block ? vmax(left, 0) : per_block);
       float* to = &whole.top_s;
@@ -361,7 +217,6 @@ MODXFER_KERNEL void kd_loss_rows(MODXFER_ARGUMENT KdRows rows) {
     if (has_z) q1_scale += 2.0f * weight * spec.z_loss_weight * (whole.top_s + logd_1);
     const float shift = ce_scale * spec.label_smoothing / spec.classes;
     const float of_label = ce_scale * (1.0f - spec.label_smoothing);
-    const int64_t first = row * rows.dlogits_stride + sides.begin();
     for (int tile = 0; tile < sides.num_tiles(); ++tile) {
       if (rows.dlogits != nullptr) {
         sides.for_each_step(tile, [&](int i, int n) {
@@ -369,33 +224,27 @@ MODXFER_KERNEL void kd_loss_rows(MODXFER_ARGUMENT KdRows rows) {
           if (weight != 0.0f && n > 0) sides.read(row, i, n, true, z_s, z_t);
           // halves over the floats that they are made of: those of a step are read before
           if (!kIsResident) device::sync_block();
-          MODXFER_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            if (k >= n) break;
-            float dz = 0.0f;  // an ignored row may hold anything, NaN included
-            if (weight != 0.0f) {
+          Four dlogits = {};  // an ignored row may hold anything, NaN included
+          if (weight != 0.0f) {
+            MODXFER_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              if (k >= n) break;
               const Class x = class_of(z_s.of[k], z_t.of[k]);
               const Terms terms = terms_of<kDivergence>(x, rows);
-              dz = kd_scale * (terms.u - x.q * u_sum) - shift;
+              float dz = kd_scale * (terms.u - x.q * u_sum) - shift;
               if (q1_scale != 0.0f) {
                 const float x_s = z_s.of[k] - whole.top_s;
                 dz += q1_scale * (needs_d1 ? device::exp2_approx((x_s - logd_1) * kLog2E) : x.q);
               }
               if (sides.begin() + i + k == label) dz -= of_label;
               if (!rows.student_bend.is_identity()) dz *= bend_slope(z_s.of[k], rows.student_bend);
+              dlogits.of[k] = dz;
             }
-            put(rows.dlogits, rows.kind, first + i + k, dz);
           }
+          target.put(row, sides.begin() + i, n, dlogits);
         });
       }
-      const int next = row + stride;
-      if (kIsResident && next < rows.rows) {
-        device::sync_block();  // the tile is done with
-        if (leads) {
-          device::fence_copies();
-          sides.load(next, tile);
-        }
-      }
+      sides.refill(tile, row, rows.rows);
     }
   }
 }

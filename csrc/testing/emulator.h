@@ -221,12 +221,20 @@ inline float to_float(Bf16 x) {
   return value;
 }
 
-// A half-precision number from its bits.
+// A half-precision number from its bits, and back.
 inline float from_bits(uint16_t bits, bool is_bf16) {
   if (is_bf16) return to_float(Bf16{bits});
   Half half;
   std::memcpy(&half, &bits, sizeof(half));
   return to_float(half);
+}
+
+inline uint16_t to_bits(float x, bool is_bf16) {
+  if (is_bf16) return to_bf16(x).bits;
+  const Half half = to_half(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
 }
 
 template <class... Parameters, class... Arguments>

@@ -1,6 +1,7 @@
 // Every instance of the CUDA kernels, for compilers alone.
 #include <utility>
 
+#include "cross_entropy_rows.cuh"
 #include "kd_loss_rows.cuh"
 
 namespace modxfer::cuda {
@@ -10,14 +11,15 @@ using Kernel = void (*)(KdRows);
 template <bool kIsResident, int64_t... kIds>
 void name(Kernel* kernels, std::integer_sequence<int64_t, kIds...>) {
   const Kernel all[] = {kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...,
-                        kd_loss_rows<Divergence::kCount, kIsResident>};
+                        kd_loss_rows<Divergence::kCount, kIsResident>,
+                        cross_entropy_rows<kIsResident>};
   for (Kernel kernel : all) *kernels++ = kernel;
 }
 
 void name_all(Kernel* kernels) {
   constexpr auto kIds = std::make_integer_sequence<int64_t, kNumSums>{};
   name<true>(kernels, kIds);
-  name<false>(kernels + kNumSums + 1, kIds);
+  name<false>(kernels + kNumSums + 2, kIds);
 }
 
 }  // namespace modxfer::cuda

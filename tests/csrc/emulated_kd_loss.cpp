@@ -2,6 +2,7 @@
 #include <cstring>
 #include <string>
 
+#include "cross_entropy_rows.cuh"
 #include "kd_loss_rows.cuh"
 
 namespace {
@@ -22,24 +23,41 @@ void launch_divergence(const device::Grid& grid, const KdRows& rows) {
   }
 }
 
+// An empty text, or what the kernel did wrong.
+template <class Launch>
+const char* fault_of(const Launch& launch) {
+  fault.clear();
+  try {
+    launch();
+  } catch (const emulator::Fault& found) {
+    fault = found.what();
+  }
+  return fault.c_str();
+}
+
 }  // namespace
 
 extern "C" {
 
 void emulator_schedule(uint64_t seed) { emulator::schedule() = emulator::Schedule::of(seed); }
 
-// An empty text, or what the kernel did wrong.
 const char* emulated_kd_loss(const KdRows* rows, int blocks, int cluster, int threads,
                              bool is_resident) {
-  fault.clear();
   const device::Grid grid{blocks, threads, cluster,
                           shared_bytes(rows->classes, cluster, rows->logits, is_resident)};
-  try {
+  return fault_of([&] {
     is_resident ? launch_divergence<true>(grid, *rows) : launch_divergence<false>(grid, *rows);
-  } catch (const emulator::Fault& found) {
-    fault = found.what();
-  }
-  return fault.c_str();
+  });
+}
+
+const char* emulated_cross_entropy(const KdRows* rows, int blocks, int cluster, int threads,
+                                   bool is_resident) {
+  const int bytes = cross_entropy_shared_bytes(rows->classes, cluster, rows->logits, is_resident);
+  const device::Grid grid{blocks, threads, cluster, bytes};
+  return fault_of([&] {
+    const auto kernel = is_resident ? cross_entropy_rows<true> : cross_entropy_rows<false>;
+    device::launch(kernel, grid, *rows);
+  });
 }
 
 }  // extern "C"

@@ -97,18 +97,31 @@ class Emulated:
     checked: bool = False
 
     def kd_loss_fwd(self, student, teacher, labels, spec, extras=None):
-        return self._run(student, teacher, labels, None, spec, None, extras)
+        return self._run("kd_loss", student, teacher, labels, None, spec, None, extras)
 
     def kd_loss_bwd(self, student, teacher, labels, row_weights, stats, spec, dlogits) -> None:
-        self._run(student, teacher, labels, row_weights, spec, dlogits, None)
+        self._run("kd_loss", student, teacher, labels, row_weights, spec, dlogits, None)
 
     def kd_loss_fwd_bwd(self, student, teacher, labels, row_weights, spec, dlogits, extras=None):
-        return self._run(student, teacher, labels, row_weights, spec, dlogits, extras)[:2]
+        args = (student, teacher, labels, row_weights, spec, dlogits, extras)
+        return self._run("kd_loss", *args)[:2]
+
+    def cross_entropy_fwd(self, student, signal, labels, spec, extras=None):
+        ce = self._run("cross_entropy", student, None, labels, None, spec, None, extras)[1]
+        return torch.zeros_like(ce), ce, None
+
+    def cross_entropy_fwd_bwd(
+        self, student, signal, labels, row_weights, spec, dlogits, extras=None
+    ):
+        args = (student, None, labels, row_weights, spec, dlogits, extras)
+        ce = self._run("cross_entropy", *args)[1]
+        return torch.zeros_like(ce), ce
 
     def _run(
         self,
+        op: str,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | None,
         labels: Tensor | None,
         row_weights: Tensor | None,
         spec: KDSpec,
@@ -117,8 +130,9 @@ class Emulated:
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = library("emulated_kd_loss.cpp", checked=self.checked)
         kernels.emulator_schedule(c_uint64(self.seed))
-        kernels.emulated_kd_loss.restype = c_char_p
-        kernels.emulated_kd_loss.argtypes = [POINTER(_Rows), c_int, c_int, c_int, c_bool]
+        launch = getattr(kernels, f"emulated_{op}")
+        launch.restype = c_char_p
+        launch.argtypes = [POINTER(_Rows), c_int, c_int, c_int, c_bool]
         rows, classes = student.shape
         kd, ce = (student.new_full((rows,), math.nan, dtype=torch.float32) for _ in range(2))
         stats = kd.new_full((rows, 6), math.nan)
@@ -128,27 +142,20 @@ class Emulated:
         def at(tensor: Tensor | None) -> int | None:
             return None if tensor is None else tensor.data_ptr()
 
+        def pitch(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else tensor.stride(0)
+
         call = _Rows(
-            *(at(student), at(teacher), student.stride(0), teacher.stride(0)),
+            *(at(student), at(teacher), pitch(student), pitch(teacher)),
             *(_KINDS[student.dtype], at(labels), at(row_weights), at(spec.softening)),
-            *(
-                at(kd),
-                at(ce),
-                at(stats),
-                at(extras),
-                0 if extras is None else extras.shape[1],
-                at(dlogits),
-            ),
-            *(0 if dlogits is None else dlogits.stride(0), 0),
-            *(rows, classes, _Bend(*bends[:2]), _Bend(*bends[2:]), own),
+            *(at(kd), at(ce), at(stats), at(extras)),
+            *(0 if extras is None else extras.shape[1], at(dlogits), pitch(dlogits)),
+            *(0 if dlogits is None else _KINDS[dlogits.dtype], rows, classes),
+            *(_Bend(*bends[:2]), _Bend(*bends[2:]), own),
         )
-        if dlogits is not None:
-            call.kind = _KINDS[dlogits.dtype]
         for index, part in enumerate(parts):
             call.parts[index] = part
         blocks = self.cluster * self.clusters
-        fault = kernels.emulated_kd_loss(
-            byref(call), blocks, self.cluster, self.threads, self.is_resident
-        )
+        fault = launch(byref(call), blocks, self.cluster, self.threads, self.is_resident)
         assert not fault, fault.decode()
         return kd, ce, stats
