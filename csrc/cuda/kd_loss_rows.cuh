@@ -59,10 +59,11 @@ struct Room {
   float first[2][kMaxBlocks * kPart], second[kMaxBlocks * 3];
 };
 
+constexpr int kRoomBytes = sizeof(Room);
+
 // The bytes that a block needs.
 inline int shared_bytes(int classes, int blocks, Kind logits, bool is_resident) {
-  return static_cast<int>(sizeof(Room)) +
-         (is_resident ? slices_bytes(2, classes, blocks, logits) : 0);
+  return kRoomBytes + (is_resident ? slices_bytes(2, classes, blocks, logits) : 0);
 }
 
 template <Divergence kDivergence, bool kIsResident>
