@@ -65,11 +65,14 @@ void launch_rows(const KdRows& rows, cudaStream_t stream) {
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const Plan plan = plan_of(rows.rows, rows.classes, size_of(rows.logits), multiprocessors,
-                            major >= 9 ? most_shared : 0, kRoomBytes);
+  const auto bytes_of = [&](int cluster, bool is_resident) {
+    return shared_bytes(rows.classes, cluster, rows.logits, is_resident);
+  };
+  const Plan plan = plan_of(rows.rows, multiprocessors, major >= 9 ? most_shared : 0,
+                            [&](int cluster) { return bytes_of(cluster, true); });
   const Kernel kernel = kernel_of(rows.spec.divergence, plan.is_resident);
   const device::Grid grid{plan.blocks, plan.threads, plan.cluster,
-                          shared_bytes(rows.classes, plan.cluster, rows.logits, plan.is_resident)};
+                          bytes_of(plan.cluster, plan.is_resident)};
   check(device::launch(kernel, grid, stream, rows));
 }
 

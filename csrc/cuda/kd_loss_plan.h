@@ -13,22 +13,18 @@ struct Plan {
 };
 
 // most_shared: bytes of shared memory that a block may have, 0 of a device without clusters;
-// room: what it needs beside its slices of both rows.
+// bytes_of: those that a block of so large a cluster needs to hold its part of a row.
 //
-// A multiprocessor that holds two blocks or more loads the row of one while it computes another's:
-// the smallest cluster that leaves room for so many, else the smallest that fits. Clusters of more
-// than 8 are not portable, and no device with clusters refuses 8.
-inline Plan plan_of(int rows, int classes, int logit_bytes, int multiprocessors, int most_shared,
-                    int room) {
+// A multiprocessor that holds several blocks loads the row of one while it computes another's: the
+// smallest cluster that leaves room for three, or two, or else fits. Clusters of more than 8
+// are not portable, and no device with clusters refuses 8.
+template <class Bytes>
+Plan plan_of(int rows, int multiprocessors, int most_shared, const Bytes& bytes_of) {
   constexpr int kThreads = 512, kMostBlocks = 8;
-  const auto needs = [&](int cluster) {
-    const int slice = ((classes + cluster - 1) / cluster + 7) / 8 * 8;
-    return room + 2 * slice * logit_bytes + 8 * (slice / 2048 + 1);
-  };
-  for (int share : {3, 1}) {
+  for (int at_once : {3, 2, 1}) {
     for (int cluster = 1; cluster <= kMostBlocks; cluster *= 2) {
-      if (needs(cluster) > most_shared / share) continue;
-      const int clusters = std::min(rows, std::max(multiprocessors * share / cluster, 1));
+      if (bytes_of(cluster) > most_shared / at_once) continue;
+      const int clusters = std::min(rows, std::max(multiprocessors * at_once / cluster, 1));
       return {true, cluster, clusters * cluster, kThreads};
     }
   }

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cross_entropy_rows.cuh"
+#include "kd_loss_plan.h"
 #include "kd_loss_rows.cuh"
 
 namespace {
@@ -58,6 +59,18 @@ const char* emulated_cross_entropy(const KdRows* rows, int blocks, int cluster, 
     const auto kernel = is_resident ? cross_entropy_rows<true> : cross_entropy_rows<false>;
     device::launch(kernel, grid, *rows);
   });
+}
+
+// is_resident, cluster, blocks, threads and the bytes of a block.
+void planned_kd_loss(int rows, int classes, int logit_bytes, int multiprocessors, int most_shared,
+                     int* found) {
+  const Kind kind = logit_bytes == 4 ? Kind::kFloat : Kind::kBf16;
+  const Plan plan = plan_of(rows, multiprocessors, most_shared, [&](int cluster) {
+    return shared_bytes(classes, cluster, kind, true);
+  });
+  const int bytes = shared_bytes(classes, plan.cluster, kind, plan.is_resident);
+  const int all[] = {plan.is_resident, plan.cluster, plan.blocks, plan.threads, bytes};
+  for (int value : all) *found++ = value;
 }
 
 }  // extern "C"
