@@ -142,7 +142,7 @@ KdLosses topk_row_fwd(const float* student, int64_t V, const TopKRow& teacher, i
   double ce = 0;
   if (has_ce) ce = logd_1 - (static_cast<double>(student[label]) - max_all);
   if (smooths) {
-    const double mean = logd_1 - (x_sum / static_cast<double>(V) + below);
+    const double mean = logd_1 - (x_sum / static_cast<double>(V) + (base - max_all));
     ce += spec.label_smoothing * (mean - ce);
   }
   if (lse != nullptr) *lse = static_cast<float>(max_all + logd_1);
