@@ -159,6 +159,12 @@ class KDSpec(Spec):
         return weighted_sum(names, self.weights, self.alpha, self.beta)
 
     @property
+    def is_of_logits(self) -> bool:
+        """Of a checked spec; torch.compile traces it, and could not trace a sum's `record`."""
+        record = DIVERGENCES.get(str(self.divergence))
+        return record is not None and record.row_sums == "of_logits"
+
+    @property
     def parts(self) -> list[tuple[Divergence, float]]:
         """Each divergence of a checked spec with its weight."""
         if not self.weights:

@@ -216,7 +216,7 @@ class TeacherTopK(NamedTuple):
                 f"TeacherTopK(..., temperature={spec.temperature}), or tail='renormalise'"
             )
         divergence = spec.record
-        if divergence.row_sums == "of_logits":
+        if spec.is_of_logits:
             raise ValueError(
                 f"divergence: expected one of probabilities beside a TeacherTopK, whose logits are "
                 f"not known, got {divergence.name!r}"

@@ -371,7 +371,7 @@ class Losses(NamedTuple):
 
 def refuse_without_logits(teacher: Any, spec: KDSpec) -> None:
     """Raises ValueError for a divergence of logits beside a teacher that does not give them."""
-    if spec.record.row_sums != "of_logits":
+    if not spec.is_of_logits:
         return
     kinds = teacher.teachers if isinstance(teacher, Mixture) else [teacher]
     known = [getattr(kind, "holds", "logits") for kind in kinds]

@@ -48,7 +48,7 @@ def teacher_beside(student: Any, teacher: Any) -> Any:
 
 def refuse_options(spec: KDSpec, launch: Launch) -> None:
     """Raises ValueError for an option that a head divided over ranks does not have."""
-    if spec.record.row_sums == "of_logits":
+    if spec.is_of_logits:
         raise ValueError(
             "divergence: expected one of probabilities beside a VocabParallelWeight, whose ranks "
             f"tell each other nothing of logits, got {spec.record.name!r}, {spec.record.formula}"

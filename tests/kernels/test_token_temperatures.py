@@ -244,6 +244,7 @@ def test_entropies_are_of_the_tokens_temperature(kind, backend):
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("kind", ["head", "topk"])
 def test_compiled_equals_eager(kind, backend):
+    """With weights that the graph has as symbols."""
     inputs, temperature = linear_inputs(N, V), temperatures()
     arguments, _ = teacher_of(kind, inputs, torch.float64)
 
@@ -252,13 +253,14 @@ def test_compiled_equals_eager(kind, backend):
             inputs.student_hidden,
             inputs.student_weight,
             *arguments,
+            divergence={"forward_kl": 0.5, "jsd": 0.25},
             temperature=temperature,
             backend=backend,
         )
         return loss, *torch.autograd.grad(loss, list(inputs.trainable().values()))
 
     torch.compiler.reset()
-    compiled = torch.compile(linear_kd_loss, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(linear_kd_loss, backend="aot_eager", fullgraph=True, dynamic=True)
     for one, two in zip(results(compiled), results(linear_kd_loss), strict=True):
         assert torch.equal(one, two)
 
