@@ -105,9 +105,11 @@ class TeacherMixture:
             raise ValueError("TeacherMixture: teachers: expected at least one, got none")
         for i, (given, each) in enumerate(zip(self.teachers, teachers, strict=True)):
             if type(each) not in _DENSE.values():
+                of_part = " of a VocabParallelWeight" if type(each) is ParallelHead else ""
                 raise TypeError(
-                    f"TeacherMixture: teachers[{i}]: expected a TeacherHead, TeacherLogits, "
-                    f"TeacherLogProbs or TeacherProbs, got a {type(given).__name__}"
+                    f"TeacherMixture: teachers[{i}]: expected a TeacherHead of a whole weight, "
+                    f"TeacherLogits, TeacherLogProbs or TeacherProbs, got a "
+                    f"{type(given).__name__}{of_part}"
                 )
         fixed, weights = self._weights(len(teachers))
         bends: list[float] = []

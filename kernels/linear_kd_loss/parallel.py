@@ -90,8 +90,10 @@ def agree_on(
         counted = None if labels is None else int((labels * (labels + 1)).sum())
         arguments["labels"] = (counted, rows.num_valid)
         arguments["token_weights"] = float(rows.row_weights.sum())
-        if rows.softening is not None:
-            numbers["temperature"] = float(rows.softening.sum())
+        if rows.softening is not None:  # of rows that do not count it may be NaN
+            valid = rows.valid()
+            of_valid = rows.softening if valid is None else rows.softening[valid]
+            numbers["temperature"] = float(of_valid.sum())
         if isinstance(teacher, TeacherTopK):
             arguments["teacher_ids"] = int((teacher.ids.long() * (teacher.ids + 1)).sum())
     agree(student.shard, arguments, numbers, hidden.device)

@@ -4,6 +4,7 @@ The truths are those of test_topk.py, and of mixtures written out densely.
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -71,7 +72,10 @@ def of_lists(case: Case) -> tuple:
     sizes = SIZES[dist.get_world_size()]
     here = span_of(sizes)
     dtype = getattr(torch, case.dtype)
-    temperature = torch.linspace(0.6, 3.0, 9) if case.temperature is None else case.temperature
+    temperature = case.temperature
+    if temperature is None:
+        temperature = torch.linspace(0.6, 3.0, 9)
+        temperature[2::4] = math.nan  # nothing is asked of rows that do not count
     of_lists = case.temperature or 1.0
     inputs = make_inputs(9, V, case.k, dtype, tail=case.tail, temperature=of_lists, beside=True)
     options = {"temperature": temperature, "ce_weight": 0.4, "kd_weight": 0.7}
@@ -204,9 +208,18 @@ def refuses(what: str) -> tuple:
     return ()
 
 
+def refuses_a_divided_head() -> tuple:
+    """Among several teachers."""
+    weight = VocabParallelWeight(WEIGHT[span_of(SIZES[2])], None, SIZES[2])
+    with pytest.raises(TypeError, match="got a TeacherHead of a VocabParallelWeight"):
+        linear_kd_loss(HIDDEN, weight, TeacherMixture([TeacherHead(HIDDEN, weight)]))
+    return ()
+
+
 OTHERS = [
     *((of_mixtures, of) for of in ("probabilities", "losses", "route")),
     (by_products,),
+    (refuses_a_divided_head,),
     *((refuses, what) for what in ("teacher", "teacher_ids")),
 ]
 
