@@ -30,7 +30,11 @@ class Stack {
     memory_ = static_cast<char*>(memory);
   }
   ~Stack() {
-    if (memory_ != nullptr) munmap(memory_, guard_ + size_);
+    if (memory_ == nullptr) return;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory_, guard_ + size_);  // for who gets it next
+#endif
+    munmap(memory_, guard_ + size_);
   }
   Stack(Stack&& other) noexcept : memory_(other.memory_), guard_(other.guard_), size_(other.size_) {
     other.memory_ = nullptr;

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,35 @@ def test_each_planted_fault_is_found_with_every_schedule(kernel, fault, programs
     build = "asan" if (kernel, fault) in OF_THE_HOST else "checker"
     found = outcomes(programs[build], kernel, fault)
     assert all(line.startswith("fault ") for line in found), found
+
+
+@pytest.mark.slow
+def test_the_rows_of_kd_loss_under_the_sanitizers():
+    """Their own tests again, with memory of the host watched: what a row reads past its end."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler: {compiler} is not on PATH")
+    libraries = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("no libraries of the sanitizers")
+    environment = {
+        **os.environ,
+        "EMULATOR_FLAGS": " ".join(ASAN),
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    # the checker has calls of a sanitizer of its own
+    options = ["-q", "-p", "no:cacheprovider", "-k", "not race"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/kernels/test_kd_loss_emulated.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ def library(source: str, *, checked: bool) -> ctypes.CDLL:
     csrc, folder = ROOT / "csrc", Path(tempfile.mkdtemp(prefix="emulated"))
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Werror"]
     flags += [f"-I{csrc / name}" for name in ("cuda", "testing", "include")]
+    flags += shlex.split(os.environ.get("EMULATOR_FLAGS", ""))  # of sanitizers, see test_emulator
 
     def build(*arguments: object) -> None:
         command = [compiler, *flags, *map(str, arguments)]
