@@ -91,9 +91,8 @@ KdRowSums of_row_sums(int64_t V, const KdSpec& spec, const At& at) {
     sums.signed_sum += reduce_sum(signed_sum);
   }
   if constexpr (kDivergence == Divergence::kLkHybrid) return sums;
-  // a NaN is no class that has less than another
-  sums.log_sum = base + __builtin_log(sum) + (sums.variation - sums.variation);
-  if (top == __builtin_inff()) sums.log_sum = __builtin_inf();
+  sums.log_sum = top == __builtin_inff() ? __builtin_inf() : base + __builtin_log(sum);
+  sums.log_sum += sums.variation - sums.variation;  // a NaN is no class that is less than another
   if constexpr (kDivergence == Divergence::kNegativeLogAcceptance) {
     sums.first = base + __builtin_log(sums.first);
   }

@@ -127,12 +127,14 @@ class Row:
         if spec.softening is not None:
             temperature = spec.softening[:, 0].double()
         self._inverse = inverse = 1.0 / temperature
-        d_s = part["d_s"] * ((part["max_s"] - self._top_s) * inverse).exp()
-        d_t = part["d_t"] * ((part["max_t"] - self._top_t) * inverse).exp()
+        below_s = (part["max_s"] - self._top_s) * inverse
+        below_t = (part["max_t"] - self._top_t) * inverse
         d_1 = part["d_1"] * (part["max_s"] - self._top_s).exp()
-        sums = [d.sum(0) for d in (d_s, d_t, d_1)]
-        self._share_s, self._share_t = d_s / sums[0], d_t / sums[1]
-        self._logd_s, self._logd_t, self._logd_1 = (total.log() for total in sums)
+        sums = (part["d_s"] * below_s.exp(), part["d_t"] * below_t.exp(), d_1)
+        self._logd_s, self._logd_t, self._logd_1 = (each.sum(0).log() for each in sums)
+        # logarithms: a share may be too small to be a number
+        self._log_share_s = part["d_s"].log() + below_s - self._logd_s
+        self._log_share_t = part["d_t"].log() + below_t - self._logd_t
         self.lse = self._top_s + self._logd_1
 
     def divergence(self) -> tuple[Tensor, Tensor]:
@@ -142,10 +144,12 @@ class Row:
         if under not in ("mean_under_p", "mean_under_q"):
             return zeros, zeros
         is_p = under == "mean_under_p"
-        a, b = (self._share_t, self._share_s) if is_p else (self._share_s, self._share_t)
+        shares = (self._log_share_t, self._log_share_s)
+        log_a, log_b = shares if is_p else reversed(shares)
+        a = log_a.exp()
         # a share of 0 has no mean; one that meets none on the other side is infinitely far from it
-        of_part = a * (self._part["mean"] + (a / b).log())
-        kd = torch.where(a == 0, 0.0, torch.where(b == 0, torch.inf, of_part)).sum(0)
+        of_part = a * (self._part["mean"] + (log_a - log_b))
+        kd = torch.where(a == 0, 0.0, torch.where(log_b == -torch.inf, torch.inf, of_part)).sum(0)
         return kd, zeros - 1.0 if is_p else kd
 
     def stats(self, u_sum: Tensor) -> Tensor:
@@ -174,11 +178,12 @@ class Row:
         has_label = torch.zeros_like(z_label, dtype=torch.bool) if labels is None else labels >= 0
         extras[:, 1] = torch.where(has_label, z_label - self.lse, 0.0)
         extras[:, 2] = has_label & (z_label == self._top_s)
-        sides = [(self._share_s, part["d_s"], part["mean_x_s"])]
+        sides = [(self._log_share_s, part["d_s"], part["mean_x_s"])]
         if extras.shape[1] > 4:
-            sides.append((self._share_t, part["d_t"], part["mean_x_t"]))
-        for column, (share, d, mean_x) in enumerate(sides, start=3):
-            entropy = share * (d.log() - mean_x * inverse - share.log())
+            sides.append((self._log_share_t, part["d_t"], part["mean_x_t"]))
+        for column, (log_share, d, mean_x) in enumerate(sides, start=3):
+            share = log_share.exp()
+            entropy = share * (d.log() - mean_x * inverse - log_share)
             extras[:, column] = torch.where(share == 0, 0.0, entropy).sum(0)
         if extras.shape[1] == 4:
             return

@@ -8,6 +8,9 @@ import torch
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common.shard import Shard
+from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss import stages
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import BACKENDS
 from tests.support.kd_rows import OF_PROBABILITIES
@@ -84,3 +87,48 @@ def test_each_stage(dtype, bends, hard, temperature, divergence, backend):
         scale = 4 * truth.abs().max().item() + 1.0
         scale *= torch.finfo(torch.float32).eps / torch.finfo(one.dtype).eps
         assert_within_budget(one, truth, other.to(one.dtype), name, scale)
+
+
+class Halves(Shard):
+    """Of two ranks that are one, and know what both say."""
+
+    rank = 0
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return part
+
+
+class OfHalves:
+    """The stages of both ranks, [2, M, ...]."""
+
+    def __init__(self, backend: str):
+        self._kernels = dispatch.load("kd_loss", backend)
+
+    def _each(self, name, student, teacher, *args):
+        halves = zip(student.split(V, dim=1), teacher.split(V, dim=1), strict=True)
+        return torch.stack([getattr(self._kernels, name)(*half, *args) for half in halves])
+
+    def kd_loss_stats(self, *args):
+        return self._each("kd_loss_stats", *args)
+
+    def kd_loss_sums(self, *args):
+        return self._each("kd_loss_sums", *args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("divergence", "alpha"), [("forward_kl", None), ("reverse_kl", None), ("renyi", 2.0)]
+)
+def test_a_rank_of_next_to_nothing(divergence, alpha, backend):
+    """Far below a number on either side, which is no mask; and NaN on one rank is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 2 * V, generator=generator) for _ in range(2))
+    student[0, V:] -= 1e4
+    teacher[1, V:] -= 1e4
+    teacher[2, V] = torch.nan
+    spec = KDSpec(divergence, alpha=alpha).checked()
+    kd, *_ = stages.kd_loss_fwd(OfHalves(backend), Halves("", [V, V]), student, teacher, None, spec)
+    log_p, log_q = (z.double().log_softmax(-1) for z in (teacher, student))
+    truth = DIVERGENCES[divergence].definition(log_p, log_q, *spec.parameters)
+    torch.testing.assert_close(kd.double(), truth, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert kd.isfinite().tolist() == [True, True, False]
