@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.kernels.common import KDSpec, check_integer, check_number, check_reduction
+from modxfer_fast.kernels.common import KDSpec, check_integer, check_reduction
 from modxfer_fast.kernels.common.composed_head import head_of
 from modxfer_fast.kernels.common.parallel_head import Weight
 from modxfer_fast.kernels.common.rows import Launch, Tokens
@@ -53,7 +53,11 @@ class LinearKDLoss(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        check_number("temperature", temperature)
+        if isinstance(temperature, Tensor):
+            raise TypeError(
+                "temperature: expected a number, got a tensor; one of each token's own is an "
+                "argument of the call"
+            )
         self.spec = KDSpec(
             divergence,
             alpha=alpha,
@@ -94,9 +98,10 @@ class LinearKDLoss(nn.Module):
         teacher_ids: Tensor | None = None,
         temperature: Tensor | None = None,
     ) -> Tensor:
-        """
+        """The loss; arguments, result and errors are those of `linear_kd_loss`.
+
         Args:
-            temperature: [...] of one a token, in the place of the module's.
+            temperature: [...], one a token, in the place of the module's.
         """
         spec = self.spec
         if temperature is not None:

@@ -285,7 +285,7 @@ def test_a_module_takes_them_with_the_tokens():
         *arguments, divergence={"forward_kl": 0.5, "jsd": 0.5}, temperature=temperature
     )
     assert torch.equal(module(*arguments, temperature=temperature), expected)
-    with pytest.raises(TypeError, match="temperature: expected a number"):
+    with pytest.raises(TypeError, match=r"temperature: expected a number.*argument of the call"):
         LinearKDLoss(temperature=temperature)
 
 
