@@ -175,7 +175,7 @@ class Target {
 
 // The bytes of shared memory that a block's slices of rows on so many sides need, which it holds,
 // and a barrier a tile.
-inline int slices_bytes(int sides, int classes, int blocks, Kind kind) {
+MODXFER_BOTH int slices_bytes(int sides, int classes, int blocks, Kind kind) {
   const int size = slice_size(classes, blocks), tiles = (size + kTile - 1) / kTile;
   return sides * size * size_of(kind) + tiles * static_cast<int>(sizeof(device::Barrier));
 }

@@ -1,6 +1,5 @@
-// The CUDA rows of the KD loss on the emulator, as a library with C names.
-#include <cstring>
-#include <string>
+// The CUDA rows of the KD loss and of the cross entropy on the emulator, as a library with C names.
+#include "emulated.h"
 
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_plan.h"
@@ -10,8 +9,6 @@ namespace {
 
 using namespace modxfer;
 using namespace modxfer::cuda;
-
-std::string fault;
 
 template <bool kIsResident, int64_t kId = 0>
 void launch_divergence(const device::Grid& grid, const KdRows& rows) {
@@ -24,23 +21,11 @@ void launch_divergence(const device::Grid& grid, const KdRows& rows) {
   }
 }
 
-// An empty text, or what the kernel did wrong.
-template <class Launch>
-const char* fault_of(const Launch& launch) {
-  fault.clear();
-  try {
-    launch();
-  } catch (const emulator::Fault& found) {
-    fault = found.what();
-  }
-  return fault.c_str();
-}
-
 }  // namespace
 
 extern "C" {
 
-void emulator_schedule(uint64_t seed) { emulator::schedule() = emulator::Schedule::of(seed); }
+void emulator_schedule(uint64_t seed) { set_schedule(seed); }
 
 const char* emulated_kd_loss(const KdRows* rows, int blocks, int cluster, int threads,
                              bool is_resident) {

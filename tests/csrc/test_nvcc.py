@@ -89,7 +89,7 @@ def test_rows_in_shared_memory_come_by_bulk_copies(build):
     assert functions
     for name, code in functions.items():
         assert not re.search(r"\b(LDL|STL)\b", code), name
-        if target != "sm_80" and "ELb1E" in name:
+        if target != "sm_80" and "Lb1E" in name:
             for instruction in WANTED:
                 assert instruction in code, (name, instruction)
 

@@ -1,4 +1,4 @@
-"""The CUDA rows of the KD loss, as a backend of the room; see csrc/cuda/kd_loss_rows.cuh."""
+"""The CUDA rows of csrc/cuda as a backend of the room kd_loss."""
 
 import dataclasses
 import math
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 from tests.emulated import library
 
 _IDS = {name: index for index, name in enumerate(DIVERGENCES)}
@@ -63,6 +64,18 @@ class _Rows(Structure):
     ]
 
 
+class _TopKRows(Structure):
+    _fields_ = [
+        ("of", _Rows),
+        ("ids", c_void_p),
+        ("are_wide", c_bool),
+        *((name, c_void_p) for name in ("log_p", "log_tail")),
+        ("count", c_int),
+        ("tail", c_int64),
+        ("missing", c_float),
+    ]
+
+
 def _spec_of(spec: KDSpec, classes: int) -> tuple[_Spec, list[_Summand]]:
     parts = []
     for record, weight in spec.parts:
@@ -81,7 +94,7 @@ def _spec_of(spec: KDSpec, classes: int) -> tuple[_Spec, list[_Summand]]:
 
 @dataclasses.dataclass(frozen=True)
 class Emulated:
-    """A backend of kd_loss: its three functions, launched as it says.
+    """A backend of kd_loss, whose kernels are launched as it says.
 
     Attributes:
         cluster: blocks a row.
@@ -97,65 +110,97 @@ class Emulated:
     checked: bool = False
 
     def kd_loss_fwd(self, student, teacher, labels, spec, extras=None):
-        return self._run("kd_loss", student, teacher, labels, None, spec, None, extras)
+        return self._kd(student, teacher, labels, None, spec, None, extras)
 
     def kd_loss_bwd(self, student, teacher, labels, row_weights, stats, spec, dlogits) -> None:
-        self._run("kd_loss", student, teacher, labels, row_weights, spec, dlogits, None)
+        self._kd(student, teacher, labels, row_weights, spec, dlogits, None)
 
     def kd_loss_fwd_bwd(self, student, teacher, labels, row_weights, spec, dlogits, extras=None):
-        args = (student, teacher, labels, row_weights, spec, dlogits, extras)
-        return self._run("kd_loss", *args)[:2]
+        return self._kd(student, teacher, labels, row_weights, spec, dlogits, extras)[:2]
+
+    def topk_kd_loss_fwd(self, student, teacher, labels, spec, extras=None):
+        return *self._topk(student, teacher, labels, None, spec, None, extras), None
+
+    def topk_kd_loss_fwd_bwd(
+        self, student, teacher, labels, row_weights, spec, dlogits, extras=None
+    ):
+        return self._topk(student, teacher, labels, row_weights, spec, dlogits, extras)
 
     def cross_entropy_fwd(self, student, signal, labels, spec, extras=None):
-        ce = self._run("cross_entropy", student, None, labels, None, spec, None, extras)[1]
-        return torch.zeros_like(ce), ce, None
+        return *self._cross_entropy(student, labels, None, spec, None, extras), None
 
     def cross_entropy_fwd_bwd(
         self, student, signal, labels, row_weights, spec, dlogits, extras=None
     ):
-        args = (student, None, labels, row_weights, spec, dlogits, extras)
-        ce = self._run("cross_entropy", *args)[1]
-        return torch.zeros_like(ce), ce
+        return self._cross_entropy(student, labels, row_weights, spec, dlogits, extras)
 
-    def _run(
-        self,
-        op: str,
-        student: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor | None,
-        row_weights: Tensor | None,
-        spec: KDSpec,
-        dlogits: Tensor | None,
-        extras: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kernels = library("emulated_kd_loss.cpp", checked=self.checked)
-        kernels.emulator_schedule(c_uint64(self.seed))
-        launch = getattr(kernels, f"emulated_{op}")
-        launch.restype = c_char_p
-        launch.argtypes = [POINTER(_Rows), c_int, c_int, c_int, c_bool]
-        rows, classes = student.shape
-        kd, ce = (student.new_full((rows,), math.nan, dtype=torch.float32) for _ in range(2))
-        stats = kd.new_full((rows, 6), math.nan)
-        own, parts = _spec_of(spec, classes)
-        bends = spec.bends or [1.0, 0.0, 1.0, 0.0]
+    def _kd(self, student, teacher, labels, row_weights, spec, dlogits, extras):
+        out = _outputs(student)
+        call = _rows_of(student, teacher, labels, row_weights, spec, dlogits, extras, out)
+        self._launch("emulated_kd_loss.cpp", "emulated_kd_loss", call)
+        return out
 
-        def at(tensor: Tensor | None) -> int | None:
-            return None if tensor is None else tensor.data_ptr()
+    def _cross_entropy(self, student, labels, row_weights, spec, dlogits, extras):
+        out = _outputs(student)
+        call = _rows_of(student, None, labels, row_weights, spec, dlogits, extras, out)
+        self._launch("emulated_kd_loss.cpp", "emulated_cross_entropy", call)
+        return torch.zeros_like(out[1]), out[1]
 
-        def pitch(tensor: Tensor | None) -> int:
-            return 0 if tensor is None else tensor.stride(0)
-
-        call = _Rows(
-            *(at(student), at(teacher), pitch(student), pitch(teacher)),
-            *(_KINDS[student.dtype], at(labels), at(row_weights), at(spec.softening)),
-            *(at(kd), at(ce), at(stats), at(extras)),
-            *(0 if extras is None else extras.shape[1], at(dlogits), pitch(dlogits)),
-            *(0 if dlogits is None else _KINDS[dlogits.dtype], rows, classes),
-            *(_Bend(*bends[:2]), _Bend(*bends[2:]), own),
+    def _topk(self, student, teacher: TopKRows, labels, row_weights, spec, dlogits, extras):
+        out = _outputs(student)
+        ids, log_p = teacher.ids.contiguous(), teacher.log_probs.contiguous()
+        call = _TopKRows(
+            _rows_of(student, None, labels, row_weights, spec, dlogits, extras, out),
+            *(_at(ids), ids.dtype == torch.int64, _at(log_p), _at(teacher.log_tail)),
+            *(ids.shape[1], TAILS.index(teacher.tail), teacher.missing),
         )
-        for index, part in enumerate(parts):
-            call.parts[index] = part
+        self._launch("emulated_topk_kd_loss.cpp", "emulated_topk_kd_loss", call)
+        return out[:2]
+
+    def _launch(self, source: str, name: str, call: Structure) -> None:
+        kernels = library(source, checked=self.checked)
+        kernels.emulator_schedule(c_uint64(self.seed))
+        launch = getattr(kernels, name)
+        launch.restype = c_char_p
+        launch.argtypes = [POINTER(type(call)), c_int, c_int, c_int, c_bool]
         blocks = self.cluster * self.clusters
         fault = launch(byref(call), blocks, self.cluster, self.threads, self.is_resident)
         assert not fault, fault.decode()
-        return kd, ce, stats
+
+
+def _outputs(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """kd, ce [M] and stats [M, 6], of NaN."""
+    kd, ce = (student.new_full((len(student),), math.nan, dtype=torch.float32) for _ in range(2))
+    return kd, ce, kd.new_full((len(student), 6), math.nan)
+
+
+def _rows_of(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    spec: KDSpec,
+    dlogits: Tensor | None,
+    extras: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> _Rows:
+    own, parts = _spec_of(spec, student.shape[1])
+    bends = spec.bends or [1.0, 0.0, 1.0, 0.0]
+    call = _Rows(
+        *(_at(student), _at(teacher), _pitch(student), _pitch(teacher)),
+        *(_KINDS[student.dtype], _at(labels), _at(row_weights), _at(spec.softening)),
+        *(*map(_at, out), _at(extras), 0 if extras is None else extras.shape[1]),
+        *(_at(dlogits), _pitch(dlogits), 0 if dlogits is None else _KINDS[dlogits.dtype]),
+        *(*student.shape, _Bend(*bends[:2]), _Bend(*bends[2:]), own),
+    )
+    for index, part in enumerate(parts):
+        call.parts[index] = part
+    return call
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _pitch(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
