@@ -95,7 +95,8 @@ def agree_on(
             of_valid = rows.softening if valid is None else rows.softening[valid]
             numbers["temperature"] = float(of_valid.sum())
         if isinstance(teacher, TeacherTopK):
-            arguments["teacher_ids"] = int((teacher.ids.long() * (teacher.ids + 1)).sum())
+            of_rows = (teacher.ids.long() * (teacher.ids + 1)).sum(-1)
+            arguments["teacher_ids"] = int((of_rows * torch.arange(1, len(of_rows) + 1)).sum())
     agree(student.shard, arguments, numbers, hidden.device)
 
 
