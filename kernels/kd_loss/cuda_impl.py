@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, compiled
-from modxfer_fast.kernels.kd_loss.csrc_spec import scalars
+from modxfer_fast.kernels.kd_loss.csrc_spec import hard_scalars, scalars
+from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,12 +61,79 @@ def kd_loss_fwd_bwd(
     return _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, extras)[:2]
 
 
+def topk_kd_loss_fwd(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
+) -> tuple[Tensor, Tensor, None]:
+    return *_topk(student_logits, teacher, labels, None, spec, None, extras), None
+
+
+def topk_kd_loss_fwd_bwd(
+    student_logits: Tensor,
+    teacher: TopKRows,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+    extras: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _topk(student_logits, teacher, labels, row_weights, spec, dlogits, extras)
+
+
+def cross_entropy_fwd(
+    student_logits: Tensor,
+    signal: None,
+    labels: Tensor | None,
+    spec: KDSpec,
+    extras: Tensor | None = None,
+) -> tuple[Tensor, Tensor, None]:
+    return *_cross_entropy(student_logits, labels, None, spec, None, extras), None
+
+
+def cross_entropy_fwd_bwd(
+    student_logits: Tensor,
+    signal: None,
+    labels: Tensor | None,
+    row_weights: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+    extras: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _cross_entropy(student_logits, labels, row_weights, spec, dlogits, extras)
+
+
 def _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, extras):
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_cuda(
-            *(student_logits, teacher_logits, labels, row_weights, *scalars(spec)),
+            *(student_logits, teacher_logits, _flat(labels), row_weights, *scalars(spec)),
             *(spec.bends, spec.softening, dlogits, extras, _stream()),
         )
+
+
+def _topk(student_logits, teacher, labels, row_weights, spec, dlogits, extras):
+    ids, log_probs, log_tail, tail, missing = teacher
+    with torch.cuda.device_of(student_logits):
+        return compiled.ops().topk_kd_loss_cuda(
+            *(student_logits, ids.contiguous(), log_probs.contiguous(), log_tail),
+            *(TAILS.index(tail), missing, _flat(labels), row_weights, *scalars(spec)),
+            *(spec.bends, spec.softening, dlogits, extras, _stream()),
+        )
+
+
+def _cross_entropy(student_logits, labels, row_weights, spec, dlogits, extras):
+    with torch.cuda.device_of(student_logits):
+        ce = compiled.ops().cross_entropy_cuda(
+            *(student_logits, _flat(labels), row_weights, *hard_scalars(spec)),
+            *(spec.bends, dlogits, extras, _stream()),
+        )
+    return torch.zeros_like(ce), ce
+
+
+def _flat(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels.contiguous()
 
 
 def _stream() -> int:

@@ -1,0 +1,107 @@
+// What the ops of rows of logits share: their tensors as arguments of a kernel, and its launch.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "kd_loss_args.cuh"
+#include "kd_loss_plan.h"
+#include "modxfer/ops.h"
+
+namespace modxfer::cuda {
+
+inline Kind kind_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Kind::kFloat;
+    case ScalarType::BFloat16:
+      return Kind::kBf16;
+    case ScalarType::Half:
+      return Kind::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16");
+  }
+}
+
+inline void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "kd_loss: ", cudaGetErrorString(error));
+}
+
+template <class T>
+T* at(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& size) {
+  return torch::stable::new_empty(like, size, torch::headeronly::ScalarType::Float);
+}
+
+// Of the student's logits and what belongs to them; the teacher and the losses are left out.
+inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>& labels,
+                      const std::optional<Tensor>& row_weights, const KdSpec& spec,
+                      const std::vector<double>& bends, const std::optional<Tensor>& softening,
+                      const std::optional<Tensor>& dlogits, const std::optional<Tensor>& extras) {
+  STD_TORCH_CHECK(spec.num_parts <= kMaxParts, "divergences: expected at most eight in a sum");
+  KdRows rows = {};
+  rows.student = student_logits.data_ptr();
+  rows.student_stride = student_logits.stride(0);
+  rows.logits = kind_of(student_logits);
+  rows.labels = at<int64_t>(labels);
+  rows.row_weights = at<float>(row_weights);
+  rows.softening = at<float>(softening);
+  rows.extras = at<float>(extras);
+  rows.num_extras = extras.has_value() ? static_cast<int>(extras->size(1)) : 0;
+  rows.dlogits = at<void>(dlogits);
+  if (dlogits.has_value()) {
+    rows.dlogits_stride = dlogits->stride(0);
+    rows.kind = kind_of(*dlogits);
+  }
+  rows.rows = static_cast<int>(student_logits.size(0));
+  rows.classes = static_cast<int>(student_logits.size(1));
+  if (!bends.empty()) {
+    rows.student_bend = {static_cast<float>(bends[0]), static_cast<float>(bends[1])};
+    rows.teacher_bend = {static_cast<float>(bends[2]), static_cast<float>(bends[3])};
+  }
+  rows.spec = spec;
+  std::copy_n(spec.parts, spec.num_parts, rows.parts);
+  return rows;
+}
+
+// Launches kernel_of(is_resident) for `of`, whose arguments are `rows`, on the stream of this
+// number. bytes_of(cluster, is_resident): of shared memory that a block needs.
+template <class Rows, class Bytes, class Choice>
+void launch_rows(const KdRows& of, const Rows& rows, int64_t stream, const Bytes& bytes_of,
+                 const Choice& kernel_of) {
+  if (of.rows == 0) return;
+  int device = 0, multiprocessors = 0, major = 0, most_shared = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const Plan plan = plan_of(of.rows, multiprocessors, major >= 9 ? most_shared : 0,
+                            [&](int cluster) { return bytes_of(cluster, true); });
+  const int bytes = bytes_of(plan.cluster, plan.is_resident);
+  STD_TORCH_CHECK(bytes <= most_shared,
+                  "expected rows and lists of classes that leave a block of "
+                  "this GPU with at most ",
+                  most_shared, " bytes of shared memory, got ", bytes);
+  const device::Grid grid{plan.blocks, plan.threads, plan.cluster, bytes};
+  check(device::launch(kernel_of(plan.is_resident), grid, reinterpret_cast<cudaStream_t>(stream),
+                       rows));
+}
+
+// Of kernels for each divergence that is a sum over the classes, and for weighted sums: the index.
+inline int64_t index_of(Divergence divergence) {
+  const auto id = divergence == Divergence::kCount ? kNumSums : static_cast<int64_t>(divergence);
+  STD_TORCH_CHECK(id <= kNumSums, "divergences: expected sums over the classes");
+  return id;
+}
+
+}  // namespace modxfer::cuda
