@@ -114,6 +114,9 @@ def kd_loss(
     spec = given.checked()
     check_reduction(reduction, normalizer)
     _check(student_logits, teacher_logits)
+    if isinstance(teacher_logits, TeacherTopK):
+        teacher_logits = teacher_logits.beside(student_logits.dtype)
+        of_teacher = teacher_logits[:2]
     softening = given.softened("student_logits", student_logits)
     tokens = Tokens(labels, token_weights, normalizer, reduction, ignore_index)
     tokens.check(spec.ce_weight, "student_logits", student_logits)

@@ -110,6 +110,12 @@ class TeacherTopK(NamedTuple):
     def cast(self) -> "TeacherTopK":
         return self
 
+    def beside(self, dtype: torch.dtype) -> "TeacherTopK":
+        """Of fp64 only beside a student of it: lists from NumPy are, and row kernels take fp32."""
+        if self.log_probs.dtype != torch.float64 or dtype == torch.float64:
+            return self
+        return self._replace(log_probs=self.log_probs.float())
+
     def check(self, role: str = "teacher") -> None:
         """Raises ValueError or TypeError that names `<role>_ids`, `_log_probs` or another field."""
         ids, log_probs, tail, temperature = self

@@ -369,6 +369,8 @@ def _computed(
         vocabulary.check()
         student, teacher = vocabulary.matched(student, teacher)
     teacher.check_teacher(student)
+    if isinstance(teacher, TeacherTopK):
+        teacher = teacher.beside(student.hidden.dtype)
     teacher = parallel.teacher_beside(student, teacher)
     softening = given_spec.softened(hidden, student.hidden)
     if isinstance(student, ParallelHead):

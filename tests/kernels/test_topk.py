@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modxfer_fast import TeacherTopK, kd_loss, linear_kd_loss, linear_kd_loss_terms
+from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import KDSpec, scratch
 from modxfer_fast.kernels.kd_loss import topk
 from modxfer_fast.testing import assert_within_budget
@@ -766,3 +767,18 @@ def test_temperature_squared_is_in_the_gradients_too(backend):
     torch.testing.assert_close(losses[1], 4.0 * losses[0])
     plain, scaled = (torch.autograd.grad(loss, student)[0] for loss in losses)
     torch.testing.assert_close(scaled, 4.0 * plain)
+
+
+def test_lists_in_fp64_take_the_compiled_rows_of_an_fp32_student():
+    logits = torch.randn(4, 50, requires_grad=True)
+    log_probs, ids = torch.randn(4, 50).log_softmax(-1).topk(5)
+    wide, narrow = (TeacherTopK(ids, log_probs.to(d)) for d in (torch.float64, torch.float32))
+    backend = "cpp" if dispatch.availability("kd_loss", "cpp")[0] else "reference"
+    assert torch.equal(
+        kd_loss(logits, wide, backend=backend), kd_loss(logits, narrow, backend=backend)
+    )
+    head = (torch.randn(4, 8), torch.randn(50, 8))
+    assert torch.equal(
+        linear_kd_loss(*head, wide, backend=backend),
+        linear_kd_loss(*head, narrow, backend=backend),
+    )
