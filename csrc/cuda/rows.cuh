@@ -216,7 +216,7 @@ class Sides {
         for (int tile = 0; tile < num_tiles(); ++tile) full_[tile].init(1);
         device::fence_barriers();
       }
-      device::sync_block();
+      device::sync_cluster();  // a block runs before another writes into it
       const int row = device::cluster_index();
       if (!leads || row >= rows) return;
       for (int tile = 0; tile < num_tiles(); ++tile) load(row, tile);
