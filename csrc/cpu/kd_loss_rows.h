@@ -157,9 +157,9 @@ MODXFER_INLINE Class class_at(const float* student, const float* teacher, int64_
 // Pass 3: the divergence, sum u, and u of each class, from e^x of both sides; u may be where e_t
 // is.
 template <Divergence kDivergence>
-KdSums row_terms(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                 const KdStats& stats, const Softmaxes& softmax, const float* e_s, const float* e_t,
-                 float* u) {
+KdSums<double> row_terms(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
+                         const KdStats& stats, const Softmaxes& softmax, const float* e_s,
+                         const float* e_t, float* u) {
   const float inv_d_s = static_cast<float>(1.0 / softmax.d_s);
   const float inv_d_t = static_cast<float>(1.0 / softmax.d_t);
   const float logd_gap = static_cast<float>(softmax.logd_gap);
@@ -191,7 +191,7 @@ KdLosses row_fwd(const float* student, const float* teacher, int64_t V, int64_t 
   constexpr bool kMean = kDivergence == Divergence::kForwardKl;
   const Softmaxes softmax =
       softmaxes<kMean, kMore>(student, teacher, V, label, spec, stats, scratch, extras);
-  KdSums sums;
+  KdSums<double> sums;
   scratch.q_factor = static_cast<float>(1.0 / softmax.d_s);
   if constexpr (kMean) {
     scratch.u_factor = static_cast<float>(-1.0 / softmax.d_t);
@@ -270,7 +270,7 @@ constexpr KdRowKernels kernels_of_one() {
             row_grad,
             {row_part<kDivergence, false>, row_part<kDivergence, true>},
             of_row_part_sums<kDivergence>,
-            sizeof(KdRowSums) / sizeof(double),
+            sizeof(KdRowSums<double>) / sizeof(double),
             topk_row_fwd<kDivergence>,
             topk_row_grad};
   } else if constexpr (is_of_logits(kDivergence)) {

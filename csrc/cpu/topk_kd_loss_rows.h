@@ -89,7 +89,7 @@ KdLosses topk_row_fwd(const float* student, int64_t V, const TopKRow& teacher, i
   double f_sum = 0, u_sum = 0;
   if constexpr (is_of_row(kDivergence)) {
     KdOfRow of_row;
-    const KdSums sums =
+    const KdSums<double> sums =
         of_sums<kDivergence>(of_row_sums<kDivergence, true>(count, spec, at), spec, of_row);
     f_sum = sums.kd, u_sum = sums.u;
     for_each_vector(0, count, [&](int64_t i, int n) __attribute__((always_inline)) {

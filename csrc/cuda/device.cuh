@@ -209,6 +209,12 @@ MODXFER_DEVICE T atomic_max(T* target, T value) {
 }
 
 MODXFER_DEVICE float log(float x) { return logf(x); }
+MODXFER_DEVICE float log1p(float x) { return log1pf(x); }
+MODXFER_DEVICE float exp(float x) { return expf(x); }
+MODXFER_DEVICE float sqrt(float x) { return sqrtf(x); }
+MODXFER_DEVICE float power_of_2(float x) {
+  return __uint_as_float(__float_as_uint(x) & 0x7F800000);
+}
 MODXFER_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -14,11 +14,11 @@ namespace {
 
 using Kernel = void (*)(KdRows);
 
+// The last is of weighted sums, kCount.
 template <bool kIsResident, int64_t... kIds>
 Kernel kernel_of(Divergence divergence, std::integer_sequence<int64_t, kIds...>) {
-  constexpr Kernel kKernels[] = {kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...,
-                                 kd_loss_rows<Divergence::kCount, kIsResident>};
-  return kKernels[index_of(divergence)];
+  constexpr Kernel kKernels[] = {kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...};
+  return kKernels[static_cast<int64_t>(divergence)];
 }
 
 }  // namespace
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_cuda(
     return shared_bytes(rows.classes, cluster, rows.logits, is_resident);
   };
   launch_rows(rows, rows, stream, bytes_of, [&](bool is_resident) {
-    constexpr auto kIds = std::make_integer_sequence<int64_t, kNumSums>{};
+    constexpr auto kIds = std::make_integer_sequence<int64_t, kNumDivergences + 1>{};
     const Divergence divergence = rows.spec.divergence;
     return is_resident ? kernel_of<true>(divergence, kIds) : kernel_of<false>(divergence, kIds);
   });

@@ -17,3 +17,9 @@ MODXFER_INLINE vf vlog1p_unit(vf y) {
   const vf series = y * (1.0f + y * (-0.5f + y * (1.0f / 3.0f + y * -0.25f)));
   return y < 0.01f ? series : device::log2_approx(1.0f + y) * 0.69314718f;
 }
+
+MODXFER_INLINE float log_of(float x) { return device::log(x); }
+MODXFER_INLINE float log1p_of(float x) { return device::log1p(x); }
+MODXFER_INLINE float exp_of(float x) { return device::exp(x); }
+MODXFER_INLINE float sqrt_of(float x) { return device::sqrt(x); }
+MODXFER_INLINE float power_of_2(float x) { return device::power_of_2(x); }

@@ -198,6 +198,11 @@ T atomic_max(T* target, T value) {
 }
 
 inline float log(float x) { return std::log(x); }
+inline float log1p(float x) { return std::log1p(x); }
+inline float exp(float x) { return std::exp(x); }
+inline float sqrt(float x) { return std::sqrt(x); }
+// The one that is not above x, a normal number.
+inline float power_of_2(float x) { return std::exp2(static_cast<float>(std::ilogb(x))); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 

@@ -3,28 +3,44 @@
 
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_rows.cuh"
+#include "kd_loss_stages.cuh"
 #include "topk_kd_loss_rows.cuh"
 
 namespace modxfer::cuda {
 
-using Kernel = void (*)(KdRows);
-using TopKKernel = void (*)(TopKRows);
+using Kernel = const void*;
 
-template <bool kIsResident, int64_t... kIds>
-void name(Kernel* kernels, TopKKernel* topk_kernels, std::integer_sequence<int64_t, kIds...>) {
-  const Kernel all[] = {kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...,
-                        kd_loss_rows<Divergence::kCount, kIsResident>,
-                        cross_entropy_rows<kIsResident>};
-  for (Kernel kernel : all) *kernels++ = kernel;
-  const TopKKernel of_lists[] = {topk_kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...,
-                                 topk_kd_loss_rows<Divergence::kCount, kIsResident>};
-  for (TopKKernel kernel : of_lists) *topk_kernels++ = kernel;
+template <class Function>
+void name(Kernel*& kernels, Function* kernel) {
+  *kernels++ = reinterpret_cast<Kernel>(kernel);
 }
 
-void name_all(Kernel* kernels, TopKKernel* topk_kernels) {
-  constexpr auto kIds = std::make_integer_sequence<int64_t, kNumSums>{};
-  name<true>(kernels, topk_kernels, kIds);
-  name<false>(kernels + kNumSums + 2, topk_kernels + kNumSums + 1, kIds);
+template <Divergence kDivergence>
+void name_divergence(Kernel*& kernels) {
+  name(kernels, kd_loss_rows<kDivergence, true>);
+  name(kernels, kd_loss_rows<kDivergence, false>);
+  if constexpr (kind_of_stats(kDivergence) == kDivergence) {
+    name(kernels, kd_loss_stats<kDivergence>);
+  }
+  if constexpr (!is_of_logits(kDivergence)) {
+    name(kernels, kd_loss_sums<kDivergence>);
+    name(kernels, kd_loss_write<kDivergence>);
+  }
+  if constexpr (!is_of_logits(kDivergence) && !is_of_row(kDivergence)) {
+    name(kernels, topk_kd_loss_rows<kDivergence, true>);
+    name(kernels, topk_kd_loss_rows<kDivergence, false>);
+  }
+}
+
+template <int64_t... kIds>
+void name_divergences(Kernel*& kernels, std::integer_sequence<int64_t, kIds...>) {
+  (name_divergence<static_cast<Divergence>(kIds)>(kernels), ...);
+}
+
+void name_all(Kernel* kernels) {
+  name(kernels, cross_entropy_rows<true>);
+  name(kernels, cross_entropy_rows<false>);
+  name_divergences(kernels, std::make_integer_sequence<int64_t, kNumDivergences + 1>{});
 }
 
 }  // namespace modxfer::cuda

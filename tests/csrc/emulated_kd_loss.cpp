@@ -1,24 +1,38 @@
 // The CUDA rows of the KD loss and of the cross entropy on the emulator, as a library with C names.
 #include "emulated.h"
 
+#include <type_traits>
+
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_plan.h"
 #include "kd_loss_rows.cuh"
+#include "kd_loss_stages.cuh"
 
 namespace {
 
 using namespace modxfer;
 using namespace modxfer::cuda;
 
-template <bool kIsResident, int64_t kId = 0>
-void launch_divergence(const device::Grid& grid, const KdRows& rows) {
-  if constexpr (kId == kNumSums) {
-    device::launch(kd_loss_rows<Divergence::kCount, kIsResident>, grid, rows);
-  } else if (static_cast<int64_t>(rows.spec.divergence) == kId) {
-    device::launch(kd_loss_rows<static_cast<Divergence>(kId), kIsResident>, grid, rows);
+// Calls body with the divergence as a constant; kCount of a weighted sum.
+template <int64_t kId = 0, class Body>
+void with_divergence(Divergence divergence, const Body& body) {
+  constexpr auto kDivergence = static_cast<Divergence>(kId);
+  if constexpr (kDivergence == Divergence::kCount) {
+    body(std::integral_constant<Divergence, kDivergence>{});
+  } else if (divergence == kDivergence) {
+    body(std::integral_constant<Divergence, kDivergence>{});
   } else {
-    launch_divergence<kIsResident, kId + 1>(grid, rows);
+    with_divergence<kId + 1>(divergence, body);
   }
+}
+
+template <class Launch>
+const char* fault_of_kd(const KdRows& rows, const Launch& launch) {
+  return fault_of([&] { with_divergence(rows.spec.divergence, launch); });
+}
+
+device::Grid grid_of(const KdRows& rows, int blocks, int cluster, int threads, bool is_resident) {
+  return {blocks, threads, cluster, shared_bytes(rows.classes, cluster, rows.logits, is_resident)};
 }
 
 }  // namespace
@@ -29,10 +43,42 @@ void emulator_schedule(uint64_t seed) { set_schedule(seed); }
 
 const char* emulated_kd_loss(const KdRows* rows, int blocks, int cluster, int threads,
                              bool is_resident) {
-  const device::Grid grid{blocks, threads, cluster,
-                          shared_bytes(rows->classes, cluster, rows->logits, is_resident)};
-  return fault_of([&] {
-    is_resident ? launch_divergence<true>(grid, *rows) : launch_divergence<false>(grid, *rows);
+  const device::Grid grid = grid_of(*rows, blocks, cluster, threads, is_resident);
+  return fault_of_kd(*rows, [&](auto of) {
+    constexpr Divergence kDivergence = decltype(of)::value;
+    device::launch(is_resident ? kd_loss_rows<kDivergence, true> : kd_loss_rows<kDivergence, false>,
+                   grid, *rows);
+  });
+}
+
+const char* emulated_kd_loss_stats(const KdRows* rows, int blocks, int cluster, int threads,
+                                   bool is_resident, float* parts, int width) {
+  const device::Grid grid = grid_of(*rows, blocks, cluster, threads, false);
+  return fault_of_kd(*rows, [&](auto of) {
+    constexpr Divergence kDivergence = decltype(of)::value;
+    device::launch(kd_loss_stats<kind_of_stats(kDivergence)>, grid, *rows, parts, width);
+  });
+}
+
+const char* emulated_kd_loss_sums(const KdRows* rows, int blocks, int cluster, int threads,
+                                  bool is_resident, const float* stats, float* sums) {
+  const device::Grid grid = grid_of(*rows, blocks, cluster, threads, false);
+  return fault_of_kd(*rows, [&](auto of) {
+    constexpr Divergence kDivergence = decltype(of)::value;
+    if constexpr (!is_of_logits(kDivergence)) {
+      device::launch(kd_loss_sums<kDivergence>, grid, *rows, stats, sums);
+    }
+  });
+}
+
+const char* emulated_kd_loss_write(const KdRows* rows, int blocks, int cluster, int threads,
+                                   bool is_resident, const float* stats) {
+  const device::Grid grid = grid_of(*rows, blocks, cluster, threads, false);
+  return fault_of_kd(*rows, [&](auto of) {
+    constexpr Divergence kDivergence = decltype(of)::value;
+    if constexpr (!is_of_logits(kDivergence)) {
+      device::launch(kd_loss_write<kDivergence>, grid, *rows, stats);
+    }
   });
 }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
+from modxfer_fast.kernels.kd_loss.stages import MORE, PART
 from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 from tests.emulated import library
 
@@ -118,6 +119,27 @@ class Emulated:
     def kd_loss_fwd_bwd(self, student, teacher, labels, row_weights, spec, dlogits, extras=None):
         return self._kd(student, teacher, labels, row_weights, spec, dlogits, extras)[:2]
 
+    def kd_loss_stats(self, student, teacher, labels, spec, has_more):
+        width = len(PART) + (len(MORE) if has_more else 0)
+        parts = student.new_full((len(student), width), math.nan, dtype=torch.float32)
+        call = _rows_of(student, teacher, labels, None, spec, None, None)
+        self._launch("emulated_kd_loss.cpp", "emulated_kd_loss_stats", call, parts, width)
+        return parts
+
+    def kd_loss_sums(self, student, teacher, stats, spec):
+        width = 2 if spec.record.whole is None else 5
+        sums = student.new_full((len(student), width), math.nan, dtype=torch.float32)
+        call = _rows_of(student, teacher, None, None, spec, None, None)
+        self._launch("emulated_kd_loss.cpp", "emulated_kd_loss_sums", call, stats, sums)
+        return sums
+
+    def kd_loss_write(
+        self, student, teacher, labels, classes, row_weights, stats, spec, dlogits
+    ) -> None:
+        call = _rows_of(student, teacher, labels, row_weights, spec, dlogits, None)
+        call.spec.classes = classes
+        self._launch("emulated_kd_loss.cpp", "emulated_kd_loss_write", call, stats)
+
     def topk_kd_loss_fwd(self, student, teacher, labels, spec, extras=None):
         return *self._topk(student, teacher, labels, None, spec, None, extras), None
 
@@ -157,14 +179,17 @@ class Emulated:
         self._launch("emulated_topk_kd_loss.cpp", "emulated_topk_kd_loss", call)
         return out[:2]
 
-    def _launch(self, source: str, name: str, call: Structure) -> None:
+    def _launch(self, source: str, name: str, call: Structure, *more: Tensor | int) -> None:
         kernels = library(source, checked=self.checked)
         kernels.emulator_schedule(c_uint64(self.seed))
         launch = getattr(kernels, name)
         launch.restype = c_char_p
-        launch.argtypes = [POINTER(type(call)), c_int, c_int, c_int, c_bool]
+        kinds = [c_void_p if isinstance(one, Tensor) else c_int for one in more]
+        launch.argtypes = [POINTER(type(call)), c_int, c_int, c_int, c_bool, *kinds]
         blocks = self.cluster * self.clusters
-        fault = launch(byref(call), blocks, self.cluster, self.threads, self.is_resident)
+        shape = (blocks, self.cluster, self.threads, self.is_resident)
+        own = [_at(one) if isinstance(one, Tensor) else one for one in more]
+        fault = launch(byref(call), *shape, *own)
         assert not fault, fault.decode()
 
 
@@ -182,7 +207,7 @@ def _rows_of(
     spec: KDSpec,
     dlogits: Tensor | None,
     extras: Tensor | None,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> _Rows:
     own, parts = _spec_of(spec, student.shape[1])
     bends = spec.bends or [1.0, 0.0, 1.0, 0.0]

@@ -11,18 +11,14 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.common.shard import Shard
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import stages
-from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import BACKENDS
 from tests.support.kd_rows import OF_PROBABILITIES
+from tests.support.kd_stages import BENDS, HARD, SUM, V, check_stages
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-N, V, CLASSES = 7, 150, 400
-HARD = {"label_smoothing": 0.1, "z_loss_weight": 0.01}
-SUM = {"forward_kl": 0.7, "jsd": 0.25, "total_variation": 2.0}
-BENDS = {"student_softcap": 6.0, "teacher_logit_scale": 1.5}
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -32,61 +28,8 @@ BENDS = {"student_softcap": 6.0, "teacher_logit_scale": 1.5}
 @pytest.mark.parametrize("bends", [{}, BENDS], ids=["straight", "bent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_each_stage(dtype, bends, hard, temperature, divergence, backend):
-    number = 1.0 if temperature == "tokens" else temperature
-    given = KDSpec(divergence, temperature=number, ce_weight=0.5, **hard, **bends).checked()
-    own = torch.stack([torch.linspace(0.6, 3.0, N), torch.linspace(2.0, 0.5, N)], dim=-1)
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(N, V, generator=generator) for _ in range(2))
-    # of one row all classes of this rank are excluded, of another some of both sides
-    student[1], teacher[1] = -torch.inf, -torch.inf
-    student[2, :40], teacher[2, :40] = -torch.inf, -torch.inf
-    # on this rank, on another one, nowhere
-    labels = torch.tensor([3, V, 100, V - 1, -1, V, 0])
-    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.0, 1.0])
-    whole = {"max_s": 9.0, "logd_s": 2.0, "max_t": 8.5, "logd_t": 2.5, "u_sum": -0.7, "logd_1": 1.8}
-    if temperature == 1.0:
-        whole["logd_1"] = whole["logd_s"]
-    stats = torch.tensor(list(whole.values())).repeat(N, 1)
-
-    def run(name, wide):
-        kernels = dispatch.load("kd_loss", name)
-        spec = given.of_rows(own.to(wide) if temperature == "tokens" else None)
-        z_s, z_t = student.to(wide), teacher.to(wide)
-        parts = kernels.kd_loss_stats(z_s, z_t, labels, spec, True)
-        write = stats.to(wide)
-        sums = kernels.kd_loss_sums(z_s, z_t, write, spec)
-        if spec.record.whole is not None:  # its two numbers, a slope of 0 where S is far from 1
-            numbers = torch.tensor([[0.0, -0.7], [1.2, -0.1]]).repeat(4, 1)[:N]
-            write = torch.cat([stats, numbers], dim=-1).to(wide)
-        dlogits = torch.empty_like(z_s, dtype=dtype if name == backend else wide)
-        row_weights = weights.to(wide)
-        kernels.kd_loss_write(z_s, z_t, labels, CLASSES, row_weights, write, spec, dlogits)
-        return parts, sums, dlogits
-
-    got, plain, exact = (
-        run(backend, torch.float32),
-        run("reference", torch.float32),
-        run("reference", torch.float64),
-    )
-    columns = list(range(got[0].shape[1]))
-    if not hard:
-        columns.remove(6)  # the mean of all logits, which label smoothing alone reads
-    rows = [0, 2, 3, 4, 5, 6]
-    for column in columns:
-        one, other, truth = (part[0][rows, column] for part in (got, plain, exact))
-        if column == 6:
-            one, other, truth = (t[[0, 2, 3, 4, 5]] for t in (one, other, truth))
-        assert_within_budget(one.float(), truth, other, f"stats {column}", 20.0)
-    # a rank without a class that counts adds nothing
-    assert (got[0][1, [1, 3]] == 0).all()
-    assert (got[0][1, [0, 2]] < -1e37).all()
-    for name, one, other, truth in zip(
-        ("sums", "dlogits"), got[1:], plain[1:], exact[1:], strict=True
-    ):
-        one = one.float() if one.dtype == torch.float64 else one
-        scale = 4 * truth.abs().max().item() + 1.0
-        scale *= torch.finfo(torch.float32).eps / torch.finfo(one.dtype).eps
-        assert_within_budget(one, truth, other.to(one.dtype), name, scale)
+    impl = dispatch.load("kd_loss", backend)
+    check_stages(impl, divergence, temperature, dtype=dtype, hard=hard, bends=bends)
 
 
 class Halves(Shard):

@@ -32,6 +32,13 @@ constexpr int64_t kNumDivergences = static_cast<int64_t>(Divergence::kCount);
 // The first ones are sums over the classes; then functions of such sums; two are of the logits.
 constexpr int64_t kNumSums = static_cast<int64_t>(Divergence::kRenyi);
 
+constexpr bool is_of_row(Divergence divergence) {
+  return divergence >= Divergence::kRenyi && divergence <= Divergence::kLkHybrid;
+}
+constexpr bool is_of_logits(Divergence divergence) {
+  return divergence == Divergence::kLogitsMse || divergence == Divergence::kLogitsCosine;
+}
+
 // One divergence of a weighted sum, with its constants.
 struct KdSummand {
   Divergence divergence;
@@ -87,9 +94,10 @@ struct KdLosses {
 };
 
 // Of a row: the divergence, and the sum of q dD/dq.
+template <class Number>
 struct KdSums {
-  double kd;
-  double u;
+  Number kd;
+  Number u;
 };
 
 // Two rows of V floats: q and u of each class between the passes over a row, up to a factor.

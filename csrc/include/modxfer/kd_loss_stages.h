@@ -24,12 +24,13 @@ struct KdPart {
 
 // What a rank says of its classes where the divergence is a function of sums over the row; as
 // `OfRow.sums` of kernels/divergences.py.
+template <class Number>
 struct KdRowSums {
-  double log_sum;  // log S of its classes
-  double first;
-  double second;
-  double variation;
-  double signed_sum;
+  Number log_sum;  // log S of its classes
+  Number first;
+  Number second;
+  Number variation;
+  Number signed_sum;
 };
 
 // What u of a class is made of beside its p and q: the numbers of `OfRow.value`.

@@ -165,3 +165,19 @@ MODXFER_INLINE vf vlogaddexp(vf a, vf b) {
   const vf gap = select(a == b, vf{}, vabs(a - b));
   return top + vlog1p_unit(vexp(-gap));
 }
+
+// --- of one number, in which sums over a row go on
+
+MODXFER_INLINE double log_of(double x) { return __builtin_log(x); }
+MODXFER_INLINE double log1p_of(double x) { return __builtin_log1p(x); }
+MODXFER_INLINE double exp_of(double x) { return __builtin_exp(x); }
+MODXFER_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
+
+// The one that is not above x, a normal number.
+MODXFER_INLINE float power_of_2(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  bits &= 0x7F800000;
+  __builtin_memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
