@@ -61,6 +61,47 @@ def kd_loss_fwd_bwd(
     return _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, extras)[:2]
 
 
+def kd_loss_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    spec: KDSpec,
+    has_more: bool,
+) -> Tensor:
+    with torch.cuda.device_of(student_logits):
+        return compiled.ops().kd_loss_stats_cuda(
+            *(student_logits, teacher_logits, _flat(labels), *scalars(spec)),
+            *(spec.bends, spec.softening, has_more, _stream()),
+        )
+
+
+def kd_loss_sums(
+    student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
+) -> Tensor:
+    with torch.cuda.device_of(student_logits):
+        return compiled.ops().kd_loss_sums_cuda(
+            *(student_logits, teacher_logits, stats.contiguous(), *scalars(spec)),
+            *(spec.bends, spec.softening, _stream()),
+        )
+
+
+def kd_loss_write(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    classes: int,
+    row_weights: Tensor,
+    stats: Tensor,
+    spec: KDSpec,
+    dlogits: Tensor,
+) -> None:
+    with torch.cuda.device_of(student_logits):
+        compiled.ops().kd_loss_write_cuda(
+            *(student_logits, teacher_logits, _flat(labels), classes, row_weights),
+            *(stats.contiguous(), *scalars(spec), spec.bends, spec.softening, dlogits, _stream()),
+        )
+
+
 def topk_kd_loss_fwd(
     student_logits: Tensor,
     teacher: TopKRows,
