@@ -97,11 +97,4 @@ void launch_rows(const KdRows& of, const Rows& rows, int64_t stream, const Bytes
                        rows));
 }
 
-// Of kernels for each divergence that is a sum over the classes, and for weighted sums: the index.
-inline int64_t index_of(Divergence divergence) {
-  const auto id = divergence == Divergence::kCount ? kNumSums : static_cast<int64_t>(divergence);
-  STD_TORCH_CHECK(id <= kNumSums, "divergences: expected sums over the classes");
-  return id;
-}
-
 }  // namespace modxfer::cuda

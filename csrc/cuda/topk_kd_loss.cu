@@ -17,11 +17,16 @@ namespace {
 using torch::headeronly::ScalarType;
 using Kernel = void (*)(TopKRows);
 
+constexpr auto kFirstOfLogits = static_cast<int64_t>(Divergence::kLogitsMse);
+
 template <bool kIsResident, int64_t... kIds>
 Kernel kernel_of(Divergence divergence, std::integer_sequence<int64_t, kIds...>) {
   constexpr Kernel kKernels[] = {topk_kd_loss_rows<static_cast<Divergence>(kIds), kIsResident>...,
                                  topk_kd_loss_rows<Divergence::kCount, kIsResident>};
-  return kKernels[index_of(divergence)];
+  const auto id =
+      divergence == Divergence::kCount ? sizeof...(kIds) : static_cast<size_t>(divergence);
+  STD_TORCH_CHECK(id <= sizeof...(kIds), "divergences: expected those of probabilities");
+  return kKernels[id];
 }
 
 }  // namespace
@@ -55,7 +60,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss_cuda(
     return topk_shared_bytes(rows.of.classes, rows.count, cluster, rows.of.logits, is_resident);
   };
   launch_rows(rows.of, rows, stream, bytes_of, [&](bool is_resident) {
-    constexpr auto kIds = std::make_integer_sequence<int64_t, kNumSums>{};
+    constexpr auto kIds = std::make_integer_sequence<int64_t, kFirstOfLogits>{};
     const Divergence divergence = rows.of.spec.divergence;
     return is_resident ? kernel_of<true>(divergence, kIds) : kernel_of<false>(divergence, kIds);
   });

@@ -14,7 +14,7 @@
 // exact where a student gives them next to nothing.
 #pragma once
 
-#include "kd_loss_args.cuh"
+#include "kd_loss_steps.cuh"
 #include "softmax.cuh"
 
 namespace modxfer::cuda {
@@ -31,9 +31,12 @@ struct TopKRows {
   float missing;  // q dD/dq is u and this times q
 };
 
+// Of a list: f and u, or those of a divergence that is a function of sums.
+constexpr int kListSums = sizeof(OfRowPart) / sizeof(float);
+
 struct alignas(16) TopKRoom {
   SoftmaxRoom<2> softmax;
-  float warps[kMaxWarps * 2], sums[kMaxBlocks * 2];
+  float warps[kMaxWarps * kListSums], sums[kMaxBlocks * kListSums];
 };
 
 // The bytes of shared memory that a block needs.
@@ -94,10 +97,40 @@ MODXFER_DEVICE Class class_of(float log_p, float log_q) {
           log_q, log_p};
 }
 
-struct ListedClass {
-  float q;
-  Terms terms;
-};
+// The sums of a divergence that is a function of them. for_each(add) calls add(x) for the classes x
+// that the thread has; `tail` is the class that all have.
+template <Divergence kDivergence, class ForEach>
+MODXFER_DEVICE KdRowSums<float> sums_of_list(const KdSpec& spec, TopKRoom& room, const Class& tail,
+                                             const ForEach& for_each) {
+  const auto add_to = [&](OfRowPart& part, const Class& x) {
+    if constexpr (kDivergence != Divergence::kLkHybrid) {
+      part.template raise<kDivergence>(log_addend<kDivergence>(x, spec));
+    }
+    add_of_row<kDivergence, true>(x, part.top, spec, part.sums);
+  };
+  OfRowPart part = {kNoTop};
+  for_each([&](const Class& x) { add_to(part, x); });
+  float top[1] = {part.top};
+  reduce_block<true, 1>(top, room.warps);
+  part.template raise<kDivergence>(top[0]);
+  reduce_block<false, kListSums - 1>(&part.top + 1, room.warps);
+  exchange<kListSums>(&part.top, room.sums);
+  OfRowPart whole = {kNoTop};
+  for (int rank = 0; rank < device::cluster_size(); ++rank) {
+    OfRowPart other = *reinterpret_cast<const OfRowPart*>(room.sums + rank * kListSums);
+    whole.template raise<kDivergence>(other.top);
+    other.template raise<kDivergence>(whole.top);
+    float* to = &whole.top;
+    const float* from = &other.top;
+    MODXFER_UNROLL
+    for (int i = 1; i < kListSums; ++i) to[i] += from[i];
+  }
+  add_to(whole, tail);
+  const OfRowTerms& of = whole.sums;
+  KdRowSums<float> sums = {of.s, of.first, of.second, of.variation, of.signed_sum};
+  take_logarithms<kDivergence>(whole.top, sums);
+  return sums;
+}
 
 template <Divergence kDivergence, bool kIsResident>
 MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
@@ -115,7 +148,8 @@ MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
   const Target target(rows.dlogits, rows.dlogits_stride, rows.kind);
   const bool has_bucket = teacher.tail == TopKTail::kBucket;
   // of classes without p, which the forward KL leaves alone
-  const bool has_u = !kIsForwardKl && teacher.tail == TopKTail::kRenormalise;
+  const bool has_u =
+      !kIsForwardKl && !is_of_row(kDivergence) && teacher.tail == TopKTail::kRenormalise;
   sides.start(rows.rows);
   int turn = 0;
   for (int row = device::cluster_index(); row < rows.rows; row += device::num_clusters(), ++turn) {
@@ -157,60 +191,78 @@ MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
     const float share = device::exp2_approx(below * rate) * inv_d;
 
     // --- sums
-    float sums[2] = {};  // of f and u
-    const auto of_list = [&](int k) {
+    const auto class_at = [&](int k) {
       const float log_q = (listed.z(k) - whole.top) * inv_t - logd;
-      const Class x = class_of(listed.log_p(row, k), log_q);
-      const Terms terms = terms_of<kDivergence>(x, rows);
-      return ListedClass{x.q, {terms.f, terms.u + teacher.missing * x.q}};
+      return class_of(listed.log_p(row, k), log_q);
     };
     const auto of_other = [&](float z) {
-      const float q = device::exp2_approx((z - others.top) * rate) * share;
-      const float log_q = q == 0.0f ? -kInf : (z - whole.top) * inv_t - logd;
-      return terms_of<kDivergence>(Class{q, 0.0f, -kInf, log_q, -kInf}, rows);
-    };
-    listed.for_each(row, [&](int k, int) {
-      const Terms terms = of_list(k).terms;
-      sums[0] += terms.f;
-      sums[1] += terms.u;
-    });
-    if (has_u) {
-      for (int tile = 0; tile < sides.num_tiles(); ++tile) {
-        sides.for_each_four(tile, [&](int i, int n) {
-          Four z;
-          sides.read(row, i, n, true, z);
-          const uint32_t mask = ((1u << n) - 1) & ~listed.mask(i);
-          MODXFER_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            if ((mask >> k & 1) == 0) continue;
-            const Terms terms = of_other(z.of[k]);
-            sums[0] += terms.f;
-            sums[1] += terms.u;
-          }
-        });
+      if constexpr (is_of_row(kDivergence)) {
+        return Terms{};  // whose others are in a bucket
+      } else {
+        const float q = device::exp2_approx((z - others.top) * rate) * share;
+        const float log_q = q == 0.0f ? -kInf : (z - whole.top) * inv_t - logd;
+        return terms_of<kDivergence>(Class{q, 0.0f, -kInf, log_q, -kInf}, rows);
       }
-    }
-    reduce_block<false, 2>(sums, room.warps);
-    exchange<2>(sums, room.sums);
-    sums[0] = sums[1] = 0.0f;
-    for (int rank = 0; rank < device::cluster_size(); ++rank) {
-      sums[0] += room.sums[2 * rank];
-      sums[1] += room.sums[2 * rank + 1];
-    }
-    float of_others = 0.0f;  // temperature dD/dz of the others, over their e^x
+    };
+    Class tail = class_of(-kInf, -kInf);
     if (has_bucket) {
       // nothing of the student's is left, and of the teacher's no more than rounding
       const float log_p = teacher.log_tail[row];
       const bool is_full = list.count == static_cast<float>(rows.classes);
       const bool is_gone = others.d == 0.0f && (is_full || log_p < kLogRounding);
-      const float log_q = below * inv_t + (device::log(others.d) - logd);
-      const Terms terms = terms_of<kDivergence>(class_of(is_gone ? -kInf : log_p, log_q), rows);
-      sums[0] += terms.f;
-      sums[1] += terms.u;
-      if (others.d != 0.0f) of_others = terms.u / others.d;
+      tail = class_of(is_gone ? -kInf : log_p, below * inv_t + (device::log(others.d) - logd));
     }
+    float sums[2] = {};  // of f and u
+    KdOfRow of_row;
+    if constexpr (is_of_row(kDivergence)) {
+      const auto for_each = [&](const auto& add) {
+        listed.for_each(row, [&](int k, int) { add(class_at(k)); });
+      };
+      const auto found = sums_of_list<kDivergence>(rows.spec, room, tail, for_each);
+      const KdSums<float> of = of_sums<kDivergence>(found, rows.spec, of_row);
+      sums[0] = of.kd;
+      sums[1] = of.u;
+    } else {
+      const auto add = [&](const Terms& terms, float missing) {
+        sums[0] += terms.f;
+        sums[1] += terms.u + missing;
+      };
+      listed.for_each(row, [&](int k, int) {
+        const Class x = class_at(k);
+        add(terms_of<kDivergence>(x, rows), teacher.missing * x.q);
+      });
+      if (has_u) {
+        for (int tile = 0; tile < sides.num_tiles(); ++tile) {
+          sides.for_each_four(tile, [&](int i, int n) {
+            Four z;
+            sides.read(row, i, n, true, z);
+            const uint32_t mask = ((1u << n) - 1) & ~listed.mask(i);
+            MODXFER_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              if (mask >> k & 1) add(of_other(z.of[k]), 0.0f);
+            }
+          });
+        }
+      }
+      reduce_block<false, 2>(sums, room.warps);
+      exchange<2>(sums, room.sums);
+      sums[0] = sums[1] = 0.0f;
+      for (int rank = 0; rank < device::cluster_size(); ++rank) {
+        sums[0] += room.sums[2 * rank];
+        sums[1] += room.sums[2 * rank + 1];
+      }
+      if (has_bucket) add(terms_of<kDivergence>(tail, rows), 0.0f);
+    }
+    const auto u_of_class = [&](const Class& x) {
+      if constexpr (is_of_row(kDivergence)) {
+        return of_row_u<kDivergence>(x, of_row, rows.spec);
+      } else {
+        return terms_of<kDivergence>(x, rows).u + teacher.missing * x.q;
+      }
+    };
     const float u_sum = kIsForwardKl && teacher.tail != TopKTail::kNone ? -1.0f : sums[1];
-    of_others -= u_sum * share;
+    float of_others = -u_sum * share;  // temperature dD/dz of the others, over their e^x
+    if (has_bucket && others.d != 0.0f) of_others += u_of_class(tail) / others.d;
 
     if (device::thread_index() == 0 && device::cluster_rank() == 0) {
       rows.kd[row] = sums[0];
@@ -246,10 +298,10 @@ MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
     if (weight != 0.0f) {
       listed.for_each(row, [&](int k, int i) {
         const float z = listed.z(k);
-        const ListedClass own = of_list(k);
+        const Class x = class_at(k);
         const int at = sides.begin() + i;
-        const float dz = kd_scale * (own.terms.u - own.q * u_sum);
-        Four dlogits = {{with_hard(at, z, dz, own.q)}};
+        const float dz = kd_scale * (u_of_class(x) - x.q * u_sum);
+        Four dlogits = {{with_hard(at, z, dz, x.q)}};
         if (!rows.student_bend.is_identity()) dlogits.of[0] *= bend_slope(z, rows.student_bend);
         target.put(row, at, 1, dlogits);
       });

@@ -25,8 +25,6 @@ void name_divergence(Kernel*& kernels) {
   if constexpr (!is_of_logits(kDivergence)) {
     name(kernels, kd_loss_sums<kDivergence>);
     name(kernels, kd_loss_write<kDivergence>);
-  }
-  if constexpr (!is_of_logits(kDivergence) && !is_of_row(kDivergence)) {
     name(kernels, topk_kd_loss_rows<kDivergence, true>);
     name(kernels, topk_kd_loss_rows<kDivergence, false>);
   }

@@ -11,7 +11,7 @@ using namespace modxfer::cuda;
 
 template <bool kIsResident, int64_t kId = 0>
 void launch_divergence(const device::Grid& grid, const TopKRows& rows) {
-  if constexpr (kId == kNumSums) {
+  if constexpr (is_of_logits(static_cast<Divergence>(kId))) {
     device::launch(topk_kd_loss_rows<Divergence::kCount, kIsResident>, grid, rows);
   } else if (static_cast<int64_t>(rows.of.spec.divergence) == kId) {
     device::launch(topk_kd_loss_rows<static_cast<Divergence>(kId), kIsResident>, grid, rows);

@@ -11,7 +11,7 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.testing import assert_within_budget
 from tests.emulated.kd_loss import Emulated
-from tests.support.kd_rows import SUMS_OVER_CLASSES, Rows, close_rows
+from tests.support.kd_rows import OF_PROBABILITIES, SUMS_OVER_CLASSES, Rows, close_rows
 
 SEEDS = range(4)
 HELD = pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "streamed"])
@@ -19,6 +19,9 @@ WEIGHTS = {"forward_kl": 0.6, "jsd": 0.3, "total_variation": 0.1}
 HARD = {"ce_weight": 0.4, "label_smoothing": 0.1, "z_loss_weight": 0.01}
 TAILS = ("bucket", "renormalise", "none")
 CASES = [(tail, name) for tail in TAILS for name in (*SUMS_OVER_CLASSES, WEIGHTS)]
+CASES += [
+    (tail, name) for tail in TAILS[:2] for name in OF_PROBABILITIES if (tail, name) not in CASES
+]
 CASES.remove(("renormalise", "reverse_kl"))  # infinite, and refused
 CASES.remove(("renormalise", "jeffreys"))
 
@@ -173,11 +176,15 @@ def test_classes_that_the_student_excludes(is_resident):
     torch.testing.assert_close(dlogits.double(), truth, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    ("tail", "divergence"), [*((tail, "jsd") for tail in TAILS), ("bucket", "renyi")]
+)
 @HELD
-def test_no_race_and_the_same_bits_with_every_schedule(is_resident, tail):
+def test_no_race_and_the_same_bits_with_every_schedule(is_resident, tail, divergence):
     rows = close_rows(5, 700)
-    spec = KDSpec("jsd", 0.3, 1.0, 0.7, 0.4, label_smoothing=0.1).checked()
+    spec = KDSpec(
+        divergence, 0.3 if divergence == "jsd" else None, 1.0, 0.7, 0.4, label_smoothing=0.1
+    ).checked()
     signal = teacher_of(rows, 90, tail).rows(spec)
     found = []
     for seed in SEEDS:
