@@ -134,16 +134,28 @@ tables() {
     step plot "$python" -m benchmarks.plot "$work"/*.csv --output "$work/tables.png"
 }
 
-# kernels are Triton's, compiled when they are first called: nothing is built
+# Triton's kernels are compiled when they are first called; those of csrc/cuda by nvcc where there is
+# one, unless the library came along
 here="import pathlib, modxfer_fast, modxfer_fast.kernels as k; \
 assert pathlib.Path(modxfer_fast.__file__).parents[1] == pathlib.Path('$PWD')"
 if ! "$python" -P -c "$here" 2>/dev/null; then
-    MODXFER_BUILD=none step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
+    build=none
+    [[ ! -e modxfer_fast/_C.so ]] && command -v nvcc > /dev/null && build=cuda
+    MODXFER_BUILD=$build step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
 fi
 [[ $device == cuda ]] && step nvidia-smi nvidia-smi
 step environment "$python" -P -m modxfer_fast doctor
+# memory, races and barriers of csrc/cuda, at the smallest shapes, where the device lets a tool look
+sanitizers() {
+    command -v compute-sanitizer > /dev/null || return 0
+    for tool in memcheck racecheck synccheck; do
+        step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q \
+            -p no:cacheprovider tests/kernels/test_kd_loss_cuda_gpu.py -k "every_divergence and fp32"
+    done
+}
+
 case "$stage-$device" in
-    first-cuda) tests "gpu and first" ;;
+    first-cuda) tests "gpu and first" && sanitizers ;;
     full-cuda) tests gpu ;;
     first-cpu) tests first ;;
     full-cpu) tests "gpu or not gpu" ;;

@@ -4,6 +4,8 @@ Order of precedence: the `backend=` argument, `use_backend(...)`, `MODXFER_BACKE
 backend of `PREFERENCE[device]` that supports the inputs. A backend asked for by name runs or raises
 with its reason; only the automatic choice may fall through to the next one.
 
+"cuda" is no automatic choice: until its kernels were timed it runs where it is asked for.
+
 A backend of a room is a module `kernels/<room>/<backend>_impl.py` (`reference.py` for the
 reference) with
 
@@ -19,6 +21,7 @@ agree and compiled graphs carry the choice.
 import contextlib
 import functools
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -61,7 +64,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Every room called inside uses backend `name`, or raises `BackendError` if it cannot.
 
     Args:
-        name: "triton", "cpp", "reference", or None for the automatic choice.
+        name: "cuda", "triton", "cpp", "reference", or None for the automatic choice.
     """
     global _selected
     check_name(name)
@@ -75,13 +78,19 @@ def use_backend(name: str | None) -> Iterator[None]:
 @functools.cache
 def load(room: str, backend: str) -> ModuleType:
     """The module that implements `room` on `backend`."""
+    return importlib.import_module(_module(room, backend))
+
+
+def _module(room: str, backend: str) -> str:
     name = "reference" if backend == "reference" else f"{backend}_impl"
-    return importlib.import_module(f"{__package__}.{room}.{name}")
+    return f"{__package__}.{room}.{name}"
 
 
 @functools.cache
 def availability(room: str, backend: str) -> tuple[bool, str]:
     """Whether this installation can run `backend` for `room` at all, and why not."""
+    if importlib.util.find_spec(_module(room, backend)) is None:
+        return False, f"{room} has no {backend} kernels"
     try:
         return load(room, backend).available()
     except ImportError as error:

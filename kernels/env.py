@@ -6,8 +6,8 @@ import os
 VARIABLES = {
     "MODXFER_BACKEND": (
         "chosen by device and dtype",
-        "the backend that every room must use: `reference`, `cpp` or `triton`; one that cannot "
-        "serve a call raises with its reasons",
+        "the backend that every room must use: `reference`, `cpp`, `triton` or `cuda`; one that "
+        "cannot serve a call raises with its reasons",
     ),
     "MODXFER_CPU_ISA": (
         "the processor's widest",

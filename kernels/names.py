@@ -1,6 +1,6 @@
 """Names of options that configuration, losses and kernels share. Importing them needs no torch."""
 
-BACKENDS = ("triton", "cpp", "reference")  # by speed
+BACKENDS = ("cuda", "triton", "cpp", "reference")
 # of `linear_kd_loss`: when its gradients are made
 GRADIENTS = ("forward", "recompute")
 # of `projection_loss`; row kernels know ROW_LOSSES, "relative" is "mse" over an energy of the batch

@@ -13,12 +13,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def available() -> tuple[bool, str]:
     ok, reason = compiled.available()
     if ok and not hasattr(compiled.ops(), "kd_loss_cuda"):
-        return False, "csrc was built without CUDA; reinstall with MODXFER_BUILD=cuda and nvcc"
+        ok, reason = False, "csrc was built without CUDA; reinstall with MODXFER_BUILD=cuda"
+    if ok and not (torch.cuda.is_available() and torch.version.cuda):
+        ok, reason = False, "no NVIDIA GPU is visible to torch"
     return ok, reason
 
 
 def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
-    if device_type != "cuda" or torch.version.cuda is None:
+    if device_type != "cuda":
         return False, f"runs on an NVIDIA GPU, the tensors are on {device_type}"
     for dtype in dtypes:
         if dtype not in _DTYPES:
