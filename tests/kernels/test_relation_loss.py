@@ -773,7 +773,7 @@ BAD = {
         *(ValueError, "normalizer", "'mean'", "'sum'"),
     ),
     "workspace": ({"workspace_mb": 0}, ValueError, "workspace_mb", "positive", "0"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend", "triton", "'cuda'"),
+    "backend": ({"backend": "rocm"}, ValueError, "backend", "triton", "'rocm'"),
     "backend-dtype": (
         {name: ones(2, 5, 8, dtype=torch.float64) for name in ("student_a", "student_b")}
         | {"backend": "cpp"},
