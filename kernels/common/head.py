@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import gemm, huge_pages, packing
+from modxfer_fast.kernels.common import gemm, packing
 from modxfer_fast.kernels.common.autocast import cast_for_autocast
 from modxfer_fast.kernels.common.backward import saved_dtype
 from modxfer_fast.kernels.common.checks import FLOATS, check_float, check_same_device
@@ -240,12 +240,12 @@ class HeadGradient:
         self.sums: dict[str, Tensor] = {}
         if "hidden" in wanted:
             # contiguous whatever the layout of the input
+            make = torch.zeros if is_packed else torch.empty
             dtype = row_weights.dtype if sums_hidden else hidden.dtype
-            total = huge_pages.empty(*hidden.shape, device=hidden.device, dtype=dtype)
-            self.sums["hidden"] = total.zero_() if is_packed else total
+            self.sums["hidden"] = make(hidden.shape, device=hidden.device, dtype=dtype)
         if "weight" in wanted:
             dtype = self._dtypes["weight"] if plan.is_single else row_weights.dtype
-            self.sums["weight"] = huge_pages.empty(*weight.shape, device=weight.device, dtype=dtype)
+            self.sums["weight"] = torch.empty(weight.shape, device=weight.device, dtype=dtype)
         if bias is not None and "bias" in wanted:
             self.sums["bias"] = torch.zeros(bias.shape, device=bias.device, dtype=row_weights.dtype)
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import huge_pages
-
 # A fresh quarter of a gigabyte costs a CPU 64,000 page faults, 5 % of the GEMMs it serves. On a GPU
 # the caching allocator keeps such memory; here one buffer waits for the next call.
 _spare: list[Tensor] = []
@@ -31,7 +29,7 @@ def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[Te
             buffer = _spare.pop()
     if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
         with torch.inference_mode(False):  # the buffer may outlive an inference that came first
-            buffer = huge_pages.empty(numel, dtype=dtype, device=device)
+            buffer = torch.empty(numel, dtype=dtype, device=device)
     yield buffer[:numel]
     if on_cpu and not _spare:
         _spare.append(buffer)
