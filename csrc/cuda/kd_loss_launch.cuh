@@ -1,47 +1,15 @@
 // What the ops of rows of logits share: their tensors as arguments of a kernel, and its launch.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "kd_loss_args.cuh"
 #include "kd_loss_plan.h"
-#include "modxfer/ops.h"
+#include "tensors.cuh"
 
 namespace modxfer::cuda {
-
-inline Kind kind_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Kind::kFloat;
-    case ScalarType::BFloat16:
-      return Kind::kBf16;
-    case ScalarType::Half:
-      return Kind::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16");
-  }
-}
-
-inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "kd_loss: ", cudaGetErrorString(error));
-}
-
-template <class T>
-T* at(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
-}
-
-inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& size) {
-  return torch::stable::new_empty(like, size, torch::headeronly::ScalarType::Float);
-}
 
 // Of the student's logits and what belongs to them; the teacher and the losses are left out.
 inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>& labels,

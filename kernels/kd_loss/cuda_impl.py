@@ -3,29 +3,13 @@
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import KDSpec, compiled
+from modxfer_fast.kernels.common import KDSpec, compiled, cuda_device
+from modxfer_fast.kernels.common.cuda_device import stream
 from modxfer_fast.kernels.kd_loss.csrc_spec import hard_scalars, scalars
 from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def available() -> tuple[bool, str]:
-    ok, reason = compiled.available()
-    if ok and not hasattr(compiled.ops(), "kd_loss_cuda"):
-        ok, reason = False, "csrc was built without CUDA; reinstall with MODXFER_BUILD=cuda"
-    if ok and not (torch.cuda.is_available() and torch.version.cuda):
-        ok, reason = False, "no NVIDIA GPU is visible to torch"
-    return ok, reason
-
-
-def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
-    if device_type != "cuda":
-        return False, f"runs on an NVIDIA GPU, the tensors are on {device_type}"
-    for dtype in dtypes:
-        if dtype not in _DTYPES:
-            return False, f"supports float32, bfloat16 and float16, got {dtype}"
-    return True, ""
+available = cuda_device.available
+supports = cuda_device.supports
 
 
 def kd_loss_fwd(
@@ -73,7 +57,7 @@ def kd_loss_stats(
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_stats_cuda(
             *(student_logits, teacher_logits, _flat(labels), *scalars(spec)),
-            *(spec.bends, spec.softening, has_more, _stream()),
+            *(spec.bends, spec.softening, has_more, stream()),
         )
 
 
@@ -83,7 +67,7 @@ def kd_loss_sums(
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_sums_cuda(
             *(student_logits, teacher_logits, stats.contiguous(), *scalars(spec)),
-            *(spec.bends, spec.softening, _stream()),
+            *(spec.bends, spec.softening, stream()),
         )
 
 
@@ -100,7 +84,7 @@ def kd_loss_write(
     with torch.cuda.device_of(student_logits):
         compiled.ops().kd_loss_write_cuda(
             *(student_logits, teacher_logits, _flat(labels), classes, row_weights),
-            *(stats.contiguous(), *scalars(spec), spec.bends, spec.softening, dlogits, _stream()),
+            *(stats.contiguous(), *scalars(spec), spec.bends, spec.softening, dlogits, stream()),
         )
 
 
@@ -152,7 +136,7 @@ def _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, ex
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_cuda(
             *(student_logits, teacher_logits, _flat(labels), row_weights, *scalars(spec)),
-            *(spec.bends, spec.softening, dlogits, extras, _stream()),
+            *(spec.bends, spec.softening, dlogits, extras, stream()),
         )
 
 
@@ -162,7 +146,7 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits, extras):
         return compiled.ops().topk_kd_loss_cuda(
             *(student_logits, ids.contiguous(), log_probs.contiguous(), log_tail),
             *(TAILS.index(tail), missing, _flat(labels), row_weights, *scalars(spec)),
-            *(spec.bends, spec.softening, dlogits, extras, _stream()),
+            *(spec.bends, spec.softening, dlogits, extras, stream()),
         )
 
 
@@ -170,14 +154,10 @@ def _cross_entropy(student_logits, labels, row_weights, spec, dlogits, extras):
     with torch.cuda.device_of(student_logits):
         ce = compiled.ops().cross_entropy_cuda(
             *(student_logits, _flat(labels), row_weights, *hard_scalars(spec)),
-            *(spec.bends, dlogits, extras, _stream()),
+            *(spec.bends, dlogits, extras, stream()),
         )
     return torch.zeros_like(ce), ce
 
 
 def _flat(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else labels.contiguous()
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
