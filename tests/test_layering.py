@@ -194,11 +194,10 @@ def test_room_offers_every_backend_its_interface(room):
 
 
 def test_kernels_of_a_gpu_are_complete_where_there_is_none():
-    for room in ("kd_loss", "linear_kd_loss"):
-        impl = dispatch.load(room, "cuda")
-        assert not [
-            name for name in dispatch.ROOMS[room] if not callable(getattr(impl, name, None))
-        ]
+    for room, functions in dispatch.ROOMS.items():
+        if (ROOT / "kernels" / room / "cuda_impl.py").exists():
+            impl = dispatch.load(room, "cuda")
+            assert not [name for name in functions if not callable(getattr(impl, name, None))]
 
 
 def test_every_folder_of_kernels_is_a_room():

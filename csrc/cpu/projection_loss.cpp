@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "modxfer/ops.h"
-#include "projection_spec.h"
+#include "modxfer/projection_spec.h"
 #include "rows.h"
 
 namespace modxfer {

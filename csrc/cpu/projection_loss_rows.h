@@ -7,9 +7,7 @@
 // A row of a few thousand floats stays in the first cache between two passes. Sums run in float
 // over kBlock elements and in double across blocks.
 
-constexpr bool is_direction(ProjectionLoss loss) {
-  return loss == ProjectionLoss::kNormalizedMse || loss == ProjectionLoss::kCosine;
-}
+#include "modxfer/projection_loss_terms.h"
 
 // scale is 0 where the row has no direction.
 struct Side {
@@ -73,34 +71,13 @@ MODXFER_INLINE Side side_of(const float* x, int64_t D, const ProjectionSpec& spe
   return side;
 }
 
-struct ProjectionTerms {
-  vf f;  // addend of the loss
-  vf g;  // its derivative in a, both up to a factor of the row
-};
-
-template <ProjectionLoss kLoss>
-MODXFER_INLINE ProjectionTerms projection_terms(vf e, const ProjectionSpec& spec) {
-  if constexpr (kLoss == ProjectionLoss::kSmoothL1) {
-    const vf size = vabs(e);
-    // 0 / 0 at e = 0 when beta is 0
-    const vf ratio = select(size == 0.0f, vf{}, vmin(size * spec.inv_beta, splat(1.0f)));
-    return {ratio * (size - 0.5f * vmin(size, splat(spec.beta))), select(e < 0.0f, -ratio, ratio)};
-  } else {
-    return {e * e, e};
-  }
-}
-
 template <ProjectionLoss kLoss, ProjectionNorm kNorm>
 float row_as(const float* z, const float* t, int64_t D, float row_weight,
              const ProjectionSpec& spec, float* dz) {
   constexpr bool kHasStatistics = kNorm != ProjectionNorm::kNone || is_direction(kLoss);
   const Side side_z = side_of<kLoss, kNorm>(z, D, spec);
   const Side side_t = side_of<kLoss, kNorm>(t, D, spec);
-  const float g_factor = kLoss == ProjectionLoss::kMse             ? 2.0f / D
-                         : kLoss == ProjectionLoss::kSmoothL1      ? 1.0f / D
-                         : kLoss == ProjectionLoss::kNormalizedMse ? 2.0f
-                                                                   : 1.0f;
-  const float grad = row_weight * g_factor * side_z.scale;
+  const float grad = row_weight * slope_factor(kLoss, static_cast<float>(D)) * side_z.scale;
 
   double f_sum = 0, ga_sum = 0, g_sum = 0;
   for (int64_t block = 0; block < D; block += kBlock) {

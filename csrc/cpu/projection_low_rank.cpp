@@ -20,7 +20,7 @@
 #include "modxfer/lora_linear.h"
 #include "modxfer/ops.h"
 #include "modxfer/projection_loss.h"
-#include "projection_spec.h"
+#include "modxfer/projection_spec.h"
 #include "row_blocks.h"
 
 namespace modxfer {

@@ -19,6 +19,8 @@
 #define MODXFER_DEVICE __device__ __forceinline__
 #define MODXFER_BOTH __host__ __device__ __forceinline__
 #define MODXFER_KERNEL static __global__
+// Before a kernel's name: registers for so many threads a block, and blocks a multiprocessor.
+#define MODXFER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define MODXFER_UNROLL _Pragma("unroll")
 #define MODXFER_ARGUMENT const __grid_constant__
 
@@ -215,6 +217,8 @@ MODXFER_DEVICE float sqrt(float x) { return sqrtf(x); }
 MODXFER_DEVICE float power_of_2(float x) {
   return __uint_as_float(__float_as_uint(x) & 0x7F800000);
 }
+// a b, rounded: never part of a fused multiply-add.
+MODXFER_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 MODXFER_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -232,6 +236,9 @@ using Half = __half;
 MODXFER_DEVICE Half to_half(float x) { return __float2half_rn(x); }
 MODXFER_DEVICE float to_float(Half x) { return __half2float(x); }
 MODXFER_DEVICE float to_float(Bf16 x) { return __bfloat162float(x); }
+
+MODXFER_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+MODXFER_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 // A half-precision number from its bits, and back.
 MODXFER_DEVICE float from_bits(uint16_t bits, bool is_bf16) {

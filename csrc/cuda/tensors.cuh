@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "modxfer/ops.h"
-#include "rows.cuh"
+#include "row_in_registers.cuh"
 
 namespace modxfer::cuda {
 
@@ -26,6 +26,10 @@ inline Kind kind_of(const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
   }
+}
+
+inline Matrix matrix_of(const Tensor& rows) {
+  return {rows.data_ptr(), rows.stride(0), kind_of(rows)};
 }
 
 inline void check(cudaError_t error) {

@@ -26,6 +26,7 @@
 #define MODXFER_DEVICE inline
 #define MODXFER_BOTH inline
 #define MODXFER_KERNEL static
+#define MODXFER_BOUNDS(threads, blocks)
 #define MODXFER_UNROLL
 #define MODXFER_ARGUMENT const
 
@@ -203,6 +204,8 @@ inline float exp(float x) { return std::exp(x); }
 inline float sqrt(float x) { return std::sqrt(x); }
 // The one that is not above x, a normal number.
 inline float power_of_2(float x) { return std::exp2(static_cast<float>(std::ilogb(x))); }
+// a b, rounded: never part of a fused multiply-add.
+inline float product(float a, float b) { return a * b; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 
@@ -224,6 +227,17 @@ inline float to_float(Bf16 x) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
 
 // A half-precision number from its bits, and back.

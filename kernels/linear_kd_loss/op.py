@@ -219,7 +219,8 @@ def linear_kd_loss(
             sides, in the cross entropy too: heads of one tokenizer padded to different sizes.
         teacher_ids: [V] int64, the teacher's class of each of the student's, for a student whose
             vocabulary is a part of the teacher's; the teacher's other classes are masked.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
+        backend: "triton", "cuda", "cpp" or "reference"; None takes the best available.
+            "cuda" runs by name alone.
 
     Returns:
         fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts. A

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import compiled
 from modxfer_fast.kernels.common.packing import kept_rows, row_major
-from modxfer_fast.kernels.names import NORMS, ROW_LOSSES
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.kernels.projection_loss.stream import Inputs, Needs, stream, unscaled_dtype
 
@@ -29,7 +28,7 @@ def projection_loss_rows(
     z: Tensor, t: Tensor, row_weights: Tensor, spec: ProjectionSpec, dz: Tensor | None
 ) -> Tensor:
     """Loss [M] of each row of z, t [M, D]; dz [M, D], where given, of sum(row_weights * loss)."""
-    return compiled.ops().projection_loss_rows(z, t, row_weights, *_numbers(spec), dz)
+    return compiled.ops().projection_loss_rows(z, t, row_weights, *spec.csrc(), dz)
 
 
 def projection_loss_fwd(
@@ -60,7 +59,7 @@ def projection_loss_fwd(
         None if bias is None else bias.float().contiguous(),
         inputs.row_weights,
         kept,
-        *_numbers(inputs.spec),
+        *inputs.spec.csrc(),
         loss,
         dhidden,
         dprojection,
@@ -80,7 +79,3 @@ def _takes_one_pass(inputs: Inputs) -> bool:
     chunks = min(-(-len(inputs.student_hidden) // _CHUNK_ROWS), _MAX_CHUNKS)
     sums = 4 * chunks * sum(factor.numel() for factor in factors)
     return sums <= inputs.workspace_mb * 2**20
-
-
-def _numbers(spec: ProjectionSpec) -> tuple[int, float, int, float]:
-    return ROW_LOSSES.index(spec.loss), spec.beta, NORMS.index(spec.norm), spec.norm_eps

@@ -98,7 +98,8 @@ def projection_loss(
             An fp32 sum of a half-precision dP, 4 D_t D_s bytes, or a copy of an fp32 projection
             comes on top where it exceeds half of it. The gradient of fp16 states is kept in fp32
             until the backward, 4 N D_s bytes.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
+        backend: "triton", "cuda", "cpp" or "reference"; None takes the best available.
+            "cuda" runs by name alone.
 
     Returns:
         fp32 scalar, or [...] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts.

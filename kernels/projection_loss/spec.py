@@ -4,7 +4,7 @@ import dataclasses
 
 from modxfer_fast.kernels.common import check_number, is_finite
 from modxfer_fast.kernels.common.spec import Spec
-from modxfer_fast.kernels.names import LOSSES, NORMS
+from modxfer_fast.kernels.names import LOSSES, NORMS, ROW_LOSSES
 
 # A row no longer than this has no direction: it counts as the zero vector, without a gradient.
 MIN_LENGTH = 1e-12
@@ -60,3 +60,7 @@ class ProjectionSpec(Spec):
     def is_direction(self) -> bool:
         """Whether both rows are divided by their length."""
         return self.loss in ("normalized_mse", "cosine")
+
+    def csrc(self) -> tuple[int, float, int, float]:
+        """As the compiled ops take it: loss, beta, norm, norm_eps."""
+        return ROW_LOSSES.index(self.loss), self.beta, NORMS.index(self.norm), self.norm_eps

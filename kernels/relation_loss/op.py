@@ -82,7 +82,8 @@ def relation_loss(
             because each token brings a gradient of its own. Heads are averaged in all of them.
         workspace_mb: MiB for the logits in flight and for what is copied of the heads they belong
             to. Exceeded where 16 rows of one head do not fit. A CPU uses 8 of them at most.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
+        backend: "triton", "cuda", "cpp" or "reference"; None takes the best available.
+            "cuda" runs by name alone.
 
     Returns:
         fp32 scalar, or [B, T] for reduction="none" (fp64 for fp64 inputs). 0 if no token counts.

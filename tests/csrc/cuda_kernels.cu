@@ -4,6 +4,7 @@
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_rows.cuh"
 #include "kd_loss_stages.cuh"
+#include "projection_loss_rows.cuh"
 #include "topk_kd_loss_rows.cuh"
 
 namespace modxfer::cuda {
@@ -35,9 +36,18 @@ void name_divergences(Kernel*& kernels, std::integer_sequence<int64_t, kIds...>)
   (name_divergence<static_cast<Divergence>(kIds)>(kernels), ...);
 }
 
+template <ProjectionLoss kTerms>
+void name_projection_loss(Kernel*& kernels) {
+  name(kernels, projection_loss_rows<kTerms, 4>);
+  name(kernels, projection_loss_rows<kTerms, 8>);
+  name(kernels, projection_loss_rows<kTerms, kStreamed>);
+}
+
 void name_all(Kernel* kernels) {
   name(kernels, cross_entropy_rows<true>);
   name(kernels, cross_entropy_rows<false>);
+  name_projection_loss<ProjectionLoss::kMse>(kernels);
+  name_projection_loss<ProjectionLoss::kSmoothL1>(kernels);
   name_divergences(kernels, std::make_integer_sequence<int64_t, kNumDivergences + 1>{});
 }
 

@@ -7,11 +7,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from ctypes import Structure, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Kind of csrc/cuda/rows.cuh
 
 
 @functools.cache
@@ -38,3 +42,21 @@ def library(source: str, *, checked: bool) -> ctypes.CDLL:
         objects.append(ROOT / "tests/csrc" / source)
     build("-shared", *objects, "-o", folder / "library.so")
     return ctypes.CDLL(str(folder / "library.so"))
+
+
+def at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def pitch(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+class Matrix(Structure):
+    """Of csrc/cuda/row_in_registers.cuh."""
+
+    _fields_ = [("rows", c_void_p), ("stride", c_int64), ("kind", c_int)]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "Matrix":
+        return cls(at(tensor), pitch(tensor), 0 if tensor is None else KINDS[tensor.dtype])

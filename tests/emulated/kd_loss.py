@@ -22,10 +22,9 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.stages import MORE, PART
 from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
-from tests.emulated import library
+from tests.emulated import KINDS, at, library, pitch
 
 _IDS = {name: index for index, name in enumerate(DIVERGENCES)}
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_PARTS = 8
 
 
@@ -173,7 +172,7 @@ class Emulated:
         ids, log_p = teacher.ids.contiguous(), teacher.log_probs.contiguous()
         call = _TopKRows(
             _rows_of(student, None, labels, row_weights, spec, dlogits, extras, out),
-            *(_at(ids), ids.dtype == torch.int64, _at(log_p), _at(teacher.log_tail)),
+            *(at(ids), ids.dtype == torch.int64, at(log_p), at(teacher.log_tail)),
             *(ids.shape[1], TAILS.index(teacher.tail), teacher.missing),
         )
         self._launch("emulated_topk_kd_loss.cpp", "emulated_topk_kd_loss", call)
@@ -188,7 +187,7 @@ class Emulated:
         launch.argtypes = [POINTER(type(call)), c_int, c_int, c_int, c_bool, *kinds]
         blocks = self.cluster * self.clusters
         shape = (blocks, self.cluster, self.threads, self.is_resident)
-        own = [_at(one) if isinstance(one, Tensor) else one for one in more]
+        own = [at(one) if isinstance(one, Tensor) else one for one in more]
         fault = launch(byref(call), *shape, *own)
         assert not fault, fault.decode()
 
@@ -212,20 +211,12 @@ def _rows_of(
     own, parts = _spec_of(spec, student.shape[1])
     bends = spec.bends or [1.0, 0.0, 1.0, 0.0]
     call = _Rows(
-        *(_at(student), _at(teacher), _pitch(student), _pitch(teacher)),
-        *(_KINDS[student.dtype], _at(labels), _at(row_weights), _at(spec.softening)),
-        *(*map(_at, out), _at(extras), 0 if extras is None else extras.shape[1]),
-        *(_at(dlogits), _pitch(dlogits), 0 if dlogits is None else _KINDS[dlogits.dtype]),
+        *(at(student), at(teacher), pitch(student), pitch(teacher)),
+        *(KINDS[student.dtype], at(labels), at(row_weights), at(spec.softening)),
+        *(*map(at, out), at(extras), 0 if extras is None else extras.shape[1]),
+        *(at(dlogits), pitch(dlogits), 0 if dlogits is None else KINDS[dlogits.dtype]),
         *(*student.shape, _Bend(*bends[:2]), _Bend(*bends[2:]), own),
     )
     for index, part in enumerate(parts):
         call.parts[index] = part
     return call
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _pitch(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
