@@ -3,7 +3,8 @@
 Products (`expand`, `dx`): the largest tile whose accumulator stays in registers, with as many
 stages as shared memory holds; smaller tiles where large ones are too few to fill the GPU.
 128 x 256 needs the matrix instructions of a warp group or of tensor memory (data centre GPUs from
-capability 90); with those of a warp its operands spill.
+capability 90); with those of a warp its operands spill. `multiplies_base_apart` says which of them
+leave the frozen weights to the vendor's library.
 Skinny passes (`shrink`, `ds_db`, `da`): each reads one wide tensor once and is bound by memory, so
 a program is small and several of them share a multiprocessor.
 """
@@ -17,6 +18,10 @@ MULTIPROCESSORS = 132
 SHARED_KIB = {80: 160, 87: 160, 90: 224, 100: 224, 101: 224, 103: 224, 110: 224}
 SHARED_KIB_OTHER = 96
 SHARED_KIB_HIP = 64
+# Of an H200, by how numbers are multiplied: operations of cuBLAS's products in the time of a byte
+# of memory, and the part of their rate that Triton's are expected to reach.
+FLOPS_PER_BYTE = {"half": 174, "tf32": 87, "ieee": 12}
+SHARE_OF_TRITON = {"half": 0.8, "tf32": 0.8, "ieee": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +129,33 @@ def product_config(
     return ProductConfig(
         block_m, block_n, 128 // itemsize, block_r, 8, num_warps, max(2, min(stages, most))
     )
+
+
+def fills_gpu(rows: int, columns: int, tile: int) -> bool:
+    """Whether every multiprocessor has a tile of `tile` elements of such a result."""
+    return rows * columns >= MULTIPROCESSORS * tile
+
+
+def multiplies_base_apart(
+    rows: int, columns: int, summed: int, itemsize: int, touches: int, precision: str
+) -> bool:
+    """Whether a library adds the products with the weights to LoRA parts that are written first.
+
+    A prediction until both ways were timed: the time that its faster product saves against that of
+    writing and reading the result more often. Results that do not fill the GPU stay with the kernel
+    that makes all of them in one launch.
+
+    Args:
+        rows, columns: of the results, side by side.
+        summed: terms of a sum, over all weights that make one result.
+        itemsize: bytes of an element of the results.
+        touches: times that a result is written or read more than once.
+        precision: a key of `FLOPS_PER_BYTE`.
+    """
+    if not fills_gpu(rows, columns, 128 * 128):
+        return False
+    saved = 2 * summed * (1 / SHARE_OF_TRITON[precision] - 1) / FLOPS_PER_BYTE[precision]
+    return saved > touches * itemsize
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,8 @@ M rows   K, N widths   R rank   T targets   m mask of x   keep = 1 / (1 - dropou
 
 ds carries keep, which both of its uses need. Sums over rows and over tiles of columns leave as fp32
 partials that a sixth kernel adds in a fixed order: no atomics, equal bits in every run. A group of
-targets costs two launches forward and at most five backward, reductions included.
+targets costs two launches forward and at most five backward, reductions included. Where products
+are large a library adds those with the frozen weights (triton_products.py), a launch a target more.
 
 Not materialised: drop(x), masks of a byte an element, x or dy in another dtype, x W^T without its
 LoRA part, a dx of one target. The seed stays on the device, so a captured graph draws new masks.
@@ -20,15 +21,16 @@ Bytes beyond the frozen linears, b per element of x, one target: shrink M K (b +
 M N b + 8 M R N / BLOCK_N, dx M K / 8, da M K (b + 1/8).
 """
 
-from collections.abc import Sequence
+import functools
 
-import torch
 from torch import Tensor
 
 from modxfer_fast.kernels.common import triton_device
+from modxfer_fast.kernels.lora_linear import triton_products
 from modxfer_fast.kernels.lora_linear.config import padded_rank
+from modxfer_fast.kernels.lora_linear.gpu_steps import Steps, backward, dense, forward
 from modxfer_fast.kernels.lora_linear.target import LoraTarget
-from modxfer_fast.kernels.lora_linear.triton_backward import da, ds_db, dx
+from modxfer_fast.kernels.lora_linear.triton_backward import da, ds_db
 from modxfer_fast.kernels.lora_linear.triton_expand import expand
 from modxfer_fast.kernels.lora_linear.triton_launch import config_of_product, is_exact
 from modxfer_fast.kernels.lora_linear.triton_reduce import reduce
@@ -41,29 +43,21 @@ available = triton_device.available
 supports = triton_device.supports
 
 
-def lora_linear_fwd(
-    x: Tensor,
-    targets: Sequence[LoraTarget],
-    seed: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """As `reference.lora_linear_fwd`."""
-    targets = [_dense(target) for target in targets]
-    s, bits = shrink(x, targets, seed)
-    ys, _ = expand(x, targets, s, residual)
-    return ys, s, bits
+_STEPS = Steps(shrink, triton_products.outputs, ds_db, triton_products.dx, da, reduce)
+lora_linear_fwd = functools.partial(forward, _STEPS)
+lora_linear_bwd = functools.partial(backward, _STEPS)
 
 
 def projects_in_epilogue(x: Tensor, target: LoraTarget, rank: int) -> bool:
     """Whether `lora_linear_projected_fwd` moves fewer bytes than a product that reads y again.
 
     Partial sums of `rank` columns, padded, are written and read, 8 bytes each a row and tile of
-    columns, in place of one reading of y. fp32 without tensor cores is bound by its products.
+    columns, in place of one reading of y. fp32 without tensor cores is bound by its products, and
+    so is what a library multiplies faster.
     """
-    if is_exact(x):
+    if is_exact(x) or triton_products.is_apart(x, [target], reads=2):
         return False
-    config = config_of_product([x], [_dense(target)], x, target.lora_b.shape[0])
+    config = config_of_product([x], [dense(target)], x, target.lora_b.shape[0])
     return rank <= MAX_PROJECTED and 8 * padded_rank(rank) < config.block_n * x.element_size()
 
 
@@ -83,7 +77,7 @@ def lora_linear_projected_fwd(
     Returns:
         y [M, N], s, bits, and u [M, P] in the dtype of x, summed in fp32 and rounded once.
     """
-    targets = [_dense(target)]
+    targets = [dense(target)]
     s, bits = shrink(x, targets, seed)
     rank, width = projection_a.shape
     # to what a matrix instruction multiplies, here once instead of in every tile
@@ -94,49 +88,3 @@ def lora_linear_projected_fwd(
     u = x.new_empty(parts.shape[1:])
     reduce([parts], [u])
     return y, s, bits, u[:, :rank]
-
-
-def lora_linear_bwd(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    targets: Sequence[LoraTarget],
-    s: Tensor | None,
-    bits: Tensor | None,
-    *,
-    need_dx: bool,
-    need_da: Sequence[bool],
-    need_db: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """As `reference.lora_linear_bwd`."""
-    targets = [_dense(target) for target in targets]
-    ds_parts, db_parts = ds_db(dys, targets, s, [need_dx or n for n in need_da], need_db)
-    ds = _outputs(ds_parts, [target.lora_a for target in targets])
-    db = _outputs(db_parts, [target.lora_b for target in targets])
-    reduce([*ds_parts, *db_parts], [*ds, *db])
-    masks: list[Tensor | None] = [None] * len(targets)
-    if bits is not None:
-        pairs = zip(targets, bits.view(torch.uint8).unbind(0), strict=True)
-        masks = [mask if target.dropout > 0.0 else None for target, mask in pairs]
-    dx_ = dx(dys, targets, ds, masks) if need_dx else None
-    da_parts = da(x, targets, ds, masks, need_da)
-    das = _outputs(da_parts, [target.lora_a for target in targets])
-    reduce(da_parts, das)
-    return dx_, das, db
-
-
-def _outputs(parts: Sequence[Tensor | None], adapters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Where the sums of the partials go, in the dtype of the adapters."""
-    return [
-        None if part is None else part.new_empty(part.shape[1:], dtype=adapter.dtype)
-        for part, adapter in zip(parts, adapters, strict=True)
-    ]
-
-
-def _dense(target: LoraTarget) -> LoraTarget:
-    """The target with adapters and bias contiguous; what is small need not have strides."""
-    bias = target.bias
-    return target._replace(
-        lora_a=target.lora_a.contiguous(),
-        lora_b=target.lora_b.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-    )

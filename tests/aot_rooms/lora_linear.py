@@ -5,8 +5,12 @@ import itertools
 
 import torch
 
-from modxfer_fast.kernels.lora_linear import LoraTarget, triton_impl
+from modxfer_fast.kernels.lora_linear import LoraTarget
 from modxfer_fast.kernels.lora_linear.dropout import num_words
+from modxfer_fast.kernels.lora_linear.triton_backward import da, ds_db, dx
+from modxfer_fast.kernels.lora_linear.triton_expand import expand
+from modxfer_fast.kernels.lora_linear.triton_reduce import reduce
+from modxfer_fast.kernels.lora_linear.triton_shrink import shrink
 
 FUNCTIONS = ("shrink", "expand", "ds_db", "dx", "da")
 # widths of the targets that share an input: o or down; gate and up; q, k and v
@@ -22,7 +26,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel of `lora_linear.triton_impl` and the inputs it is launched for."""
+    """One kernel of `lora_linear` and the inputs it is launched for."""
 
     function: str
     group: str
@@ -66,19 +70,19 @@ class Case:
             for _ in targets
         ]
         if self.function == "shrink":
-            triton_impl.shrink(x, targets, empty(1, dtype=torch.int64))
+            shrink(x, targets, empty(1, dtype=torch.int64))
         elif self.function == "expand":
             residual = empty(*dys[0].shape) if self.has_residual else None
             p = empty(self.projected, dys[0].shape[1]) if self.projected else None
-            triton_impl.expand(x, targets, s, residual, p)
+            expand(x, targets, s, residual, p)
         elif self.function == "ds_db":
-            triton_impl.ds_db(dys, targets, s, needs, needs)
+            ds_db(dys, targets, s, needs, needs)
         elif self.function == "dx":
-            triton_impl.dx(dys, targets, ds, masks)
+            dx(dys, targets, ds, masks)
         elif self.function == "da":
-            triton_impl.da(x, targets, ds, masks, needs)
+            da(x, targets, ds, masks, needs)
         else:
-            triton_impl.reduce([empty(16, *d.shape, dtype=torch.float32) for d in ds], ds)
+            reduce([empty(16, *d.shape, dtype=torch.float32) for d in ds], ds)
 
 
 def all_cases() -> list[Case]:

@@ -59,6 +59,16 @@ def test_real_sizes(dtypes, widths, device):
         checked(make(device, 2048, 4096, widths, dtypes, ranks=(16,), dropouts=(0.1,)), device)
 
 
+@pytest.mark.first
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "one-kernel"])
+@pytest.mark.parametrize("dtypes", [BF16, FP32], ids=["bf16", "fp32"])
+def test_base_apart_or_in_the_same_kernel(dtypes, apart, device, monkeypatch):
+    """Both ways, whatever the rule chooses at this size."""
+    module = "modxfer_fast.kernels.lora_linear.triton_products"
+    monkeypatch.setattr(f"{module}.multiplies_base_apart", lambda *sizes: apart)
+    checked(make(device, 1000, 1024, (1024, 520), dtypes, dropouts=(0.1, 0.0)), device)
+
+
 def test_fp32_in_tf32(device):
     with tf32():
         checked(make(device, 2048, 4096, QKV, FP32, ranks=(16,), dropouts=(0.1,)), device)

@@ -16,6 +16,7 @@ from modxfer_fast.kernels.lora_linear import (
     triton_backward,
     triton_expand,
     triton_impl,
+    triton_products,
     triton_reduce,
     triton_shrink,
 )
@@ -23,12 +24,24 @@ from modxfer_fast.kernels.lora_linear.config import (
     Gpu,
     da_config,
     ds_db_config,
+    multiplies_base_apart,
     padded_rank,
     product_config,
     shrink_config,
 )
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits
-from tests.lora_inputs import BF16, BF16_FP32, FP32, check, lora_inputs, run
+from tests.lora_inputs import (
+    BF16,
+    BF16_FP32,
+    DTYPES,
+    FP32,
+    check,
+    lora_inputs,
+    plain_of,
+    run,
+    small_group,
+    truth_of,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -169,6 +182,78 @@ def test_nothing_to_do(rows, width):
             strict=True,
         ):
             assert torch.equal(y, target.bias.expand(rows, -1))
+
+
+# --- products with the base by a library
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes (rows, terms, columns) of the products that are left to a library, which all are."""
+    shapes, addmm = [], torch.Tensor.addmm_
+
+    def recorded(result, left, right):
+        shapes.append((*left.shape, right.shape[1]))
+        return addmm(result, left, right)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", recorded)
+    monkeypatch.setattr(triton_products, "multiplies_base_apart", lambda *sizes: True)
+    return shapes
+
+
+@interpreted
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_base_apart(dtypes, products, launches):
+    inputs = small_group(dtypes)  # the third target's base is elsewhere
+    check(inputs, backend="triton")
+    assert products == [(13, 70, 40), (13, 70, 23), (13, 40, 70), (13, 23, 70)]
+    assert launches == ["shrink", "expand", "ds_db", "reduce", "dx", "da", "reduce"]
+
+
+@interpreted
+@pytest.mark.parametrize("part", ["x", "weight", "dys"])
+def test_base_apart_of_any_strides(part, products):
+    strided = lambda tensor: torch.repeat_interleave(tensor.detach(), 2, -1)[..., ::2]
+    inputs = lora_inputs(7, 40, (23, 12), BF16)
+    if part == "x":
+        inputs.x = strided(inputs.x).requires_grad_()
+    elif part == "dys":
+        inputs.dys = [dy[:, :1].expand_as(dy) for dy in inputs.dys]
+    else:
+        weights = [strided(target.weight).t().contiguous().t() for target in inputs.targets]
+        pairs = zip(inputs.targets, weights, strict=True)
+        inputs.targets = [target._replace(weight=w.requires_grad_()) for target, w in pairs]
+    check(inputs, backend="triton")
+    assert len(products) == 4
+
+
+@interpreted
+@pytest.mark.parametrize("dtypes", DTYPES[1:])
+def test_base_apart_is_no_worse_than_peft(dtypes, products):
+    """In the norm: a part that is rounded before the product is added costs less than PEFT's."""
+    options = {"dropouts": (0.1,), "ranks": (16,), "scalings": (0.25,)}
+    inputs = lora_inputs(64, 130, (70, 40), dtypes, **options)
+    results, truth, plain = run(inputs, backend="triton"), truth_of(inputs), plain_of(inputs)
+    for name in ("y0", "y1", "x"):
+        error = (results[name].double() - truth[name]).norm()
+        assert error <= 1.05 * (plain[name].double() - truth[name]).norm(), name
+
+
+def test_what_is_multiplied_apart():
+    apart = lambda rows, columns, summed, **options: multiplies_base_apart(
+        rows, columns, summed, **({"itemsize": 2, "touches": 2, "precision": "half"} | options)
+    )
+    assert apart(8192, 4096, 4096)
+    assert apart(2048, 14336, 4096)
+    assert not apart(128, 4096, 4096)  # too few tiles to fill a GPU
+    assert not apart(8192, 1024, 1024)  # reading the part again costs what the product saves
+    assert not apart(8192, 4096, 0)  # no base
+    # gradients of three targets in one sum, which a library writes three times
+    assert not apart(8192, 2048, 2048 + 2 * 512, touches=6)
+    assert apart(8192, 4096, 4096 + 2 * 1024, touches=6)
+    # fp32 without tensor cores is bound by its products, whatever is read again
+    assert apart(8192, 1024, 1024, itemsize=4, precision="ieee")
+    assert not apart(8192, 1024, 1024, itemsize=4, precision="tf32")
 
 
 # --- configurations
