@@ -117,62 +117,23 @@ MODXFER_INLINE vw multiply_low(vw x, unsigned factor) {
 constexpr int kDraws = kLanes / 2;  // a lane of 64 bits each
 typedef unsigned char vd __attribute__((vector_size(kDraws)));
 
-// Round keys, each in every lane. The upper halves of lanes hold what is left of products, here as
-// in every other word of a draw, and are never read.
-struct RoundKeys {
-  vw low[7], high[7];
-};
-
-MODXFER_INLINE RoundKeys round_keys(uint64_t seed) {
-  RoundKeys keys;
-  unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    keys.low[round] = vw{} + k0;
-    keys.high[round] = vw{} + k1;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return keys;
-}
-
-constexpr unsigned kPhilox0 = 0xD2511F53u, kPhilox2 = 0xCD9E8D57u;
-
-// What the draws of some columns share in all rows: words 0 and 1 after two rounds, and what the
-// third makes of word 0. A counter is {column, row, 0, target}: until then a word depends on the
-// column or on the row alone, but for word 2, which is the exclusive or of one of each.
-struct ColumnDraws {
-  vw word_1, word_2, product_0;
-};
-
-MODXFER_INLINE ColumnDraws column_draws(const RoundKeys& keys, unsigned target, unsigned first) {
+MODXFER_INLINE vw lane_numbers() {
   constexpr unsigned long long kLane[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-  vw column;
-  __builtin_memcpy(&column, kLane, sizeof(column));
-  const vw product = multiply_low(column + first, kPhilox0);
-  const vw word_1 = multiply_low(
-      (product >> 32) ^ static_cast<unsigned long long>(target) ^ keys.high[0], kPhilox2);
-  const vw word_0 = (word_1 >> 32) ^ keys.low[1];
-  return {word_1, product ^ keys.high[1], multiply_low(word_0, kPhilox0)};
+  vw lanes;
+  __builtin_memcpy(&lanes, kLane, sizeof(lanes));
+  return lanes;
 }
+
+#include "modxfer/philox.h"
 
 // Bytes of a mask, one a lane, of a row that its first key leaves as `row_word`. Halves up to
 // `largest_dropped` are dropped.
 MODXFER_INLINE vw draw(const RoundKeys& keys, const ColumnDraws& columns, unsigned row_word,
                        unsigned short largest_dropped) {
-  const unsigned long long row_product = static_cast<unsigned long long>(row_word) * kPhilox0;
-  const vw product_2 = multiply_low(columns.word_2 ^ (row_product >> 32), kPhilox2);
-  vw c0 = (product_2 >> 32) ^ columns.word_1 ^ keys.low[2], c1 = product_2;
-  vw c2 = (columns.product_0 >> 32) ^ row_product ^ keys.high[2], c3 = columns.product_0;
-  for (int round = 3; round < 7; ++round) {
-    const vw product_0 = multiply_low(c0, kPhilox0), product_2 = multiply_low(c2, kPhilox2);
-    c0 = (product_2 >> 32) ^ c1 ^ keys.low[round];
-    c1 = product_2;
-    c2 = (product_0 >> 32) ^ c3 ^ keys.high[round];
-    c3 = product_0;
-  }
+  const Draws draws = draws_of(keys, columns, row_word);
   // halves 0 to 3 of a draw side by side in its lane, and 4 to 7; then the bit of each
-  const vh halves_low = (vh)((c0 & 0xffffffffULL) | (c1 << 32));
-  const vh halves_high = (vh)((c2 & 0xffffffffULL) | (c3 << 32));
+  const vh halves_low = (vh)((draws.words[0] & 0xffffffffULL) | (draws.words[1] << 32));
+  const vh halves_high = (vh)((draws.words[2] & 0xffffffffULL) | (draws.words[3] << 32));
   const vh limit = vh{} + largest_dropped;
   const vw bits_low = vw{} + 0x0008000400020001ULL, bits_high = vw{} + 0x0080004000200010ULL;
   vw bits = ((vw)(halves_low > limit) & bits_low) | ((vw)(halves_high > limit) & bits_high);
@@ -188,7 +149,8 @@ void draw_mask(const DropoutKey& key, int64_t first_row, int64_t rows, int64_t n
   const unsigned row_key = static_cast<unsigned>(key.seed);
   const auto limit = static_cast<unsigned short>(key.threshold - 1);
   for (int64_t byte = 0; byte < num_bytes; byte += kDraws) {
-    const ColumnDraws columns = column_draws(keys, key.target, static_cast<unsigned>(byte));
+    const ColumnDraws columns =
+        column_draws(keys, key.target, lane_numbers() + static_cast<unsigned>(byte));
     for (int64_t row = 0; row < rows; ++row) {
       const vd bytes = __builtin_convertvector(
           draw(keys, columns, static_cast<unsigned>(first_row + row) ^ row_key, limit), vd);

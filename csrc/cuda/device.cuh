@@ -22,6 +22,7 @@
 // Before a kernel's name: registers for so many threads a block, and blocks a multiprocessor.
 #define MODXFER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define MODXFER_UNROLL _Pragma("unroll")
+#define MODXFER_UNROLL_BY_8 _Pragma("unroll 8")
 #define MODXFER_ARGUMENT const __grid_constant__
 
 namespace modxfer::device {
@@ -249,6 +250,49 @@ MODXFER_DEVICE float from_bits(uint16_t bits, bool is_bf16) {
 MODXFER_DEVICE uint16_t to_bits(float x, bool is_bf16) {
   return is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x))
                  : __half_as_ushort(__float2half_rn(x));
+}
+
+#define MODXFER_MULTIPLY_ADD(shape, type)                                    \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type                \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+template <class T>
+MODXFER_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+MODXFER_DEVICE void multiply_add<Bf16>(float (&c)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+  MODXFER_MULTIPLY_ADD("m16n8k16", "bf16");
+}
+template <>
+MODXFER_DEVICE void multiply_add<Half>(float (&c)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+  MODXFER_MULTIPLY_ADD("m16n8k16", "f16");
+}
+MODXFER_DEVICE void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+  MODXFER_MULTIPLY_ADD("m16n8k8", "tf32");
+}
+#undef MODXFER_MULTIPLY_ADD
+
+MODXFER_DEVICE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+MODXFER_DEVICE float from_tf32(uint32_t bits) { return __uint_as_float(bits); }
+
+MODXFER_DEVICE uint64_t multiply_wide(uint32_t x, uint32_t y) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
+  return product;
+}
+
+MODXFER_DEVICE uint32_t negative_halves(int low, int high) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %2, 0xFFBB;" : "=r"(mask) : "r"(low), "r"(high));
+  return mask;
 }
 
 // On the stream; blocks come in clusters where the device has them.

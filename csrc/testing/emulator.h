@@ -11,8 +11,8 @@
 // calls checker.cpp answers in the place of its library, also: two accesses to a byte that nothing
 // orders, reads of shared memory before a write, accesses beyond it.
 //
-// Not modelled: the bits of approximate functions, memory that is weaker than barriers say,
-// tensor cores, bank conflicts, occupancy.
+// Not modelled: the bits of approximate functions, in which order tensor cores add and how they
+// round, memory that is weaker than barriers say, bank conflicts, occupancy.
 #pragma once
 
 #include <cmath>
@@ -21,6 +21,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #define MODXFER_DEVICE inline
@@ -28,6 +29,7 @@
 #define MODXFER_KERNEL static
 #define MODXFER_BOUNDS(threads, blocks)
 #define MODXFER_UNROLL
+#define MODXFER_UNROLL_BY_8
 #define MODXFER_ARGUMENT const
 
 namespace modxfer::emulator {
@@ -94,6 +96,8 @@ void begin_atomic();
 void end_atomic();
 
 }  // namespace modxfer::emulator
+
+#include "tensor_core.h"
 
 namespace modxfer::device {
 
@@ -240,6 +244,13 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// The nearest number of tf32, halves away from 0; bits below it are not read.
+inline uint32_t to_tf32(float x) {
+  const uint32_t bits = bits_of(x);
+  return std::isfinite(x) ? (bits + 0x1000) & 0xFFFFE000 : bits;
+}
+inline float from_tf32(uint32_t bits) { return float_of(bits & 0xFFFFE000); }
+
 // A half-precision number from its bits, and back.
 inline float from_bits(uint16_t bits, bool is_bf16) {
   if (is_bf16) return to_float(Bf16{bits});
@@ -254,6 +265,27 @@ inline uint16_t to_bits(float x, bool is_bf16) {
   uint16_t bits;
   std::memcpy(&bits, &half, sizeof(bits));
   return bits;
+}
+
+inline uint64_t multiply_wide(uint32_t x, uint32_t y) { return uint64_t{x} * y; }
+
+// 0xFFFF in the lower half where the first is below 0, in the upper half where the second is.
+inline uint32_t negative_halves(int low, int high) {
+  return (low < 0 ? 0x0000FFFFu : 0u) | (high < 0 ? 0xFFFF0000u : 0u);
+}
+
+// c += a b of a warp, a [16, 16] and b [16, 8] of T in the fragments of PTX's mma.m16n8k16.
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MODXFER_SITE) {
+  emulator::multiply_add<16>(c, a, b, site, [](uint32_t pair, int i) {
+    return from_bits(static_cast<uint16_t>(pair >> 16 * i), std::is_same_v<T, Bf16>);
+  });
+}
+
+// a [16, 8] and b [8, 8] of tf32, floats of 10 bits behind the point, in those of mma.m16n8k8.
+inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              MODXFER_SITE) {
+  emulator::multiply_add<8>(c, a, b, site, [](uint32_t bits, int) { return from_tf32(bits); });
 }
 
 template <class... Parameters, class... Arguments>
