@@ -1,16 +1,14 @@
-"""Centred rows and their products, added to fp64 accumulators, without atomics.
+"""Centred rows, and their products by torch's BLAS, added to fp64 accumulators without atomics.
 
 N rows (tokens)   D_x, D_y widths
 
     correlation_centre   a program subtracts the shift from its rows and columns, writes them, and
                          leaves the sums and squares of its rows as one partial result; partial
                          results are added in their order
-    correlation_product  a program makes one tile of x^T y: fp32 over the rows of a chunk, at most
-                         MAX_ROWS, then one addition to the tile in fp64
-    correlation_gram     the same, and tiles below the diagonal are left out
+    correlation_product  an fp32 product into a tile, then one pass that adds the tile to fp64; see
+    correlation_gram     products.py
 
-Products are fp32 throughout ("ieee", no TF32): on tensor cores the accumulator of a long sum is
-cut off rather than rounded, and a correlation next to 1 would show it.
+In fp32 without tensor cores Triton's own products are predicted at half of cuBLAS's speed.
 """
 
 import torch
@@ -19,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modxfer_fast.kernels.common import triton_device
+from modxfer_fast.kernels.correlation import products
 
 # A program of the pass over rows takes _ROWS of _BLOCK_D columns, _BLOCK_N of them summed in fp32
 # before they are added in fp64.
@@ -69,39 +68,6 @@ def _centre_kernel(
     tl.store(partial_ptr + D + offs_d, squares, mask=mask_d)
 
 
-@triton.jit
-def _product_kernel(
-    x_ptr, y_ptr,                        # in   [N, D_x], [N, D_y] fp32
-    product_ptr,                         # in, out  [D_x, D_y] fp64
-    N, D_x, D_y,
-    stride_xn, stride_yn, stride_px,
-    UPPER: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    first_x = tl.program_id(1) * BLOCK_X
-    first_y = tl.program_id(0) * BLOCK_Y
-    if (not UPPER) or first_x < first_y + BLOCK_Y:
-        offs_x = first_x + tl.arange(0, BLOCK_X)
-        offs_y = first_y + tl.arange(0, BLOCK_Y)
-        mask_x = offs_x < D_x
-        mask_y = offs_y < D_y
-        offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
-        x_ptrs = x_ptr + offs_n[:, None] * stride_xn + offs_x
-        y_ptrs = y_ptr + offs_n[:, None] * stride_yn + offs_y
-        total = tl.zeros([BLOCK_X, BLOCK_Y], tl.float32)
-        for n in range(0, N, BLOCK_N):
-            mask_n = offs_n < N - n
-            x = tl.load(x_ptrs, mask=mask_n[:, None] & mask_x, other=0.0)
-            y = tl.load(y_ptrs, mask=mask_n[:, None] & mask_y, other=0.0)
-            total = tl.dot(tl.trans(x), y, total, input_precision="ieee")
-            x_ptrs += BLOCK_N * stride_xn
-            y_ptrs += BLOCK_N * stride_yn
-        product_ptrs = product_ptr + offs_x.to(tl.int64)[:, None] * stride_px + offs_y
-        mask = mask_x[:, None] & mask_y
-        before = tl.load(product_ptrs, mask=mask, other=0.0)
-        tl.store(product_ptrs, before + total.to(tl.float64), mask=mask)
-
-
 def correlation_centre(
     x: Tensor, mask: Tensor | None, shift: Tensor, centred: Tensor, sums: Tensor
 ) -> None:
@@ -139,38 +105,13 @@ def correlation_centre(
 
 def correlation_product(x: Tensor, y: Tensor, product: Tensor) -> None:
     """product [D_x, D_y] fp64 += x^T y; x, y fp32 with last stride 1."""
-    _multiply(x, y, product, is_upper=False)
+    products.product(x, y, product, _add)
 
 
 def correlation_gram(x: Tensor, gram: Tensor) -> None:
-    """gram [D, D] fp64 += x^T x from the first row to the tile of the diagonal."""
-    _multiply(x, x, gram, is_upper=True)
+    """gram [D, D] fp64 += x^T x from the first row to the block of the diagonal."""
+    products.gram(x, gram, _add)
 
 
-def _multiply(x: Tensor, y: Tensor, product: Tensor, is_upper: bool) -> None:
-    rows, width_x = x.shape
-    width_y = y.shape[1]
-    if rows == 0:
-        return
-    # A tile in fp32 takes its multiplications from the ordinary units, so registers bound it: 64 by
-    # 64 leaves 32 accumulators a thread. Narrow sites would leave most of it empty.
-    block = 32 if max(width_x, width_y) <= 128 else 64
-    grid = (triton.cdiv(width_y, block), triton.cdiv(width_x, block))
-    with torch.cuda.device_of(x):
-        _product_kernel[grid](
-            x,
-            y,
-            product,
-            N=rows,
-            D_x=width_x,
-            D_y=width_y,
-            stride_xn=x.stride(0),
-            stride_yn=y.stride(0),
-            stride_px=product.stride(0),
-            UPPER=is_upper,
-            BLOCK_X=block,
-            BLOCK_Y=block,
-            BLOCK_N=16,
-            num_warps=4,
-            num_stages=3,
-        )
+def _add(tile: Tensor, total: Tensor) -> None:
+    total += tile  # one kernel of torch, which widens as it reads

@@ -7,6 +7,7 @@ from modxfer_fast.kernels.correlation import (
     correlation_centre,
     correlation_gram,
     correlation_product,
+    products,
 )
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.correlation_inputs import features, pair
@@ -104,6 +105,34 @@ def test_products_are_added(backend):
     assert_within_budget(
         (gram - 1).float()[upper], (x64.t() @ x64)[upper], (x.t() @ x)[upper], "gram"
     )
+
+
+def test_blocks_of_a_gram_end_at_its_diagonal(monkeypatch):
+    monkeypatch.setitem(products._BLOCKS, "cpu", 32)
+    x, y = pair(130, widths=(70, 90))
+    gram, product = torch.zeros(70, 70, dtype=torch.float64), torch.zeros(70, 90).double()
+    correlation_gram(x, gram, backend="cpp")
+    x64, y64 = x.double(), y.double()
+    assert_within_budget(gram.triu().float(), (x64.t() @ x64).triu(), (x.t() @ x).triu(), "gram")
+    assert (gram[64:, :32] == 0).all()
+    monkeypatch.setattr(products, "_MOST_PITCH", 50)  # rows too far apart are copied
+    correlation_product(x, y, product, backend="cpp")
+    assert_within_budget(product.float(), x64.t() @ y64, x.t() @ y, "product")
+
+
+def test_no_product_is_tf32_and_the_setting_comes_back():
+    matmul = torch.backends.cuda.matmul
+    before, tile = matmul.fp32_precision, []
+    try:
+        matmul.fp32_precision = "tf32"
+        with products._full_precision("cuda"):
+            with products._full_precision("cuda"):
+                tile.append(matmul.fp32_precision)
+            tile.append(matmul.fp32_precision)
+        assert tile == ["ieee", "ieee"]
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
