@@ -47,6 +47,9 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
       "float[] numbers, float[] bends, Tensor? softening, Tensor(a!)? dlogits, Tensor(b!)? extras) "
       "-> (Tensor kd, Tensor ce)");
   m.def(
+      "teacher_topk(Tensor logits, int k, float[] bends, float temperature) -> (Tensor ids, Tensor "
+      "log_probs, Tensor log_tail)");
+  m.def(
       "projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int loss, float beta, int "
       "norm, "
       "float norm_eps, Tensor(a!)? dz) -> Tensor loss");
@@ -84,6 +87,7 @@ STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CPU, m) {
   m.impl("kd_loss_sums", TORCH_BOX(&modxfer::kd_loss_sums));
   m.impl("kd_loss_write", TORCH_BOX(&modxfer::kd_loss_write));
   m.impl("topk_kd_loss", TORCH_BOX(&modxfer::topk_kd_loss));
+  m.impl("teacher_topk", TORCH_BOX(&modxfer::teacher_topk));
   m.impl("cross_entropy_fwd", TORCH_BOX(&modxfer::cross_entropy_fwd));
   m.impl("cross_entropy_fwd_bwd", TORCH_BOX(&modxfer::cross_entropy_fwd_bwd));
   m.impl("projection_loss_rows", TORCH_BOX(&modxfer::projection_loss_rows));

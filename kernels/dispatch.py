@@ -39,6 +39,7 @@ ROOMS = {
         *("kd_loss_stats", "kd_loss_sums", "kd_loss_write"),
         *("topk_kd_loss_fwd", "topk_kd_loss_fwd_bwd"),
         *("cross_entropy_fwd", "cross_entropy_fwd_bwd"),
+        "teacher_topk",
     ),
     "linear_kd_loss": ("linear_kd_loss_fwd",),
     "projection_loss": ("projection_loss_fwd", "projection_loss_rows"),

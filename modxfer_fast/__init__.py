@@ -28,6 +28,7 @@ from modxfer_fast.kernels.linear_kd_loss import (
     linear_log_probs,
     linear_log_probs_terms,
     release_workspace,
+    teacher_topk,
 )
 from modxfer_fast.kernels.lora_linear import LoraTarget, lora_linear, lora_linear_group
 from modxfer_fast.kernels.lora_projection_loss import LoraProjectionLoss, lora_projection_loss
@@ -83,6 +84,7 @@ __all__ = [
     "relation_loss",
     "release_workspace",
     "rows_from_documents",
+    "teacher_topk",
     "use_backend",
 ]
 

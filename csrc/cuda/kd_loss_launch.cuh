@@ -42,18 +42,18 @@ inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>&
   return rows;
 }
 
-// Launches kernel_of(is_resident) for `of`, whose arguments are `rows`, on the stream of this
-// number. bytes_of(cluster, is_resident): of shared memory that a block needs.
+// Launches kernel_of(is_resident) for `count` rows, whose arguments are `rows`, on the stream of
+// this number. bytes_of(cluster, is_resident): of shared memory that a block needs.
 template <class Rows, class Bytes, class Choice>
-void launch_rows(const KdRows& of, const Rows& rows, int64_t stream, const Bytes& bytes_of,
+void launch_rows(int count, const Rows& rows, int64_t stream, const Bytes& bytes_of,
                  const Choice& kernel_of) {
-  if (of.rows == 0) return;
+  if (count == 0) return;
   int device = 0, multiprocessors = 0, major = 0, most_shared = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const Plan plan = plan_of(of.rows, multiprocessors, major >= 9 ? most_shared : 0,
+  const Plan plan = plan_of(count, multiprocessors, major >= 9 ? most_shared : 0,
                             [&](int cluster) { return bytes_of(cluster, true); });
   const int bytes = bytes_of(plan.cluster, plan.is_resident);
   STD_TORCH_CHECK(bytes <= most_shared,

@@ -69,14 +69,20 @@ MODXFER_DEVICE void reduce_block(float* values, float* warps) {
   }
 }
 
-// Gives every block the values of each: [blocks, kCount] of its shared memory.
+// Gives every block this one's values: [blocks, kCount] of its shared memory. A barrier of the
+// cluster follows.
+template <int kCount>
+MODXFER_DEVICE void tell(const float* values, float* all) {
+  if (device::thread_index() >= device::cluster_size()) return;
+  float* there = device::of_rank(all, device::thread_index()) + device::cluster_rank() * kCount;
+  MODXFER_UNROLL
+  for (int i = 0; i < kCount; ++i) there[i] = values[i];
+}
+
+// Gives every block the values of each.
 template <int kCount>
 MODXFER_DEVICE void exchange(const float* values, float* all) {
-  if (device::thread_index() < device::cluster_size()) {
-    float* there = device::of_rank(all, device::thread_index()) + device::cluster_rank() * kCount;
-    MODXFER_UNROLL
-    for (int i = 0; i < kCount; ++i) there[i] = values[i];
-  }
+  tell<kCount>(values, all);
   device::sync_cluster();
 }
 

@@ -134,6 +134,10 @@ def _topk(
     )
 
 
+def teacher_topk(logits: Tensor, k: int, spec: KDSpec) -> tuple[Tensor, Tensor, Tensor]:
+    return compiled.ops().teacher_topk(logits, k, spec.bends, spec.temperature)
+
+
 def cross_entropy_fwd(
     student_logits: Tensor,
     signal: None,

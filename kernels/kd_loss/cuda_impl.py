@@ -132,6 +132,11 @@ def cross_entropy_fwd_bwd(
     return _cross_entropy(student_logits, labels, row_weights, spec, dlogits, extras)
 
 
+def teacher_topk(logits: Tensor, k: int, spec: KDSpec) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(logits):
+        return compiled.ops().teacher_topk_cuda(logits, k, spec.bends, spec.temperature, stream())
+
+
 def _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, extras):
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_cuda(

@@ -25,6 +25,7 @@ from modxfer_fast.kernels.kd_loss.reference_cross_entropy import (
     label_index,
     write_extras,
 )
+from modxfer_fast.kernels.kd_loss.teacher_topk import teacher_topk
 from modxfer_fast.kernels.kd_loss.topk import TopKRows, list_terms
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "kd_loss_fwd_bwd",
     "kd_loss_reference",
     "supports",
+    "teacher_topk",
     "topk_kd_loss_fwd",
     "topk_kd_loss_fwd_bwd",
 ]

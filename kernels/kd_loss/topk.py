@@ -31,7 +31,7 @@ over those that are, which would be noise where a student is sure.
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from modxfer_fast.kernels.common import Bend, KDSpec, packing
 from modxfer_fast.kernels.common.checks import (
     check_constant,
     check_float,
+    check_row_tensor,
     check_same_device,
     check_tensor,
 )
@@ -87,12 +88,16 @@ class TeacherTopK(NamedTuple):
             tail "renormalise" alone, which needs no more than the listed classes,
             p_i^(temperature / temperature of the loss) over their sum; the rest of the mass cannot
             be softened without the logits that it is made of.
+        log_tail: [...], any float, the logarithm of the mass that is not listed, for "bucket", as
+            `teacher_topk` finds it. None: that of 1 - sum p, which is no more exact than log_probs
+            are: of half precision, or where little is left, it is noise.
     """
 
     ids: Tensor
     log_probs: Tensor
     tail: str = "bucket"
     temperature: float = 1.0
+    log_tail: Tensor | None = None
 
     @property
     def row_kernel(self) -> str:
@@ -105,7 +110,7 @@ class TeacherTopK(NamedTuple):
     # --- a user's tensors
 
     def detach(self) -> "TeacherTopK":
-        return self._replace(ids=self.ids.detach(), log_probs=self.log_probs.detach())
+        return self._each(Tensor.detach)
 
     def cast(self) -> "TeacherTopK":
         return self
@@ -114,11 +119,11 @@ class TeacherTopK(NamedTuple):
         """Of fp64 only beside a student of it: lists from NumPy are, and row kernels take fp32."""
         if self.log_probs.dtype != torch.float64 or dtype == torch.float64:
             return self
-        return self._replace(log_probs=self.log_probs.float())
+        return self._each(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
     def check(self, role: str = "teacher") -> None:
         """Raises ValueError or TypeError that names `<role>_ids`, `_log_probs` or another field."""
-        ids, log_probs, tail, temperature = self
+        ids, log_probs, tail, temperature, log_tail = self
         check_tensor(f"{role}_ids", ids)
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{role}_ids: expected torch.int64 or torch.int32, got {ids.dtype}")
@@ -134,6 +139,10 @@ class TeacherTopK(NamedTuple):
                 f"got {tuple(log_probs.shape)}"
             )
         check_same_device(f"{role}_log_probs", log_probs, f"{role}_ids", ids)
+        if log_tail is not None:
+            check_float(f"{role}_log_tail", log_tail)
+            lead = tuple(ids.shape[:-1])
+            check_row_tensor(f"{role}_log_tail", log_tail, lead, f"{role}_ids", ids)
         if tail not in TAILS:
             near = difflib.get_close_matches(str(tail), TAILS, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -167,8 +176,10 @@ class TeacherTopK(NamedTuple):
         ids, log_probs = self.ids, self.log_probs
         if ids.numel() == 0 or not (ids.device.type == "cpu" or env.debug()):
             return
+        log_tail = self.log_tail
         if valid is not None:
             ids, log_probs = ids[valid], log_probs[valid]
+            log_tail = None if log_tail is None else log_tail[valid]
         bad = (ids < -1) | (ids >= vocab_size)
         if bad.any():
             raise ValueError(
@@ -200,11 +211,15 @@ class TeacherTopK(NamedTuple):
         entropy = -(p * log_p.clamp(min=-1e3)).sum(-1)
         rounding = torch.finfo(log_probs.dtype).eps * (1.0 + entropy)
         excess = p.sum(-1) - 1.0
+        beside = ""
+        if log_tail is not None and self.tail == "bucket":
+            excess, beside = excess + log_tail.double().exp(), " with the mass of log_tail"
         if (excess > rounding + ROUNDING).any():
             raise ValueError(
-                f"teacher_log_probs: expected probabilities whose sum is at most 1 in every row, "
-                f"got {1.0 + excess.max().item():.6g}; log-probabilities are those of the softmax "
-                f"over the whole vocabulary, or tail='renormalise'"
+                f"teacher_log_probs: expected probabilities whose sum{beside} is at most 1 in "
+                f"every row, got {1.0 + excess[excess > ROUNDING].max().item():.6g}; "
+                f"log-probabilities are those of the softmax over the whole vocabulary, or "
+                f"tail='renormalise'"
             )
 
     def _check_spec(self, spec: KDSpec) -> None:
@@ -242,14 +257,13 @@ class TeacherTopK(NamedTuple):
             )
 
     def flat(self, rows: int) -> "TeacherTopK":
-        shape = (rows, self.ids.shape[-1])
-        return self._replace(ids=self.ids.reshape(shape), log_probs=self.log_probs.reshape(shape))
+        lead = self.ids.dim() - 1
+        return self._each(lambda tensor: tensor.reshape(rows, *tensor.shape[lead:]))
 
     # --- of [N, K]
 
     def take(self, span: slice, index: Tensor | None) -> "TeacherTopK":
-        ids, log_probs = (packing.take(tensor, span, index) for tensor in self[:2])
-        return self._replace(ids=ids, log_probs=log_probs)
+        return self._each(lambda tensor: packing.take(tensor, span, index))
 
     def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> TopKRows:
         return self.rows(spec)
@@ -268,13 +282,22 @@ class TeacherTopK(NamedTuple):
             return TopKRows(self.ids, log_p.to(dtype), None, self.tail)
         log_p = log_p.clamp(max=0.0)
         log_tail = None
-        if self.tail == "bucket":
+        if self.tail == "bucket" and self.log_tail is not None:
+            least = math.log(torch.finfo(dtype).tiny)  # infinitely unlikely would be as below
+            log_tail = self.log_tail.clamp(least, 0.0).to(dtype)
+        elif self.tail == "bucket":
             # 1 - sum p where the sum may be next to 0 or 1; a softmax in fp32 says 1 of all above
             # 1 - 6e-8, and a tail of nothing would be infinitely unlikely
             p_tail = -log_p.logsumexp(-1).expm1()
             log_tail = p_tail.clamp(min=torch.finfo(dtype).eps / 2).log().to(dtype)
         missing = _missing(spec) if self.tail == "none" else 0.0
         return TopKRows(self.ids, log_p.to(dtype), log_tail, self.tail, missing)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TeacherTopK":
+        """With every tensor changed."""
+        return TeacherTopK._make(
+            [change(field) if isinstance(field, Tensor) else field for field in self]
+        )
 
     # --- bytes
 

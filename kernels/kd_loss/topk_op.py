@@ -28,6 +28,7 @@ class _Inputs(NamedTuple):
     log_probs: Tensor
     tail: str
     teacher_temperature: float
+    log_tail: Tensor | None
     labels: Tensor | None
     softening: Tensor | None  # [N, 2]
     numbers: Tensor
@@ -54,7 +55,8 @@ def topk_rows(
 
 
 def _teacher(inputs) -> TeacherTopK:
-    return TeacherTopK(inputs.ids, inputs.log_probs, inputs.tail, inputs.teacher_temperature)
+    options = (inputs.tail, inputs.teacher_temperature, inputs.log_tail)
+    return TeacherTopK(inputs.ids, inputs.log_probs, *options)
 
 
 def _run_fwd(inputs: _Inputs) -> Tensor:

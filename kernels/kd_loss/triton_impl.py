@@ -33,6 +33,7 @@ from modxfer_fast.kernels.common import KDSpec, triton_device
 from modxfer_fast.kernels.divergences import Divergence
 from modxfer_fast.kernels.kd_loss import triton_cross_entropy
 from modxfer_fast.kernels.kd_loss.config import row_config
+from modxfer_fast.kernels.kd_loss.teacher_topk import teacher_topk as teacher_topk
 from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
 from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
 from modxfer_fast.kernels.kd_loss.triton_divergences import class_terms, probabilities

@@ -16,6 +16,7 @@ from modxfer_fast.kernels.linear_kd_loss.op import (
     loss_alone,
     loss_of_heads,
 )
+from modxfer_fast.kernels.linear_kd_loss.teacher_topk import teacher_topk
 from modxfer_fast.kernels.linear_kd_loss.teachers import (
     TeacherLogits,
     TeacherLogProbs,

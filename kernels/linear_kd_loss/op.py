@@ -62,6 +62,7 @@ from modxfer_fast.kernels.linear_kd_loss.teachers import (
     NoTeacher,
     Teacher,
     Values,
+    refuse_bend,
     teacher_of,
 )
 from modxfer_fast.kernels.linear_kd_loss.vocabulary import Vocabulary
@@ -376,13 +377,7 @@ def _computed(
     softening = given_spec.softened(hidden, student.hidden)
     if isinstance(student, ParallelHead):
         parallel.refuse_options(spec, launch)
-    if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
-        raise ValueError(
-            "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
-            f"{type(teacher).__name__}, which has no head that they could follow (each TeacherHead "
-            f"of a mixture has a logit_scale and a softcap of its own), "
-            f"got {spec.teacher_logit_scale} and {spec.teacher_softcap}"
-        )
+    refuse_bend(teacher, spec)
     if by_products and isinstance(teacher, Mixture) and teacher.of == "losses":
         raise ValueError(
             "by_products: expected one teacher's probabilities, got a TeacherMixture of losses"
@@ -458,7 +453,7 @@ def tensors_of(role: str, head: Any) -> dict[str, Tensor]:
     return found
 
 
-def _kinds(role: str, head: type[Any]) -> dict[str, Any]:
+def kinds_of(role: str, head: type[Any]) -> dict[str, Any]:
     return {f"{role}_{name}": kind for name, kind in head.__annotations__.items()}
 
 
@@ -472,8 +467,8 @@ def streamed(name: str, student_kind: type[Any], teacher_kind: type[Any]) -> Non
         student_kind, teacher_kind: NamedTuples whose fields become inputs of the op. All tensors of
             the student's may be trained; its `gradient` finds their gradients.
     """
-    of_student = _kinds("student", student_kind)
-    of_heads = of_student | _kinds("teacher", teacher_kind)
+    of_student = kinds_of("student", student_kind)
+    of_heads = of_student | kinds_of("teacher", teacher_kind)
     kinds = of_heads | Rows.__annotations__ | {"numbers": Tensor, "names": str}
     kinds |= Launch.__annotations__ | {"by_products": bool}
 

@@ -150,6 +150,17 @@ def teacher_of(hidden: Any, weight: Any, bias: Tensor | None) -> Any:
     return hidden.kind() if hasattr(hidden, "kind") else hidden
 
 
+def refuse_bend(teacher: Any, spec: KDSpec) -> None:
+    """Raises ValueError for a scale or cap of logits that no head of the teacher makes."""
+    if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
+        raise ValueError(
+            "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
+            f"{type(teacher).__name__}, which has no head that they could follow (each TeacherHead "
+            f"of a mixture has a logit_scale and a softcap of its own), "
+            f"got {spec.teacher_logit_scale} and {spec.teacher_softcap}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherLogits:
     """A teacher whose logits are there already; the row kernels read them as they are.

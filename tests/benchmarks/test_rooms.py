@@ -17,6 +17,7 @@ from benchmarks import (
     bench_lora_projection_loss,
     bench_projection_loss,
     bench_relation_loss,
+    bench_teacher_topk,
     peers,
     rooms,
 )
@@ -31,6 +32,7 @@ SHAPES = {
     "kd_loss": SHAPE,
     "linear_kd_loss": SHAPE,
     "linear_cross_entropy": bench_linear_cross_entropy.Shape(N=24, D=16, V=300),
+    "teacher_topk": bench_teacher_topk.Shape(N=24, D=16, V=300, K=7),
     "projection_loss": rooms.States(N=24, D_s=16, D_t=40),
     "relation_loss": bench_relation_loss.Shape(B=2, T=10, A=2, D_s=16, D_t=24),
     "lora_linear": bench_lora_linear.Shape(M=24, H=48, H_kv=16, F=40, R=4),

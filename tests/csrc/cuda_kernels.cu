@@ -5,6 +5,7 @@
 #include "kd_loss_rows.cuh"
 #include "kd_loss_stages.cuh"
 #include "projection_loss_rows.cuh"
+#include "teacher_topk_rows.cuh"
 #include "topk_kd_loss_rows.cuh"
 
 namespace modxfer::cuda {
@@ -48,6 +49,8 @@ void name_all(Kernel* kernels) {
   name(kernels, cross_entropy_rows<false>);
   name_projection_loss<ProjectionLoss::kMse>(kernels);
   name_projection_loss<ProjectionLoss::kSmoothL1>(kernels);
+  name(kernels, teacher_topk_rows<true>);
+  name(kernels, teacher_topk_rows<false>);
   name_divergences(kernels, std::make_integer_sequence<int64_t, kNumDivergences + 1>{});
 }
 

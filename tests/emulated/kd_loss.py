@@ -76,6 +76,18 @@ class _TopKRows(Structure):
     ]
 
 
+class _TeacherTopKRows(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("stride", c_int64),
+        ("kind", c_int),
+        ("bend", _Bend),
+        ("inv_temperature", c_float),
+        *((name, c_int) for name in ("rows", "classes", "count")),
+        *((name, c_void_p) for name in ("ids", "log_probs", "log_tail")),
+    ]
+
+
 def _spec_of(spec: KDSpec, classes: int) -> tuple[_Spec, list[_Summand]]:
     parts = []
     for record, weight in spec.parts:
@@ -154,6 +166,18 @@ class Emulated:
         self, student, signal, labels, row_weights, spec, dlogits, extras=None
     ):
         return self._cross_entropy(student, labels, row_weights, spec, dlogits, extras)
+
+    def teacher_topk(self, logits, k, spec):
+        ids = logits.new_full((len(logits), k), -7, dtype=torch.int32)
+        log_probs = logits.new_full((len(logits), k), math.inf, dtype=torch.float32)
+        log_tail = log_probs.new_full((len(logits),), math.inf)
+        call = _TeacherTopKRows(
+            *(at(logits), pitch(logits), KINDS[logits.dtype]),
+            *(_Bend(*spec.teacher_bend.numbers()), 1.0 / spec.temperature, *logits.shape, k),
+            *map(at, (ids, log_probs, log_tail)),
+        )
+        self._launch("emulated_teacher_topk.cpp", "emulated_teacher_topk", call)
+        return ids, log_probs, log_tail
 
     def _kd(self, student, teacher, labels, row_weights, spec, dlogits, extras):
         out = _outputs(student)

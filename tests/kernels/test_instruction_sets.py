@@ -7,7 +7,13 @@ import sys
 import pytest
 import torch
 
-from modxfer_fast import kd_loss, linear_kd_loss, lora_projection_loss
+from modxfer_fast import (
+    TeacherLogits,
+    kd_loss,
+    linear_kd_loss,
+    lora_projection_loss,
+    teacher_topk,
+)
 from modxfer_fast.cli.main import main
 from modxfer_fast.kernels.common import compiled, instruction_sets
 from modxfer_fast.kernels.divergences import DIVERGENCES
@@ -27,6 +33,7 @@ from tests.inputs import (
 from tests.lora_inputs import check as check_lora
 from tests.lora_inputs import small_group
 from tests.projection_inputs import check_projection, projection_inputs
+from tests.support.topk_rows import assert_finds, hard_rows
 
 SETS = instruction_sets.of_this_processor() if compiled.available()[0] else ()
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
@@ -61,6 +68,12 @@ def test_linear_kd_loss(isa):
     grads = torch.autograd.grad(loss, list(inputs.trainable().values()))
     results = {"loss": loss.detach(), **dict(zip(inputs.trainable(), grads, strict=True))}
     check_linear(results, inputs, objective, row_weights(9, inputs.labels, None))
+
+
+def test_teacher_topk(isa):
+    rows = hard_rows(1043)
+    for k in (1, 40, 700):
+        assert_finds(teacher_topk(TeacherLogits(rows), k=k, backend="cpp"), rows, k)
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])

@@ -74,6 +74,10 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
     std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
     std::optional<Tensor> softening, std::optional<Tensor> dlogits, std::optional<Tensor> extras);
 
+// -> ids [M, k] int32, log_probs [M, k], log_tail [M] of a teacher's logits, whose bend is read
+std::tuple<Tensor, Tensor, Tensor> teacher_topk(Tensor logits, int64_t k, std::vector<double> bends,
+                                                double temperature);
+
 // -> loss [M]; writes dz [M, D] where given, which may be z
 Tensor projection_loss_rows(Tensor z, Tensor t, Tensor row_weights, int64_t loss, double beta,
                             int64_t norm, double norm_eps, std::optional<Tensor> dz);
