@@ -11,6 +11,7 @@ a program is small and several of them share a multiprocessor.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 # Of an H100 or H200. One number for every GPU, so that sums are taken in one order on all of them.
 MULTIPROCESSORS = 132
@@ -18,6 +19,8 @@ MULTIPROCESSORS = 132
 SHARED_KIB = {80: 160, 87: 160, 90: 224, 100: 224, 101: 224, 103: 224, 110: 224}
 SHARED_KIB_OTHER = 96
 SHARED_KIB_HIP = 64
+# Columns of a block of the backward's CUDA passes, kBackwardColumns of csrc/cuda/lora_backward.cuh.
+CUDA_COLUMNS = 256
 # Of an H200, by how numbers are multiplied: operations of cuBLAS's products in the time of a byte
 # of memory, and the part of their rate that Triton's are expected to reach.
 FLOPS_PER_BYTE = {"half": 174, "tf32": 87, "ieee": 12}
@@ -197,6 +200,11 @@ def da_config(
     split_rows = _split_rows(rows, -(-columns // block_n), block_m)
     num_warps = 4 if num_targets * block_r <= 48 else 8
     return SkinnyConfig(block_m, block_n, block_r, split_rows, num_warps, stages)
+
+
+def cuda_share_rows(rows: int, widths: Iterable[int]) -> int:
+    """Rows of a block of the backward's CUDA passes over [rows, width] of each width."""
+    return _split_rows(rows, sum(-(-width // CUDA_COLUMNS) for width in widths), 64)
 
 
 def padded_rank(rank: int) -> int:

@@ -4,6 +4,7 @@
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_rows.cuh"
 #include "kd_loss_stages.cuh"
+#include "lora_passes.h"
 #include "projection_loss_rows.cuh"
 #include "teacher_topk_rows.cuh"
 #include "topk_kd_loss_rows.cuh"
@@ -52,6 +53,12 @@ void name_all(Kernel* kernels) {
   name(kernels, teacher_topk_rows<true>);
   name(kernels, teacher_topk_rows<false>);
   name_divergences(kernels, std::make_integer_sequence<int64_t, kNumDivergences + 1>{});
+  // each of those that a host may ask for
+  const auto launch = [&](auto kernel, const auto&...) { name(kernels, kernel); };
+  shrink({}, {}, {}, launch);
+  ds_db({}, {}, launch);
+  da({}, {}, {}, launch);
+  reduce({}, {}, launch);
 }
 
 }  // namespace modxfer::cuda
