@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CSRC := $(shell find csrc -type f)
+NVCC := $(shell command -v nvcc)
 
 # processes of the tests, each with one thread
 WORKERS ?= 2
@@ -31,6 +32,7 @@ $(STAMP): setup.py pyproject.toml Makefile $(CSRC)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(if $(NVCC),$(BIN)/pip install --quiet --no-deps nvidia-cutlass==4.2.0)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[engine,bench,dev]"
 	touch $@
 

@@ -5,12 +5,15 @@ MODXFER_BUILD=auto   what this machine can compile; if that fails, the other bac
               cuda   CPU and CUDA kernels, or fail (needs nvcc, not a GPU)
               none   pure Python
 
+csrc/cuda/hopper is built where the package nvidia-cutlass is installed, whose headers it takes.
+
 MODXFER_CXXFLAGS       more options for the C++ compiler, behind ours
 
 csrc is compiled against the torch that is installed, also where pip builds in isolation: a torch
 resolved for the build alone would be gigabytes of another version.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -27,8 +30,9 @@ ROOT = Path(__file__).parent
 MODES = ("auto", "cpu", "cuda", "none")
 # The oldest LibTorch whose stable ABI we call: one binary serves it and every later one.
 STABLE_ABI = "0x020b000000000000"
-# What a wheel has machine code for: A100, H100 and H200, B200.
+# What a wheel has machine code for: A100, H100 and H200, B200; csrc/cuda/hopper for the second.
 CUDA_TARGETS = ("80", "90a", "100a")
+HOPPER = ("90a",)
 
 
 def _missing() -> str:
@@ -108,6 +112,14 @@ def _extensions(mode: str):
     return [extension], {"build_ext": command}
 
 
+def _cutlass() -> Path | None:
+    """The headers of CUTLASS, where its package is installed."""
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "source" / "include"
+
+
 def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
     """Objects of csrc/cuda, and what they are linked with; one that is newer than csrc stays.
 
@@ -119,15 +131,25 @@ def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
     out.mkdir(parents=True, exist_ok=True)
     flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--threads", "0"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-    flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_TARGETS]
     flags += [f"-I{path}" for path in (csrc / "include", csrc / "cuda", *include_paths())]
     newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
     objects = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
-        target = out / f"{source.stem}.cu.o"
-        objects.append(str(target))
-        if not target.exists() or target.stat().st_mtime < newest:
-            subprocess.run(["nvcc", *flags, "-c", str(source), "-o", str(target)], check=True)
+
+    def build(folder: Path, targets: tuple[str, ...], *options: str) -> None:
+        code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in targets]
+        for source in sorted(folder.glob("*.cu")):
+            target = out / f"{source.stem}.cu.o"
+            objects.append(str(target))
+            if not target.exists() or target.stat().st_mtime < newest:
+                command = ["nvcc", *flags, *code, *options, "-c", str(source), "-o", str(target)]
+                subprocess.run(command, check=True)
+
+    build(csrc / "cuda", CUDA_TARGETS)
+    if cutlass := _cutlass():
+        # assertions are calls, before which the multiplications in flight would be waited for
+        build(csrc / "cuda" / "hopper", HOPPER, f"-I{cutlass}", "-DNDEBUG")
+    else:
+        print("modxfer_fast: csrc/cuda/hopper is not built: needs the package nvidia-cutlass")
     told = subprocess.run(
         ["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
     )

@@ -29,14 +29,24 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 def compiled(target: str, folder: Path) -> dict[str, dict[str, int]]:
     """What each kernel uses, by its mangled name; the cubin is left as <target>.cubin."""
+    source = Path(__file__).with_name("cuda_kernels.cu")
+    return resources(run_nvcc(source, target, folder / f"{target}.cubin"))
+
+
+def run_nvcc(source: Path, target: str, cubin: Path, *options: str) -> str:
+    """What nvcc and ptxas say of the kernels of `source`."""
     includes = [f"-I{ROOT / 'csrc' / name}" for name in ("cuda", "include")]
-    source, out = Path(__file__).with_name("cuda_kernels.cu"), folder / f"{target}.cubin"
-    command = ["nvcc", *FLAGS, f"-arch={target}", *includes, str(source), "-o", str(out)]
+    command = ["nvcc", *FLAGS, f"-arch={target}", *includes, *options, str(source), "-o", cubin]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def resources(told: str) -> dict[str, dict[str, int]]:
+    """What each kernel uses, by its mangled name."""
     found: dict[str, dict[str, int]] = {}
     name = ""
-    for line in done.stderr.splitlines():
+    for line in told.splitlines():
         if entry := _ENTRY.search(line):
             name = entry[1]
         elif stack := _STACK.search(line):
@@ -79,15 +89,20 @@ def test_nothing_is_spilled(build):
         assert used["stack"] == used["spills"] == 0, name
 
 
-def test_rows_in_shared_memory_come_by_bulk_copies(build):
-    target, _, cubin = build
+def machine_code(cubin: Path) -> dict[str, str]:
+    """The instructions of each kernel."""
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump")
     text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True).stdout
     functions = dict(part.split("\n", 1) for part in text.split("Function : ")[1:])
     assert functions
-    for name, code in functions.items():
+    return functions
+
+
+def test_rows_in_shared_memory_come_by_bulk_copies(build):
+    target, _, cubin = build
+    for name, code in machine_code(cubin).items():
         assert not re.search(r"\b(LDL|STL)\b", code), name
         if target != "sm_80" and "Lb1E" in name:
             for instruction in WANTED:

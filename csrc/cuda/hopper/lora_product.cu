@@ -1,0 +1,77 @@
+// Sums of products on Hopper: the launch of lora_product.cuh for tensors.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "lora_product.h"
+
+namespace modxfer::cuda {
+
+using torch::stable::Tensor;
+
+// Instances of their own files.
+bool launch_y(const LoraProduct& product, cudaStream_t stream);
+bool launch_dx(const LoraProduct& product, cudaStream_t stream);
+
+namespace {
+
+Matrix matrix_of(const Tensor& tensor, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16,
+                  "lora_product: expected bfloat16");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
+                  "lora_product: expected [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(tensor.stride(1) == 1 && tensor.stride(0) % kAligned == 0 &&
+                      columns % kAligned == 0 &&
+                      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
+                  "lora_product: expected rows that begin at multiples of 16 bytes");
+  return {tensor.data_ptr(), tensor.stride(0)};
+}
+
+}  // namespace
+
+// result [M, N] = sum of lefts [M, L] times rights, [N, L] each or [L, N], + addend + bias, rounded
+// once; the addend may be the result. bf16 on a device of capability 9.0, on the stream of this
+// number.
+void lora_product_cuda(std::vector<Tensor> lefts, std::vector<Tensor> rights, bool rights_in_rows,
+                       std::optional<Tensor> addend, std::optional<Tensor> bias, Tensor result,
+                       int64_t multiprocessors, int64_t stream) {
+  const int64_t rows = result.size(0), columns = result.size(1);
+  LoraProduct product = {};
+  product.rows = static_cast<int>(rows);
+  product.columns = static_cast<int>(columns);
+  product.num_pairs = static_cast<int>(lefts.size());
+  STD_TORCH_CHECK(!lefts.empty() && lefts.size() <= kMostPairs && lefts.size() == rights.size(),
+                  "lora_product: expected one to ", kMostPairs, " pairs");
+  for (size_t i = 0; i < lefts.size(); ++i) {
+    const int64_t terms = lefts[i].size(1);
+    product.pairs[i] = {matrix_of(lefts[i], rows, terms),
+                        rights_in_rows ? matrix_of(rights[i], columns, terms)
+                                       : matrix_of(rights[i], terms, columns),
+                        static_cast<int>(terms)};
+  }
+  if (addend.has_value()) product.addend = matrix_of(*addend, rows, columns);
+  if (bias.has_value()) product.bias = bias->data_ptr();
+  product.result = matrix_of(result, rows, columns);
+  product.multiprocessors = static_cast<int>(multiprocessors);
+  const auto launch = rights_in_rows ? launch_y : launch_dx;
+  STD_TORCH_CHECK(launch(product, reinterpret_cast<cudaStream_t>(stream)),
+                  "lora_product: not launched: ", cudaGetErrorString(cudaGetLastError()));
+}
+
+}  // namespace modxfer::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(modxfer_csrc, m) {
+  m.def(
+      "lora_product_cuda(Tensor[] lefts, Tensor[] rights, bool rights_in_rows, Tensor? addend, "
+      "Tensor? bias, Tensor(a!) result, int multiprocessors, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CUDA, m) {
+  m.impl("lora_product_cuda", TORCH_BOX(&modxfer::cuda::lora_product_cuda));
+}
