@@ -65,6 +65,7 @@ ROOM = rooms.Room(
 
 # (x, targets) -> y [M, N] of each
 Forward = Callable[[Tensor, list[LoraTarget]], Sequence[Tensor]]
+Step = Callable[[], rooms.Results]
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,30 @@ def lineup(case: Case) -> Lineup:
     candidates, seed = [], lora.seed_on(case.device)
 
     def add(
-        name: str, adapters: torch.dtype, forward: Forward, checked: Forward, **options
+        name: str,
+        adapters: torch.dtype,
+        forward: Forward,
+        checked: Forward,
+        wrap: Callable[[Step], Step] = lambda step: step,
+        **options,
     ) -> None:
         targets = problem.trained(adapters)
-        steps = (_step(problem, targets, function) for function in (forward, checked))
+        steps = (wrap(_step(problem, targets, function)) for function in (forward, checked))
         candidates.append(_candidate(problem, name, targets, *steps, **options))
 
-    for backend in rooms.our_backends("lora_linear", case):
+    backends = rooms.our_backends("lora_linear", case)
+    for backend in backends:
         forward = functools.partial(lora_linear_group, backend=backend)
         checked = functools.partial(forward, seed=seed)
         for adapters in dict.fromkeys((case.dtype, torch.float32)):
             suffix = "" if adapters == case.dtype else ", fp32 adapters"
             add(f"ours {backend}{suffix}", adapters, forward, checked)
+    if "triton" in backends:  # what its rule chooses from
+        forward = functools.partial(lora_linear_group, backend="triton")
+        checked = functools.partial(forward, seed=seed)
+        for name, apart in (("base apart", True), ("one kernel", False)):
+            wrap = functools.partial(lora.with_base, apart)
+            add(f"ours triton, {name}", case.dtype, forward, checked, wrap)
     kinds = [("", case.dtype, False)]
     if case.dtype != torch.float32:  # adapters as PEFT makes them, under AMP and alone, or cast
         kinds = [(", AMP", torch.float32, True), (", fp32 adapters", torch.float32, False)]

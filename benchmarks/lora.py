@@ -10,7 +10,8 @@ instead of being kept. With dropout each target has a mask of its own, as in PEF
 the dropped input is computed again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,22 @@ def masks(x: Tensor, dropout: float, targets: int = 1) -> list[Tensor] | list[No
         return [None] * targets
     bits = dropout_bits(seed_on(x.device), *x.shape, [dropout] * targets)
     return [unpack(of_target, x.shape[1]) for of_target in bits]
+
+
+def with_base(apart: bool, step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step with the base's products left to a library, or not, whatever Triton's rule says."""
+
+    def stepped() -> Any:
+        from modxfer_fast.kernels.lora_linear import triton_products
+
+        rule = triton_products.multiplies_base_apart
+        triton_products.multiplies_base_apart = lambda *sizes: apart
+        try:
+            return step()
+        finally:
+            triton_products.multiplies_base_apart = rule
+
+    return stepped
 
 
 class AddmmLinears(torch.autograd.Function):

@@ -105,7 +105,7 @@ def lora_linear(
             kept elements are multiplied by 1 / (1 - dropout). 0 outside training.
         seed: int64 scalar on the device of x that decides the mask; None draws one from torch's
             generator, so that a checkpoint that restores the generator recomputes the same mask.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
+        backend: "cuda", "triton", "cpp" or "reference"; None takes the best available.
 
     Returns:
         [..., N], dtype of x.

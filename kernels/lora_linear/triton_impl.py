@@ -43,9 +43,9 @@ available = triton_device.available
 supports = triton_device.supports
 
 
-_STEPS = Steps(shrink, triton_products.outputs, ds_db, triton_products.dx, da, reduce)
-lora_linear_fwd = functools.partial(forward, _STEPS)
-lora_linear_bwd = functools.partial(backward, _STEPS)
+STEPS = Steps(shrink, triton_products.outputs, ds_db, triton_products.dx, da, reduce)
+lora_linear_fwd = functools.partial(forward, STEPS)
+lora_linear_bwd = functools.partial(backward, STEPS)
 
 
 def projects_in_epilogue(x: Tensor, target: LoraTarget, rank: int) -> bool:

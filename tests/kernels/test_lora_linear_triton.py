@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from benchmarks.lora import with_base
 from modxfer_fast.kernels import env
 from modxfer_fast.kernels.lora_linear import (
     triton_backward,
@@ -237,6 +238,16 @@ def test_base_apart_is_no_worse_than_peft(dtypes, products):
     for name in ("y0", "y1", "x"):
         error = (results[name].double() - truth[name]).norm()
         assert error <= 1.05 * (plain[name].double() - truth[name]).norm(), name
+
+
+@interpreted
+def test_a_benchmark_times_both_ways(products):
+    inputs = lora_inputs(5, 40, (23,), BF16)
+    step = lambda: run(inputs, backend="triton")
+    with_base(False, step)()
+    assert not products
+    with_base(True, step)()
+    assert products == [(5, 40, 23), (5, 23, 40)]
 
 
 def test_what_is_multiplied_apart():
