@@ -5,6 +5,13 @@
 //               are, so the K-th largest maximum is a bound of the K-th largest logit
 //   collect     those that reach the bound, few more than K, and e^x of all others with its sum
 
+MODXFER_INLINE bool any(vi mask) {
+  uint64_t words[sizeof(mask) / sizeof(uint64_t)], found = 0;
+  __builtin_memcpy(words, &mask, sizeof(mask));
+  for (uint64_t word : words) found |= word;
+  return found != 0;
+}
+
 static int64_t row_maxima(const float* logits, int64_t V, int64_t vectors, float* maxima) {
   const int64_t size = vectors * kLanes;
   float* out = maxima;
@@ -33,14 +40,13 @@ static int64_t row_collect(const float* logits, const float* z, int64_t V, float
     vf sum{};
     for (int64_t step = block; step < last; step += kStep) {
       const int64_t end = step + kStep < last ? step + kStep : last;
-      vf high = splat(-__builtin_inff());
+      vi reached{};
       for_each_vector(step, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-        const vf logit = load_n(logits + i, n);
-        const vf e = vexp_below(load_n(z + i, n) - top, of);
-        sum += select(logit >= bound, vf{}, e);  // NaN is below
-        high = vmax(logit, high);
+        const vi reaches = load_n(logits + i, n) >= bound;  // NaN does not
+        sum += select(reaches, vf{}, vexp_below(load_n(z + i, n) - top, of));
+        reached |= reaches;
       });
-      if (reduce_max(high) < bound) continue;
+      if (!any(reached)) continue;
       for (int64_t i = step; i < end; ++i) {  // no branch: which reach it is hard to foretell
         indices[count] = static_cast<int32_t>(i);
         count += logits[i] >= bound;

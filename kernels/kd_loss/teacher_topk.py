@@ -1,7 +1,7 @@
 """The K likeliest classes of rows of logits in plain PyTorch: reference, and what Triton has of it.
 
-Three kernels of torch's, a sort, a softmax and a sum; `torch.topk` of keys that are all different
-finds the lower one of two equal logits' ids, which it leaves open of the logits themselves.
+`torch.topk` of keys that are all different finds the lower one of two equal logits' ids, which it
+leaves open of the logits themselves.
 """
 
 import torch
@@ -17,18 +17,21 @@ def teacher_topk(logits: Tensor, k: int, spec: KDSpec) -> tuple[Tensor, Tensor, 
         spec: whose temperature and `teacher_bend` these are.
     """
     ids = _largest(logits, k)
-    z = spec.teacher_bend.of(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    log_p = (z / spec.temperature).log_softmax(-1)
-    log_probs = log_p.gather(-1, ids)
-    log_tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    is_broken = log_p.isnan().any(-1)
-    ids = ids.masked_fill(logits.gather(-1, ids) == -torch.inf, -1)
-    ids = torch.where(is_broken[:, None], torch.arange(k, device=ids.device), ids)
+    raw = logits.gather(1, ids)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    z = spec.teacher_bend.of(logits.to(wide))
+    top = z.amax(-1, keepdim=True)
+    x = (z - top).div_(spec.temperature)
+    listed = x.gather(1, ids)
+    others = x.exp_().scatter_(1, ids, 0.0).sum(-1, keepdim=True)
+    d = others + listed.exp().sum(-1, keepdim=True)
+    has_softmax = (d > 0.0) & (d < torch.inf)
     log_probs, log_tail = (
-        tensor.masked_fill(is_broken.view(-1, *[1] * (tensor.dim() - 1)), torch.nan)
-        for tensor in (log_probs, log_tail)
+        torch.where(has_softmax, log_e - d.log(), torch.nan) for log_e in (listed, others.log())
     )
-    return ids.int(), log_probs, log_tail
+    ids = ids.masked_fill(raw == -torch.inf, -1)
+    ids = torch.where(has_softmax, ids, torch.arange(k, device=ids.device))
+    return ids.int(), log_probs, log_tail[:, 0]
 
 
 def _largest(logits: Tensor, k: int) -> Tensor:
@@ -36,8 +39,8 @@ def _largest(logits: Tensor, k: int) -> Tensor:
     if logits.dtype == torch.float64:  # for which no key is wide enough
         return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     bits = (logits.float() + 0.0).view(torch.int32)  # -0 is 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # in the order of floats
     last = logits.shape[-1] - 1
-    ids = torch.arange(last, -1, -1, device=logits.device)
-    keys = (ordered << 32 | ids).topk(k).values
-    return last - (keys & 0xFFFFFFFF)
+    keys = bits.long() << 32
+    keys |= torch.arange(last, -1, -1, device=logits.device)
+    return last - (keys.topk(k).values & 0xFFFFFFFF)
