@@ -26,12 +26,15 @@ def test_against_fp64(dtype, projection, device):
     shape = Shape(2048 // part, 1024 // part, 1024 // part, 1536 // part)
     line = candidates(Case(shape, dtype, device, projection, {"dropout": DROPOUT}))
     name = f"ours {backend_on(device, 'lora_linear')}"
-    (ours,) = (candidate for candidate in line.candidates if candidate.name == name)
-    results, truth = ours.step(), line.truth()
-    assert set(results) == set(truth)
-    for output, result in results.items():
-        error = relative_error(result, truth[output])
-        assert error <= BUDGET[dtype], f"{output}: relative error {error:.2%}"
+    ours = {c.name: c for c in line.candidates if c.name in (name, "ours cuda")}
+    truth = line.truth()
+    assert name in ours
+    for candidate in ours.values():
+        results = candidate.step()
+        assert set(results) == set(truth)
+        for output, result in results.items():
+            error = relative_error(result, truth[output])
+            assert error <= BUDGET[dtype], f"{candidate.name}, {output}: {error:.2%}"
 
 
 def tensors(
