@@ -104,7 +104,7 @@ def da(
     for i in needed:
         rank, shares = targets[i].lora_a.shape[0], -(-rows // share_rows)
         parts[i] = x.new_empty(shares, rank, width, dtype=torch.float32)
-    if rows > 0:
+    if x.numel() > 0:
         with torch.cuda.device_of(x):
             compiled.ops().lora_da_cuda(
                 x,

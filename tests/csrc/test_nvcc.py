@@ -109,6 +109,19 @@ def test_rows_in_shared_memory_come_by_bulk_copies(build):
                 assert instruction in code, (name, instruction)
 
 
+def test_passes_of_lora_copy_asynchronously_and_multiply_by_tensor_cores(build):
+    _, _, cubin = build
+    passes = {
+        name: code
+        for name, code in machine_code(cubin).items()
+        if re.search("lora_(shrink|ds_db|da)", name)
+    }
+    assert passes
+    for name, code in passes.items():
+        assert "LDGSTS.E.BYPASS.128" in code, name
+        assert "HMMA" in code, name
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         table = {target: compiled(target, Path(place)) for target in TARGETS}

@@ -68,10 +68,12 @@ class EmulatedOps:
 
     Attributes:
         multiprocessors: that blocks are planned for; few make blocks of many rows.
+        most_shared: KiB of a block; few leave it with few targets.
         seed: of the schedule.
     """
 
     multiprocessors: int = 132
+    most_shared: int = 227
     seed: int = 0
     checked: bool = False
 
@@ -119,7 +121,7 @@ class EmulatedOps:
         launch.restype = c_char_p
         kinds = (POINTER(type(call)), POINTER(type(targets[0])), c_int, POINTER(_Gpu))
         launch.argtypes = list(kinds)
-        gpu = _Gpu(227 * 1024, self.multiprocessors)
+        gpu = _Gpu(1024 * self.most_shared, self.multiprocessors)
         fault = launch(byref(call), (type(targets[0]) * len(targets))(*targets), len(targets), gpu)
         assert not fault, fault.decode()
 

@@ -76,9 +76,11 @@ def test_stages_in_turn(multiprocessors, emulate):
     check_passes(lora_inputs(300, 640, (40,), BF16, ranks=(16,)))
 
 
+@pytest.mark.parametrize("most_shared", [130, 227], ids=lambda kib: f"{kib}KiB")
 @pytest.mark.parametrize("count", [2, 4, 9, 18], ids=lambda t: f"T{t}")
-def test_groups(count, emulate):
+def test_groups(count, most_shared, emulate):
     """Slots of one block and of several; more targets than the arguments of a launch hold."""
+    emulate(most_shared=most_shared)
     ranks, dropouts = (8, 1, 16, 3), (0.5, 0.0, 0.1, 0.9, 1.0)
     check_passes(lora_inputs(9, 50, (9,) * count, BF16, ranks=ranks, dropouts=dropouts))
 
