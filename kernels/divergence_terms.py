@@ -2,10 +2,10 @@
 
 p teacher   q student   d = log p - log q
 
-A function without a suffix is a definition, `_terms` gives f and u of each class, `_rows` the
-divergence and u. Of a function of sums over the row, `_sums` gives those, `_value` what follows
-from them and `_u` that of each class, as `OfRow` of divergences.py says. Those of logits take them
-in the place of log p and log q. Importing them needs no torch.
+A function without a suffix is a definition, `_terms` gives f and u of each class. Of a function of
+sums over the row, or of the logits, `_sums` gives those, `_joined` those of a row from its parts',
+`_value` what follows from them and `_u` that of each class, as `OfRow` of divergences.py says.
+Those of logits take them in the place of log p and log q. Importing them needs no torch.
 """
 
 import math
@@ -193,6 +193,13 @@ def _excess(log_q, power, d, alpha):
     return series.where(small, power.masked_fill(power > 0.5, 0.0).exp() - q)
 
 
+def added_up(parts, num_logs=0):
+    """[M, n] of [G, M, n], the first of which are logarithms of sums."""
+    joined = parts.sum(0)
+    joined[:, :num_logs] = parts[..., :num_logs].logsumexp(0)
+    return joined
+
+
 def renyi_sums(log_p, log_q, alpha):
     # S = sum p^alpha q^(1 - alpha) is a number near 1 for near rows, and else known by its
     # logarithm
@@ -283,10 +290,20 @@ def logits_mse(y, x, alpha, beta):
     return (x - y).square().mean(-1)
 
 
-def logits_mse_rows(y, x, alpha, beta):
+def logits_mse_sums(y, x, alpha):
     y, x, apart = present(y, x)
-    gap = (x - y) + apart
-    return gap.square().mean(-1), (2.0 / x.shape[-1]) * gap
+    squares = ((x - y) + apart).square().sum(-1)
+    return squares, squares.new_full(squares.shape, x.shape[-1])
+
+
+def logits_mse_value(sums, alpha):
+    squares, classes = sums
+    return squares / classes, squares.new_zeros(squares.shape), 2.0 / classes
+
+
+def logits_mse_u(y, x, alpha, slope):
+    y, x, apart = present(y, x)
+    return slope * ((x - y) + apart)
 
 
 def logits_cosine(y, x, alpha, beta):
@@ -294,20 +311,51 @@ def logits_cosine(y, x, alpha, beta):
     return 1.0 - (of_x * of_y).sum(-1)
 
 
-def logits_cosine_rows(y, x, alpha, beta):
-    # half the squared distance of the rows of length 1, which does not cancel where they are near;
-    # a row of zeros has a right angle to every other
+def logits_cosine_sums(y, x, alpha):
+    """|x|, |y| and the divergence, of these classes alone.
+
+    Half the squared distance of the rows of length 1, which does not cancel where they are near; a
+    row of zeros has a right angle to every other.
+    """
     y, x, apart = present(y, x)
-    (of_x, slope, x_is_zero), (of_y, _, y_is_zero) = unit_row(x), unit_row(y)
-    gap = (of_x - of_y) + apart
-    half = gap.new_full((), 0.5).where(x_is_zero == y_is_zero, gap.new_full((), 1.0))
-    divergence = half * gap.square().sum(-1, keepdim=True)
-    return divergence[:, 0], slope * (gap - divergence * of_x)
+    length_x, length_y = length(x), length(y)
+    gap = (unit_row(x, length_x) - unit_row(y, length_y)) + apart
+    divergence = _half(length_x, length_y) * gap.square().sum(-1, keepdim=True)
+    return tuple(number[..., 0] for number in (length_x, length_y, divergence))
+
+
+def logits_cosine_joined(parts):
+    """By the shares a_r = |x_r| / |x| and b_r = |y_r| / |y| of parts whose own divergence is D_r:
+
+    D = sum_r (a_r - b_r)^2 / 2 + a_r b_r D_r
+    """
+    of_parts_x, of_parts_y, own = parts.unbind(-1)
+    length_x, length_y = (of.square().sum(0).sqrt() for of in (of_parts_x, of_parts_y))
+    a, b = unit_row(of_parts_x, length_x), unit_row(of_parts_y, length_y)
+    inside = (a * b * own).masked_fill(own == math.inf, math.inf)  # a share of it may be 0
+    joined = parts.new_empty(parts.shape[1:])
+    joined[:, 0], joined[:, 1] = length_x, length_y
+    joined[:, 2] = (_half(length_x, length_y) * (a - b).square() + inside).sum(0)
+    return joined
+
+
+def logits_cosine_value(sums, alpha):
+    length_x, length_y, divergence = sums
+    zeros = divergence.new_zeros(divergence.shape)
+    return divergence, zeros, length_x, length_y, divergence
+
+
+def logits_cosine_u(y, x, alpha, length_x, length_y, divergence):
+    y, x, apart = present(y, x)
+    of_x = unit_row(x, length_x)
+    gap = (of_x - unit_row(y, length_y)) + apart
+    slope = (1.0 / length_x).clamp(max=3e38).masked_fill(length_x == 0, 0.0)
+    return slope * (gap - divergence * of_x)
 
 
 def present(y: "Tensor", x: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
-    """Both with 0 for a class that they exclude, NaN for what is no logit and in a row without a
-    class; and what to add to a difference: infinity where one side alone excludes.
+    """Both with 0 for a class that they exclude, NaN for what is no logit; and what to add to a
+    difference: infinity where one side alone excludes.
     """
     no_y, no_x = y == -math.inf, x == -math.inf
     apart = x.new_zeros(()).masked_fill(no_y != no_x, math.inf)
@@ -315,15 +363,23 @@ def present(y: "Tensor", x: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
 
 
 def _logits(z: "Tensor", absent: "Tensor") -> "Tensor":
-    is_none = (z == math.inf) | absent.all(-1, keepdim=True)
-    return z.masked_fill(absent, 0.0).masked_fill(is_none, math.nan)
+    return z.masked_fill(absent, 0.0).masked_fill(z == math.inf, math.nan)
 
 
-def unit_row(x: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
-    """x / |x|, 1 / |x| and whether x is 0, of which both are 0; squares of no size overflow."""
+def length(x: "Tensor") -> "Tensor":
+    """|x| of rows, [..., 1]; squares of no size overflow."""
     top = x.detach().abs().amax(-1, keepdim=True).clamp(1e-30, 1e30)
-    x = x / top
-    squared = x.square().sum(-1, keepdim=True)
-    is_zero = squared == 0
-    inverse = squared.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
-    return x * inverse, (inverse / top).clamp(max=3e38), is_zero
+    squared = (x / top).square().sum(-1, keepdim=True)
+    is_zero = squared == 0  # where autograd has no root
+    return top * squared.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
+
+
+def unit_row(x: "Tensor", length: "Tensor") -> "Tensor":
+    """x / |x|, 0 of a row of zeros."""
+    return x / length.masked_fill(length == 0, 1.0)
+
+
+def _half(length_x: "Tensor", length_y: "Tensor") -> "Tensor":
+    """1/2, and 1 of the right angle between a row of zeros and another."""
+    half = length_x.new_full((), 0.5)
+    return half.where((length_x == 0) == (length_y == 0), length_x.new_full((), 1.0))

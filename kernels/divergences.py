@@ -67,27 +67,24 @@ class Limit(NamedTuple):
 
 
 class OfRow(NamedTuple):
-    """A divergence that is a function of sums over the row.
+    """A divergence that is a function of sums over the row, or of the logits.
 
     Attributes:
-        sums: (log_p, log_q, alpha) -> five [M] over classes [M, V], be they some of the row's:
-            log S of a sum S; for `value`; for `value`; the total variation; the sum of its u.
-        value: (sums, alpha) -> D, sum u and two numbers of the row, [M] each; the first of them, a
-            slope, is 0 where S is far from 1 and its logarithm serves.
-        u: (log_p, log_q, alpha, *numbers [M, 1]) -> u = q dD/dq [M, V].
-        num_logs: how many of the first sums are logarithms.
+        sums: (log_p, log_q, alpha) -> `num_sums` [M] over classes [M, V], be they some of the
+            row's. Of a function of sums: log S of a sum S; for `value`; for `value`; the total
+            variation; the sum of its u.
+        value: (sums, alpha) -> D, sum u and `num_numbers` of the row, [M] each. Of a function of
+            sums the first, a slope, is 0 where S is far from 1 and its logarithm serves.
+        u: (log_p, log_q, alpha, *numbers [M, 1]) -> u [M, V].
+        joined: the sums of a row, [M, n], from those of its parts, [G, M, n].
     """
 
     sums: "Callable[[Tensor, Tensor, float], tuple[Tensor, ...]]"
-    value: "Callable[[Iterable[Tensor], float], tuple[Tensor, Tensor, Tensor, Tensor]]"
-    u: "Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]"
-    num_logs: int
-
-    def joined(self, parts: "Tensor") -> "Tensor":
-        """The sums [M, 5] of a row from those of its parts [G, M, 5]."""
-        joined = parts.sum(0)
-        joined[:, : self.num_logs] = parts[..., : self.num_logs].logsumexp(0)
-        return joined
+    value: "Callable[[Iterable[Tensor], float], tuple[Tensor, ...]]"
+    u: "Callable[..., Tensor]"
+    joined: "Callable[[Tensor], Tensor]"
+    num_sums: int = 5
+    num_numbers: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +103,9 @@ class Divergence:
             D. Both means are known with the maxima and denominators of the softmaxes, after one
             pass over the logits. "normalised": D = sum(f) and sum(u) take p and q themselves, and a
             second pass. "of_row": D is another function of sums of the row, `whole` says which.
-            "of_logits": D is one of the logits; wherever a function here takes log_p and log_q, it
-            then takes y and x.
-        whole: what says so, of a divergence "of_row", which has no terms.
-        rows: (log_p, log_q, alpha, beta) -> (D, u), [M] and [M, V], of one "of_logits", which has
-            none either; u is dD/dx.
+            "of_logits": D is one of the logits, and u is dD/dx; wherever a function here takes
+            log_p and log_q, it then takes y and x.
+        whole: what says how, of the last two, which have no terms.
         joins: whether the addends of classes without p are multiples of q, as those of a function
             of p / q times q are: such classes have one addend together.
         alpha, beta: what it reads, or None.
@@ -129,7 +124,6 @@ class Divergence:
         "normalised"
     )
     whole: OfRow | None = None
-    rows: "Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None" = None
     joins: bool = True
     alpha: Parameter | None = None
     beta: Parameter | None = None
@@ -152,14 +146,17 @@ class Divergence:
             divergence, _, *numbers = self.whole.value(self.whole.sums(log_p, log_q, alpha), alpha)
             of_rows = [number[..., None] for number in numbers]
             return divergence, self.whole.u(log_p, log_q, alpha, *of_rows)
-        if self.rows is not None:
-            return self.rows(log_p, log_q, alpha, beta)
         f, u = self.of_classes(log_p, log_q, alpha, beta)
         return f.sum(-1), u
 
     def operand(self, z: "Tensor") -> "Tensor":
-        """What the functions above take of logits z [..., V] divided by the temperature."""
-        return z if self.row_sums == "of_logits" else z.log_softmax(-1)
+        """What the functions above take of a whole row's logits z [..., V] / temperature.
+
+        It is NaN of a row without a class.
+        """
+        if self.row_sums == "of_logits":
+            return z.masked_fill((z == -math.inf).all(-1, keepdim=True), math.nan)
+        return z.log_softmax(-1)
 
     @property
     def reads_alpha(self) -> bool:
@@ -283,7 +280,12 @@ _RECORDS = (
         name="renyi",
         formula="log(sum p^alpha q^(1 - alpha)) / (alpha - 1)",
         definition=formulas.renyi,
-        whole=OfRow(formulas.renyi_sums, formulas.renyi_value, formulas.renyi_u, 1),
+        whole=OfRow(
+            formulas.renyi_sums,
+            formulas.renyi_value,
+            formulas.renyi_u,
+            functools.partial(formulas.added_up, num_logs=1),
+        ),
         row_sums="of_row",
         alpha=Parameter(0.5, 0.0, math.inf, "greater than 0"),
         limits=(Limit(1.0, None, "forward_kl"),),
@@ -298,7 +300,7 @@ _RECORDS = (
             formulas.negative_log_acceptance_sums,
             formulas.negative_log_acceptance_value,
             formulas.negative_log_acceptance_u,
-            num_logs=2,
+            functools.partial(formulas.added_up, num_logs=2),
         ),
         row_sums="of_row",
     ),
@@ -307,7 +309,12 @@ _RECORDS = (
         formula="w KL(p || q) + (1 - w) 1/2 sum |p - q|, w = exp(-alpha sum min(p, q)), a constant "
         "of the gradient",
         definition=formulas.lk_hybrid,
-        whole=OfRow(formulas.lk_hybrid_sums, formulas.lk_hybrid_value, formulas.lk_hybrid_u, 0),
+        whole=OfRow(
+            formulas.lk_hybrid_sums,
+            formulas.lk_hybrid_value,
+            formulas.lk_hybrid_u,
+            formulas.added_up,
+        ),
         row_sums="of_row",
         alpha=Parameter(3.0, 0.0, math.inf, "not less than 0"),
         limits=(Limit(0.0, None, "forward_kl"),),
@@ -317,14 +324,28 @@ _RECORDS = (
         name="logits_mse",
         formula="1/V sum (x - y)^2 of the logits",
         definition=formulas.logits_mse,
-        rows=formulas.logits_mse_rows,
+        whole=OfRow(
+            formulas.logits_mse_sums,
+            formulas.logits_mse_value,
+            formulas.logits_mse_u,
+            formulas.added_up,
+            num_sums=2,
+            num_numbers=1,
+        ),
         row_sums="of_logits",
     ),
     Divergence(
         name="logits_cosine",
         formula="1 - x y / (|x| |y|) of the logits",
         definition=formulas.logits_cosine,
-        rows=formulas.logits_cosine_rows,
+        whole=OfRow(
+            formulas.logits_cosine_sums,
+            formulas.logits_cosine_value,
+            formulas.logits_cosine_u,
+            formulas.logits_cosine_joined,
+            num_sums=3,
+            num_numbers=3,
+        ),
         row_sums="of_logits",
     ),
 )

@@ -125,8 +125,9 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
   check_same_shape(student_logits, teacher_logits);
   check_same_shape(student_logits, dlogits);
   check_per_row(row_weights, M);
-  STD_TORCH_CHECK(stats.dim() == 2 && (stats.size(1) == kStats || stats.size(1) == kStats + 2),
-                  "stats: expected [M, 6], or [M, 8] with the numbers of a KdOfRow");
+  const int64_t more = num_numbers(spec.divergence);
+  STD_TORCH_CHECK(stats.dim() == 2 && (stats.size(1) == kStats || stats.size(1) == kStats + more),
+                  "stats: expected [M, 6], or the numbers of the whole row behind them");
   const int64_t width = stats.size(1);
   check_per_row(stats, width * M);
   const float* stats_rows = floats(stats);
@@ -139,10 +140,9 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
       const float* z_t = teacher.read(row, buffers.teacher.data());
       const float* at = stats_rows + row * width;
       const auto& of_softmax = *reinterpret_cast<const KdStats*>(at);
-      const auto* of_row =
-          width == kStats ? nullptr : reinterpret_cast<const KdOfRow*>(at + kStats);
+      const float* of_whole = width == kStats ? nullptr : at + kStats;
       const KdSpec own = owner.of_row(row);
-      kernels.recompute(z_s, z_t, V, own, of_softmax, of_row, scratch);
+      kernels.recompute(z_s, z_t, V, own, of_softmax, of_whole, scratch);
       write_row(kernels, student, grad, row, z_s, V, label[row], weights[row], own, of_softmax,
                 scratch, buffers.dlogits);
     }

@@ -219,7 +219,7 @@ MODXFER_INLINE Class class_of(const float* student, const float* teacher, int64_
 
 template <Divergence kDivergence>
 void row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                   const KdStats& stats, const KdOfRow*, KdScratch& scratch) {
+                   const KdStats& stats, const float*, KdScratch& scratch) {
   scratch.q_factor = scratch.u_factor = 1.0f;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const Class x = class_of(student, teacher, i, n, spec, stats);
@@ -270,7 +270,6 @@ constexpr KdRowKernels kernels_of_one() {
             row_grad,
             {row_part<kDivergence, false>, row_part<kDivergence, true>},
             of_row_part_sums<kDivergence>,
-            sizeof(KdRowSums<double>) / sizeof(double),
             topk_row_fwd<kDivergence>,
             topk_row_grad};
   } else if constexpr (is_of_logits(kDivergence)) {
@@ -278,10 +277,9 @@ constexpr KdRowKernels kernels_of_one() {
             {of_logits_fwd<kDivergence, false>, of_logits_fwd<kDivergence, true>},
             of_logits_recompute<kDivergence>,
             row_grad,
-            {},  // Python refuses these beside a part of the classes, or a list of them
-            nullptr,
-            0,
-            nullptr,
+            {row_part<kDivergence, false>, row_part<kDivergence, true>},
+            of_logits_part_sums<kDivergence>,
+            nullptr,  // Python refuses these beside a list of classes
             nullptr};
   } else {
     return {kIsaName,
@@ -290,7 +288,6 @@ constexpr KdRowKernels kernels_of_one() {
             row_grad,
             {row_part<kDivergence, false>, row_part<kDivergence, true>},
             row_sums<kDivergence>,
-            2,
             topk_row_fwd<kDivergence>,
             topk_row_grad};
   }

@@ -8,7 +8,6 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  STD_TORCH_CHECK(kernels.sums != nullptr, "divergences: expected one of probabilities");
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V + 1);
@@ -36,13 +35,12 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  STD_TORCH_CHECK(kernels.sums != nullptr, "divergences: expected one of probabilities");
   const Bends of(bends);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   check_same_shape(student_logits, teacher_logits);
   check_per_row(stats, 6 * M);
   const auto* stats_rows = reinterpret_cast<const KdStats*>(floats(stats));
-  const int64_t width = kernels.num_sums;
+  const int64_t width = num_sums(spec.divergence);
   Tensor sums = torch::stable::new_empty(student_logits, {M, width}, ScalarType::Double);
   auto* out = static_cast<double*>(sums.data_ptr());
   torch::stable::parallel_for(0, M, grain(V), [&](int64_t begin, int64_t end) {

@@ -71,17 +71,18 @@ KdLosses of_row_fwd(const float* student, const float* teacher, int64_t V, int64
 // The sums again where nobody tells what they become, which is not in the statistics.
 template <Divergence kDivergence>
 void of_row_recompute(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                      const KdStats& stats, const KdOfRow* of_row, KdScratch& scratch) {
-  if (of_row == nullptr) {
+                      const KdStats& stats, const float* numbers, KdScratch& scratch) {
+  if (numbers == nullptr) {
     KdStats again;
     of_row_fwd<kDivergence, false>(student, teacher, V, -1, spec, again, scratch, nullptr);
     return;
   }
+  const KdOfRow of_row = {numbers[0], numbers[1]};
   scratch.q_factor = scratch.u_factor = 1.0f;
   for_each_vector(0, V, [&](int64_t i, int n) __attribute__((always_inline)) {
     const Class x = class_of(student, teacher, i, n, spec, stats);
     store_n(scratch.q + i, n, x.q);
-    store_n(scratch.u + i, n, of_row_u<kDivergence>(x, *of_row, spec));
+    store_n(scratch.u + i, n, of_row_u<kDivergence>(x, of_row, spec));
   });
 }
 

@@ -16,17 +16,12 @@ struct Steps {
   void (*stats)(KdRows, float*, int);
   void (*sums)(KdRows, const float*, float*);
   void (*write)(KdRows, const float*);
-  int num_sums;
 };
 
 template <Divergence kDivergence>
 constexpr Steps steps_of() {
-  if constexpr (is_of_logits(kDivergence)) {
-    return {};
-  } else {
-    return {kd_loss_stats<kind_of_stats(kDivergence)>, kd_loss_sums<kDivergence>,
-            kd_loss_write<kDivergence>, num_sums(kDivergence)};
-  }
+  return {kd_loss_stats<kind_of_stats(kDivergence)>, kd_loss_sums<kDivergence>,
+          kd_loss_write<kDivergence>};
 }
 
 template <int64_t... kIds>
@@ -37,10 +32,7 @@ Steps steps_of(Divergence divergence, std::integer_sequence<int64_t, kIds...>) {
 
 // The last are of weighted sums, kCount.
 Steps steps_of(Divergence divergence) {
-  const Steps steps =
-      steps_of(divergence, std::make_integer_sequence<int64_t, kNumDivergences + 1>{});
-  STD_TORCH_CHECK(steps.sums != nullptr, "divergences: expected one of probabilities");
-  return steps;
+  return steps_of(divergence, std::make_integer_sequence<int64_t, kNumDivergences + 1>{});
 }
 
 KdRows step_rows(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -84,7 +76,7 @@ Tensor kd_loss_stats_cuda(Tensor student_logits, Tensor teacher_logits,
   return parts;
 }
 
-// -> float [M, 2], or [M, 5]
+// -> float [M, num_sums]
 Tensor kd_loss_sums_cuda(Tensor student_logits, Tensor teacher_logits, Tensor stats,
                          std::vector<int64_t> divergences, std::vector<double> numbers,
                          std::vector<double> bends, std::optional<Tensor> softening,
@@ -92,15 +84,14 @@ Tensor kd_loss_sums_cuda(Tensor student_logits, Tensor teacher_logits, Tensor st
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
-  const Steps steps = steps_of(spec.divergence);
-  Tensor sums = new_floats(student_logits, {M, steps.num_sums});
+  Tensor sums = new_floats(student_logits, {M, num_sums(spec.divergence)});
   const KdRows rows = step_rows(student_logits, teacher_logits, std::nullopt, std::nullopt, spec,
                                 bends, softening, std::nullopt);
-  launch_step(rows, stream, steps.sums, at<float>(stats), at<float>(sums));
+  launch_step(rows, stream, steps_of(spec.divergence).sums, at<float>(stats), at<float>(sums));
   return sums;
 }
 
-// stats: [M, 6], or [M, 8] of a function of sums. classes: of rows of which the logits are a part.
+// stats: [M, 6 + num_numbers]. classes: of rows of which the logits are a part.
 void kd_loss_write_cuda(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                         int64_t classes, Tensor row_weights, Tensor stats,
                         std::vector<int64_t> divergences, std::vector<double> numbers,
@@ -108,8 +99,8 @@ void kd_loss_write_cuda(Tensor student_logits, Tensor teacher_logits, std::optio
                         int64_t stream) {
   const Spec owner(divergences, numbers, classes, softening, student_logits.size(0));
   const KdSpec& spec = owner;
-  STD_TORCH_CHECK(stats.size(1) == (is_of_row(spec.divergence) ? 8 : 6),
-                  "stats: expected [M, 6], or [M, 8] with the numbers of a KdOfRow");
+  STD_TORCH_CHECK(stats.size(1) == 6 + num_numbers(spec.divergence),
+                  "stats: expected [M, 6] and the numbers of the whole row behind them");
   const KdRows rows = step_rows(student_logits, teacher_logits, labels, row_weights, spec, bends,
                                 softening, dlogits);
   launch_step(rows, stream, steps_of(spec.divergence).write, at<float>(stats));

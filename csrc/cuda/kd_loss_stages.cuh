@@ -13,11 +13,6 @@ namespace modxfer::cuda {
 // asked for.
 constexpr int kPartColumns = 8, kMoreColumns = 11;
 
-// The sums of a divergence over the classes of a rank: of f and u, or those of KdRowSums.
-constexpr int num_sums(Divergence divergence) {
-  return is_of_row(divergence) ? static_cast<int>(sizeof(KdRowSums<float>) / sizeof(float)) : 2;
-}
-
 // A label of another rank is one that no class here has.
 MODXFER_DEVICE int part_label_of(const KdRows& rows, int row) {
   const int64_t label = rows.labels == nullptr ? -1 : rows.labels[row];
@@ -89,6 +84,12 @@ MODXFER_KERNEL void kd_loss_sums(MODXFER_ARGUMENT KdRows rows, const float* stat
     if constexpr (is_of_row(kDivergence)) {
       const auto of_row = sums_of_row<kDivergence>(rows, block, row, softmax);
       if (writes) reinterpret_cast<KdRowSums<float>*>(sums)[index] = of_row;
+    } else if constexpr (is_of_logits(kDivergence)) {
+      const Gaps gaps = gaps_of<kDivergence>(block, row);
+      if (writes) {
+        put_logit_sums<kDivergence>(gaps.squares, static_cast<float>(rows.classes), gaps.scales.s,
+                                    gaps.scales.t, row.inv_t, sums + index * num_sums(kDivergence));
+      }
     } else {
       const Terms terms = sums_of_terms<kDivergence>(rows, block, row, softmax);
       if (writes) reinterpret_cast<Terms*>(sums)[index] = terms;
@@ -96,11 +97,11 @@ MODXFER_KERNEL void kd_loss_sums(MODXFER_ARGUMENT KdRows rows, const float* stat
   }
 }
 
-// stats: [rows, width] of the whole row, KdStats and behind them, of a function of sums, a KdOfRow.
+// stats: [rows, width] of the whole row, KdStats and its `num_numbers` behind them.
 template <Divergence kDivergence>
 MODXFER_KERNEL void kd_loss_write(MODXFER_ARGUMENT KdRows rows, const float* stats) {
   constexpr int kStats = sizeof(KdStats) / sizeof(float);
-  constexpr int kWidth = kStats + (is_of_row(kDivergence) ? 2 : 0);
+  constexpr int kWidth = kStats + static_cast<int>(num_numbers(kDivergence));
   Block<false> block(rows);
   for (int index = device::cluster_index(); index < rows.rows; index += device::num_clusters()) {
     const Row row = row_of(rows, index, part_label_of(rows, index));
@@ -108,6 +109,12 @@ MODXFER_KERNEL void kd_loss_write(MODXFER_ARGUMENT KdRows rows, const float* sta
     const auto& whole = *reinterpret_cast<const KdStats*>(of);
     OfU of_u = {whole.u_sum};
     if constexpr (is_of_row(kDivergence)) of_u.of_row = {of[kStats], of[kStats + 1]};
+    if constexpr (is_of_logits(kDivergence)) {
+      const OfLogits<float> of_row =
+          of_numbers<kDivergence>(of + kStats, row.inv_t, of_u.scales.s, of_u.scales.t);
+      of_u.factor = of_row.factor;
+      of_u.back = of_row.back;
+    }
     write_of<kDivergence>(rows, block, row, softmaxes_of(whole, row.inv_t), of_u, whole.logd_1);
   }
 }

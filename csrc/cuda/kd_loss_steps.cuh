@@ -369,6 +369,25 @@ MODXFER_DEVICE LogitScales unit_rows(Block<kIsResident>& block, const Row& row) 
   return {unit_scale(row_s.near, row_s.squared), unit_scale(row_t.near, row_t.squared)};
 }
 
+struct Gaps {
+  LogitScales scales;
+  float squares;
+};
+
+// Of a divergence of logits: what the rows are compared by, and the sum of squared gaps.
+template <Divergence kDivergence, bool kIsResident>
+MODXFER_DEVICE Gaps gaps_of(Block<kIsResident>& block, const Row& row) {
+  LogitScales scales = {{1.0f, row.inv_t}, {1.0f, row.inv_t}};
+  if constexpr (kDivergence == Divergence::kLogitsCosine) scales = unit_rows(block, row);
+  float squares[1] = {};
+  for_each_class(block, row, [&](float z_s, float z_t) {
+    const float gap = logit_gap(z_s, z_t, scales.s, scales.t).gap;
+    squares[0] += gap * gap;
+  });
+  block.template add_up<1>(squares);
+  return {scales, squares[0]};
+}
+
 // What u of a class is made of beside the class.
 struct OfU {
   float sum;           // of u over the row
@@ -411,17 +430,11 @@ MODXFER_DEVICE Value value_of(const KdRows& rows, Block<kIsResident>& block, con
     value.kd = of.kd;
     value.of_u.sum = of.u;
   } else if constexpr (is_of_logits(kDivergence)) {
-    LogitScales& scales = value.of_u.scales;
-    scales.s = scales.t = {1.0f, row.inv_t};
-    if constexpr (kDivergence == Divergence::kLogitsCosine) scales = unit_rows(block, row);
-    float squares[1] = {};
-    for_each_class(block, row, [&](float z_s, float z_t) {
-      const float gap = logit_gap(z_s, z_t, scales.s, scales.t).gap;
-      squares[0] += gap * gap;
-    });
-    block.template add_up<1>(squares);
-    const OfLogits<float> of = of_squares<kDivergence>(squares[0], static_cast<float>(rows.classes),
-                                                       scales.s, scales.t, row.inv_t);
+    const Gaps gaps = gaps_of<kDivergence>(block, row);
+    const LogitScales& scales = gaps.scales;
+    const OfLogits<float> of = of_squares<kDivergence>(
+        gaps.squares, static_cast<float>(rows.classes), scales.s, scales.t, row.inv_t);
+    value.of_u.scales = scales;
     // there is no softmax for a sum of u to go through; NaN of a row with NaN, +inf or no class
     value.of_u.sum = 0.0f * (softmax.logd_s + softmax.logd_t);
     value.kd = of.kd + value.of_u.sum;

@@ -138,7 +138,8 @@ def kd_loss_bwd(
     else:  # of a part of the classes, to which belong numbers of the whole row
         assert spec.record.whole is not None
         numbers = stats[:, 6:].to(z_s.dtype).split(1, dim=1)
-        u = spec.record.whole.u(log_p, log_q, spec.parameters[0], *numbers)
+        of_t, of_s = of_classes(z_s, z_t, log_q, log_p, spec)
+        u = spec.record.whole.u(of_t, of_s, spec.parameters[0], *numbers)
     max_s, u_sum, logd_1 = (stats[:, i : i + 1].to(z_s.dtype) for i in (0, 4, 5))
     dz = (spec.kd_weights / spec.temperatures) * (u - log_q.exp() * u_sum)
     if (labels is not None and spec.ce_weight != 0.0) or spec.z_loss_weight != 0.0:
@@ -164,10 +165,19 @@ def _of_rows(
     z_s: Tensor, z_t: Tensor, log_q: Tensor, log_p: Tensor, spec: KDSpec
 ) -> tuple[Tensor, Tensor]:
     """The divergence [M] and u [M, V]."""
-    of_t, of_s = log_p, log_q
+    of_t, of_s = of_classes(z_s, z_t, log_q, log_p, spec)
     if spec.record.row_sums == "of_logits":
-        of_t, of_s = z_t / spec.temperatures, z_s / spec.temperatures
+        of_t, of_s = spec.record.operand(of_t), spec.record.operand(of_s)
     return spec.record.of_rows(of_t, of_s, *spec.parameters)
+
+
+def of_classes(
+    z_s: Tensor, z_t: Tensor, log_q: Tensor, log_p: Tensor, spec: KDSpec
+) -> tuple[Tensor, Tensor]:
+    """What the functions of the record take of the teacher and of the student, [M, V] each."""
+    if spec.record.row_sums == "of_logits":
+        return z_t / spec.temperatures, z_s / spec.temperatures
+    return log_p, log_q
 
 
 def kd_loss_fwd_bwd(

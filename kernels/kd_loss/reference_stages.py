@@ -39,10 +39,11 @@ def kd_loss_stats(
 def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
-    *_, log_q, log_p = reference.of_stats(student_logits, teacher_logits, stats, spec)
+    logits = reference.of_stats(student_logits, teacher_logits, stats, spec)
+    of_t, of_s = reference.of_classes(*logits, spec)
     if spec.record.whole is not None:
-        return torch.stack(spec.record.whole.sums(log_p, log_q, spec.parameters[0]), dim=-1)
-    f, u = spec.record.of_classes(log_p, log_q, *spec.parameters)
+        return torch.stack(spec.record.whole.sums(of_t, of_s, spec.parameters[0]), dim=-1)
+    f, u = spec.record.of_classes(of_t, of_s, *spec.parameters)
     return torch.stack([f.sum(-1), u.sum(-1)], dim=-1)
 
 

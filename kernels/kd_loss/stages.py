@@ -4,23 +4,24 @@ G ranks   M rows   V_r classes of a rank   P_r, Q_r a rank's share of the row's 
 
     stats   each rank's maxima and sums of its classes            [M, 8], one all-gather
     sums    of f and u, where p and q have to be known first,     [M, 2], one all-gather
-            or those of a divergence that is a function of sums   [M, 5]
+            or those of an `OfRow`                                [M, n]
     write   dlogits of its classes
 
 Forward and reverse KL need no sums: by the chain rule, with K_r the KL of a rank's classes alone,
 
     KL(p || q) = sum_r P_r (K_r + log(P_r / Q_r))
 
+and likewise the cosine distance of logits is a sum over the distances of parts and their lengths.
 All ranks add up the same numbers in the same order, in fp64, and so have the same bits. A backend
 has, beside `kd_loss_fwd` and the others,
 
     kd_loss_stats(logits, teacher, labels, spec, has_more) -> [M, len(PART)], less MORE
-    kd_loss_sums(logits, teacher, stats [M, 6], spec) -> [M, 2], or [M, 5]
+    kd_loss_sums(logits, teacher, stats [M, 6], spec) -> [M, 2], or [M, num_sums]
     kd_loss_write(logits, teacher, labels, classes, row_weights, stats, spec, dlogits)
 
 in which a label is in [0, V_r], V_r for a class of another rank, and -1 where there is none; stats
-[M, 6] are those of `reference.kd_loss_fwd`, of the whole row, and [M, 8] with the two numbers of an
-`OfRow` behind them.
+[M, 6] are those of `reference.kd_loss_fwd`, of the whole row, with the numbers of an `OfRow` behind
+them.
 """
 
 from types import ModuleType
@@ -79,7 +80,7 @@ def kd_loss_fwd(
     kd, u_sum = row.divergence()
     record = spec.record
     numbers: list[Tensor] = []
-    if record.row_sums in ("normalised", "of_row"):
+    if record.row_sums not in ("mean_under_p", "mean_under_q"):
         stats = row.stats(torch.zeros_like(kd)).to(dtype)
         sums = kernels.kd_loss_sums(student_logits, teacher_logits, stats, spec)
         of_ranks = shard.gather(sums).double()
@@ -88,6 +89,9 @@ def kd_loss_fwd(
         else:
             joined = record.whole.joined(of_ranks)
             kd, u_sum, *numbers = record.whole.value(joined.unbind(-1), spec.parameters[0])
+            if record.row_sums == "of_logits":
+                u_sum = row.zeros_or_nan()
+                kd = kd + u_sum
     if extras is not None:
         row.write_extras(extras, local)
     kd = kd.clamp(min=0.0) if has_teacher else torch.zeros_like(kd)  # below is rounding
@@ -151,6 +155,10 @@ class Row:
         of_part = a * (self._part["mean"] + (log_a - log_b))
         kd = torch.where(a == 0, 0.0, torch.where(log_b == -torch.inf, torch.inf, of_part)).sum(0)
         return kd, zeros - 1.0 if is_p else kd
+
+    def zeros_or_nan(self) -> Tensor:
+        """NaN of a row with NaN, +inf or no class."""
+        return 0.0 * (self._logd_s + self._logd_t)
 
     def stats(self, u_sum: Tensor) -> Tensor:
         return torch.stack(

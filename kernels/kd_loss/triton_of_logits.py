@@ -66,16 +66,13 @@ def of_logits_terms(z_s, z_t, of_row):
 
 
 @triton.jit
-def of_logits_sums(
+def _squares(
     student_ptr, teacher_ptr,            # in   [V]
     V,
-    logd_s, logd_t, inv_temperature,
+    inv_temperature,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
-    """The divergence, the 0 that has the place of sum u, and what `of_logits_terms` takes.
-
-    The 0 is NaN of a row with NaN, +inf or no class.
-    """
+    """Of a mean the sum of squared gaps, of a cosine the distance; and both rows' near and far."""
     near_s = 1.0
     near_t = 1.0
     far_s = inv_temperature
@@ -95,11 +92,90 @@ def of_logits_sums(
     if DIVERGENCE == "logits_cosine":
         # a row of zeros has a right angle to every other
         kd *= tl.where((far_s == 0) == (far_t == 0), 0.5, 1.0)
+    return kd, near_s, far_s, near_t, far_t
+
+
+@triton.jit
+def _of_row(kd, near_s, far_s, near_t, far_t, mse_slope, inv_temperature, DIVERGENCE: tl.constexpr):
+    """What `of_logits_terms` takes."""
+    slope = mse_slope
+    pull = 0.0
+    if DIVERGENCE == "logits_cosine":
         slope = tl.minimum(near_s * far_s / inv_temperature, 3e38)
         pull = kd * far_s
-    else:
+    return near_s, far_s, near_t, far_t, slope, pull
+
+
+@triton.jit
+def of_logits_sums(
+    student_ptr, teacher_ptr,            # in   [V]
+    V,
+    logd_s, logd_t, inv_temperature,
+    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+):  # fmt: skip
+    """The divergence, the 0 that has the place of sum u, and what `of_logits_terms` takes.
+
+    The 0 is NaN of a row with NaN, +inf or no class.
+    """
+    kd, near_s, far_s, near_t, far_t = _squares(
+        student_ptr, teacher_ptr, V, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T
+    )
+    if DIVERGENCE == "logits_mse":
         kd /= V
-        slope = 2.0 / V
-        pull = 0.0
+    of_row = _of_row(kd, near_s, far_s, near_t, far_t, 2.0 / V, inv_temperature, DIVERGENCE)
     zero = 0.0 * (logd_s + logd_t)
-    return kd + zero, zero, (near_s, far_s, near_t, far_t, slope, pull)
+    return kd + zero, zero, of_row
+
+
+@triton.jit
+def store_logit_parts(
+    sums_ptr,                            # out  [2], or [3] of a cosine
+    student_ptr, teacher_ptr,            # in   [V], classes of a rank
+    V,
+    inv_temperature,
+    DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
+):  # fmt: skip
+    """`sums` of the divergence's record."""
+    kd, near_s, far_s, near_t, far_t = _squares(
+        student_ptr, teacher_ptr, V, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T
+    )
+    if DIVERGENCE == "logits_mse":
+        tl.store(sums_ptr, kd)
+        tl.store(sums_ptr + 1, V * 1.0)
+    else:
+        tl.store(sums_ptr, _length(near_s * far_s, inv_temperature))
+        tl.store(sums_ptr + 1, _length(near_t * far_t, inv_temperature))
+        tl.store(sums_ptr + 2, kd)
+
+
+@triton.jit
+def _length(inverse, inv_temperature):
+    return tl.where(inverse == 0, 0.0, inv_temperature / tl.where(inverse == 0, 1.0, inverse))
+
+
+@triton.jit
+def _scale_of(length, inv_temperature):
+    """near and far of a row x of that length, whose logits are x / inv_temperature."""
+    of_z = length / inv_temperature
+    near = 1.0 / _power_of_2(tl.minimum(tl.maximum(of_z, 1e-30), 1e30))
+    return near, tl.where(of_z == 0, 0.0, 1.0 / tl.where(of_z == 0, 1.0, of_z * near))
+
+
+@triton.jit
+def load_of_logits(
+    numbers_ptr,                         # in   [1], or [3] of a cosine
+    inv_temperature,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """What `of_logits_terms` takes, from the numbers of the record's `value`."""
+    first = tl.load(numbers_ptr)
+    kd = first
+    near_s = 1.0
+    near_t = 1.0
+    far_s = inv_temperature
+    far_t = inv_temperature
+    if DIVERGENCE == "logits_cosine":
+        near_s, far_s = _scale_of(first, inv_temperature)
+        near_t, far_t = _scale_of(tl.load(numbers_ptr + 1), inv_temperature)
+        kd = tl.load(numbers_ptr + 2)
+    return _of_row(kd, near_s, far_s, near_t, far_t, first, inv_temperature, DIVERGENCE)

@@ -18,6 +18,11 @@ from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unben
 from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
 from modxfer_fast.kernels.kd_loss.triton_divergences import LN2, class_terms, probabilities
 from modxfer_fast.kernels.kd_loss.triton_impl import _row_softening, _spec_args
+from modxfer_fast.kernels.kd_loss.triton_of_logits import (
+    load_of_logits,
+    of_logits_terms,
+    store_logit_parts,
+)
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_parts, of_row_terms
 from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
 
@@ -78,10 +83,10 @@ def _kd_loss_sums_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
     softening_ptr,                       # in   [M, 2], fp32, or None
     stats_ptr,                           # in   [M, 6], fp32
-    sums_ptr,                            # out  [M, 2], or [M, 5] of a function of sums, fp32
+    sums_ptr,                            # out  [M, 2], or [M, num_sums] of an `OfRow`, fp32
     V,
     stride_sm, stride_tm,
-    scale, c0, c1, c2, c3,
+    scale, inv_temperature, c0, c1, c2, c3,
     DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, ROW_SUMS: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +98,7 @@ def _kd_loss_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride_sm
     teacher_ptr += row * stride_tm
-    scale, _, _ = _row_softening(softening_ptr, row, scale, 1.0, 1.0)
+    scale, inv_temperature, _ = _row_softening(softening_ptr, row, scale, inv_temperature, 1.0)
     stats_ptr += row * 6
     max_s = tl.load(stats_ptr + 0)
     logd_s = tl.load(stats_ptr + 1)
@@ -112,6 +117,12 @@ def _kd_loss_sums_kernel(
         tl.store(sums_ptr + 2, second)
         tl.store(sums_ptr + 3, variation)
         tl.store(sums_ptr + 4, signed)
+    elif ROW_SUMS == "of_logits":
+        sums_ptr += row * (2 if DIVERGENCE == "logits_mse" else 3)
+        store_logit_parts(
+            sums_ptr, student_ptr, teacher_ptr, V, inv_temperature,
+            DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
+        )  # fmt: skip
     else:
         LANES: tl.constexpr = BLOCK_V // VECTOR
         f_sum = tl.zeros([LANES], tl.float32)
@@ -135,7 +146,7 @@ def _kd_loss_write_kernel(
     labels_ptr,                          # in   [M], int64
     softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
-    stats_ptr,                           # in   [M, 6], or [M, 8] of a function of sums, fp32
+    stats_ptr,                           # in   [M, 6 + num_numbers], fp32
     dlogits_ptr,                         # out  [M, V]
     V, classes,
     stride_sm, stride_tm, stride_lm, stride_wm, stride_am, stride_dm,
@@ -170,6 +181,8 @@ def _kd_loss_write_kernel(
     if ROW_SUMS == "of_row":
         slope = tl.load(stats_ptr + 6)
         log2_s = tl.load(stats_ptr + 7) * LOG2E
+    if ROW_SUMS == "of_logits":
+        of_logits = load_of_logits(stats_ptr + 6, inv_temperature, DIVERGENCE)
     counts = row_weight != 0  # an ignored row may hold anything and is not read
     kd_factor = row_weight * kd_weight * inv_temperature
     ce_factor = tl.where(label >= 0, row_weight * ce_weight, 0.0)
@@ -184,6 +197,8 @@ def _kd_loss_write_kernel(
         p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         if ROW_SUMS == "of_row":
             u = of_row_terms(p, q, d, log2_p, log2_q, c0, slope, log2_s, DIVERGENCE)
+        elif ROW_SUMS == "of_logits":
+            u = of_logits_terms(z_s, z_t, of_logits)
         else:
             _, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
         dlogits = kd_factor * (u - q * u_sum)
@@ -232,11 +247,11 @@ def kd_loss_stats(
 def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
-    sums = stats.new_empty(len(stats), 2 if spec.record.whole is None else 5)
+    whole = spec.record.whole
+    sums = stats.new_empty(len(stats), 2 if whole is None else whole.num_sums)
     config = _config(student_logits, teacher_logits)
     args: dict[str, Any] = _spec_args(spec)
-    for unread in ("inv_temperature", "UNIT_TEMPERATURE"):
-        del args[unread]
+    del args["UNIT_TEMPERATURE"]
     _launch(
         *(_kd_loss_sums_kernel, config, student_logits, teacher_logits, spec),
         *(spec.softening, stats, sums),

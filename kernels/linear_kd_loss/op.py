@@ -376,7 +376,7 @@ def _computed(
     teacher = parallel.teacher_beside(student, teacher)
     softening = given_spec.softened(hidden, student.hidden)
     if isinstance(student, ParallelHead):
-        parallel.refuse_options(spec, launch)
+        parallel.refuse_options(launch)
     refuse_bend(teacher, spec)
     if by_products and isinstance(teacher, Mixture) and teacher.of == "losses":
         raise ValueError(

@@ -46,13 +46,8 @@ def teacher_beside(student: Any, teacher: Any) -> Any:
     return teacher.part(student.shard.span)
 
 
-def refuse_options(spec: KDSpec, launch: Launch) -> None:
+def refuse_options(launch: Launch) -> None:
     """Raises ValueError for an option that a head divided over ranks does not have."""
-    if spec.is_of_logits:
-        raise ValueError(
-            "divergence: expected one of probabilities beside a VocabParallelWeight, whose ranks "
-            f"tell each other nothing of logits, got {spec.record.name!r}, {spec.record.formula}"
-        )
     if launch.filter_eps is not None:
         raise ValueError(
             "filter_eps: expected None beside a VocabParallelWeight, whose ranks would leave out "

@@ -4,9 +4,10 @@ import dataclasses
 import itertools
 
 import torch
-from aot_rooms.kd_loss import OF_PROBABILITIES, option_of
+from aot_rooms.kd_loss import option_of
 
 from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_stages
 
 FUNCTIONS = ("kd_loss_stats", "kd_loss_sums", "kd_loss_write")
@@ -49,7 +50,8 @@ class Case:
             triton_stages.kd_loss_sums(logits, logits, stats, spec)
         else:
             if spec.record.whole is not None:
-                stats = torch.empty(self.rows, 8, device="meta")
+                width = 6 + spec.record.whole.num_numbers
+                stats = torch.empty(self.rows, width, device="meta")
             dlogits = torch.empty_like(logits, dtype=torch.bfloat16)
             triton_stages.kd_loss_write(
                 logits, logits, labels, 8 * self.vocab_size, weights, stats, spec, dlogits
@@ -58,7 +60,7 @@ class Case:
 
 def all_cases() -> list[Case]:
     """The product, then every other launch of `row_config`."""
-    cases = [Case(*parts) for parts in itertools.product(FUNCTIONS, OF_PROBABILITIES, OBJECTIVES)]
+    cases = [Case(*parts) for parts in itertools.product(FUNCTIONS, DIVERGENCES, OBJECTIVES)]
     for function in FUNCTIONS:
         case = Case(function, "jsd", "all")
         cases.append(dataclasses.replace(case, rows=8))
@@ -75,8 +77,10 @@ def core_cases() -> list[Case]:
         Case("kd_loss_sums", "jsd", "all"),
         Case("kd_loss_sums", "forward_kl+jsd", "all"),
         Case("kd_loss_sums", "negative_log_acceptance", "all"),
+        Case("kd_loss_sums", "logits_cosine", "all"),
         Case("kd_loss_write", "forward_kl", "kd"),
         Case("kd_loss_write", "jsd", "all"),
         Case("kd_loss_write", "forward_kl+jsd", "all"),
         Case("kd_loss_write", "renyi", "all"),
+        Case("kd_loss_write", "logits_cosine", "all"),
     ]

@@ -25,9 +25,9 @@ void name_divergence(Kernel*& kernels) {
   if constexpr (kind_of_stats(kDivergence) == kDivergence) {
     name(kernels, kd_loss_stats<kDivergence>);
   }
+  name(kernels, kd_loss_sums<kDivergence>);
+  name(kernels, kd_loss_write<kDivergence>);
   if constexpr (!is_of_logits(kDivergence)) {
-    name(kernels, kd_loss_sums<kDivergence>);
-    name(kernels, kd_loss_write<kDivergence>);
     name(kernels, topk_kd_loss_rows<kDivergence, true>);
     name(kernels, topk_kd_loss_rows<kDivergence, false>);
   }

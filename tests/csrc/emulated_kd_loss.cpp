@@ -65,9 +65,7 @@ const char* emulated_kd_loss_sums(const KdRows* rows, int blocks, int cluster, i
   const device::Grid grid = grid_of(*rows, blocks, cluster, threads, false);
   return fault_of_kd(*rows, [&](auto of) {
     constexpr Divergence kDivergence = decltype(of)::value;
-    if constexpr (!is_of_logits(kDivergence)) {
-      device::launch(kd_loss_sums<kDivergence>, grid, *rows, stats, sums);
-    }
+    device::launch(kd_loss_sums<kDivergence>, grid, *rows, stats, sums);
   });
 }
 
@@ -76,9 +74,7 @@ const char* emulated_kd_loss_write(const KdRows* rows, int blocks, int cluster, 
   const device::Grid grid = grid_of(*rows, blocks, cluster, threads, false);
   return fault_of_kd(*rows, [&](auto of) {
     constexpr Divergence kDivergence = decltype(of)::value;
-    if constexpr (!is_of_logits(kDivergence)) {
-      device::launch(kd_loss_write<kDivergence>, grid, *rows, stats);
-    }
+    device::launch(kd_loss_write<kDivergence>, grid, *rows, stats);
   });
 }
 

@@ -138,7 +138,7 @@ class Emulated:
         return parts
 
     def kd_loss_sums(self, student, teacher, stats, spec):
-        width = 2 if spec.record.whole is None else 5
+        width = 2 if spec.record.whole is None else spec.record.whole.num_sums
         sums = student.new_full((len(student), width), math.nan, dtype=torch.float32)
         call = _rows_of(student, teacher, None, None, spec, None, None)
         self._launch("emulated_kd_loss.cpp", "emulated_kd_loss_sums", call, stats, sums)

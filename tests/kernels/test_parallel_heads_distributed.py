@@ -30,7 +30,6 @@ from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.testing.accuracy import assert_within_budget
 from tests.inputs import NATIVE
 from tests.pairs import pairwise
-from tests.support.kd_rows import OF_PROBABILITIES
 
 D_S, D_T = 8, 12
 SIZES = {
@@ -85,7 +84,7 @@ def _pairs(product: list[dict]) -> list[Case]:
 
 def _cases() -> list[Case]:
     losses = {
-        "divergence": [*OF_PROBABILITIES, "forward_kl+jsd+total_variation"],
+        "divergence": [*DIVERGENCES, "forward_kl+jsd+total_variation"],
         "sizes": ["equal", "unequal"],
         "temperature": [1.0, 2.0, "tokens"],
         "labels": ["some", "none", "all_ignored"],
@@ -107,13 +106,15 @@ def _cases() -> list[Case]:
     }
     cases = _pairs(_product(**losses, backend=NATIVE, dtype=["float32", "bfloat16"]))
     cases += _pairs(random.Random(0).sample(_product(**heads), 2000))
-    cases += [Case(each, "reference", "float64", "unequal") for each in OF_PROBABILITIES]
+    cases += [Case(each, "reference", "float64", "unequal") for each in DIVERGENCES]
     available, _ = dispatch.availability("kd_loss", "triton")
     if available:  # one of each kind; its kernels are compared in test_kd_loss_stages.py
         cases += [
             Case("forward_kl", "triton", sizes="unequal", temperature=2.0, excluded=True),
             Case("jsd", "triton", sizes="unequal", hard=True, bends=True),
             Case("negative_log_acceptance", "triton", sizes="unequal", temperature="tokens"),
+            Case("logits_mse", "triton", sizes="unequal", excluded=True),
+            Case("logits_cosine", "triton", sizes="unequal", temperature=2.0, hard=True),
         ]
     return list(dict.fromkeys(cases))
 
@@ -229,7 +230,11 @@ class Whole:
         divisor = self.temperature
         if isinstance(divisor, Tensor):
             divisor = divisor.to(dtype)[:, None]
-        log_q, log_p = ((z / divisor).log_softmax(-1).clamp(min=floor) for z in (z_s, z_t))
+        if DIVERGENCES[case.divergence.split("+")[0]].row_sums == "of_logits":
+            # all classes count, those that both sides exclude as equal
+            log_q, log_p = (z.masked_fill(z == -torch.inf, 0.0) / divisor for z in (z_s, z_t))
+        else:
+            log_q, log_p = ((z / divisor).log_softmax(-1).clamp(min=floor) for z in (z_s, z_t))
         kd = 0.0
         for name, weight in case.weights.items():
             of_one = DIVERGENCES[name].definition(
@@ -384,7 +389,6 @@ REFUSED = {
     "empty_shard": ("VocabParallelWeight: sizes: expected a positive number", ""),
     "group": ("VocabParallelWeight: group: expected a ProcessGroup", ""),
     "common": ("vocabulary: expected at least one common class on every rank", ""),
-    "of_logits": ("divergence: expected one of probabilities beside a Vocab", ""),
     "values": ("rank 1: ValueError: teacher_log_probs: expected values at", "teacher_log_probs: "),
     "temperatures": ("temperature: expected the same on every rank", ""),
     "filter_eps": ("filter_eps: expected None beside a VocabParallelWeight", ""),
@@ -441,8 +445,6 @@ def _refused(name: str, rank: int) -> None:
         group = "tp"
     if name == "common":
         teacher["teacher_weight"], options["vocabulary"] = WEIGHT[:5], "common"
-    if name == "of_logits":
-        options["divergence"] = "logits_mse"
     if name == "values":
         values = torch.full((6, 10), -2.0)
         values[2, 7] = 1.0  # of a class of rank 1's
@@ -531,18 +533,20 @@ def compiled() -> tuple:
 def by_products() -> tuple:
     """Of every token those of the whole head."""
     here = span_of([5, 5])
-    whole, divided = (
-        linear_kd_loss_terms(
-            *(HIDDEN, weight, HIDDEN, WEIGHT.flip(0)),
-            labels=LABELS,
-            ce_weight=0.5,
-            temperature=2.0,
-            by_products=True,
-        ).by_products
-        for weight in (WEIGHT, VocabParallelWeight(WEIGHT[here]))
-    )
-    for one, other in zip(whole, divided, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for divergence in ("forward_kl", "logits_cosine"):
+        whole, divided = (
+            linear_kd_loss_terms(
+                *(HIDDEN, weight, HIDDEN, WEIGHT.flip(0)),
+                labels=LABELS,
+                divergence=divergence,
+                ce_weight=0.5,
+                temperature=2.0,
+                by_products=True,
+            ).by_products
+            for weight in (WEIGHT, VocabParallelWeight(WEIGHT[here]))
+        )
+        for one, other in zip(whole, divided, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     return ()
 
 

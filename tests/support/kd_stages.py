@@ -13,6 +13,10 @@ N, V, CLASSES = 7, 150, 400
 HARD = {"label_smoothing": 0.1, "z_loss_weight": 0.01}
 SUM = {"forward_kl": 0.7, "jsd": 0.25, "total_variation": 2.0}
 BENDS = {"student_softcap": 6.0, "teacher_logit_scale": 1.5}
+# Of two rows, what `OfRow.value` may give behind D and the sum of u: of a function of sums a slope,
+# which is 0 where S is far from 1, and log S.
+OF_SUMS = [[0.0, -0.7], [1.2, -0.1]]
+NUMBERS = {"logits_mse": [[0.005], [0.1]], "logits_cosine": [[60.0, 70.0, 0.4], [50.0, 40.0, 1.2]]}
 
 
 def check_stages(
@@ -54,8 +58,8 @@ def check_stages(
         parts = kernels.kd_loss_stats(z_s, z_t, labels, spec, True)
         write = stats.to(wide)
         sums = kernels.kd_loss_sums(z_s, z_t, write, spec)
-        if spec.record.whole is not None:  # its two numbers, a slope of 0 where S is far from 1
-            numbers = torch.tensor([[0.0, -0.7], [1.2, -0.1]]).repeat(4, 1)[:N]
+        if spec.record.whole is not None:
+            numbers = torch.tensor(NUMBERS.get(spec.record.name, OF_SUMS)).repeat(4, 1)[:N]
             write = torch.cat([stats, numbers], dim=-1).to(wide)
         dlogits = torch.empty_like(z_s, dtype=out)
         row_weights = weights.to(wide)

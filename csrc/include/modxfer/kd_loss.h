@@ -39,6 +39,17 @@ constexpr bool is_of_logits(Divergence divergence) {
   return divergence == Divergence::kLogitsMse || divergence == Divergence::kLogitsCosine;
 }
 
+// `num_sums` and `num_numbers` of a divergence's record; without one there are sums of f and u.
+constexpr int64_t num_sums(Divergence divergence) {
+  if (divergence == Divergence::kLogitsCosine) return 3;
+  return is_of_row(divergence) ? int64_t{sizeof(KdRowSums<float>) / sizeof(float)} : 2;
+}
+constexpr int64_t num_numbers(Divergence divergence) {
+  if (divergence == Divergence::kLogitsCosine) return 3;
+  if (divergence == Divergence::kLogitsMse) return 1;
+  return is_of_row(divergence) ? 2 : 0;
+}
+
 // One divergence of a weighted sum, with its constants.
 struct KdSummand {
   Divergence divergence;
@@ -115,21 +126,20 @@ struct KdRowKernels {
   // for. The lse of extras is written by both.
   KdLosses (*fwd[2])(const float* student, const float* teacher, int64_t V, int64_t label,
                      const KdSpec& spec, KdStats& stats, KdScratch& scratch, KdExtras* extras);
-  // q and u again, from the statistics. of_row: of a function of sums over the row, may be null
-  // where the V classes are the row.
+  // q and u again, from the statistics. numbers: `num_numbers` of the whole row, or null where the
+  // V classes are it.
   void (*recompute)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
-                    const KdStats& stats, const KdOfRow* of_row, KdScratch& scratch);
+                    const KdStats& stats, const float* numbers, KdScratch& scratch);
   // dlogits from q and u; dlogits may be the student's row itself. A label of V or more is the
   // label of a class that these V are not.
   void (*grad)(const float* student, int64_t V, int64_t label, float row_weight, const KdSpec& spec,
                const KdStats& stats, const KdScratch& scratch, float* dlogits);
   // In stages, see kd_loss_stages_rows.h: statistics, by whether label smoothing or by-products are
-  // asked for; and num_sums sums: of f and u, or those of a function of sums.
+  // asked for; and `num_sums` sums.
   void (*part[2])(const float* student, const float* teacher, int64_t V, int64_t label,
                   const KdSpec& spec, KdPart& part);
   void (*sums)(const float* student, const float* teacher, int64_t V, const KdSpec& spec,
                const KdStats& stats, double* sums);
-  int64_t num_sums;
   // The same of a teacher that lists a few classes: losses, log sum exp of the student where asked
   // for, statistics and the scratch, and from these dlogits, which may be the student's row itself.
   KdLosses (*topk_fwd)(const float* student, int64_t V, const TopKRow& teacher, int64_t label,

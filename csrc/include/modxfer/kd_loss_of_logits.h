@@ -40,6 +40,19 @@ MODXFER_INLINE LogitGap logit_gap(vf z_s, vf z_t, const LogitScale& of_s, const 
   return {select(is_apart, splat(__builtin_inff()), gap), x};
 }
 
+// |x| of the logits z that are so scaled.
+template <class Number>
+MODXFER_INLINE Number length_of(const LogitScale& scale, float inv_temperature) {
+  const Number inverse = static_cast<Number>(scale.near) * scale.far;
+  return inverse == 0 ? inverse : inv_temperature / inverse;
+}
+
+MODXFER_INLINE LogitScale scale_of(float length, float inv_temperature) {
+  const float of_z = length / inv_temperature;
+  const float near = near_of(of_z > kLeastSize ? of_z : kLeastSize);
+  return {near, of_z == 0.0f ? 0.0f : 1.0f / (of_z * near)};
+}
+
 // The divergence, and u = factor (gap - back x) of each class.
 template <class Number>
 struct OfLogits {
@@ -47,6 +60,15 @@ struct OfLogits {
   float factor;
   float back;
 };
+
+template <class Number>
+MODXFER_INLINE OfLogits<Number> of_cosine(Number kd, const LogitScale& of_s,
+                                          float inv_temperature) {
+  const Number inv_norm = static_cast<Number>(of_s.near) * of_s.far / inv_temperature;
+  const float most = 3e38f;
+  return {kd, inv_norm < most ? static_cast<float>(inv_norm) : most,
+          static_cast<float>(kd * of_s.far)};
+}
 
 // squares: sum of gap^2 over V classes.
 template <Divergence kDivergence, class Number>
@@ -57,10 +79,34 @@ MODXFER_INLINE OfLogits<Number> of_squares(Number squares, Number V, const Logit
   } else {
     // a row of zeros has a right angle to every other
     const bool is_right = (of_s.far == 0.0f) != (of_t.far == 0.0f);
-    const Number kd = is_right ? squares : squares / 2;
-    const Number inv_norm = static_cast<Number>(of_s.near) * of_s.far / inv_temperature;
-    const float most = 3e38f;
-    return {kd, inv_norm < most ? static_cast<float>(inv_norm) : most,
-            static_cast<float>(kd * of_s.far)};
+    return of_cosine(is_right ? squares : squares / 2, of_s, inv_temperature);
+  }
+}
+
+// Of some of the classes of a row: `sums` of the divergence's record, `num_sums` of them.
+template <Divergence kDivergence, class Number>
+MODXFER_INLINE void put_logit_sums(Number squares, Number V, const LogitScale& of_s,
+                                   const LogitScale& of_t, float inv_temperature, Number* sums) {
+  if constexpr (kDivergence == Divergence::kLogitsMse) {
+    sums[0] = squares;
+    sums[1] = V;
+  } else {
+    sums[0] = length_of<Number>(of_s, inv_temperature);
+    sums[1] = length_of<Number>(of_t, inv_temperature);
+    sums[2] = of_squares<kDivergence>(squares, V, of_s, of_t, inv_temperature).kd;
+  }
+}
+
+// What u of such a class is made of, from the numbers of the whole row.
+template <Divergence kDivergence>
+MODXFER_INLINE OfLogits<float> of_numbers(const float* numbers, float inv_temperature,
+                                          LogitScale& of_s, LogitScale& of_t) {
+  if constexpr (kDivergence == Divergence::kLogitsMse) {
+    of_s = of_t = {1.0f, inv_temperature};
+    return {0.0f, numbers[0], 0.0f};
+  } else {
+    of_s = scale_of(numbers[0], inv_temperature);
+    of_t = scale_of(numbers[1], inv_temperature);
+    return of_cosine(numbers[2], of_s, inv_temperature);
   }
 }
