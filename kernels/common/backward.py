@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ def refuse_double_backward(op: str) -> None:
         )
 
 
-def refuse_transforms(op: str, *tensors: Tensor | None, takes_vmap: bool = True) -> None:
+def refuse_transforms(op: str, *given: Any, takes_vmap: bool = True) -> None:
     """Raises RuntimeError inside torch.func's gradients, and for tensors with a tangent.
+
+    Args:
+        given: tensors and, in the place of one, numbers or None.
 
     The ops compute their gradient in kernels, for reverse mode by torch.autograd: forward mode
     would find no tangent and answer 0, `torch.func` cannot reach what the forward saves.
@@ -39,7 +43,8 @@ def refuse_transforms(op: str, *tensors: Tensor | None, takes_vmap: bool = True)
             )
     if forward_ad._current_level < 0:
         return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    tensors = [each for each in given if isinstance(each, Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
             f"{op}: expected loss.backward() or torch.autograd.grad, got an input with a tangent "
             "of forward-mode differentiation"

@@ -99,7 +99,7 @@ def kd_loss(
     of_teacher: tuple[Tensor, ...] = (
         teacher_logits[:2] if isinstance(teacher_logits, TeacherTopK) else (teacher_logits,)
     )
-    refuse_transforms("kd_loss", student_logits, *of_teacher)
+    refuse_transforms("kd_loss", student_logits, *of_teacher, temperature)
     given = KDSpec(
         divergence,
         alpha=alpha,

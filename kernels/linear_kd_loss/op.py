@@ -358,7 +358,9 @@ def _computed(
     given = tensors_of(role, student) | tensors_of("teacher", teacher)
     for name, tensor in given.items():
         check_tensor(name, tensor)
-    refuse_transforms("linear_kd_loss" if role else "linear_cross_entropy", *given.values())
+    constants = (spec.temperature, tokens.token_weights, tokens.normalizer)
+    room = "linear_kd_loss" if role else "linear_cross_entropy"
+    refuse_transforms(room, *given.values(), *constants)
     spec.student_bend.check(role)
     given_spec, spec = spec, spec.checked()
     labels, token_weights, normalizer, reduction, ignore_index, num_valid = tokens

@@ -56,6 +56,10 @@ def test_forward_mode(case):
 
 
 OF_PARAMETERS = {
+    "temperature": lambda x, w: linear_kd_loss(x, W, T, W_T, temperature=w[:N, 0]),
+    "temperature_of_logits": lambda x, w: kd_loss(x, T, temperature=w[:N, 0]),
+    "token_weights": lambda x, w: linear_kd_loss(x, W, T, W_T, token_weights=w[:N, 0]),
+    "normalizer": lambda x, w: linear_kd_loss(x, W, T, W_T, normalizer=w[0, 0]),
     "student_weight": lambda x, w: linear_kd_loss(x, w, T, W_T),
     "student_bias": lambda x, w: linear_kd_loss(x, W, T, W_T, student_bias=w[:, 0]),
     "projection": lambda x, w: projection_loss(x, T, w[:D]),
@@ -71,7 +75,7 @@ OF_PARAMETERS = {
 @pytest.mark.parametrize("case", OF_PARAMETERS)
 def test_forward_mode_of_parameters(case):
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(_randn(V, D), torch.ones(V, D))
+        dual = forward_ad.make_dual(_randn(V, D).abs(), torch.ones(V, D))
         with pytest.raises(RuntimeError, match="got an input with a tangent"):
             OF_PARAMETERS[case](_randn(N, D), dual)
 
@@ -98,6 +102,22 @@ def test_vmap_is_right_or_refused(case):
         return
     expected = torch.stack([OPS[case](x) for x in xs])
     torch.testing.assert_close(torch.vmap(OPS[case])(xs), expected)
+
+
+# of temperatures [N]
+SOFTENED = {
+    "kd_loss": lambda t: kd_loss(T, T.flip(0), temperature=t),
+    "linear_kd_loss": lambda t: linear_kd_loss(T, W, T.flip(0), W_T, temperature=t),
+}
+
+
+@pytest.mark.parametrize("case", SOFTENED)
+def test_temperatures(case):
+    temperatures = 1.0 + torch.rand(3, N, generator=torch.Generator().manual_seed(7))
+    expected = torch.stack([SOFTENED[case](one) for one in temperatures])
+    torch.testing.assert_close(torch.vmap(SOFTENED[case])(temperatures), expected)
+    with pytest.raises(RuntimeError, match=_refused(case) + "torch.func.grad"):
+        torch.func.grad(SOFTENED[case])(temperatures[0])
 
 
 @pytest.mark.parametrize("case", OPS)
