@@ -16,6 +16,7 @@ from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.kernels.linear_kd_loss.teachers import NoTeacher
 
 Result = TypeVar("Result")
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
 
 
 def told_to_ranks(loss: Callable[..., Result]) -> Callable[..., Result]:
@@ -81,18 +82,27 @@ def agree_on(
     }
     numbers = spec.options() | {"numbers of the teacher": _numbers(teacher)}
     if hidden.device.type == "cpu":
-        # a checksum of what decides which rows are packed, and of what a label adds
-        counted = None if labels is None else int((labels * (labels + 1)).sum())
-        arguments["labels"] = (counted, rows.num_valid)
-        arguments["token_weights"] = float(rows.row_weights.sum())
-        if rows.softening is not None:  # of rows that do not count it may be NaN
-            valid = rows.valid()
-            of_valid = rows.softening if valid is None else rows.softening[valid]
-            numbers["temperature"] = float(of_valid.sum())
+        valid = rows.valid()
+        arguments["labels"] = (None if labels is None else _checksum(labels), rows.num_valid)
+        arguments["token_weights"] = _checksum(rows.row_weights)
+        if rows.softening is not None:
+            numbers["temperature"] = _checksum(rows.softening, valid)
         if isinstance(teacher, TeacherTopK):
-            of_rows = (teacher.ids.long() * (teacher.ids + 1)).sum(-1)
-            arguments["teacher_ids"] = int((of_rows * torch.arange(1, len(of_rows) + 1)).sum())
+            arguments["teacher_ids"] = _checksum(teacher.ids, valid)
+            log_probs = teacher.log_probs.masked_fill(teacher.ids < 0, 0.0)  # there it may be any
+            arguments["teacher_log_probs"] = _checksum(log_probs, valid)
+        if isinstance(teacher, Mixture) and teacher.weights is not None:
+            of = "route" if teacher.of == "route" else "weights"
+            arguments[f"TeacherMixture: {of}"] = _checksum(teacher.weights, valid)
     agree(student.shard, arguments, numbers, hidden.device)
+
+
+def _checksum(values: Tensor, valid: Tensor | None = None) -> str:
+    """Of the bits of values [N, ...] and their places, in rows that count; others may differ."""
+    values = values if valid is None else values[valid]
+    bits = values.contiguous().view(_BITS[values.itemsize]).flatten()
+    places = torch.arange(1, len(bits) + 1)
+    return f"values with checksum {int((bits * places).sum()):016x}"
 
 
 def _numbers(teacher: Any) -> list[Any]:

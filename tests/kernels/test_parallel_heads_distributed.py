@@ -18,6 +18,7 @@ from modxfer_fast import (
     QuantizedWeight,
     TeacherLogits,
     TeacherLogProbs,
+    TeacherMixture,
     TeacherProbs,
     VocabParallelWeight,
     linear_cross_entropy,
@@ -378,6 +379,9 @@ REFUSED = {
     "dtype": ("student_hidden: expected the same on every rank", ""),
     "rows": ("student_hidden: expected the same on every rank", ""),
     "labels": ("labels: expected the same on every rank", ""),
+    "labels_in_another_order": ("labels: expected the same on every rank", ""),
+    "mixture_weights": ("TeacherMixture: weights: expected the same on every rank", ""),
+    "mixture_route": ("TeacherMixture: route: expected the same on every rank", ""),
     "label_out_of_range": ("rank 1: ValueError: labels: expected values in", "labels: expected"),
     "bias": ("rank 1: ValueError: student_bias: expected", "student_bias: expected"),
     "temperature": ("temperature: expected the same on every rank", ""),
@@ -422,6 +426,17 @@ def _refused(name: str, rank: int) -> None:
         teacher["teacher_hidden"], options["labels"] = HIDDEN[:5], LABELS[:5]
     if name == "labels" and is_bad:
         options["labels"][0] = 7
+    if name == "labels_in_another_order" and is_bad:
+        options["labels"] = LABELS.flip(0)
+    if name.startswith("mixture"):
+        teachers = [TeacherLogits(HIDDEN @ WEIGHT.T), TeacherLogits(HIDDEN @ WEIGHT.flip(0).T)]
+        given = {"weights": torch.tensor([[0.5, 0.5]] * 6)}
+        given = given if name == "mixture_weights" else {"route": torch.arange(6) % 2}
+        values = next(iter(given.values()))
+        if is_bad:
+            values[[0, 1]] = 1 - values[[1, 0]] if name == "mixture_weights" else values[[1, 0]]
+            values[0] += name == "mixture_weights"
+        teacher = {"teacher_hidden": TeacherMixture(teachers, **given)}
     if name == "label_out_of_range" and is_bad:
         options["labels"][0] = 10
     if name == "bias" and is_bad:

@@ -196,12 +196,20 @@ def by_products() -> tuple:
 
 
 def refuses(what: str) -> tuple:
-    """Lists that differ from rank to rank, by their length or by the rows that have them."""
-    ids, count = torch.arange(18).view(6, 3), 3
+    """Lists that differ from rank to rank, by their length, their classes or what they give them.
+
+    Of what is absent the log-probability may be any.
+    """
+    ids, log_probs = torch.arange(18).view(6, 3), torch.full((6, 3), -2.0)
+    ids[5, 2], log_probs[5, 2] = -1, dist.get_rank()
     if dist.get_rank() == 1:
-        count = 2 if what == "teacher" else 3
-        ids = ids.flip(0)
-    teacher = TeacherTopK(ids[:, :count], torch.full((6, count), -2.0))
+        if what == "teacher":
+            ids, log_probs = ids[:, :2], log_probs[:, :2]
+        elif what == "teacher_ids":
+            ids[[0, 1]] = ids[[1, 0]]
+        else:
+            log_probs[4, 1] = -2.5
+    teacher = TeacherTopK(ids, log_probs)
     weight = VocabParallelWeight(WEIGHT[span_of(SIZES[2])], None, SIZES[2])
     with pytest.raises(ValueError, match=f"^{what}: expected the same on every rank"):
         linear_kd_loss(HIDDEN, weight, teacher)
@@ -220,7 +228,7 @@ OTHERS = [
     *((of_mixtures, of) for of in ("probabilities", "losses", "route")),
     (by_products,),
     (refuses_a_divided_head,),
-    *((refuses, what) for what in ("teacher", "teacher_ids")),
+    *((refuses, what) for what in ("teacher", "teacher_ids", "teacher_log_probs")),
 ]
 
 
