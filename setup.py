@@ -121,17 +121,22 @@ def _cutlass() -> Path | None:
 
 
 def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Objects of csrc/cuda, and what they are linked with; one that is newer than csrc stays.
+    """Objects of csrc/cuda, and what they are linked with.
+
+    An object stays that is newer than csrc and was made by the same command of the same nvcc and
+    torch, which stand in a file beside it.
 
     By nvcc itself: torch's own extension needs a torch that was built with CUDA, and the wheel none
     but a CUDA driver.
     """
+    import torch
     from torch.utils.cpp_extension import include_paths
 
     out.mkdir(parents=True, exist_ok=True)
     flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--threads", "0"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     flags += [f"-I{path}" for path in (csrc / "include", csrc / "cuda", *include_paths())]
+    versions = _told_by("nvcc", "--version") + torch.__version__
     newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
     objects = []
 
@@ -140,9 +145,13 @@ def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
         for source in sorted(folder.glob("*.cu")):
             target = out / f"{source.stem}.cu.o"
             objects.append(str(target))
-            if not target.exists() or target.stat().st_mtime < newest:
-                command = ["nvcc", *flags, *code, *options, "-c", str(source), "-o", str(target)]
+            command = ["nvcc", *flags, *code, *options, "-c", str(source), "-o", str(target)]
+            made_by, made = target.with_suffix(".txt"), f"{shlex.join(command)}\n{versions}"
+            is_same = made_by.exists() and made_by.read_text(encoding="utf-8") == made
+            if not (is_same and target.exists() and target.stat().st_mtime >= newest):
+                made_by.unlink(missing_ok=True)  # until the object is whole
                 subprocess.run(command, check=True)
+                made_by.write_text(made, encoding="utf-8")
 
     build(csrc / "cuda", CUDA_TARGETS)
     if cutlass := _cutlass():
@@ -150,11 +159,13 @@ def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
         build(csrc / "cuda" / "hopper", HOPPER, f"-I{cutlass}", "-DNDEBUG")
     else:
         print("modxfer_fast: csrc/cuda/hopper is not built: needs the package nvidia-cutlass")
-    told = subprocess.run(
-        ["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
-    )
-    libraries = re.findall(r'"(-L[^"]*)"', told.stderr + told.stdout)
+    libraries = re.findall(r'"(-L[^"]*)"', _told_by("nvcc", "--dryrun", "-x", "cu", os.devnull))
     return objects, [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+
+def _told_by(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr + done.stdout
 
 
 ext_modules, cmdclass = _extensions(os.environ.get("MODXFER_BUILD", "auto"))

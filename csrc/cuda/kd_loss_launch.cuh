@@ -56,10 +56,10 @@ void launch_rows(int count, const Rows& rows, int64_t stream, const Bytes& bytes
   const Plan plan = plan_of(count, multiprocessors, major >= 9 ? most_shared : 0,
                             [&](int cluster) { return bytes_of(cluster, true); });
   const int bytes = bytes_of(plan.cluster, plan.is_resident);
+  // only a list of classes grows with what a user gives
   STD_TORCH_CHECK(bytes <= most_shared,
-                  "expected rows and lists of classes that leave a block of "
-                  "this GPU with at most ",
-                  most_shared, " bytes of shared memory, got ", bytes);
+                  "teacher_ids: expected lists that take a block of this GPU at most ", most_shared,
+                  " bytes of shared memory in backend 'cuda', got ", bytes);
   const device::Grid grid{plan.blocks, plan.threads, plan.cluster, bytes};
   check(device::launch(kernel_of(plan.is_resident), grid, reinterpret_cast<cudaStream_t>(stream),
                        rows));
