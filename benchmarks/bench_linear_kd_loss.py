@@ -7,8 +7,10 @@ dhidden and dweight written; the floor also writes z_s and z_t and reads dz once
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,9 +30,14 @@ def lineup(case: Case) -> Lineup:
     spec, columns = kd.spec_of(case), kd.columns(case)
     candidate = functools.partial(_candidate, case, inputs)
     candidates = []
-    for name, loss in rooms.ours("linear_kd_loss", case, linear_kd_loss, **columns).items():
+    losses = rooms.ours("linear_kd_loss", case, linear_kd_loss, **columns)
+    if case.device == "cuda" and "ours triton" in losses:
+        losses["ours triton, overlapped"] = overlapped(losses["ours triton"])
+    for name, loss in losses.items():
         for frozen in (False, True):
-            steps = [] if name == "ours reference" else _steps(case, frozen)
+            # the model of the loop runs kernels one after another
+            has_steps = name.endswith(("cpp", "triton", "cuda"))
+            steps = _steps(case, frozen) if has_steps else []
             of = f"{name}, frozen head" if frozen else name
             candidates.append(candidate(of, loss, frozen=frozen, steps=steps))
     for name, loss in rooms.plain(kd.dense_linear_kd_loss, spec=spec).items():
@@ -42,6 +49,16 @@ def lineup(case: Case) -> Lineup:
     problem = dataclasses.asdict(case.shape) | columns
     truth = functools.partial(kd.linear_truth, inputs, spec)
     return Lineup(problem, candidates, _floors(inputs), truth)
+
+
+def overlapped(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With row kernels on a second stream of a GPU."""
+
+    def on_two_streams(*tensors: Tensor) -> Tensor:
+        with mock.patch.dict(os.environ, MODXFER_OVERLAP="1"):
+            return loss(*tensors)
+
+    return on_two_streams
 
 
 def _work(case: Case, frozen: bool) -> Work:

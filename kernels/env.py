@@ -17,6 +17,11 @@ VARIABLES = {
         "0",
         "1 checks values too (labels, NaN), at the price of a wait on a GPU",
     ),
+    "MODXFER_OVERLAP": (
+        "0",
+        "1 runs row kernels of `linear_kd_loss` on a second stream of a GPU, beside the products "
+        "that make the next logits",
+    ),
     "MODXFER_CACHE": (
         "~/.cache/modxfer_fast",
         "folder of what jobs keep for one another: trained teachers, statistics, maps",
@@ -56,6 +61,11 @@ def cpu_isa() -> str | None:
 def debug() -> bool:
     """`MODXFER_DEBUG=1`: check values too (labels, NaN), at the price of a wait on a GPU."""
     return os.environ.get("MODXFER_DEBUG", "0") not in ("", "0")
+
+
+def overlaps() -> bool:
+    """`MODXFER_OVERLAP=1`: row kernels run beside products on a second stream of a GPU."""
+    return os.environ.get("MODXFER_OVERLAP", "0") not in ("", "0")
 
 
 def triton_interpreted() -> bool:

@@ -21,12 +21,14 @@ class ChunkPlan(NamedTuple):
         tile: rows of a weight that are widened at once, where weights are widened at all.
         slab: rows, of several chunks, whose gradients wait for one product; 0 where each chunk has
             its own.
+        turns: chunks whose logits are there at once: 2 where those of a slab take turns.
     """
 
     rows: int
     is_single: bool
     tile: int
     slab: int = 0
+    turns: int = 1
 
     @classmethod
     def of(
@@ -41,6 +43,7 @@ class ChunkPlan(NamedTuple):
         rounds_single: bool = False,
         slab_rows: int = 0,
         slab_row_bytes: int = 0,
+        turns: int = 1,
     ) -> "ChunkPlan":
         """Spends `budget` bytes on `rows` rows with `row_bytes` in flight each.
 
@@ -52,6 +55,7 @@ class ChunkPlan(NamedTuple):
             slab_rows: the most of a slab; 0 for none. There is one where it holds all rows and a
                 chunk does not, or at least two chunks.
             slab_row_bytes: of one of its rows.
+            turns: chunks of a slab that are in flight at once, in the same bytes.
 
         Copies, sums and slab come out of the budget, or on top of it where they would take more
         than half.
@@ -70,8 +74,8 @@ class ChunkPlan(NamedTuple):
         slab = equal_parts(rows, slab_rows) if slab_rows else 0
         if slab <= chunk or (slab < 2 * chunk and slab < rows):
             return cls(chunk, chunk >= rows, tile)
-        chunk = _fitting(slab, row_bytes, left(slab, slab * slab_row_bytes))
-        return cls(chunk, slab >= rows, tile, slab)
+        chunk = _fitting(slab, turns * row_bytes, left(slab, slab * slab_row_bytes))
+        return cls(chunk, slab >= rows, tile, slab, turns if chunk < slab else 1)
 
 
 def budget_for(workspace_bytes: int | None, row_bytes: int, *, on_gpu: bool) -> int:

@@ -10,6 +10,7 @@ Four GEMMs a chunk; three when the student's head is frozen, two without any gra
 half-precision head leaves dz, in its own dtype, in a slab of several chunks, and the last two lines
 are of the slab: all rows where that takes no more than 8 V D_s bytes, and then no fp32 accumulator;
 else slabs of at most 2 D_s rows beside one. A frozen head's slab has the rows that fill the GPU.
+Within a slab the row kernel may run beside the products of the next chunk (overlap.py).
 
 Rows that are ignored are packed away before the first GEMM where their number is known
 (packing.py). What the logits come from and go back to is a head's (head.py), what they are compared
@@ -17,14 +18,14 @@ with a teacher's, which names the row kernel that reads it (teachers.py); the ch
 budget in bytes.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import KDSpec, gemm, packing
+from modxfer_fast.kernels.common import KDSpec, gemm, overlap, packing
 from modxfer_fast.kernels.common.chunks import ChunkPlan, budget_for, spans
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import ParallelHead
@@ -37,7 +38,10 @@ from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher, V
 
 
 class Part(NamedTuple):
-    """Some of the rows that are run: of `span`, or `kept`, the rows of it that count."""
+    """Some of the rows that are run: of `span`, or `kept`, the rows of it that count.
+
+    Where they are in a slab, it has room for their dlogits.
+    """
 
     span: slice
     kept: Tensor | None
@@ -45,10 +49,11 @@ class Part(NamedTuple):
     labels: Tensor | None
     row_weights: Tensor
     softening: Tensor | None
+    dlogits: Tensor | None
 
     def part(self, rows: slice) -> "Part":
         """Rows of this part."""
-        span, kept, head, labels, row_weights, softening = self
+        span, kept, head, labels, row_weights, softening, dlogits = self
         return Part(
             slice(span.start + rows.start, span.start + rows.stop),
             None if kept is None else kept[rows],
@@ -56,7 +61,16 @@ class Part(NamedTuple):
             None if labels is None else labels[rows],
             row_weights[rows],
             None if softening is None else softening[rows],
+            None if dlogits is None else dlogits[rows],
         )
+
+
+class Filled(NamedTuple):
+    """What the row kernel reads of a part: logits, and what its teacher gives."""
+
+    logits: Tensor
+    taught: Teacher
+    signal: Any
 
 
 def plan_of(
@@ -69,6 +83,7 @@ def plan_of(
     *,
     copies_rows: bool = False,
     filtered: ClassFilter | None = None,
+    turns: int = 1,
 ) -> ChunkPlan:
     """How `stream` spends its workspace.
 
@@ -77,6 +92,7 @@ def plan_of(
         dtype: of the logits.
         copies_rows: hidden states are packed, or blanked.
         filtered: what leaves classes out of the gradients.
+        turns: chunks of a slab whose logits are in flight at once.
     """
     _, columns = student.columns
     logits = pitch(columns)
@@ -101,6 +117,7 @@ def plan_of(
         # without that method, the gradients' products run chunk after chunk
         slab_rows=student.slab_rows(count, wanted, dtype) if hasattr(student, "slab_rows") else 0,
         slab_row_bytes=slab_row_bytes,
+        turns=turns,
     )
 
 
@@ -139,26 +156,35 @@ def stream(
     blanks = "weight" in wanted and packing.runs_ignored_rows(valid, rows.num_valid)
     counting = valid if blanks else None
     filtered = ClassFilter(filter_eps) if wanted and filter_eps is not None else None
+    shard = student.shard if isinstance(student, ParallelHead) else None
+    # what ranks tell each other stays on one stream
+    streams = overlap.streams_of(weights) if shard is None else None
     plan = plan_of(
         *(student, teacher, count, wanted, dtype, workspace_bytes),
         copies_rows=kept is not None or blanks,
         filtered=filtered,
+        turns=1 if streams is None else 2,
     )
     kd, ce, z_loss = (torch.zeros_like(weights) for _ in range(3))
     num_found = len(BY_PRODUCTS[teacher.row_kernel]) if by_products else 0
     num_extras = num_found or int(spec.z_loss_weight != 0.0)
     found = weights.new_zeros(len(weights), num_found)
     row_kernel = row_function(kernels, student, teacher, "fwd_bwd" if wanted else "fwd")
-    shard = student.shard if isinstance(student, ParallelHead) else None
     gradient = None
     if wanted:
         gradient = student.gradient(wanted, weights, plan, is_packed=kept is not None)
 
-    def run(part: Part, dlogits: Tensor | None, z_s: Tensor, *z_t: Tensor) -> Tensor | None:
-        """The losses of a chunk; returns its dlogits, for which there may be room in a slab."""
-        logits, own = part.head.logits(z_s, plan.tile), spec.of_rows(part.softening)
+    def fill(part: Part, buffers: Sequence[Tensor]) -> Filled:
+        """The logits of a chunk."""
+        z_s, *z_t = buffers
+        logits = part.head.logits(z_s, plan.tile)
         taught = teacher.take(part.span, part.kept)
-        signal = taught.signal(z_t, plan.tile, own)
+        return Filled(logits, taught, taught.signal(z_t, plan.tile, spec.of_rows(part.softening)))
+
+    def read(part: Part, filled: Filled) -> Tensor | None:
+        """Its losses; returns its dlogits, which may lie over the logits."""
+        logits, taught, signal = filled
+        own, dlogits = spec.of_rows(part.softening), part.dlogits
         extras = weights.new_empty(len(logits), num_extras) if num_extras else None
         more = () if extras is None else (extras,)
         if extras is not None and by_products and isinstance(taught, TeacherTopK):
@@ -179,34 +205,35 @@ def stream(
             packing.put(found, part.span, part.kept, extras)
         return dlogits
 
-    def add(span: slice, slab: Tensor | None, *buffers: Tensor) -> None:  # frees its rows
+    def add(span: slice, slab: Tensor | None, buffers: list) -> None:  # frees its rows
         index = None if kept is None else kept[span]
         head = student.take(span, index)
         if counting is not None:
             head = head.blanked(counting[span])
-        whole = Part(span, index, head, *rows.take(span, index))
-        dlogits: Tensor | None
-        if slab is None:
-            dlogits = run(whole, None, *buffers)
+        dlogits = None if slab is None else slab[: span.stop - span.start]
+        whole = Part(span, index, head, *rows.take(span, index), dlogits)
+        if dlogits is None:
+            dlogits = read(whole, fill(whole, buffers[0]))
         else:
-            dlogits = slab[: span.stop - span.start]
-            for part in spans(len(dlogits), plan.rows):
-                run(whole.part(part), dlogits[part], *buffers)
+            parts = map(whole.part, spans(len(dlogits), plan.rows))
+            overlap.in_turns(parts, fill, read, buffers, streams)
         if gradient is not None and dlogits is not None:
             if filtered is not None:
                 dlogits, head = filtered.active(dlogits, head, whole.row_weights)
             gradient.add(dlogits, head, span, index)
 
+    of_chunk = 1 + teacher.num_buffers
     with (
         logits_buffers(
-            *(plan.rows, student.columns[0], dtype, device), 1 + teacher.num_buffers
+            *(plan.rows, student.columns[0], dtype, device), plan.turns * of_chunk
         ) as buffers,
         slab_buffer(plan.slab, student.columns[0], student.hidden.dtype, device) as slab,
         gemm.fp32_sums(weights),
     ):
+        turns = [buffers[i : i + of_chunk] for i in range(0, len(buffers), of_chunk)]
         for span in spans(count, plan.slab or plan.rows):
-            add(span, slab, *buffers)
-    del buffers, slab  # a gradient that is rounded takes their place
+            add(span, slab, turns)
+    del buffers, turns, slab  # a gradient that is rounded takes their place
     return kd, ce, z_loss, found, {} if gradient is None else gradient.result()
 
 

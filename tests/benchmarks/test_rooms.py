@@ -25,7 +25,7 @@ from benchmarks.harness import check
 from benchmarks.kd import DELTA, LOGIT_STD, Shape, linear_inputs
 from benchmarks.rooms import Case
 from modxfer_fast.jobs.bench import load_benchmarks
-from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels import dispatch, env
 
 SHAPE = Shape(N=24, D_s=16, D_t=40, V=300)
 SHAPES = {
@@ -261,3 +261,10 @@ def test_interpreted_triton_is_not_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "availability", lambda room, backend: (True, ""))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton" not in rooms.our_backends("kd_loss", case("kd_loss"))
+
+
+def test_the_overlapped_loss_asks_for_two_streams():
+    step = bench_linear_kd_loss.overlapped(lambda: env.overlaps())
+    assert not env.overlaps()
+    assert step()
+    assert not env.overlaps()

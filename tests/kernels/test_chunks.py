@@ -69,14 +69,21 @@ def test_a_slab_is_of_chunks_and_takes_its_bytes_once():
 @pytest.mark.parametrize("rows", [17, 1000, 4096, 8191])
 @pytest.mark.parametrize("slab_rows", [0, 1, 64, 1000])
 @pytest.mark.parametrize("budget", [0, 1000, 2**20])
-def test_slabs_hold_chunks_of_equal_size(rows, slab_rows, budget):
-    plan = ChunkPlan.of(rows, 100, budget, slab_rows=slab_rows, slab_row_bytes=25)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_slabs_hold_chunks_of_equal_size(turns, rows, slab_rows, budget):
+    slabs = {"slab_rows": slab_rows, "slab_row_bytes": 25}
+    plan = ChunkPlan.of(rows, 100, budget, **slabs, turns=turns)
+    alone = ChunkPlan.of(rows, 100, budget, **slabs)
     assert plan.rows >= 1
+    assert (plan.slab, plan.is_single) == (alone.slab, alone.is_single)
+    if not plan.slab:
+        assert plan == alone
     if plan.slab:
+        assert plan.turns == turns
         assert plan.rows < plan.slab <= slab_rows
         assert plan.is_single == (plan.slab >= rows)
         beside = plan.slab * 25 if plan.slab * 25 <= budget // 2 else 0
-        assert plan.rows * 100 + beside <= budget or plan.rows <= MIN_ROWS
+        assert turns * plan.rows * 100 + beside <= budget or plan.rows <= MIN_ROWS
     parts = list(spans(rows, plan.slab or plan.rows))
     assert [part.start for part in parts] == [0, *[part.stop for part in parts[:-1]]]
     assert parts[-1].stop == rows

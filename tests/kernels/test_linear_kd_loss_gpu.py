@@ -288,6 +288,27 @@ def test_a_captured_graph_follows_its_inputs(dtype, rows, chunks, device):
         check_linear(replay(), to_device(batch, device), objective, weights)
 
 
+@pytest.mark.parametrize("rows", ["unlabelled", "num_valid"])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+def test_row_kernels_on_a_second_stream(trainable, rows, device, monkeypatch):
+    """Right, with the same bits each time, waiting for nothing, and in a graph too."""
+    monkeypatch.setenv("MODXFER_OVERLAP", "1")
+    labelled = rows == "num_valid"
+    inputs = make_inputs(device, BF16, labels=labelled, bias=True)
+    inputs.student_weight.requires_grad_(trainable)
+    objective = LIKE_TRAINING if labelled else Objective("jsd")
+    num_valid = count_of(inputs) if labelled else None
+    options = {"num_valid": num_valid, "workspace_mb": CHUNKS["chunked"][device]}
+    first = check(inputs, objective, device, **options)
+    inputs = to_device(inputs, device)
+    step = lambda: loss_and_grads(inputs, objective, **options)
+    with no_waiting(device):
+        again = [step() for _ in range(3)]
+    for results in (*again, recorded(step, device)()):
+        for name, result in results.items():
+            assert torch.equal(result, first[name]), name
+
+
 # --- memory
 
 
