@@ -37,8 +37,6 @@ FUNCTIONS = {
     "da",
     "reduce",
     "centre",
-    "product",
-    "gram",
     "scale",
 }
 
