@@ -4,6 +4,9 @@ FLOPs of formula and floor: 6 N D_s D_t with a trainable projection P, 4 N D_s D
 one. Bytes of the formula, b per element: the states of both and P are read, the gradients of the
 student's states and of a trainable P written; no projected state. The floor also writes z, and
 reads dz in each product of the backward.
+
+At equal widths rows named "no P" compare the states as they are: both are read and the gradient is
+written, 3 N D b bytes, as by the floor, an addition.
 """
 
 import functools
@@ -14,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rooms
-from benchmarks.rooms import Candidate, Case, Lineup, States, training_step
+from benchmarks.rooms import Candidate, Case, Floor, Lineup, States, training_step
 from modxfer_fast.kernels.projection_loss import LOSSES, projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
 from modxfer_fast.measure.roofline import Work
 
-TRAINABLE, FROZEN = "gemms x3", "gemms x2, frozen P"
+TRAINABLE, FROZEN, STREAM = "gemms x3", "gemms x2, frozen P", "addition"
 DELTA = 0.3  # student's projected state minus teacher's, over the teacher's, both in std
 
 
@@ -64,15 +67,27 @@ def lineup(case: Case) -> Lineup:
     factors = (student, projection.t()), (dz, projection), (dz.t(), student)
     products = rooms.with_outputs(factors)
     floors = {TRAINABLE: rooms.gemms(products), FROZEN: rooms.gemms(products[:-1])}
+    if case.shape.D_s == case.shape.D_t:
+        floors[STREAM] = _addition(student, teacher)
+        without = functools.partial(_truth, student, teacher, None, case.variant)
+        for name, loss in (ours | plain).items():
+            hidden = student.detach().requires_grad_()
+            forward = functools.partial(loss, hidden, teacher, None)
+            step = training_step(forward, {"dhidden": hidden})
+            budget = rooms.COARSE_BUDGET if name in plain else rooms.BUDGET
+            candidates.append(
+                Candidate(f"{name}, no P", step, STREAM, budget=budget, truth=without)
+            )
     truth = functools.partial(_truth, student, teacher, projection, case.variant)
     return Lineup(ROOM.problem(case), candidates, floors, truth)
 
 
 def dense_projection_loss(
-    student: Tensor, teacher: Tensor, projection: Tensor, loss: str
+    student: Tensor, teacher: Tensor, projection: Tensor | None, loss: str
 ) -> Tensor:
     """The loss as a user of plain PyTorch writes it: z in the inputs' dtype, the rest in fp32."""
-    z, t = F.linear(student, projection).float(), teacher.float()
+    z = student if projection is None else F.linear(student, projection)
+    z, t = z.float(), teacher.float()
     if loss == "mse":
         return F.mse_loss(z, t)
     if loss == "smooth_l1":
@@ -82,6 +97,13 @@ def dense_projection_loss(
     if loss == "normalized_mse":
         return (F.normalize(z, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1).mean()
     return (z - t).square().mean() / t.square().mean()
+
+
+def _addition(student: Tensor, teacher: Tensor) -> Floor:
+    """Both sides are read, and as much as one of them is written."""
+    out = torch.empty_like(student)
+    work = Work(flops=0, bytes=3 * student.numel() * student.element_size())
+    return Floor(lambda: torch.add(student, teacher, out=out), work)
 
 
 def _work(case: Case, is_frozen: bool) -> Work:
@@ -104,11 +126,19 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher.to(dtype), projection
 
 
-def _truth(student: Tensor, teacher: Tensor, projection: Tensor, loss: str) -> rooms.Results:
+def _truth(student: Tensor, teacher: Tensor, projection: Tensor | None, loss: str) -> rooms.Results:
     """Mean loss and gradients, by autograd through the definition."""
     spec = ProjectionSpec.checked(loss, beta=None, norm="none", norm_eps=1e-6)
-    hidden, p = (tensor.double().requires_grad_() for tensor in (student, projection))
+    leaves = {"dhidden": student.double().requires_grad_()}
+    if projection is not None:
+        leaves["dprojection"] = projection.double().requires_grad_()
     teacher = teacher.double()
     scale = teacher.square().mean() if loss == "relative" else 1.0
-    value = lambda: projection_loss_reference(hidden, teacher, p, None, spec).mean() / scale
-    return training_step(value, {"dhidden": hidden, "dprojection": p})()
+
+    def value() -> Tensor:
+        rows = projection_loss_reference(
+            leaves["dhidden"], teacher, leaves.get("dprojection"), None, spec
+        )
+        return rows.mean() / scale
+
+    return training_step(value, leaves)()

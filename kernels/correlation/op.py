@@ -43,7 +43,8 @@ def correlation_centre(
         centred: [N, D] fp32 or fp64, written; may be x itself.
         sums: [2, D] fp64, added to.
         mask: [N] bool; a row with False is written as 0, whatever it held. None counts all.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
+        backend: "triton", "cuda", "cpp" or "reference"; None takes the best available.
+            "cuda" runs by name alone.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

@@ -123,7 +123,8 @@ class StreamingMoments:
         pairs: (a, b): site a of x with site b of y.
         gram_x, gram_y: whether the covariances within the x sites, and the y sites, are wanted.
         device: of the accumulators and of every tensor that `update` gets.
-        backend: "triton", "cpp" or "reference"; None takes the best available.
+        backend: "triton", "cuda", "cpp" or "reference"; None takes the best available.
+            "cuda" runs by name alone.
         chunk_rows: rows that are multiplied at once.
 
     Raises:

@@ -100,6 +100,23 @@ def test_floor_of_the_projection_counts_the_gemms(name, gemms):
     assert flops_of(floor.step) == floor.work.flops == gemms * 2 * SHAPE.N * SHAPE.D_s * SHAPE.D_t
 
 
+@pytest.mark.parametrize("loss", bench_projection_loss.ROOM.variants)
+def test_equal_widths_are_compared_without_a_projection_too(loss):
+    wide = case("projection_loss", loss)
+    lineup = bench_projection_loss.lineup(
+        dataclasses.replace(wide, shape=dataclasses.replace(wide.shape, D_t=wide.shape.D_s))
+    )
+    alone = [c for c in lineup.candidates if c.name.endswith(", no P")]
+    assert lineup.floors[bench_projection_loss.STREAM].work.bytes == 3 * 4 * SHAPE.N * SHAPE.D_s
+    for candidate in (c for c in alone if "compile" not in c.name):
+        truth, found = candidate.truth(), candidate.step()
+        for name in ("loss", "dhidden"):
+            torch.testing.assert_close(found[name].double(), truth[name], rtol=1e-4, atol=1e-6)
+    other = bench_projection_loss.lineup(wide)
+    assert len(other.candidates) == len(lineup.candidates) - len(alone)
+    assert bench_projection_loss.STREAM not in other.floors
+
+
 @pytest.mark.parametrize("products", bench_correlation.ROOM.variants)
 def test_floor_of_the_correlation_multiplies_both_halves(products):
     (floor,) = bench_correlation.lineup(case("correlation", products)).floors.values()

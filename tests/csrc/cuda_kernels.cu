@@ -1,6 +1,7 @@
 // Every instance of the CUDA kernels, for compilers alone.
 #include <utility>
 
+#include "correlation_rows.cuh"
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_rows.cuh"
 #include "kd_loss_stages.cuh"
@@ -46,6 +47,8 @@ void name_projection_loss(Kernel*& kernels) {
 }
 
 void name_all(Kernel* kernels) {
+  name(kernels, correlation_centre_rows);
+  name(kernels, correlation_add_tile);
   name(kernels, cross_entropy_rows<true>);
   name(kernels, cross_entropy_rows<false>);
   name_projection_loss<ProjectionLoss::kMse>(kernels);
