@@ -84,10 +84,11 @@ class TeacherTopK(NamedTuple):
             probabilities sum to 1 at most. A constant.
         tail: what becomes of the classes that are not listed: "bucket", "renormalise" or "none",
             as the head of kernels/kd_loss/topk.py says.
-        temperature: at which the teacher's softmax was taken. A loss at another one can be had with
-            tail "renormalise" alone, which needs no more than the listed classes,
-            p_i^(temperature / temperature of the loss) over their sum; the rest of the mass cannot
-            be softened without the logits that it is made of.
+        temperature: at which the teacher's softmax was taken; None for that of the loss, be it one
+            of each token. A loss at another one can be had with tail "renormalise" alone, which
+            needs no more than the listed classes, p_i^(temperature / temperature of the loss) over
+            their sum; the rest of the mass cannot be softened without the logits that it is made
+            of.
         log_tail: [...], any float, the logarithm of the mass that is not listed, for "bucket", as
             `teacher_topk` finds it. None: that of 1 - sum p, which is no more exact than log_probs
             are: of half precision, or where little is left, it is noise.
@@ -96,7 +97,7 @@ class TeacherTopK(NamedTuple):
     ids: Tensor
     log_probs: Tensor
     tail: str = "bucket"
-    temperature: float = 1.0
+    temperature: float | None = 1.0
     log_tail: Tensor | None = None
 
     @property
@@ -147,6 +148,8 @@ class TeacherTopK(NamedTuple):
             near = difflib.get_close_matches(str(tail), TAILS, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}{hint}")
+        if temperature is None:  # that of the loss
+            return
         check_number(f"{role}_temperature", temperature)
         if not (temperature > 0.0 and is_finite(temperature)):
             raise ValueError(f"{role}_temperature: expected a positive number, got {temperature}")
@@ -223,18 +226,14 @@ class TeacherTopK(NamedTuple):
             )
 
     def _check_spec(self, spec: KDSpec) -> None:
-        if self.tail != "renormalise" and spec.softening is not None:
-            raise ValueError(
-                f"temperature: expected a number, that of the teacher's log_probs, with tail "
-                f"{self.tail!r}, because the mass of classes that are not listed cannot be "
-                f"softened, got one a token; take tail='renormalise'"
-            )
-        if self.tail != "renormalise" and spec.temperature != self.temperature:
+        of_loss = "one a token" if spec.softening is not None else spec.temperature
+        if self.tail != "renormalise" and self.temperature not in (None, of_loss):
+            own = spec.temperature if spec.softening is None else None
             raise ValueError(
                 f"temperature: expected {self.temperature}, that of the teacher's log_probs, with "
                 f"tail {self.tail!r}, because the mass of classes that are not listed cannot be "
-                f"softened, got {spec.temperature}; take log_probs at that temperature and say so, "
-                f"TeacherTopK(..., temperature={spec.temperature}), or tail='renormalise'"
+                f"softened, got {of_loss}; take log_probs at that temperature and say so, "
+                f"TeacherTopK(..., temperature={own}), or tail='renormalise'"
             )
         divergence = spec.record
         if spec.is_of_logits:
@@ -274,8 +273,9 @@ class TeacherTopK(NamedTuple):
         log_p = self.log_probs.double().masked_fill(absent, -torch.inf)
         dtype = torch.promote_types(self.log_probs.dtype, torch.float32)
         if self.tail == "renormalise":
-            softened = log_p * (self.temperature / spec.temperatures)
-            log_p = softened - softened.logsumexp(-1, keepdim=True)
+            if self.temperature is not None:
+                log_p = log_p * (self.temperature / spec.temperatures)
+            log_p = log_p - log_p.logsumexp(-1, keepdim=True)
             if spec.record.joins:  # the classes that are not listed, which have no p
                 nothing = torch.full_like(log_p[:, 0], -torch.inf)
                 return TopKRows(self.ids, log_p.to(dtype), nothing.to(dtype), "bucket")

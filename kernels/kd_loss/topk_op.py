@@ -27,7 +27,7 @@ class _Inputs(NamedTuple):
     ids: Tensor
     log_probs: Tensor
     tail: str
-    teacher_temperature: float
+    teacher_temperature: float | None
     log_tail: Tensor | None
     labels: Tensor | None
     softening: Tensor | None  # [N, 2]

@@ -174,7 +174,7 @@ def linear_kd_loss(
             [0, 1]; there 0 is forward KL and 1 is reverse KL.
         temperature: divides both logits in the divergence; the cross entropy stays at 1. One
             number, or a tensor [...] of a positive one a token: a constant, which beside a
-            `TeacherTopK` needs the tail "renormalise".
+            `TeacherTopK` needs the tail "renormalise", or lists of those temperatures.
         kd_weight, ce_weight: factors of the two terms.
         label_smoothing: in [0, 1], the share of the label's probability in the cross entropy that
             goes to all V classes alike (Szegedy et al. 2016), as in torch.

@@ -91,6 +91,8 @@ def agree_on(
             arguments["teacher_ids"] = _checksum(teacher.ids, valid)
             log_probs = teacher.log_probs.masked_fill(teacher.ids < 0, 0.0)  # there it may be any
             arguments["teacher_log_probs"] = _checksum(log_probs, valid)
+            if teacher.log_tail is not None:
+                arguments["teacher_log_tail"] = _checksum(teacher.log_tail, valid)
         if isinstance(teacher, Mixture) and teacher.weights is not None:
             of = "route" if teacher.of == "route" else "weights"
             arguments[f"TeacherMixture: {of}"] = _checksum(teacher.weights, valid)

@@ -128,6 +128,10 @@ def teacher_of(kind: str, inputs, dtype: torch.dtype) -> tuple[tuple, list[Tenso
             only = torch.full_like(other, -200.0).scatter(1, listed.indices, listed.values)
             teacher = TeacherTopK(listed.indices, listed.values, tail="renormalise")
             return (teacher,), [only.to(dtype)]
+        case "bucket":  # as many classes as there are: lists of the tokens' temperatures, of a head
+            column = temperatures()[:, None]
+            listed = (logits / column).log_softmax(-1).topk(V)
+            return (TeacherTopK(*listed[::-1], temperature=None),), wide[:1]
         case "mixture":
             return (TeacherMixture(both, weights=[0.3, 0.7]),), wide
         case "losses":
@@ -148,7 +152,7 @@ def truth_of(kind: str, logits: list[Tensor], z_s: Tensor, temperature: Tensor) 
     return divergence_rows(logits[0], z_s, "jsd", temperature)
 
 
-KINDS = ["head", "logits", "log_probs", "probs", "topk", "mixture", "losses", "route"]
+KINDS = ["head", "logits", "log_probs", "probs", "topk", "bucket", "mixture", "losses", "route"]
 
 
 @pytest.mark.pairs
@@ -321,6 +325,27 @@ def test_a_mass_that_is_not_listed_cannot_be_softened(tail):
         kd_loss(
             student, TeacherTopK(listed.indices, listed.values, tail), temperature=temperatures()
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", ["bucket", "none"])
+def test_lists_of_the_tokens_temperatures(tail, backend):
+    """By the K + 1 classes of a bucket, or the K addends, written out."""
+    student, teacher = close_logits(N, V)
+    temperature = temperatures() + 1.5  # soft enough to leave something for the tail
+    column = temperature.double()[:, None]
+    log_p, ids = (teacher / temperature[:, None]).log_softmax(-1).topk(K)
+    given = TeacherTopK(ids, log_p, tail, temperature=None)
+    rows = kd_loss(student, given, temperature=temperature, reduction="none", backend=backend)
+    leaf = student.detach().double().requires_grad_()
+    p, q = log_p.double().exp(), (leaf / column).softmax(-1).gather(1, ids)
+    truth = (p * (p.log() - q.log())).sum(-1)
+    if tail == "bucket":
+        rest_p, rest_q = (1.0 - side.sum(-1) for side in (p, q))
+        truth = truth + rest_p * (rest_p.log() - rest_q.log())
+    assert_close(rows.detach(), truth.detach(), "rows")
+    (grad,) = torch.autograd.grad(rows.sum(), student)
+    assert_close(grad, torch.autograd.grad(truth.sum(), leaf)[0], "gradient")
 
 
 def test_on_a_gpu(device):

@@ -207,9 +207,11 @@ def refuses(what: str) -> tuple:
             ids, log_probs = ids[:, :2], log_probs[:, :2]
         elif what == "teacher_ids":
             ids[[0, 1]] = ids[[1, 0]]
-        else:
+        elif what == "teacher_log_probs":
             log_probs[4, 1] = -2.5
-    teacher = TeacherTopK(ids, log_probs)
+    log_tail = torch.full((6,), -0.7)
+    log_tail[3] -= 0.1 * (dist.get_rank() == 1 and what == "teacher_log_tail")
+    teacher = TeacherTopK(ids, log_probs, log_tail=log_tail)
     weight = VocabParallelWeight(WEIGHT[span_of(SIZES[2])], None, SIZES[2])
     with pytest.raises(ValueError, match=f"^{what}: expected the same on every rank"):
         linear_kd_loss(HIDDEN, weight, teacher)
@@ -228,7 +230,10 @@ OTHERS = [
     *((of_mixtures, of) for of in ("probabilities", "losses", "route")),
     (by_products,),
     (refuses_a_divided_head,),
-    *((refuses, what) for what in ("teacher", "teacher_ids", "teacher_log_probs")),
+    *(
+        (refuses, what)
+        for what in ("teacher", "teacher_ids", *(f"teacher_log_{of}" for of in ("probs", "tail")))
+    ),
 ]
 
 
