@@ -1,15 +1,17 @@
 """The CUDA passes of LoRA linears on the emulator, by the checks of the room's other kernels."""
 
+import importlib
 import itertools
 
 import pytest
 import torch
 
+from modxfer_fast.kernels import env
 from modxfer_fast.kernels.common import compiled, cuda_device
 from modxfer_fast.kernels.lora_linear import cuda_passes
 from modxfer_fast.kernels.lora_linear.dropout import dropout_bits
 from tests.emulated.lora_passes import EmulatedOps, place_of
-from tests.lora_inputs import BF16, BF16_FP32, DTYPES, FP16, FP32, lora_inputs, small_group
+from tests.lora_inputs import BF16, BF16_FP32, DTYPES, FP16, FP32, check, lora_inputs, small_group
 from tests.support.lora_passes import check_passes, results_of_passes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -159,3 +161,19 @@ def test_bits_are_equal_whoever_goes_on_and_nothing_races(dtypes, emulate):
         emulate(multiprocessors=MANY, seed=seed, checked=seed == 3)
         for name, result in results_of_passes(inputs).items():
             assert torch.equal(result, first[name]), name
+
+
+@pytest.mark.skipif(not env.triton_interpreted(), reason="runs a Triton kernel on a CPU")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_passes_and_products_together(emulate, monkeypatch):
+    """The backend as it is on Hopper; the kernel of its products is plain PyTorch here."""
+    triton_impl = pytest.importorskip("modxfer_fast.kernels.lora_linear.triton_impl")
+    cuda_impl = importlib.import_module("modxfer_fast.kernels.lora_linear.cuda_impl")
+    plain_sums = importlib.import_module("tests.support.lora_products").plain_sums
+    monkeypatch.setattr(triton_impl, "lora_linear_fwd", cuda_impl.lora_linear_fwd)
+    monkeypatch.setattr(triton_impl, "lora_linear_bwd", cuda_impl.lora_linear_bwd)
+    sums = plain_sums(monkeypatch)
+    inputs = lora_inputs(18, 40, (24, 16), BF16, ranks=(8,), dropouts=(0.25, 0.0), bias=(True,))
+    check(inputs, backend="triton")
+    ys = [("y", [40, 8], False, True)] * 2
+    assert sums == [*ys, ("dx", [24, 16, 8], True, False)]

@@ -4,6 +4,8 @@ The kernel itself is played in tests/csrc/test_lora_product.py, and runs in test
 """
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from modxfer_fast.kernels import dispatch, env
 from modxfer_fast.kernels.lora_linear import config, cuda_impl, cuda_products, triton_impl
 from modxfer_fast.kernels.lora_linear.gpu_steps import backward, forward
 from tests.lora_inputs import BF16, BF16_FP32, FP16, FP32, check, lora_inputs, small_group
+from tests.support.lora_products import plain_sums
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -29,30 +32,9 @@ STEPS = triton_impl.STEPS._replace(outputs=cuda_products.outputs, dx=cuda_produc
 
 @pytest.fixture
 def sums(monkeypatch):
-    """What is asked of the kernel: "y" or "dx", terms of each pair, addend, bias."""
-    asked = []
-
-    def plain(pairs, addend, bias, result, *, rights_in_rows):
-        wide = [
-            left.float() @ (right.t() if rights_in_rows else right).float() for left, right in pairs
-        ]
-        total = sum(wide)
-        if addend is not None:
-            assert (addend is result) or rights_in_rows
-            total = total + addend.float()
-        total = total if bias is None else total + bias.float()
-        result.copy_(total)
-        terms = [left.shape[1] for left, _ in pairs]
-        name = "y" if rights_in_rows else "dx"
-        asked.append((name, terms, addend is not None, bias is not None))
-
-    monkeypatch.setattr(cuda_products, "sum_of_products", plain)
-    monkeypatch.setattr(cuda_products, "fills_gpu", lambda *sizes: True)
-    monkeypatch.setattr(cuda_products, "is_hopper", lambda device: True)
-    monkeypatch.setattr(cuda_products, "is_built", lambda: (True, ""))
     monkeypatch.setattr(triton_impl, "lora_linear_fwd", functools.partial(forward, STEPS))
     monkeypatch.setattr(triton_impl, "lora_linear_bwd", functools.partial(backward, STEPS))
-    return asked
+    return plain_sums(monkeypatch)
 
 
 def test_without_dropout_everything_is_one_sum(sums):
@@ -139,6 +121,18 @@ def test_small_results_stay_in_one_launch(sums, monkeypatch):
     monkeypatch.setattr(cuda_products, "fills_gpu", config.fills_gpu)
     check(lora_inputs(9, 40, (24,), BF16, ranks=(8,), dropouts=(0.0,)), backend="triton")
     assert not sums
+
+
+def test_limits_are_those_of_the_kernel():
+    csrc = Path(__file__).parents[2] / "csrc" / "cuda"
+    sizes = (csrc / "lora_product.h").read_text()
+    assert f"kMostPairs = {cuda_products.MOST_PAIRS};" in sizes
+    assert f"kAligned = {cuda_products.ALIGNED};" in sizes
+    tile = re.search(
+        r"Tile = cute::Shape<cute::_(\d+), cute::_(\d+),",
+        (csrc / "hopper/sum_of_products.cuh").read_text(),
+    )
+    assert int(tile[1]) * int(tile[2]) == cuda_products.TILE
 
 
 def test_the_backend_says_what_its_build_lacks(monkeypatch):

@@ -1,9 +1,12 @@
 """lora_linear with the products of csrc/cuda on the GPU that they are for: shapes, groups, bits."""
 
+import re
+
 import pytest
 import torch
 
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common import compiled
 from modxfer_fast.kernels.lora_linear import LoraTarget
 from tests.gpu import NEEDS_GPU, no_waiting, recorded, to_device
 from tests.lora_inputs import BF16, BF16_FP32, FP16, check, lora_inputs, run
@@ -113,3 +116,30 @@ def test_a_captured_graph(sums):
     expected, replay = forward(), recorded(forward, "cuda")
     for _ in range(3):
         assert torch.equal(replay(), expected)
+
+
+BAD = {
+    "lefts: expected bfloat16": {"left": lambda t: t.float()},
+    "rights: expected [64, 32], got [64, 24]": {"right": lambda t: t[:, :24]},
+    "lefts: expected rows that begin at multiples of 16 bytes": {
+        "left": lambda t: t.t().contiguous().t()
+    },
+    "addend: expected [128, 64], got [128, 56]": {"addend": lambda t: t[:, :56]},
+    "bias: expected [1, 64], got [1, 56]": {"bias": lambda t: t[:56]},
+    "lefts, rights: expected one to 6 of each, got 7 and 7": {"count": 7},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_of_the_op(message, sums):
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    given = {"left": zeros(128, 32), "right": zeros(64, 32), "addend": zeros(128, 64)}
+    given |= {"bias": zeros(64), "count": 1}
+    for name, change in BAD[message].items():
+        given[name] = change(given[name]) if callable(change) else change
+    lefts, rights = ([given[name]] * given["count"] for name in ("left", "right"))
+    stream = torch.cuda.current_stream().cuda_stream
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        compiled.ops().lora_product_cuda(
+            lefts, rights, True, given["addend"], given["bias"], zeros(128, 64), 132, stream
+        )

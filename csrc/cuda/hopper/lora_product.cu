@@ -21,16 +21,21 @@ bool launch_dx(const LoraProduct& product, cudaStream_t stream);
 
 namespace {
 
-Matrix matrix_of(const Tensor& tensor, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16,
-                  "lora_product: expected bfloat16");
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
-                  "lora_product: expected [", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(tensor.stride(1) == 1 && tensor.stride(0) % kAligned == 0 &&
-                      columns % kAligned == 0 &&
-                      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
-                  "lora_product: expected rows that begin at multiples of 16 bytes");
-  return {tensor.data_ptr(), tensor.stride(0)};
+// A vector is a row.
+Matrix matrix_of(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16, name,
+                  ": expected bfloat16");
+  const int64_t dim = tensor.dim(), last = dim - 1;
+  const int64_t length = dim == 2 ? tensor.size(0) : 1;
+  STD_TORCH_CHECK((dim == 2 || dim == 1) && length == rows && tensor.size(last) == columns, name,
+                  ": expected [", rows, ", ", columns, "], got [", length, ", ", tensor.size(last),
+                  "]");
+  const int64_t stride = dim == 2 ? tensor.stride(0) : columns;
+  STD_TORCH_CHECK(columns % kAligned == 0 && stride % kAligned == 0 && tensor.stride(last) == 1 &&
+                      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % (2 * kAligned) == 0,
+                  name, ": expected rows that begin at multiples of 16 bytes, got ", columns,
+                  " columns and strides ", stride, ", ", tensor.stride(last));
+  return {tensor.data_ptr(), stride};
 }
 
 }  // namespace
@@ -47,17 +52,18 @@ void lora_product_cuda(std::vector<Tensor> lefts, std::vector<Tensor> rights, bo
   product.columns = static_cast<int>(columns);
   product.num_pairs = static_cast<int>(lefts.size());
   STD_TORCH_CHECK(!lefts.empty() && lefts.size() <= kMostPairs && lefts.size() == rights.size(),
-                  "lora_product: expected one to ", kMostPairs, " pairs");
+                  "lefts, rights: expected one to ", kMostPairs, " of each, got ", lefts.size(),
+                  " and ", rights.size());
   for (size_t i = 0; i < lefts.size(); ++i) {
     const int64_t terms = lefts[i].size(1);
-    product.pairs[i] = {matrix_of(lefts[i], rows, terms),
-                        rights_in_rows ? matrix_of(rights[i], columns, terms)
-                                       : matrix_of(rights[i], terms, columns),
+    product.pairs[i] = {matrix_of("lefts", lefts[i], rows, terms),
+                        rights_in_rows ? matrix_of("rights", rights[i], columns, terms)
+                                       : matrix_of("rights", rights[i], terms, columns),
                         static_cast<int>(terms)};
   }
-  if (addend.has_value()) product.addend = matrix_of(*addend, rows, columns);
-  if (bias.has_value()) product.bias = bias->data_ptr();
-  product.result = matrix_of(result, rows, columns);
+  if (addend.has_value()) product.addend = matrix_of("addend", *addend, rows, columns);
+  if (bias.has_value()) product.bias = matrix_of("bias", *bias, 1, columns).data;
+  product.result = matrix_of("result", result, rows, columns);
   product.multiprocessors = static_cast<int>(multiprocessors);
   const auto launch = rights_in_rows ? launch_y : launch_dx;
   STD_TORCH_CHECK(launch(product, reinterpret_cast<cudaStream_t>(stream)),
