@@ -13,8 +13,8 @@ from tests.projection_inputs import check_projection, check_row_kernel, close_ro
 from tests.projection_inputs import projection_inputs as inputs_of
 
 pytestmark = [*NEEDS_GPU, pytest.mark.first]
-# one warp, some, the most of them with 16 elements a thread, 32, and rows read in each pass
-WIDTHS = (64, 301, 2048, 8192, 16384, 20001)
+# one warp and more with 16 elements a thread; 32 in some warps and the most; read in each pass
+WIDTHS = (64, 301, 2048, 4096, 16384, 20001)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def test_row_kernel(loss, norm, dtype, impl):
 
 
 # one column; each remainder of four; whole steps of a block, and one element more or less
-WIDTHS = [*range(1, 10), 127, 128, 129, 511, 512, 513, 2048]
+WIDTHS = [*range(1, 10), 127, 128, 129, 511, 512, 513, 2048, 4097]
 
 
 @launches
