@@ -19,7 +19,7 @@ from tests.projection_inputs import (
 
 SEEDS = range(4)
 # in registers as planned and in more of them, and read in each pass
-LAUNCHES = {"planned": Emulated(), "wide": Emulated(8, 64), "streamed": Emulated(0, 64)}
+LAUNCHES = {"planned": Emulated(), "wide": Emulated(8, 160), "streamed": Emulated(0, 64)}
 launches = pytest.mark.parametrize("impl", LAUNCHES.values(), ids=list(LAUNCHES))
 
 
