@@ -157,16 +157,27 @@ void check_reach(const KdRowKernels& kernels, Row& student, Row& teacher, int64_
   modxfer::KdStats stats;
   modxfer::KdExtras extras;
   kernels.fwd[1](student.data(), teacher.data(), V, V / 2, spec, stats, scratch, &extras);
-  kernels.recompute(student.data(), teacher.data(), V, spec, stats, nullptr, again);
   kernels.grad(student.data(), V, V / 2, 0.75f, spec, stats, scratch, dlogits.data());
-  kernels.grad(student.data(), V, V / 2, 0.75f, spec, stats, again, dlogits_again.data());
-  for (int64_t i = 0; i < V; ++i) {
-    const Real tolerance = 2e-5L * std::max<Real>(1, std::abs(dlogits[i]));
-    expect_near(dlogits_again[i], dlogits[i], tolerance, kernels.isa, "dlogits again", V, spec);
-  }
-  if (kernels.sums == nullptr) return;
-  const std::unique_ptr<double[]> sums(new double[kernels.num_sums]);
+  const auto expect_again = [&](const float* numbers) {
+    kernels.recompute(student.data(), teacher.data(), V, spec, stats, numbers, again);
+    kernels.grad(student.data(), V, V / 2, 0.75f, spec, stats, again, dlogits_again.data());
+    for (int64_t i = 0; i < V; ++i) {
+      const Real tolerance = 2e-5L * std::max<Real>(1, std::abs(dlogits[i]));
+      expect_near(dlogits_again[i], dlogits[i], tolerance, kernels.isa, "dlogits again", V, spec);
+    }
+  };
+  expect_again(nullptr);
+  const std::unique_ptr<double[]> sums(new double[modxfer::num_sums(spec.divergence)]);
   kernels.sums(student.data(), teacher.data(), V, spec, stats, sums.get());
+  // of the logits, what the ranks make of the sums where one of them has all classes
+  if (spec.divergence == Divergence::kLogitsMse) {
+    const float slope = static_cast<float>(2 / sums[1]);
+    expect_again(&slope);
+  } else if (spec.divergence == Divergence::kLogitsCosine) {
+    const float numbers[] = {static_cast<float>(sums[0]), static_cast<float>(sums[1]),
+                             static_cast<float>(sums[2])};
+    expect_again(numbers);
+  }
   for (const bool has_more : {true, false}) {
     modxfer::KdPart part;
     kernels.part[has_more](student.data(), teacher.data(), V, V, spec, part);  // another's label
