@@ -2,9 +2,9 @@
 // kernels/projection_loss/reference.py, the same terms as the CPU's rows.
 //
 //   read     both rows
-//   mean     of "layer"                                          one sum over the block
-//   scale    of a norm or a direction                            one
-//   sums     of the loss, and those that a statistic's gradient needs                one
+//   mean     of "layer"                                                     one reduction
+//   scale    of a norm or a direction                                       one
+//   sums     of the loss, and of what the gradient of a statistic needs     one
 //   write    dz, which may lie over z
 //
 // Rows lie in registers from the first step to the last: each element is read once. Only rows wider
