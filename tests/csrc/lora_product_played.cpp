@@ -109,7 +109,7 @@ void play_copy(const Descriptor& descriptor, const std::vector<int64_t>& first, 
 namespace modxfer::cuda {
 
 using namespace cute;
-constexpr int kBuffers = 3, kBlocks = size<0>(Cluster{});
+constexpr int kBuffers = 4, kBlocks = size<0>(Cluster{});
 
 template <bool kRightInRows>
 using RealProduct = ProductOfTiles<cutlass::bfloat16_t, kRightInRows,

@@ -12,6 +12,7 @@ from tests.csrc.test_nvcc import machine_code, resources, run_nvcc
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("lora_product_played.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,11 @@ def cutlass() -> Path:
 
 def test_every_tile_is_loaded_once_and_multiplied_where_it_lies(cutlass, tmp_path):
     """Random shapes; the driver lists what it checks."""
-    driver, program = Path(__file__).with_name("lora_product_played.cpp"), tmp_path / "played"
+    program = tmp_path / "played"
     command = ["nvcc", "-std=c++17", "-O1", "-Xcompiler", "-w,-fpermissive", f"-I{cutlass}"]
     # the driver's own cuTensorMapEncodeTiled is called
     command += ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    build = subprocess.run([*command, driver, "-o", program], capture_output=True, text=True)
+    build = subprocess.run([*command, DRIVER, "-o", program], capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
     run = subprocess.run([program, "40", "0"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -45,6 +46,8 @@ def test_instances_multiply_by_warp_groups_what_tma_brings(instance, cutlass, tm
     # else each multiplication waits for the one before it
     assert "serialized" not in told
     ((name, used),) = resources(told).items()
+    (played,) = re.findall(r"kBuffers = (\d+)", DRIVER.read_text())
+    assert f"WarpSpecializedILi{played}E" in name  # as many buffers as are played
     assert used["stack"] == used["spills"] == 0
     assert used["registers"] <= 168  # of 384 threads
     code = machine_code(cubin)[name]
