@@ -58,8 +58,8 @@ void launch_rows(int count, const Rows& rows, int64_t stream, const Bytes& bytes
   const int bytes = bytes_of(plan.cluster, plan.is_resident);
   // only a list of classes grows with what a user gives
   STD_TORCH_CHECK(bytes <= most_shared,
-                  "teacher_ids: expected lists that take a block of this GPU at most ", most_shared,
-                  " bytes of shared memory in backend 'cuda', got ", bytes);
+                  "teacher_ids, k: expected lists that take a block of this GPU at most ",
+                  most_shared, " bytes of shared memory in backend 'cuda', got ", bytes);
   const device::Grid grid{plan.blocks, plan.threads, plan.cluster, bytes};
   check(device::launch(kernel_of(plan.is_resident), grid, reinterpret_cast<cudaStream_t>(stream),
                        rows));
