@@ -2,8 +2,9 @@
 // kernels/lora_linear/op.py.
 //
 // A block has 256 columns and a share of the rows of x, a warp 64 of the columns and one slot,
-// ranks of one target. Masks are read as they were stored. A share of rows leaves a partial sum,
-// which lora_reduce.cuh adds in order.
+// ranks of one target. Where slots are few, two parts of the warps take turns at the rows. Masks
+// are read as they were stored. A share of rows leaves a partial sum, which lora_reduce.cuh adds
+// in order.
 //
 // Bytes: x once, M K b; of the masks M K / 8 a target with dropout; ds M R once for each 256
 // columns, from L2; partial sums of dA K R 4 for each share of rows.
@@ -27,12 +28,15 @@ struct Da {
   Strided<X> x;
   int share_rows;  // of a block, a multiple of kBackwardRows<X>
   int num_slots, slots_at_once;
+  int parts;  // of the rows of a stage, by turns: 1 or 2
   DaSlot<W> slots[kMaxSlots];
 };
 
-// At most, of which a slot has 32 a strip.
-template <int kTiles>
-constexpr int kDaThreads = kTiles <= 2 ? 512 : 256;
+// At most, as the registers allow: 128 of them are a slot.
+template <class W, int kTiles>
+constexpr int kDaThreads = kTiles > 2       ? 256
+                           : sizeof(W) == 4 ? 384
+                                            : 512;
 
 constexpr int kMaskBytes = kBackwardColumns / 8;  // of a row of a stage
 
@@ -45,7 +49,8 @@ MODXFER_BOTH int da_stage_bytes(int slots) {
 }
 
 template <class X, class W, int kTiles>
-MODXFER_KERNEL void MODXFER_BOUNDS(kDaThreads<kTiles>, 1) lora_da(MODXFER_ARGUMENT Da<X, W> of) {
+MODXFER_KERNEL void MODXFER_BOUNDS((kDaThreads<W, kTiles>), 1)
+    lora_da(MODXFER_ARGUMENT Da<X, W> of) {
   constexpr int kRows = kBackwardRows<X>, kRanks = 8 * kTiles;
   constexpr int kSlotBytes = kDaSlotBytes<X, W, kTiles>, kFew = kFewBytes<W, kRanks>;
   const int M = of.x.rows, K = of.x.columns;
@@ -60,7 +65,8 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDaThreads<kTiles>, 1) lora_da(MODXFER_ARGUME
   const int others = of.num_slots - first_slot;
   const int slots = others < of.slots_at_once ? others : of.slots_at_once;
 
-  const int warp = device::thread_index() / 32, strip = warp % kStrips, own = warp / kStrips;
+  const int warp = device::thread_index() / 32, strip = warp % kStrips;
+  const int own = warp / kStrips % of.slots_at_once, part = warp / kStrips / of.slots_at_once;
   const int group = device::thread_index() % 32 / 4;
   const DaSlot<W>& slot = of.slots[first_slot + (own < slots ? own : 0)];
   const bool works = own < slots && first_column + strip * kStrip < K;
@@ -85,7 +91,7 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDaThreads<kTiles>, 1) lora_da(MODXFER_ARGUME
     if (!works) return;
     const unsigned char* few = stage + kBackwardStageBytes + own * kSlotBytes;
     const unsigned char* mask = few + kRows * kFew + strip * (kStrip / 8) + group;
-    for (int row = 0; row < kRows; row += 16) {
+    for (int row = 16 * part; row < kRows; row += 16 * of.parts) {
       da.template add<X, W>(stage, few, strip, row, [&](Eight<X>& x, int m) {
         if (slot.mask.data != nullptr) keep(x, kept_of_byte(mask[m * kMaskBytes]));
       });
@@ -94,7 +100,8 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDaThreads<kTiles>, 1) lora_da(MODXFER_ARGUME
 
   for_each_stage(device::shared_memory(), da_stage_bytes<X, W, kTiles>(of.slots_at_once),
                  (rows + kRows - 1) / kRows, load, use);
-  if (!works) return;
+  if (of.parts > 1) add_parts(da.of, device::shared_memory(), part, of.parts);
+  if (part > 0 || !works) return;
   da.for_each([&](int column, int rank, float sum) {
     const int k = first_column + strip * kStrip + column;
     if (k >= K || rank >= slot.ds.columns) return;

@@ -3,8 +3,8 @@
 //
 // A block has 256 columns and a share of the rows of one dy, and at most 64 ranks. Its part of B
 // stays in shared memory; stages of rows of dy and s go past. Of a stage a warp sums over columns
-// for 16 rows, ds, and over rows for 64 columns, dB. Both leave as partial sums: ds one for each
-// 256 columns, dB one for each share of rows, which lora_reduce.cuh adds in order.
+// for 16 rows, ds, and over half of the rows for 64 columns, dB. Both leave as partial sums: ds one
+// for each 256 columns, dB one for each share of rows, which lora_reduce.cuh adds in order.
 //
 // Bytes: dy once, M N b; partial sums of ds M R 4 for each 256 columns, an eighth of dy at rank 16
 // in half precision; of dB N R 4 for each share of rows.
@@ -15,7 +15,7 @@
 namespace modxfer::cuda {
 
 constexpr int kMaxTargets = 8;
-constexpr int kDsDbThreads = 32 * kStrips;
+constexpr int kDsDbParts = 2, kDsDbThreads = 32 * kStrips * kDsDbParts;
 
 template <class X, class W>
 struct DsDbTarget {
@@ -56,10 +56,12 @@ MODXFER_DEVICE void transpose_b(unsigned char* tile, const Strided<W>& b, int fi
 }
 
 template <class X, class W, int kTiles>
-MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, 1) lora_ds_db(MODXFER_ARGUMENT DsDb<X, W> of) {
+MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, kTiles == 2 ? 2 : 1)
+    lora_ds_db(MODXFER_ARGUMENT DsDb<X, W> of) {
   constexpr int kRows = kBackwardRows<X>, kRanks = 8 * kTiles, kRowTiles = kRows / 16;
   // warps that have the same rows take turns at the rank tiles of ds
-  constexpr int kTurns = kStrips / kRowTiles, kOwn = kTiles / kTurns;
+  constexpr int kWarps = kDsDbThreads / 32, kMostTurns = kWarps / kRowTiles;
+  constexpr int kTurns = kMostTurns < kTiles ? kMostTurns : kTiles, kOwn = kTiles / kTurns;
   int index = 0;
   while (index + 1 < of.num_targets &&
          device::cluster_index() >= of.targets[index + 1].first_block) {
@@ -78,7 +80,7 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, 1) lora_ds_db(MODXFER_ARGUMENT 
       of.rows - first_row < of.share_rows ? static_cast<int>(of.rows - first_row) : of.share_rows;
   const int columns = N - first_column < kBackwardColumns ? N - first_column : kBackwardColumns;
 
-  const int warp = device::thread_index() / 32;
+  const int warp = device::thread_index() / 32, strip = warp % kStrips, part = warp / kStrips;
   const int group = device::thread_index() % 32 / 4, place = device::thread_index() % 4;
   unsigned char* own_b = device::shared_memory();
   if (target.ds != nullptr) transpose_b<W, kRanks>(own_b, target.b, first_column, first_rank);
@@ -92,7 +94,7 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, 1) lora_ds_db(MODXFER_ARGUMENT 
 
   StripSums<kTiles> db;
   const auto use = [&](int step, const unsigned char* stage) {
-    if (target.ds != nullptr) {
+    if (target.ds != nullptr && warp / kRowTiles < kTurns) {
       const int row = warp % kRowTiles * 16 + group, first_tile = warp / kRowTiles * kOwn;
       float sums[kOwn][4] = {};
       for (int i = 0; i < columns; i += 32) {
@@ -119,17 +121,19 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, 1) lora_ds_db(MODXFER_ARGUMENT 
         }
       }
     }
-    if (target.db == nullptr || warp * kStrip >= columns) return;
-    for (int row = 0; row < kRows; row += 16) {
-      db.template add<X, W>(stage, stage + kBackwardStageBytes, warp, row, [](Eight<X>&, int) {});
+    if (target.db == nullptr || strip * kStrip >= columns) return;
+    for (int row = 16 * part; row < kRows; row += 16 * kDsDbParts) {
+      db.template add<X, W>(stage, stage + kBackwardStageBytes, strip, row, [](Eight<X>&, int) {});
     }
   };
 
-  for_each_stage(own_b + kDsDbOwnBytes<W, kTiles>, kDsDbStageBytes<X, W, kTiles>,
-                 (rows + kRows - 1) / kRows, load, use);
+  unsigned char* ring = own_b + kDsDbOwnBytes<W, kTiles>;
+  for_each_stage(ring, kDsDbStageBytes<X, W, kTiles>, (rows + kRows - 1) / kRows, load, use);
   if (target.db == nullptr) return;
+  add_parts(db.of, ring, part, kDsDbParts);
+  if (part > 0) return;
   db.for_each([&](int column, int rank, float sum) {
-    const int n = first_column + warp * kStrip + column, r = first_rank + rank;
+    const int n = first_column + strip * kStrip + column, r = first_rank + rank;
     if (n < N && r < R) target.db[(static_cast<int64_t>(share) * N + n) * R + r] = sum;
   });
 }

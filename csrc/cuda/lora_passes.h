@@ -253,13 +253,14 @@ void da(const DaCall& call, const std::vector<DaTarget>& targets, const Gpu& gpu
       std::copy_n(first, count, of.slots);
       of.num_slots = count;
       of.slots_at_once =
-          slots_at_once(count, kDaThreads<kTiles> / (32 * kStrips), gpu.most_shared, bytes_of);
+          slots_at_once(count, kDaThreads<W, kTiles> / (32 * kStrips), gpu.most_shared, bytes_of);
+      const int warps = kStrips * of.slots_at_once;
+      of.parts = 2 * 32 * warps <= kDaThreads<W, kTiles> ? 2 : 1;
       const int blocks = blocks_of(count, of.slots_at_once) *
                          blocks_of(call.columns, kBackwardColumns) *
                          blocks_of(call.rows, call.share_rows);
       launch(lora_da<X, W, kTiles>,
-             device::Grid{blocks, 32 * kStrips * of.slots_at_once, 1, bytes_of(of.slots_at_once)},
-             of);
+             device::Grid{blocks, 32 * warps * of.parts, 1, bytes_of(of.slots_at_once)}, of);
     });
   };
   with_kernel(call.kind, call.adapters, targets, run);

@@ -51,35 +51,6 @@ MODXFER_BOTH int shrink_stage_bytes(int tile_rows, int slots) {
          slots * 8 * kTiles * kShrinkColumns<X> * static_cast<int>(sizeof(W));
 }
 
-// Adds up the sums of the parts of a row tile and slot, in order, for part 0.
-template <int kTiles>
-MODXFER_DEVICE void add_parts(float (&sums)[kTiles][4], unsigned char* shared, int part,
-                              int parts) {
-  const int warps = device::block_size() / 32 / parts, lane = device::thread_index() % 32;
-  const int warp = device::thread_index() / 32 % warps;
-  const auto at = [&](int of_part, int tile, int i) {
-    const int vector = (((of_part - 1) * warps + warp) * kTiles + tile) * 4 + i;
-    return reinterpret_cast<float*>(shared) + vector * 32 + lane;
-  };
-  device::sync_block();  // all are done with the stages, which lie there
-  if (part > 0) {
-    MODXFER_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      MODXFER_UNROLL
-      for (int i = 0; i < 4; ++i) *at(part, tile, i) = sums[tile][i];
-    }
-  }
-  device::sync_block();
-  if (part > 0) return;
-  for (int other = 1; other < parts; ++other) {
-    MODXFER_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      MODXFER_UNROLL
-      for (int i = 0; i < 4; ++i) sums[tile][i] += *at(other, tile, i);
-    }
-  }
-}
-
 template <class X, class W, int kTiles>
 MODXFER_KERNEL void MODXFER_BOUNDS(kShrinkThreads, 1)
     lora_shrink(MODXFER_ARGUMENT Shrink<X, W> of) {

@@ -49,16 +49,19 @@ MODXFER_DEVICE void copy_chunk(unsigned char* shared, const Strided<T>& from, in
   Chunk<T> chunk = {};
   MODXFER_UNROLL
   for (int i = 0; i < kChunk<T>; ++i) {
-    if (row < from.rows && column + i < from.columns) chunk.of[i] = at[i * from.column_stride];
+    if (row < from.rows && column + i < from.columns) chunk.of[i] = *at;
+    at += from.column_stride;
   }
   *reinterpret_cast<Chunk<T>*>(shared) = chunk;
 }
 
-// Calls body(row, chunk) for each of [rows, kChunks], by all threads of the block.
+// Calls body(row, chunk) for each of [rows, kChunks], by all threads of the block, each of which
+// keeps its chunk: kChunks divides them.
 template <int kChunks, class Body>
-MODXFER_DEVICE void for_each_chunk(uint32_t rows, const Body& body) {
-  for (uint32_t i = device::thread_index(); i < rows * kChunks; i += device::block_size()) {
-    body(static_cast<int>(i / kChunks), static_cast<int>(i % kChunks));
+MODXFER_DEVICE void for_each_chunk(int rows, const Body& body) {
+  const int thread = device::thread_index();
+  for (int row = thread / kChunks; row < rows; row += device::block_size() / kChunks) {
+    body(row, thread % kChunks);
   }
 }
 
@@ -131,6 +134,31 @@ MODXFER_DEVICE void for_each_stage(unsigned char* ring, int bytes, int steps, co
     if (next < steps) load(next, ring + next % kStages * bytes);
     device::commit_async();
     use(step, ring + step % kStages * bytes);
+  }
+}
+
+// Adds up the sums of the parts of a block, in order, for part 0; the warps of each part follow
+// those of the one before, and are alike. So many bytes of shared memory: of the sums of all parts
+// but one.
+template <class Sums>
+MODXFER_DEVICE void add_parts(Sums& sums, unsigned char* shared, int part, int parts) {
+  constexpr int kCount = sizeof(Sums) / sizeof(float);
+  auto* own = reinterpret_cast<float*>(&sums);
+  const int warps = device::block_size() / 32 / parts;
+  const int warp = device::thread_index() / 32 % warps, lane = device::thread_index() % 32;
+  const auto of_part = [&](int other) {
+    return reinterpret_cast<float*>(shared) + ((other - 1) * warps + warp) * kCount * 32 + lane;
+  };
+  device::sync_block();  // all are done with what lies there
+  if (part > 0) {
+    MODXFER_UNROLL
+    for (int i = 0; i < kCount; ++i) of_part(part)[32 * i] = own[i];
+  }
+  device::sync_block();
+  if (part > 0) return;
+  for (int other = 1; other < parts; ++other) {
+    MODXFER_UNROLL
+    for (int i = 0; i < kCount; ++i) own[i] += of_part(other)[32 * i];
   }
 }
 
