@@ -38,7 +38,7 @@ from modxfer_fast.kernels.common.composed_head import ComposedHead
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import Weight
 from modxfer_fast.kernels.common.rows import Launch
-from modxfer_fast.kernels.common.scalars import check_integer
+from modxfer_fast.kernels.common.scalars import check_integer, check_number
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
 from modxfer_fast.kernels.common.streamed_op import define_op, inputs_of
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
@@ -105,14 +105,12 @@ def teacher_topk(
     for name, tensor in given.items():
         check_tensor(name, tensor)
     refuse_transforms("teacher_topk", *given.values())
+    check_number("temperature", temperature)
     spec = KDSpec(
         temperature=temperature,
         teacher_logit_scale=teacher_logit_scale,
         teacher_softcap=teacher_softcap,
-    )
-    if isinstance(temperature, Tensor):
-        raise TypeError(f"temperature: expected a number, got a tensor of {temperature.dtype}")
-    spec = spec.checked()
+    ).checked()
     teacher = teacher.detach().cast()
     teacher.check("teacher")
     refuse_bend(teacher, spec)
