@@ -3,6 +3,8 @@
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 # of `linear_kd_loss`: when its gradients are made
 GRADIENTS = ("forward", "recompute")
+# of `TeacherTopK`: what becomes of classes that are not listed
+TAILS = ("bucket", "renormalise", "none")
 # of `projection_loss`; row kernels know ROW_LOSSES, "relative" is "mse" over an energy of the batch
 ROW_LOSSES = ("mse", "normalized_mse", "cosine", "smooth_l1")
 LOSSES = (*ROW_LOSSES, "relative")

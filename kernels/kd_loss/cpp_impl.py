@@ -5,7 +5,8 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec, compiled
 from modxfer_fast.kernels.kd_loss.csrc_spec import hard_scalars, scalars
-from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
+from modxfer_fast.kernels.kd_loss.topk import TopKRows
+from modxfer_fast.kernels.names import TAILS
 
 available = compiled.available
 supports = compiled.supports

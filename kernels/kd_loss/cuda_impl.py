@@ -6,7 +6,8 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec, compiled, cuda_device
 from modxfer_fast.kernels.common.cuda_device import stream
 from modxfer_fast.kernels.kd_loss.csrc_spec import hard_scalars, scalars
-from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
+from modxfer_fast.kernels.kd_loss.topk import TopKRows
+from modxfer_fast.kernels.names import TAILS
 
 available = cuda_device.available
 supports = cuda_device.supports

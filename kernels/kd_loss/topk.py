@@ -50,8 +50,8 @@ from modxfer_fast.kernels.common.checks import (
 from modxfer_fast.kernels.common.scalars import check_number, is_finite
 from modxfer_fast.kernels.common.shard import Shard
 from modxfer_fast.kernels.kd_loss import stages
+from modxfer_fast.kernels.names import TAILS
 
-TAILS = ("bucket", "renormalise", "none")
 # What a sum of probabilities, or a logarithm, may exceed its bound by: rounding to four decimals.
 ROUNDING = 1e-4
 

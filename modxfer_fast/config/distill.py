@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from modxfer_fast.config.data import DataSection
 from modxfer_fast.config.loss import LossSection, check_encoder_loss
-from modxfer_fast.config.model import ModelSection, StudentSection, TokenizerSection
+from modxfer_fast.config.model import StudentSection, TeacherModelSection, TokenizerSection
 from modxfer_fast.config.section import PositiveInt, Section, Seeds, Training
 
 
@@ -41,7 +41,7 @@ class JobConfig(Section):
     seeds: Seeds = [0]
     tokenizer: TokenizerSection | None = None
     data: DataSection
-    teacher: ModelSection
+    teacher: TeacherModelSection
     student: StudentSection
     loss: LossSection = LossSection()
     training: Training = {}
@@ -69,11 +69,27 @@ class JobConfig(Section):
             raise ValueError(
                 "tokenizer: expected a section, because the teacher is not loaded from a path"
             )
+        if self.teacher.plan == "cached":
+            self._check_cached()
         if self.loss.relations is not None and self.data.packing:
             raise ValueError(
                 "loss.relations: expected data.packing: false, because a relation spans a row"
             )
         return self
+
+    def _check_cached(self) -> None:
+        for name, given in (
+            ("kind", self.kind != "causal_lm"),
+            ("loss.hidden_states", self.loss.hidden_states is not None),
+            ("loss.relations", self.loss.relations is not None),
+            ("compare.parts", self.compare.parts),
+            ("compare.loss_rows", self.compare.loss_rows is not None),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name}: expected nothing with teacher.plan: cached, which has last hidden "
+                    "states or listed classes of a causal language model alone"
+                )
 
     def _check_encoder(self) -> None:
         loss = self.loss

@@ -5,8 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from modxfer_fast.config.section import OneOf, Section
+from modxfer_fast.kernels.names import TAILS
 
 EMBEDDINGS = ("copy", "pca", "none")
+# where a teacher's parameters, or its answers, are kept
+PLANS = ("replica", "cached")
+CACHE_DTYPES = ("float32", "bfloat16", "float16")
+SIGNALS = ("hidden", "topk")
 
 
 class TokenizerSection(Section):
@@ -76,6 +81,45 @@ class ModelSection(CheckpointSection):
         if self.pretrain is not None and self.config is None:
             raise ValueError("pretrain: expected only together with config")
         return self
+
+
+class CacheSection(Section):
+    """The answers that `modxfer cache` keeps, and a teacher with `plan: cached` gives.
+
+    folder: null is `<output_dir>.cache`.
+    hidden: whether the last hidden states of each token are kept, with the teacher's head.
+    dtype: of hidden states; null is that of the teacher, which loses nothing.
+    top_k: how many classes are kept of each token, with their log-probabilities; 0 for none.
+    signal: of a cache with both, what the student learns from.
+    tail: what becomes of the classes that are not kept; as of `modxfer_fast.TeacherTopK`.
+    """
+
+    folder: str | None = None
+    hidden: bool = True
+    dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
+    top_k: Annotated[int, Field(ge=0)] = 0
+    signal: Annotated[str, OneOf(SIGNALS)] | None = None
+    tail: Annotated[str, OneOf(TAILS)] = "bucket"
+
+    @model_validator(mode="after")
+    def _keeps_something(self):
+        if not self.hidden and not self.top_k:
+            raise ValueError("expected hidden: true, a top_k of at least 1, or both")
+        if self.signal == "hidden" and not self.hidden:
+            raise ValueError("signal: expected topk, because hidden is false, got hidden")
+        if self.signal == "topk" and not self.top_k:
+            raise ValueError("signal: expected hidden, because top_k is 0, got topk")
+        return self
+
+
+class TeacherModelSection(ModelSection):
+    """plan: `replica` keeps the whole teacher in every process; `cached` loads none of it, and
+        answers from the folder that `modxfer cache` filled.
+    cache: what is kept, and where; used with `plan: cached` and by `modxfer cache`.
+    """
+
+    plan: Annotated[str, OneOf(PLANS)] = "replica"
+    cache: CacheSection = CacheSection()
 
 
 class FromTeacherSection(Section):

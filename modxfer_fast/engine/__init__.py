@@ -8,11 +8,13 @@ from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
+from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.trainer import DistillTrainer
 
 __all__ = [
+    "CachedTeacher",
     "DistillConfig",
     "DistillModule",
     "DistillTrainer",

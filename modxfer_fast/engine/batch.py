@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modxfer_fast.engine.features.taps import LayerStates
 from modxfer_fast.kernels.common import Bend
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 
 
 class TokenSet(NamedTuple):
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
         teacher_inputs: of the teacher's model; None where they are the student's.
         rows, teacher_rows: [n] int64 indices b * T + t of the tokens that are compared; None for
             all, and those of the student where the teacher has none of its own.
+        answered: what a teacher that answered before said to these inputs, by name.
     """
 
     inputs: Mapping[str, Any]
@@ -58,13 +60,15 @@ class Batch(NamedTuple):
     teacher_inputs: Mapping[str, Any] | None = None
     rows: Tensor | None = None
     teacher_rows: Tensor | None = None
+    answered: Mapping[str, Tensor] | None = None
 
 
 class Answer(NamedTuple):
     """What a model answers to a micro-batch.
 
     Attributes:
-        output: last hidden states [B, T, D], or the logits [n, C] of a classifier.
+        output: last hidden states [B, T, D], or the logits [n, C] of a classifier; of a teacher of
+            listed classes their log-probabilities [B, T, K].
         head: weight [V, D] and bias [V] or None, which make logits of hidden states; None where
             there is no head, or where `output` is logits already.
         bend: what the model does to those logits.
@@ -75,10 +79,15 @@ class Answer(NamedTuple):
     head: tuple[Tensor, Tensor | None] | None = None
     states: LayerStates = LayerStates()
     bend: Bend = Bend()
+    listed: TeacherTopK | None = None
 
     def leading(self, num_classes: int | None) -> "Answer":
         """With a head of the first classes, views, where the others' gradient is then zero; of
-        all without a number."""
+        all without a number. Of listed classes the others are absent."""
+        if self.listed is not None and num_classes is not None:
+            ids = self.listed.ids
+            listed = self.listed._replace(ids=ids.masked_fill(ids >= num_classes, -1))
+            return self._replace(listed=listed)
         if self.head is None or num_classes is None or num_classes >= len(self.head[0]):
             return self
         weight, bias = self.head

@@ -19,6 +19,7 @@ from modxfer_fast.engine.features.terms import FeatureLosses
 from modxfer_fast.engine.metrics import LossMeter
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students import student_of_kind
+from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.models.architecture import without_peft
 
@@ -162,7 +163,10 @@ class DistillModule(nn.Module):
 
     def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
         """A user's collator, made to give on the host what `forward` wants."""
-        return self.parts.collator(collator, self._needs_all_tokens)
+        collator = self.parts.collator(collator, self._needs_all_tokens)
+        if isinstance(self.teacher, CachedTeacher):
+            collator = self.teacher.collator(collator)
+        return collator
 
     @property
     def _needs_all_tokens(self) -> bool:
@@ -181,8 +185,11 @@ class DistillModule(nn.Module):
                 num_valid: number of labels other than -100 here, known on the host.
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
+                teacher_answers: what a `CachedTeacher` answered, by name.
         """
+        answered = inputs.pop(ANSWERS, None)
         batch, objective = self.parts.read(**inputs), self.objective
+        batch = batch._replace(answered=answered)
         if objective is not None and not self.training:
             objective = objective.measured(self.teacher is not None, batch.labels is not None)
         target, kd_weight = None, 0.0 if objective is None else objective.kd_weight

@@ -12,6 +12,7 @@ from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.kernels.common import Bend, KDSpec
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
 
 
@@ -64,25 +65,30 @@ class Objective(KDSpec):
 
     def terms(
         self,
-        student_hidden: Tensor,
-        student_head: tuple[Tensor, Tensor | None],
-        teacher_hidden: Tensor,
-        teacher_head: tuple[Tensor, Tensor | None],
+        student: Head,
+        teacher: Head | TeacherTopK,
         labels: Tensor,
         normalizer: Tensor | float | None,
         num_valid: int | None,
         *,
         bends: tuple[Bend, Bend] = (Bend(), Bend()),
     ) -> KDTerms:
-        """Hidden states [B, T, D_s] and [B, T, D_t], heads ([V, D], [V] or None), labels [B, T].
+        """Of hidden states [B, T, D] and heads, or classes [B, T, K] of a teacher that lists them.
 
         Args:
+            labels: [B, T].
             bends: what student and teacher do to the logits of their heads.
+
+        Raises:
+            ValueError: impl "dense" of a teacher that lists classes.
         """
         of_student, of_teacher = bends
         spec = replace(self, **of_student.options("student"), **of_teacher.options("teacher"))
-        student, teacher = Head(student_hidden, *student_head), Head(teacher_hidden, *teacher_head)
         if self.impl == "dense":
+            if not isinstance(teacher, Head):
+                raise ValueError(
+                    "loss_impl: expected fused with a teacher of listed classes, got dense"
+                )
             return spec._dense(student, teacher, labels, normalizer)
         tokens = Tokens(labels, normalizer=normalizer, num_valid=num_valid)
         return loss_of_heads(student, teacher, spec, tokens, self.launch)

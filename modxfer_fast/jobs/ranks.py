@@ -17,7 +17,12 @@ _GRACE_S = 300.0  # for the step at hand and its checkpoint
 
 def is_main() -> bool:
     """Whether this process prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """Number of this process, as its launcher says."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

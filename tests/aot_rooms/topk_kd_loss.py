@@ -9,7 +9,8 @@ from aot_rooms.kd_loss import ALL, DTYPES, OBJECTIVES, OF_PROBABILITIES, option_
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import triton_topk
-from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
+from modxfer_fast.kernels.kd_loss.topk import TopKRows
+from modxfer_fast.kernels.names import TAILS
 
 FUNCTIONS = ("topk_kd_loss_fwd", "topk_kd_loss_fwd_bwd")
 

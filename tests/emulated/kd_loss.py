@@ -21,7 +21,8 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss.stages import MORE, PART
-from modxfer_fast.kernels.kd_loss.topk import TAILS, TopKRows
+from modxfer_fast.kernels.kd_loss.topk import TopKRows
+from modxfer_fast.kernels.names import TAILS
 from tests.emulated import KINDS, at, library, pitch
 
 _IDS = {name: index for index, name in enumerate(DIVERGENCES)}

@@ -30,6 +30,7 @@ from modxfer_fast.engine.labels import AlignedLabels
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students.text import TextModel, read_tokens
 from modxfer_fast.kernels.common import Bend
+from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.models.architecture import without_peft
 from modxfer_fast.models.logits import bends_of, entries_of
 
@@ -102,13 +103,10 @@ class SplitCausalLM(TextModel):
             nothing = answer.head[0].detach()[:, :0], None
             target = Answer(answer.output.detach()[..., :0], nothing)  # no bend: logits of 0
         assert target is not None
-        assert target.head is not None
         assert batch.labels is not None
         terms = objective.terms(
-            answer.output,
-            answer.head,
-            target.output,
-            target.head,
+            Head(answer.output, *answer.head),
+            target.listed or Head(target.output, *target.head),
             batch.labels,
             batch.compared.normalizer,
             batch.compared.num_valid,

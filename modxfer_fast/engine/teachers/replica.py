@@ -27,6 +27,9 @@ class Teacher:
         kind: of its answers, among the kinds of students.
         num_tokens: of the tokenizer that it shares with its student, where known. Vocabularies may
             then be padded to different sizes: the classes that both have count, the others do not.
+
+    Attributes:
+        parts: the model, as its kind sees it.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Teacher:
         materialise(self.model)
         self.kind = kind
         self.num_tokens = num_tokens
-        self._parts = parts.of(model, "teacher")
+        self.parts = parts.of(model, "teacher")
 
     @classmethod
     def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> TeacherProtocol | None:
@@ -64,7 +67,7 @@ class Teacher:
 
     @property
     def classes(self) -> Any:
-        return self._parts.classes
+        return self.parts.classes
 
     def to(self, device: torch.device) -> "Teacher":
         self.model.to(device)
@@ -76,7 +79,7 @@ class Teacher:
 
     def taps(self) -> LayerTaps:
         """New taps on the blocks, for `answer`."""
-        return LayerTaps(self._parts.backbone, "teacher")
+        return LayerTaps(self.parts.backbone, "teacher")
 
     @torch.no_grad()
     def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
@@ -85,4 +88,4 @@ class Teacher:
             self.model.eval()
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
         rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
-        return self._parts.answer(inputs, rows, taps)
+        return self.parts.answer(inputs, rows, taps)

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.data import Documents, build_rows, load_documents, tokenizer_digest
-from modxfer_fast.engine import DistillModule, Teacher
+from modxfer_fast.engine import DistillModule, Teacher, TeacherProtocol
 from modxfer_fast.files import new_folder, write_json
+from modxfer_fast.jobs.cache.identity import open_cached
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
 from modxfer_fast.jobs.distill.material import Evaluation, Material
 from modxfer_fast.jobs.distill.models import (
@@ -27,7 +28,7 @@ from modxfer_fast.jobs.distill.timing import Timer, time_losses, time_parts
 from modxfer_fast.jobs.job import Job, quieten_libraries
 from modxfer_fast.jobs.output import REPORT_FILE, OutputStore, WorkFolder, link_tree
 from modxfer_fast.jobs.ranks import end_with_launcher, is_main, on_main
-from modxfer_fast.jobs.stage import Live, Stage, fingerprint
+from modxfer_fast.jobs.stage import Live, Stage, facts_of, fingerprint
 from modxfer_fast.jobs.store import Store
 from modxfer_fast.models import check_finite, check_packing, check_peft, check_rows_fit, load_model
 from modxfer_fast.report import JobConsole, plot_curves
@@ -76,8 +77,7 @@ class DistillJob(Job):
         if report is not None:
             self.console.say(f"finished already: {folder.output}")
             return report
-        # opens the process group, which must exist before processes wait for one another
-        _ = evaluation_args(config.training, folder.path, config.loss, kind=config.kind).device
+        self.open_process_group()
         on_main(lambda: folder.open(resume=resume))
         try:
             report = self.whole_report()
@@ -93,6 +93,12 @@ class DistillJob(Job):
         if is_main():
             folder.finish()
         return report
+
+    def open_process_group(self) -> torch.device:
+        """It must exist before processes wait for one another; this one's device."""
+        config = self.config
+        path = self.folder.path
+        return evaluation_args(config.training, path, config.loss, kind=config.kind).device
 
     def stages(self) -> Mapping[str, Callable[[], Stage | None]]:
         """The teacher; what follows depends on it."""
@@ -168,27 +174,56 @@ class DistillJob(Job):
     def _teacher_stage(self) -> Stage | None:
         return model_stage(self.config.teacher, "teacher", self.material, seed=0)
 
+    def teacher_source(self) -> ModelSource:
+        """Where the teacher's weights come from, made if its stage was not run before."""
+        stage = self._teacher_stage()
+        return ModelSource.of(self.config.teacher, stage, self.store, self.console)
+
+    def load_teacher(self, source: ModelSource) -> PreTrainedModel:
+        """The teacher's model, looked at."""
+        model = load_model(source.path, self.config.teacher, self.config.kind)
+        self._check_model(model, "teacher")
+        return model
+
     def _prepare_teacher(self) -> tuple[Live, dict[str, Any]]:
         """The teacher, told by where its weights come from, with its facts and figures."""
         config, num_tokens = self.config, len(self.material.tokenizer)
-        source = ModelSource.of(config.teacher, self._teacher_stage(), self.store, self.console)
-        model = load_model(source.path, config.teacher, config.kind)
-        self._check_model(model, "teacher")
-        # without logits there are no figures without a student
-        metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
+        source = self.teacher_source()
         facts = {
             "path": source.path,
             "from_cache": source.cached,
-            "parameters": model.num_parameters(),
+            "plan": config.teacher.plan,
             "pretrain": source.pretrain,
-            **metrics,
         }
+        if config.teacher.plan == "cached":
+            cached = open_cached(config, source, self.material)
+            cache = cached.cache
+            self.console.say(
+                f"answers to {len(cache):,} documents, {cache.num_tokens:,} tokens, by "
+                f"{cached.signal}, in {cache.folder}"
+            )
+            facts |= {"documents": len(cache), "tokens": cache.num_tokens, "signal": cached.signal}
+            return Live(cached, [source, facts_of(config.teacher.cache)]), facts
+        model = self.load_teacher(source)
+        # without logits there are no figures without a student
+        metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
+        facts |= {"parameters": model.num_parameters(), **metrics}
         self.console.say(
             f"{model.num_parameters() / 1e6:.2f} M parameters"
             + (" (from the cache)" if source.cached else "")
             + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
         return Live(Teacher(model, kind=config.kind, num_tokens=num_tokens), source), facts
+
+    def _teacher_model(self, teacher: TeacherProtocol) -> PreTrainedModel | None:
+        """What a student's `from_teacher` takes from, None where there is no such section."""
+        if self.config.student.from_teacher is None:
+            return None
+        return (
+            teacher.model
+            if isinstance(teacher, Teacher)
+            else self.load_teacher(self.teacher_source())
+        )
 
     def _check_model(self, model: PreTrainedModel, role: str) -> None:
         data = self.config.data
@@ -211,7 +246,7 @@ class DistillJob(Job):
             console.say(_figures(run[role]))
         return student, run
 
-    def _start(self, seed: int, teacher: Teacher) -> tuple[Student, dict[str, Any]]:
+    def _start(self, seed: int, teacher: TeacherProtocol) -> tuple[Student, dict[str, Any]]:
         """The student before training; its weights, its size, its distance from the teacher."""
         config = self.config
         stage = model_stage(
@@ -220,7 +255,7 @@ class DistillJob(Job):
             self.material,
             seed=seed,
             vocab_size=teacher.classes,
-            teacher=teacher.model,
+            teacher=self._teacher_model(teacher),
         )
         source = ModelSource.of(config.student, stage, self.store, self.console)
         base = None
@@ -250,7 +285,7 @@ class DistillJob(Job):
             with new_folder(folder, keep_existing=True) as scratch:
                 shutil.copytree(path, scratch, dirs_exist_ok=True)
 
-    def _check_features(self, student: PreTrainedModel, teacher: Teacher) -> None:
+    def _check_features(self, student: PreTrainedModel, teacher: TeacherProtocol) -> None:
         """Raise a ConfigError unless the losses inside the networks fit the two models."""
         args = self.evaluation.args(self.config.loss)
         options = args.hidden_state_options(), args.relation_options()

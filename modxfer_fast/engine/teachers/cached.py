@@ -1,0 +1,118 @@
+"""A teacher that answered before: no weights but its head, its answers from a `TeacherCache`."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modxfer_fast.engine.batch import Answer, Batch
+from modxfer_fast.engine.features.taps import LayerTaps
+from modxfer_fast.kernels.common import Bend
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.teacher_cache import Document, TeacherCache, documents_of
+
+ANSWERS = "teacher_answers"  # key of a batch
+
+
+class CachedTeacher:
+    """Answers to what a cache holds, with hidden states and its head, or with top-K classes.
+
+    Its answers come with the batches: `collator` reads them where these are made, in the processes
+    of a loader ahead of the step that needs them.
+
+    Args:
+        cache: or its folder.
+        signal: "hidden" or "topk", of a cache that keeps both; None takes the one that it keeps,
+            and hidden states of both, which are exact.
+        tail: what becomes of classes that are not listed; see `TeacherTopK`.
+
+    Raises:
+        CacheError: no whole cache there. ValueError: a signal that it does not keep.
+    """
+
+    kind = "causal_lm"
+    num_tokens: int | None = None
+
+    def __init__(
+        self, cache: TeacherCache | str | Path, signal: str | None = None, tail: str = "bucket"
+    ):
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
+        payload = self.cache.payload
+        kept = ["hidden"] * (payload.hidden is not None) + ["topk"] * (payload.top_k > 0)
+        signal = signal or kept[0]
+        if signal not in kept:
+            raise ValueError(f"signal: expected one of {', '.join(kept)}, got {signal!r}")
+        self.signal, self.tail = signal, tail
+        self._head = self.cache.head() if signal == "hidden" else {}
+        facts = self.cache.teacher
+        self._bend = Bend(facts["logit_scale"], facts["softcap"])
+
+    @property
+    def classes(self) -> int:
+        return self.cache.teacher["classes"]
+
+    def to(self, device: torch.device) -> "CachedTeacher":
+        self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
+        return self
+
+    def nonfinite_parameters(self) -> list[str]:
+        return [name for name, tensor in self._head.items() if not tensor.isfinite().all()]
+
+    def taps(self) -> LayerTaps:
+        raise ValueError(
+            "teacher: a cache keeps last hidden states or logits, and no states of inner layers, "
+            "which hidden_states and relations learn from; use another plan"
+        )
+
+    def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+        """The batches of a collator, with what was answered to them."""
+        return _Answering(self, collator)
+
+    def answers(self, documents: Iterable[Document], rows: int, length: int) -> dict[str, Tensor]:
+        """[rows, length, width] of each tensor of the signal: 0 beside the documents."""
+        names = ("hidden",) if self.signal == "hidden" else ("topk_ids", "topk_log_probs")
+        kept = self.cache.payload.tensors()
+        found = {
+            name: torch.zeros(rows, length, kept[name][0], dtype=kept[name][1]) for name in names
+        }
+        for document in documents:
+            own = self.cache.read(document)
+            for name, whole in found.items():
+                whole[document.row, document.span] = own[name]
+        return found
+
+    def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
+        if batch.answered is None:
+            raise ValueError(
+                "teacher: expected batches with its answers; make them by "
+                "`CachedTeacher.collator`, as DistillTrainer does"
+            )
+        if self.signal == "hidden":
+            head = self._head["weight"], self._head.get("bias")
+            hidden = batch.answered["hidden"].to(head[0].dtype)
+            return Answer(hidden, head, bend=self._bend)
+        log_probs = batch.answered["topk_log_probs"]
+        return Answer(
+            log_probs, listed=TeacherTopK(batch.answered["topk_ids"], log_probs, self.tail)
+        )
+
+
+class _Answering:
+    """A collator around another one; workers of a loader get a copy."""
+
+    def __init__(self, teacher: CachedTeacher, collator: Callable[[list], dict]):
+        self.teacher, self.collator = teacher, collator
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        batch = self.collator(features)
+        inputs = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        documents = documents_of(*inputs)
+        answers = self.teacher.answers(documents, *batch["input_ids"].shape)
+        return {**batch, ANSWERS: answers}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)

@@ -1,0 +1,99 @@
+"""`modxfer cache`: the data of a `modxfer distill` job, its teacher, and what that answers."""
+
+from typing import Any
+
+from modxfer_fast.config import ConfigError
+from modxfer_fast.engine import Teacher
+from modxfer_fast.jobs.cache.capture import capture
+from modxfer_fast.jobs.cache.identity import cache_folder, teacher_facts
+from modxfer_fast.jobs.distill.job import DistillJob
+from modxfer_fast.jobs.distill.models import ModelSource
+from modxfer_fast.jobs.job import quieten_libraries
+from modxfer_fast.jobs.ranks import barrier, end_with_launcher, on_main, rank, world_size
+from modxfer_fast.jobs.threads import settle_threads
+from modxfer_fast.teacher_cache import Payload, TeacherCache, documents_in
+
+
+class CacheJob(DistillJob):
+    """Asks the teacher of a job for the documents that its cache lacks.
+
+    Data, tokenizer and teacher are those of the job. A run that is interrupted goes on behind its
+    last whole shard; processes of a launcher share the shards.
+    """
+
+    command = "modxfer cache"
+
+    def check(self) -> None:
+        super().check()
+        if self.config.kind != "causal_lm":
+            raise ConfigError(
+                f"kind: expected causal_lm, whose last hidden states a cache keeps, "
+                f"got {self.config.kind}"
+            )
+
+    def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
+        """Fills the cache.
+
+        Returns:
+            folder, documents, tokens, bytes_per_token, and how many documents were asked for now.
+        """
+        quieten_libraries()
+        self.check()
+        end_with_launcher()
+        console = self.console
+        device = self.open_process_group()
+        settle_threads(console.say)
+        with console.phase("Data"):
+            rows = self.material.rows
+            documents = list(documents_in([*rows.train, *rows.held_out], rows.collator))
+        with console.phase("Teacher"):
+            source = self.teacher_source()
+            teacher = Teacher(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
+        with console.phase("Answers"), console.progress(len(documents)) as tell:
+            on_main(lambda: self._create(source, teacher))
+            cache = TeacherCache(cache_folder(self.config))
+            asked = capture(
+                cache,
+                documents,
+                teacher,
+                batch_tokens=self._batch_tokens(),
+                device=device,
+                part=(rank(), world_size()),
+                tell=tell,
+            )
+            barrier()
+        cache = TeacherCache(cache.folder)  # with what the others wrote
+        report = {
+            "folder": str(cache.folder),
+            "documents": len(cache),
+            "tokens": cache.num_tokens,
+            "bytes_per_token": cache.payload.bytes_per_token(),
+            "asked": asked,
+        }
+        console.say(
+            f"{report['documents']:,} documents, {report['tokens']:,} tokens of "
+            f"{report['bytes_per_token']:,} bytes in {cache.folder}"
+        )
+        return report
+
+    def _create(self, source: ModelSource, teacher: Teacher) -> None:
+        section, model = self.config.teacher.cache, teacher.model
+        parts = teacher.parts
+        hidden = None
+        if section.hidden:
+            hidden = section.dtype or str(parts.head.weight.dtype).removeprefix("torch.")
+        payload = Payload(hidden, parts.head.weight.shape[1] if hidden else 0, section.top_k)
+        head = {"weight": parts.head.weight, "bias": parts.head.bias} if hidden else {}
+        facts = {
+            **teacher_facts(source, self.config, self.material.tokenizer),
+            "classes": teacher.classes,
+            "logit_scale": parts.bend.scale,
+            "softcap": parts.bend.cap,
+            "model_type": model.config.model_type,
+        }
+        given = {name: tensor for name, tensor in head.items() if tensor is not None}
+        TeacherCache.create(cache_folder(self.config), payload, facts, given)
+
+    def _batch_tokens(self) -> int:
+        args = self.evaluation.args()
+        return args.per_device_eval_batch_size * self.config.data.max_length

@@ -1,0 +1,76 @@
+"""`modxfer cache`, and `modxfer distill` from what it kept, as from the teacher itself."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+
+NO_COMPARISON = {"ce_only": False, "loss_rows": None}
+
+
+def distilled(tmp_path, write_job, name, **changes):
+    """Report and weights of the student of one job."""
+    folder = tmp_path / name
+    folder.mkdir()
+    path, out = write_job(folder, compare=NO_COMPARISON, **changes)
+    assert main(["distill", str(path)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    return report, load_file(out / "seed-0" / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, write_job, shared):
+    """A cache with both payloads of the job's teacher."""
+    folder = tmp_path_factory.mktemp("cache")
+    path, _ = write_job(folder, teacher={"cache": {"folder": str(folder / "answers")}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODXFER_CACHE", str(shared / "cache"))
+        assert main(["cache", str(path)]) == 0
+    return folder / "answers"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_student_of_cached_states_is_that_of_the_teacher(
+    tmp_path, write_job, answers, accumulation
+):
+    training = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4}
+    teacher = {"plan": "cached", "cache": {"folder": str(answers)}}
+    local, expected = distilled(tmp_path, write_job, "local", training=training)
+    told, got = distilled(tmp_path, write_job, "cached", training=training, teacher=teacher)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5)
+    of_local, of_told = (report["runs"][0]["student"] for report in (local, told))
+    assert of_told["eval_kd"] == pytest.approx(of_local["eval_kd"], rel=1e-4)
+    assert told["teacher"]["signal"] == "hidden"
+
+
+def test_a_second_capture_asks_for_nothing(tmp_path, write_job, answers, capsys):
+    before = sorted(p.name for p in (answers / "shards").iterdir())
+    path, _ = write_job(tmp_path, teacher={"cache": {"folder": str(answers)}})
+    assert main(["cache", str(path)]) == 0
+    assert sorted(p.name for p in (answers / "shards").iterdir()) == before
+
+
+def test_documents_that_were_not_captured_are_told(tmp_path, write_job, answers, capsys):
+    whole = next((answers / "shards").iterdir())
+    part = tmp_path / "part"
+    shutil.copytree(answers, part)
+    shutil.rmtree(part / "shards" / whole.name)
+    teacher = {"plan": "cached", "cache": {"folder": str(part)}}
+    path, out = write_job(tmp_path, compare=NO_COMPARISON, teacher=teacher)
+    assert main(["distill", str(path)]) == EXIT_USER_ERROR
+    told = capsys.readouterr().err
+    assert "expected answers to all" in told
+    assert "are not there; `modxfer cache` asks for them" in told
+    assert not out.exists()
+
+
+def test_another_teacher_is_refused(tmp_path, write_job, answers, capsys):
+    teacher = {"pretrain": {"max_steps": 3}, "plan": "cached", "cache": {"folder": str(answers)}}
+    path, _ = write_job(tmp_path, compare=NO_COMPARISON, teacher=teacher)
+    assert main(["distill", str(path)]) == EXIT_USER_ERROR
+    assert "is of another teacher; weights: expected" in capsys.readouterr().err
