@@ -77,8 +77,9 @@ def documents_in(rows: Iterable[Any], collator: Callable[[list], dict]) -> Itera
     seen = set[bytes]()
     for row in rows:
         batch = collator([row])
-        inputs = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        for document in documents_of(*inputs):
+        for document in documents_of(
+            batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+        ):
             if document.key not in seen:
                 seen.add(document.key)
                 yield document

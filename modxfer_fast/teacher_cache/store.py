@@ -34,7 +34,8 @@ class Payload:
             "float16"; None to keep none. In the dtype that the teacher runs in it is lossless, and
             the teacher's head is kept beside it.
         width: of hidden states, 0 where there are none.
-        top_k: classes kept with their log-probabilities in fp32, 0 for none.
+        top_k: classes kept with their log-probabilities and that of all others, in fp32; 0 for
+            none.
     """
 
     hidden: str | None = None
@@ -57,6 +58,7 @@ class Payload:
         if self.top_k:
             kept["topk_ids"] = self.top_k, torch.int32
             kept["topk_log_probs"] = self.top_k, torch.float32
+            kept["topk_log_tail"] = 1, torch.float32
         return kept
 
     def bytes_per_token(self) -> int:
@@ -229,7 +231,8 @@ class _Shard:
     """A shard that is mapped into memory when it is first read."""
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        self.path, self._names, self._file = path, names, None
+        self.path, self._names = path, names
+        self._file: Any = None
         try:
             with safe_open(path / ANSWERS, framework="pt") as file:
                 keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
@@ -290,5 +293,5 @@ def _sum_of(tensors: Mapping[str, Tensor], names: Iterable[str], span: slice) ->
     for name in names:
         own = tensors[name][span].contiguous()
         if own.numel():
-            total = zlib.crc32(own.view(-1).view(torch.uint8).numpy(), total)
+            total = zlib.crc32(own.view(-1).view(torch.uint8).numpy().data, total)
     return total

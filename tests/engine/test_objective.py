@@ -5,6 +5,7 @@ import torch
 
 from modxfer_fast.engine import DistillConfig, Objective
 from modxfer_fast.kernels.common import Bend
+from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.divergences import DIVERGENCES, FORMULAS
 from modxfer_fast.kernels.names import GRADIENTS
 from tests.inputs import linear_inputs
@@ -31,10 +32,8 @@ def test_dense_is_the_fused_loss_written_out(divergence, beta, bends, hard):
         )
         terms.append(
             objective.terms(
-                inputs.student_hidden[None],
-                (inputs.student_weight, inputs.student_bias),
-                inputs.teacher_hidden[None],
-                (inputs.teacher_weight, inputs.teacher_bias),
+                Head(inputs.student_hidden[None], inputs.student_weight, inputs.student_bias),
+                Head(inputs.teacher_hidden[None], inputs.teacher_weight, inputs.teacher_bias),
                 inputs.labels[None],
                 normalizer=5,
                 num_valid=None,
@@ -52,8 +51,8 @@ def test_gradients_are_made_when_the_options_say(tmp_path):
     for gradients in GRADIENTS:
         objective = DistillConfig(output_dir=str(tmp_path), gradients=gradients).objective()
         args = (
-            *(inputs.student_hidden[None], (inputs.student_weight, None)),
-            *(inputs.teacher_hidden[None], (inputs.teacher_weight, None)),
+            Head(inputs.student_hidden[None], inputs.student_weight),
+            Head(inputs.teacher_hidden[None], inputs.teacher_weight),
             *(inputs.labels[None], None, None),
         )
         losses = []

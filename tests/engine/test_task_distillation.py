@@ -26,6 +26,7 @@ from modxfer_fast.engine import (
 )
 from modxfer_fast.engine.evaluation import without_repeated_samples
 from modxfer_fast.engine.tasks.distillation import check_distillation
+from modxfer_fast.kernels.common.head import Head
 from tests.encoder_models import tiny_encoder, word_tokenizer
 
 WORDS = ["paris", "is", "old", "anna", "went", "home", "rivers", "cold", "x", "by"]
@@ -136,9 +137,11 @@ def test_a_temperature_means_what_it_means_to_a_language_model(tmp_path, tokeniz
     with torch.no_grad():
         target = teacher(**batch).logits
     # a head that passes logits on makes a language model's terms of a classifier's
-    head = torch.eye(3), None
+    head = torch.eye(3)
     logits = before(**batch).logits
-    expected = Objective(**options).terms(logits, head, target, head, labels, None, None)
+    expected = Objective(**options).terms(
+        Head(logits, head), Head(target, head), labels, None, None
+    )
     expected.loss.backward()
     measured = run.evaluate()
     run.train()

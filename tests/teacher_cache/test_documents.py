@@ -11,7 +11,11 @@ TEXTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
 def row(*texts):
     ids = [token for text in texts for token in text]
-    return {"input_ids": ids, "is_target": [True] * len(ids), "lengths": [len(text) for text in texts]}
+    return {
+        "input_ids": ids,
+        "is_target": [True] * len(ids),
+        "lengths": [len(text) for text in texts],
+    }
 
 
 def test_packed_rows_and_rows_of_one_document_have_the_same():

@@ -25,6 +25,7 @@ def answer(document, payload=BOTH):
         "hidden": torch.randn(n, WIDTH, generator=generator).bfloat16(),
         "topk_ids": torch.randint(0, 9, (n, K), generator=generator, dtype=torch.int32),
         "topk_log_probs": torch.randn(n, K, generator=generator),
+        "topk_log_tail": torch.randn(n, 1, generator=generator),
     }
     return {name: made[name] for name in payload.tensors()}
 
@@ -67,7 +68,7 @@ def test_workers_of_a_loader_have_copies(tmp_path):
 
 def test_bytes_per_token_are_those_on_disk(tmp_path):
     payload = Payload("float32", 64, 16)
-    assert payload.bytes_per_token() == 4 + 4 * 64 + 8 * 16
+    assert payload.bytes_per_token() == 4 + 4 * 64 + 8 * 16 + 4
     ids = torch.arange(5000, dtype=torch.int32)
     long = Document(key_of(ids), 0, 0, ids)
     answers = {

@@ -31,6 +31,7 @@ from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students.text import TextModel, read_tokens
 from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.models.architecture import without_peft
 from modxfer_fast.models.logits import bends_of, entries_of
 
@@ -104,9 +105,14 @@ class SplitCausalLM(TextModel):
             target = Answer(answer.output.detach()[..., :0], nothing)  # no bend: logits of 0
         assert target is not None
         assert batch.labels is not None
+        if target.listed is None:
+            assert target.head is not None
+            teacher: Head | TeacherTopK = Head(target.output, *target.head)
+        else:
+            teacher = target.listed
         terms = objective.terms(
             Head(answer.output, *answer.head),
-            target.listed or Head(target.output, *target.head),
+            teacher,
             batch.labels,
             batch.compared.normalizer,
             batch.compared.num_valid,

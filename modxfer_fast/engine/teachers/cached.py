@@ -14,6 +14,7 @@ from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.teacher_cache import Document, TeacherCache, documents_of
 
 ANSWERS = "teacher_answers"  # key of a batch
+_LISTED = ("topk_ids", "topk_log_probs", "topk_log_tail")
 
 
 class CachedTeacher:
@@ -72,8 +73,8 @@ class CachedTeacher:
 
     def answers(self, documents: Iterable[Document], rows: int, length: int) -> dict[str, Tensor]:
         """[rows, length, width] of each tensor of the signal: 0 beside the documents."""
-        names = ("hidden",) if self.signal == "hidden" else ("topk_ids", "topk_log_probs")
         kept = self.cache.payload.tensors()
+        names = [name for name in kept if name.startswith(self.signal)]
         found = {
             name: torch.zeros(rows, length, kept[name][0], dtype=kept[name][1]) for name in names
         }
@@ -93,10 +94,10 @@ class CachedTeacher:
             head = self._head["weight"], self._head.get("bias")
             hidden = batch.answered["hidden"].to(head[0].dtype)
             return Answer(hidden, head, bend=self._bend)
-        log_probs = batch.answered["topk_log_probs"]
-        return Answer(
-            log_probs, listed=TeacherTopK(batch.answered["topk_ids"], log_probs, self.tail)
-        )
+        ids, log_probs, log_tail = (batch.answered[name] for name in _LISTED)
+        listed = TeacherTopK(ids, log_probs, self.tail, log_tail=log_tail[..., 0])
+        # an absent class, -inf, is no sign of a broken teacher
+        return Answer(log_probs.masked_fill(ids < 0, 0.0), listed=listed)
 
 
 class _Answering:
@@ -107,8 +108,9 @@ class _Answering:
 
     def __call__(self, features: list) -> dict[str, Any]:
         batch = self.collator(features)
-        inputs = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        documents = documents_of(*inputs)
+        documents = documents_of(
+            batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+        )
         answers = self.teacher.answers(documents, *batch["input_ids"].shape)
         return {**batch, ANSWERS: answers}
 

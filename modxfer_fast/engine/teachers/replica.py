@@ -27,9 +27,6 @@ class Teacher:
         kind: of its answers, among the kinds of students.
         num_tokens: of the tokenizer that it shares with its student, where known. Vocabularies may
             then be padded to different sizes: the classes that both have count, the others do not.
-
-    Attributes:
-        parts: the model, as its kind sees it.
     """
 
     def __init__(
@@ -43,7 +40,7 @@ class Teacher:
         materialise(self.model)
         self.kind = kind
         self.num_tokens = num_tokens
-        self.parts = parts.of(model, "teacher")
+        self._parts = parts.of(model, "teacher")
 
     @classmethod
     def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> TeacherProtocol | None:
@@ -67,7 +64,7 @@ class Teacher:
 
     @property
     def classes(self) -> Any:
-        return self.parts.classes
+        return self._parts.classes
 
     def to(self, device: torch.device) -> "Teacher":
         self.model.to(device)
@@ -79,7 +76,7 @@ class Teacher:
 
     def taps(self) -> LayerTaps:
         """New taps on the blocks, for `answer`."""
-        return LayerTaps(self.parts.backbone, "teacher")
+        return LayerTaps(self._parts.backbone, "teacher")
 
     @torch.no_grad()
     def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
@@ -88,4 +85,4 @@ class Teacher:
             self.model.eval()
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
         rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
-        return self.parts.answer(inputs, rows, taps)
+        return self._parts.answer(inputs, rows, taps)

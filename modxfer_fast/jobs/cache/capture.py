@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from modxfer_fast import teacher_topk
 from modxfer_fast.engine import Teacher
 from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.teacher_cache import Document, Payload, TeacherCache
@@ -74,7 +75,6 @@ def _answers(
         lengths = torch.tensor([len(document.ids) for document in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        inputs["position_ids"] = None
         kept = _kept(teacher.answer(Batch(inputs)), payload)
         for row, document in enumerate(batch):
             own = {name: tensor[row, : len(document.ids)].cpu() for name, tensor in kept.items()}
@@ -88,11 +88,18 @@ def _kept(answer: Answer, payload: Payload) -> dict[str, Tensor]:
         kept["hidden"] = answer.output
     if payload.top_k:
         assert answer.head is not None
-        from modxfer_fast import teacher_topk
-
         weight, bias = answer.head
         listed = teacher_topk(
-            answer.output, weight, payload.top_k, bias=bias, **answer.bend.options("")
+            answer.output,
+            weight,
+            k=payload.top_k,
+            teacher_bias=bias,
+            **answer.bend.options("teacher"),
         )
-        kept |= {"topk_ids": listed.ids, "topk_log_probs": listed.log_probs}
+        assert listed.log_tail is not None
+        kept |= {
+            "topk_ids": listed.ids,
+            "topk_log_probs": listed.log_probs,
+            "topk_log_tail": listed.log_tail[..., None],
+        }
     return kept

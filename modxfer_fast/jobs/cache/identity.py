@@ -57,6 +57,12 @@ def open_cached(config: JobConfig, source: ModelSource, material: Material) -> C
         teacher = CachedTeacher(cache, section.signal, section.tail)
     except ValueError as error:
         raise ConfigError(f"teacher.cache.{error}") from error
+    if teacher.signal == "topk" and section.tail != "renormalise" and config.loss.temperature != 1:
+        raise ConfigError(
+            f"loss.temperature: expected 1 with listed classes and tail: {section.tail}, because "
+            "the mass of the others cannot be softened; set teacher.cache.tail: renormalise, or "
+            f"signal: hidden; got {config.loss.temperature}"
+        )
     teacher.num_tokens = len(material.tokenizer)
     return teacher
 

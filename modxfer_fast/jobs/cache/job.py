@@ -4,6 +4,7 @@ from typing import Any
 
 from modxfer_fast.config import ConfigError
 from modxfer_fast.engine import Teacher
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.cache.capture import capture
 from modxfer_fast.jobs.cache.identity import cache_folder, teacher_facts
 from modxfer_fast.jobs.distill.job import DistillJob
@@ -78,7 +79,7 @@ class CacheJob(DistillJob):
 
     def _create(self, source: ModelSource, teacher: Teacher) -> None:
         section, model = self.config.teacher.cache, teacher.model
-        parts = teacher.parts
+        parts = SplitCausalLM.of(model, "teacher")
         hidden = None
         if section.hidden:
             hidden = section.dtype or str(parts.head.weight.dtype).removeprefix("torch.")

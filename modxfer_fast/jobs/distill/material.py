@@ -43,7 +43,7 @@ class Material:
         self,
         model: PreTrainedModel,
         args: engine.DistillConfig,
-        teacher: engine.Teacher | None = None,
+        teacher: engine.TeacherProtocol | None = None,
     ) -> engine.DistillTrainer:
         """A trainer on the rows that reports to the console."""
         trainer = engine.DistillTrainer(
@@ -99,7 +99,7 @@ class Evaluation:
     def figures(
         self,
         model: PreTrainedModel,
-        teacher: engine.Teacher | None,
+        teacher: engine.TeacherProtocol | None,
         *,
         seed: int = 0,
         projections: Path | None = None,
