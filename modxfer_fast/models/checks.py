@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.errors import ModelError
@@ -11,6 +12,11 @@ from modxfer_fast.models.architecture import max_tokens
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
     return hasattr(parameter, "ds_id")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is memory behind a tensor; a planned one has a shape alone."""
+    return not (tensor.is_meta or is_fake(tensor))
 
 
 def check_same_tokenizer(

@@ -33,6 +33,7 @@ from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.models.architecture import without_peft
+from modxfer_fast.models.checks import has_values
 from modxfer_fast.models.logits import bends_of, entries_of
 
 
@@ -226,7 +227,10 @@ class _StandInOutput(BaseModelOutputWithPast):
 
 @torch.no_grad()
 def _bend(base: PreTrainedModel, backbone: nn.Module, head: nn.Linear, role: str) -> Bend:
-    """What is between head and logits, found on the head alone, whatever else is partitioned."""
+    """What is between head and logits, found on the head alone, whatever else is partitioned; the
+    configuration's word where the head has a shape and no values."""
+    if not has_values(head.weight):
+        return next(bends_of(base.config))
     with gathered(head.parameters(recurse=False)):
         weight = head.weight
         hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,26 @@
+"""`modxfer plan CONFIG.yaml --gpus N --gpu KIND`: memory and speed of a distill job."""
+
+import argparse
+
+from modxfer_fast.cli.main import add_job
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "examples/", "training.zero_stage=3")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the job")
+    parser.add_argument("--gpu", default="h200", metavar="KIND", help="such as h100, h200 or b200")
+
+
+def run(args: argparse.Namespace) -> int:
+    from modxfer_fast.config.errors import ConfigError
+    from modxfer_fast.config.task_distill import TaskDistillConfig, load_distill
+
+    config = load_distill(args.config, args.set)
+    if isinstance(config, TaskDistillConfig):
+        raise ConfigError(f"{args.config}: kind: expected causal_lm, got task")
+
+    from modxfer_fast.jobs.plan.job import run_plan
+    from modxfer_fast.report import JobConsole
+
+    run_plan(config, args.gpus, args.gpu, JobConsole(is_main=True))
+    return 0

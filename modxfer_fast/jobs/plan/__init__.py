@@ -1,0 +1,1 @@
+"""`modxfer plan`: what a job will need of each rank, before anything is loaded."""

@@ -1,0 +1,191 @@
+"""`modxfer plan`: memory of a rank and time of a step, from configurations alone."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.errors import UserError
+from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
+from modxfer_fast.jobs.plan.memory import Part, Sharding, bytes_of, half_dtype, parts_of_student
+from modxfer_fast.jobs.plan.models import (
+    configurations,
+    model_without_values,
+    student_without_values,
+    without_values,
+)
+from modxfer_fast.jobs.plan.step import planned_step
+from modxfer_fast.report import JobConsole
+
+GIB = 2**30
+_KEPT_FREE = 0.05  # of a GPU: its context, NCCL's buffers, what an allocator cannot use
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a job needs of each rank.
+
+    Attributes:
+        parts: of its memory.
+        machine: that it is planned for.
+        ranks: GPUs.
+        tokens: of an optimiser step, over all ranks.
+        compute_s, exchange_s: seconds of a step, of its matrix products and of what goes between
+            ranks, if nothing else took time.
+    """
+
+    parts: list[Part]
+    machine: Machine
+    ranks: int
+    tokens: int
+    compute_s: float
+    exchange_s: float
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a rank may take."""
+        return int(self.machine.gib * (1 - _KEPT_FREE) * GIB)
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.room
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all ranks, at most: products and exchanges side by side, and nothing else."""
+        return self.tokens / max(self.compute_s, self.exchange_s)
+
+
+def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
+    """The plan of a `modxfer distill` job of language models.
+
+    Raises:
+        ConfigError: another kind of job, an unknown GPU, or a number below 1.
+    """
+    if config.kind != "causal_lm":
+        raise ConfigError(f"kind: expected causal_lm, got {config.kind}")
+    if gpu not in MACHINES:
+        raise ConfigError(f"--gpu: expected one of {', '.join(MACHINES)}, got {gpu}")
+    if gpus < 1:
+        raise ConfigError(f"--gpus: expected a number of at least 1, got {gpus}")
+    machine, training, kind = MACHINES[gpu], config.training, config.kind
+    sharding = Sharding.of(training, gpus)
+    half = half_dtype(training) if sharding.stage is not None else None
+    of_teacher, of_student = configurations(config)
+    rows = training.get("per_device_train_batch_size", 8)
+    accumulation = training.get("gradient_accumulation_steps", 1)
+    length = config.data.max_length
+    with without_values():
+        teacher = model_without_values(of_teacher, config.teacher, kind)
+        student = student_without_values(of_student, config.student, kind, half)
+        parts = parts_of_student(student, training, sharding)
+        parts.append(_part_of_teacher(teacher, config))
+        objective = Objective(**config.loss.of_logits())
+        module = DistillModule(student, Teacher(teacher), objective).train()
+        step = planned_step(module, config.loss, training, rows, length)
+        exchanged = _exchanged(student, training, sharding, accumulation)
+    note = f"{rows} x {length} tokens, of which the loss of the logits {step.workspace / GIB:.1f}"
+    parts.append(Part("step", step.bytes, note))
+    link = machine.node_gb_s if gpus <= machine.per_node else machine.net_gb_s
+    return Plan(
+        parts,
+        machine,
+        gpus,
+        rows * length * accumulation * gpus,
+        accumulation * step.flops / (PRODUCTS * machine.tflops * 1e12),
+        exchanged / (link * 1e9),
+    )
+
+
+def _part_of_teacher(teacher: Any, config: JobConfig) -> Part:
+    if config.teacher.plan == "cached":
+        head = SplitCausalLM.of(teacher, "teacher").head
+        return Part("teacher", bytes_of(head), "its head; the rest is in the cache")
+    return Part("teacher", bytes_of(teacher), "whole on every rank")
+
+
+def _exchanged(student: Any, training: dict, sharding: Sharding, accumulation: int) -> float:
+    """Bytes that a rank sends in a step: gradients once, parameters as often as they are wanted."""
+    ranks = sharding.ranks
+    if ranks == 1:
+        return 0.0
+    size = bytes_of(student)
+    trained = sum(p.numel() * p.itemsize for p in student.parameters() if p.requires_grad)
+    part = (ranks - 1) / ranks
+    if sharding.stage == 3:  # whole in forward and backward of each micro-batch
+        return part * (2 * size + trained) * accumulation
+    if sharding.stage == 2:  # reduced behind each backward
+        return part * trained * (accumulation + 1)
+    return part * 2 * trained
+
+
+def alternatives(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
+    """What a user might change, each named as `--set` takes it."""
+    raw = config.model_dump(exclude_unset=True)
+    training = config.training
+    rows = training.get("per_device_train_batch_size", 8)
+    changes: list[dict[str, Any]] = []
+    if not training.get("gradient_checkpointing"):
+        changes.append({"training.gradient_checkpointing": True})
+    if rows > 1:
+        accumulation = training.get("gradient_accumulation_steps", 1)
+        changes.append(
+            {
+                "training.per_device_train_batch_size": 1,
+                "training.gradient_accumulation_steps": rows * accumulation,
+            }
+        )
+    stage = Sharding.of(training, 1).stage
+    if not training.get("deepspeed"):
+        changes += [{"training.zero_stage": s} for s in (2, 3) if s > (stage or 0)]
+    if config.teacher.plan == "replica":
+        changes.append({"teacher.plan": "cached"})
+    everything = {key: value for change in changes for key, value in change.items()}
+    for change in [*changes, everything]:
+        changed = copy.deepcopy(raw)
+        for path, value in change.items():
+            *outer, name = path.split(".")
+            section = changed
+            for key in outer:
+                section = section.setdefault(key, {})
+            section[name] = value
+        said = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        yield said, JobConfig.model_validate(changed)
+
+
+def run_plan(config: JobConfig, gpus: int, gpu: str, console: JobConsole) -> Plan:
+    """Makes a plan and prints it.
+
+    Raises:
+        UserError: it does not fit, with changes of which each would make it fit.
+    """
+    plan = make_plan(config, gpus, gpu)
+    rows: list[tuple[Any, ...]] = [(p.name, p.bytes / GIB, p.note) for p in plan.parts]
+    rows.append(("sum", plan.bytes / GIB, f"of {plan.room / GIB:.1f}, {gpu} less what runs it"))
+    console.table(
+        f"Memory of each of {gpus} ranks, GiB", [("part", ""), ("GiB", ".2f"), ("", "")], rows
+    )
+    console.say(
+        f"{plan.tokens:,} tokens a step; at most {plan.tokens_per_s:,.0f} tokens/s: "
+        f"{plan.compute_s:.3f} s of matrix products, {plan.exchange_s:.3f} s of exchange between "
+        "ranks, side by side"
+    )
+    if not plan.fits:
+        fitting = [
+            f"--set {said} ({other.bytes / GIB:.1f} GiB)"
+            for said, changed in alternatives(config)
+            if (other := make_plan(changed, gpus, gpu)).fits
+        ]
+        advice = "; ".join(fitting) or "no single change that is known here makes it fit"
+        raise UserError(
+            f"plan: expected at most {plan.room / GIB:.1f} GiB a rank, got "
+            f"{plan.bytes / GIB:.1f}; it would fit with {advice}"
+        )
+    return plan

@@ -1,0 +1,144 @@
+"""A plan says what a run will take, from shapes alone."""
+
+import math
+
+import pytest
+import torch
+import yaml
+
+from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+from modxfer_fast.config import ConfigError, JobConfig, LossSection
+from modxfer_fast.config.loading import validate
+from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.jobs.plan.job import alternatives, make_plan
+from modxfer_fast.jobs.plan.memory import Sharding, parts_of_student
+from modxfer_fast.jobs.plan.models import without_values
+from modxfer_fast.jobs.plan.step import planned_step
+from modxfer_fast.measure.memory import peak_mib
+from tests.support.models import tiny_llama
+
+ROWS, LENGTH, CLASSES = 8, 128, 300
+JOB = {
+    "output_dir": "out",
+    "tokenizer": {"vocab_size": 32000},
+    "data": {"source": "python-docs", "max_length": 512},
+    "teacher": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+        },
+        "dtype": "bfloat16",
+    },
+    "student": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 1024,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 16,
+        },
+    },
+    "training": {"bf16": True, "zero_stage": 2, "per_device_train_batch_size": 4},
+}
+
+
+def job(**training):
+    return validate({**JOB, "training": {**JOB["training"], **training}}, JobConfig, "job")
+
+
+def module():
+    teacher = tiny_llama(96, 3, seed=1, vocab_size=2000)
+    return DistillModule(
+        tiny_llama(64, 2, vocab_size=2000), Teacher(teacher), Objective(workspace_mb=2)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_takes_what_was_planned(checkpointing):
+    training = {"gradient_checkpointing": checkpointing}
+    loss = LossSection(workspace_mb=1)
+    with without_values():
+        planned = planned_step(module(), loss, training, ROWS, LENGTH, on_gpu=False)
+    real = module()
+    if checkpointing:
+        real.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, CLASSES, (ROWS, LENGTH))
+    number = ids.numel()
+
+    def step():
+        real(input_ids=ids, labels=ids, num_valid=number, num_tokens=number)["loss"].backward()
+
+    step()
+    assert planned.bytes / 2**20 == pytest.approx(peak_mib(step, "cpu"), rel=0.1)
+
+
+def test_what_stands_follows_the_stage():
+    student = tiny_llama()
+    number = sum(p.numel() for p in student.parameters())
+    sizes = {}
+    for stage in (None, 0, 1, 2, 3):
+        parts = parts_of_student(student, {"bf16": True}, Sharding(4, stage))
+        sizes[stage] = {part.name: part.bytes for part in parts}
+    for stage, kept in sizes.items():
+        half = stage is not None
+        per = {
+            "student": 2 if half else 4,
+            "gradients": 2 if half else 4,
+            "optimizer": 12 if half else 8,
+        }
+        for least, name in enumerate(("optimizer", "gradients", "student"), start=1):
+            ranks = 4 if half and stage >= least else 1
+            assert kept[name] == math.ceil(per[name] * number / ranks)
+    assert "gathered" in sizes[3]
+    assert "gathered" not in sizes[2]
+
+
+def test_offloaded_parts_are_with_the_host():
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    sharding = Sharding.of({"deepspeed": {"zero_optimization": zero}}, 2)
+    parts = {part.name: part.bytes for part in parts_of_student(tiny_llama(), {}, sharding)}
+    assert parts["student"] == parts["optimizer"] == 0
+
+
+def test_more_ranks_need_less_of_each_and_do_more_together():
+    few, many = make_plan(job(), 2, "h100"), make_plan(job(), 8, "h100")
+    assert many.bytes < few.bytes
+    assert many.tokens == 4 * few.tokens
+    assert few.tokens_per_s < many.tokens_per_s <= 4 * few.tokens_per_s
+    assert make_plan(job(), 1, "h100").exchange_s == 0
+
+
+def test_a_job_that_cannot_fit_is_refused_with_what_would(tmp_path, capsys):
+    big = {"per_device_train_batch_size": 2048}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({**JOB, "training": {**JOB["training"], **big}}))
+    assert main(["plan", str(path), "--gpu", "a100", "--gpus", "2"]) == EXIT_USER_ERROR
+    told = capsys.readouterr()
+    assert "Memory of each of 2 ranks" in told.out
+    assert "it would fit with --set" in told.err
+    smaller = "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=2048"
+    assert smaller in told.err
+    assert (
+        main(
+            ["plan", str(path), "--gpu", "a100", "--set", "training.per_device_train_batch_size=2"]
+        )
+        == 0
+    )
+
+
+def test_alternatives_are_those_that_change_something():
+    said = [text for text, _ in alternatives(job(gradient_checkpointing=True, zero_stage=3))]
+    assert not any("zero_stage" in text for text in said)
+    assert not any(text.startswith("training.gradient_checkpointing") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "told"),
+    [(1, "v100", "--gpu: expected one of"), (0, "h100", "--gpus: expected")],
+)
+def test_machines_that_are_none_are_refused(gpus, gpu, told):
+    with pytest.raises(ConfigError, match=told):
+        make_plan(job(), gpus, gpu)
