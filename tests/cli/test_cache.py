@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 
+TOP_K = 12
 NO_COMPARISON = {"ce_only": False, "loss_rows": None}
 
 
@@ -26,7 +27,8 @@ def distilled(tmp_path, write_job, name, **changes):
 def answers(tmp_path_factory, write_job, shared):
     """A cache with both payloads of the job's teacher."""
     folder = tmp_path_factory.mktemp("cache")
-    path, _ = write_job(folder, teacher={"cache": {"folder": str(folder / "answers")}})
+    kept = {"folder": str(folder / "answers"), "top_k": TOP_K}
+    path, _ = write_job(folder, teacher={"cache": kept})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODXFER_CACHE", str(shared / "cache"))
         assert main(["cache", str(path)]) == 0
@@ -38,7 +40,7 @@ def test_a_student_of_cached_states_is_that_of_the_teacher(
     tmp_path, write_job, answers, accumulation
 ):
     training = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4}
-    teacher = {"plan": "cached", "cache": {"folder": str(answers)}}
+    teacher = {"plan": "cached", "cache": {"folder": str(answers), "top_k": TOP_K}}
     local, expected = distilled(tmp_path, write_job, "local", training=training)
     told, got = distilled(tmp_path, write_job, "cached", training=training, teacher=teacher)
     for name, tensor in expected.items():
@@ -48,9 +50,35 @@ def test_a_student_of_cached_states_is_that_of_the_teacher(
     assert told["teacher"]["signal"] == "hidden"
 
 
+def test_listed_classes_teach_nearly_as_much(tmp_path, write_job, answers):
+    cache = {"folder": str(answers), "top_k": TOP_K, "signal": "topk"}
+    local, _ = distilled(tmp_path, write_job, "local")
+    told, _ = distilled(tmp_path, write_job, "told", teacher={"plan": "cached", "cache": cache})
+    of_local, of_told = (report["runs"][0] for report in (local, told))
+    assert told["teacher"]["signal"] == "topk"
+    # a divergence of K + 1 classes is less than that of all, and training lowers it as well
+    assert of_told["start"]["eval_kd"] < of_local["start"]["eval_kd"]
+    assert of_told["student"]["eval_kd"] < 0.9 * of_told["start"]["eval_kd"]
+    assert of_told["student"]["eval_perplexity"] == pytest.approx(
+        of_local["student"]["eval_perplexity"], rel=0.1
+    )
+
+
+def test_a_temperature_that_listed_classes_cannot_have(tmp_path, write_job, answers, capsys):
+    cache = {"folder": str(answers), "top_k": TOP_K, "signal": "topk"}
+    path, _ = write_job(
+        tmp_path,
+        compare=NO_COMPARISON,
+        teacher={"plan": "cached", "cache": cache},
+        loss={"temperature": 2.0},
+    )
+    assert main(["distill", str(path)]) == EXIT_USER_ERROR
+    assert "loss.temperature: expected 1 with listed classes" in capsys.readouterr().err
+
+
 def test_a_second_capture_asks_for_nothing(tmp_path, write_job, answers, capsys):
     before = sorted(p.name for p in (answers / "shards").iterdir())
-    path, _ = write_job(tmp_path, teacher={"cache": {"folder": str(answers)}})
+    path, _ = write_job(tmp_path, teacher={"cache": {"folder": str(answers), "top_k": TOP_K}})
     assert main(["cache", str(path)]) == 0
     assert sorted(p.name for p in (answers / "shards").iterdir()) == before
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from modxfer_fast.config import LossSection
-from modxfer_fast.engine import DistillModule
+from modxfer_fast.engine import DistillModule, Teacher
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.plan.memory import half_dtype
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.linear_kd_loss.stream import plan_of
@@ -77,9 +78,9 @@ def _loss_of_logits(
     module: DistillModule, loss: LossSection, number: int, half: torch.dtype | None, on_gpu: bool
 ) -> tuple[int, int]:
     """Bytes and FLOPs of the fused loss, whose operator hides both."""
-    if module.objective is None or module.teacher is None:
-        return 0, 0
-    student, teacher = module.parts.head.weight, module.teacher._parts.head.weight
+    assert isinstance(module.teacher, Teacher)  # whose model is planned, wherever it will be
+    student = SplitCausalLM.of(module.student, "student").head.weight
+    teacher = SplitCausalLM.of(module.teacher.model, "teacher").head.weight
 
     def claimed(*size: int, dtype: torch.dtype) -> Tensor:
         if on_gpu:
