@@ -9,7 +9,7 @@ from modxfer_fast.kernels.names import TAILS
 
 EMBEDDINGS = ("copy", "pca", "none")
 # where a teacher's parameters, or its answers, are kept
-PLANS = ("replica", "cached")
+PLANS = ("replica", "zero3", "zero3_offload", "cached")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 SIGNALS = ("hidden", "topk")
 
@@ -113,13 +113,20 @@ class CacheSection(Section):
 
 
 class TeacherModelSection(ModelSection):
-    """plan: `replica` keeps the whole teacher in every process; `cached` loads none of it, and
-        answers from the folder that `modxfer cache` filled.
+    """plan: `replica` keeps the whole teacher in every process; `zero3` divides it over them, and
+        `zero3_offload` keeps the parts in the memory of the host, whatever the student's
+        zero_stage; `cached` loads none of it, and answers from the folder that `modxfer cache`
+        filled.
     cache: what is kept, and where; used with `plan: cached` and by `modxfer cache`.
     """
 
     plan: Annotated[str, OneOf(PLANS)] = "replica"
     cache: CacheSection = CacheSection()
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether no process has the whole teacher."""
+        return self.plan.startswith("zero3")
 
 
 class FromTeacherSection(Section):

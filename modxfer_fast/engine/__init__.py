@@ -11,6 +11,7 @@ from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_tas
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
+from modxfer_fast.engine.teachers.sharded import ShardedTeacher
 from modxfer_fast.engine.trainer import DistillTrainer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DistillTrainer",
     "NonFiniteError",
     "Objective",
+    "ShardedTeacher",
     "TaskHiddenOptions",
     "TaskTextCollator",
     "Teacher",

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from modxfer_fast.models.checks import is_partitioned
 
@@ -128,13 +131,8 @@ def contained_launch_flag() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def true_shape(param: Any) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where this rank holds a slice."""
-    return tuple(param.ds_shape if is_partitioned(param) else param.shape)
-
-
 @contextlib.contextmanager
-def gathered(params: Iterable[nn.Parameter | None]) -> Iterator[None]:
+def gathered(params: Iterable[Tensor | None]) -> Iterator[None]:
     """Whole parameters inside the block. A collective call under ZeRO-3, else nothing."""
     given: list[Any] = [p for p in params if p is not None and is_partitioned(p)]
     split = [p for p in given if p.ds_status.name != "AVAILABLE"]
@@ -145,6 +143,46 @@ def gathered(params: Iterable[nn.Parameter | None]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split):
         yield
+
+
+def partition(model: nn.Module, *, offload: bool) -> None:
+    """Divides the parameters of a frozen model over the ranks, in place. Collective.
+
+    Args:
+        offload: keep the parts in the memory of the host.
+
+    Raises:
+        RuntimeError: the processes were not started by a launcher.
+    """
+    if all(is_partitioned(param) for param in model.parameters()):
+        return
+    check_environment()
+    start(use_cpu=not torch.accelerator.is_available())
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=_in_parts(offload))
+
+
+@contextlib.contextmanager
+def loading_in_parts(*, offload: bool) -> Iterator[None]:
+    """Inside, what transformers loads is divided over the ranks as it comes. Collective."""
+    check_environment()
+    start(use_cpu=not torch.accelerator.is_available())
+    before = hf_deepspeed._hf_deepspeed_config_weak_ref
+    config = HfDeepSpeedConfig(_in_parts(offload))  # transformers looks for it while it lives
+    try:
+        yield
+    finally:
+        del config
+        hf_deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def _in_parts(offload: bool) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3}
+    if offload:
+        pin = torch.accelerator.is_available()
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    return {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
 
 
 def materialise(model: nn.Module) -> None:

@@ -1,5 +1,8 @@
 """Checks that teacher, student, tokenizer and packing fit together, before any training."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
@@ -12,6 +15,16 @@ from modxfer_fast.models.architecture import max_tokens
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
     return hasattr(parameter, "ds_id")
+
+
+def true_shape(param: Any) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where this rank holds a slice."""
+    return tuple(param.ds_shape if is_partitioned(param) else param.shape)
+
+
+def num_elements(model: nn.Module) -> int:
+    """Of all parameters, each once, whole."""
+    return sum(math.prod(true_shape(param)) for param in model.parameters())
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -59,7 +72,7 @@ def check_rows_fit(
     """Raise unless a model has a row for every token, and for every position of a row of data."""
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         if table is not None:
-            _check_rows(table.weight.shape[0], tokenizer, role)
+            _check_rows(true_shape(table.weight)[0], tokenizer, role)
     check_config_fits(model.config, tokenizer, max_length, role)
 
 

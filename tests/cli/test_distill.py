@@ -249,10 +249,13 @@ def test_a_teacher_with_another_tokenizer(finished, tmp_path, write_job, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_distributed(ranks, tmp_path, write_job, monkeypatch, zero_stage):
+@pytest.mark.parametrize(
+    ("zero_stage", "plan"), [(2, "replica"), (3, "zero3"), (2, "zero3_offload")]
+)
+def test_distributed(ranks, tmp_path, write_job, monkeypatch, zero_stage, plan):
     path, out = write_job(
         tmp_path,
+        teacher={"plan": plan},
         training={
             "zero_stage": zero_stage,
             "per_device_train_batch_size": 4,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from modxfer_fast.engine.deepspeed import true_shape
 from modxfer_fast.models.architecture import linear_names
+from modxfer_fast.models.checks import true_shape
 from modxfer_fast.models.taps import Tap, tapped
 
 _QKV_NAMES = linear_names("query", "key", "value")

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
-from modxfer_fast.engine.deepspeed import gathered, true_shape
+from modxfer_fast.engine.deepspeed import gathered
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.labels import AlignedLabels
 from modxfer_fast.engine.objective import Objective
@@ -33,7 +33,7 @@ from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.models.architecture import without_peft
-from modxfer_fast.models.checks import has_values
+from modxfer_fast.models.checks import has_values, true_shape
 from modxfer_fast.models.logits import bends_of, entries_of
 
 

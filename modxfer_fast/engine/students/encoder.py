@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from modxfer_fast.config.loss import check_encoder_loss
 from modxfer_fast.engine.batch import Batch
-from modxfer_fast.engine.deepspeed import true_shape
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import base_model
 from modxfer_fast.engine.students.text import TextModel, read_tokens
 from modxfer_fast.losses import HiddenStateLoss
+from modxfer_fast.models.checks import true_shape
 
 
 class EncoderBackbone(TextModel):

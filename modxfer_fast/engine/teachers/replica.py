@@ -37,10 +37,14 @@ class Teacher:
     ):
         parts = student_of_kind(kind)
         self.model = model.eval().requires_grad_(False)
-        materialise(self.model)
+        self._settle(self.model)
         self.kind = kind
         self.num_tokens = num_tokens
         self._parts = parts.of(model, "teacher")
+
+    def _settle(self, model: nn.Module) -> None:
+        """Brings the parameters to where they stay."""
+        materialise(model)
 
     @classmethod
     def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> TeacherProtocol | None:

@@ -32,6 +32,12 @@ class CacheJob(DistillJob):
                 f"got {self.config.kind}"
             )
 
+        if self.config.teacher.is_divided:
+            raise ConfigError(
+                "teacher.plan: expected replica or cached, because each process asks for documents "
+                f"of its own, got {self.config.teacher.plan}"
+            )
+
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """Fills the cache.
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.data import Documents, build_rows, load_documents, tokenizer_digest
-from modxfer_fast.engine import DistillModule, Teacher, TeacherProtocol
+from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherProtocol, deepspeed
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import open_cached
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
@@ -31,6 +32,7 @@ from modxfer_fast.jobs.ranks import end_with_launcher, is_main, on_main
 from modxfer_fast.jobs.stage import Live, Stage, facts_of, fingerprint
 from modxfer_fast.jobs.store import Store
 from modxfer_fast.models import check_finite, check_packing, check_peft, check_rows_fit, load_model
+from modxfer_fast.models.checks import num_elements
 from modxfer_fast.report import JobConsole, plot_curves
 
 _TIMED_ROWS = 32  # where compare.loss_rows says nothing
@@ -180,8 +182,13 @@ class DistillJob(Job):
         return ModelSource.of(self.config.teacher, stage, self.store, self.console)
 
     def load_teacher(self, source: ModelSource) -> PreTrainedModel:
-        """The teacher's model, looked at."""
-        model = load_model(source.path, self.config.teacher, self.config.kind)
+        """The teacher's model, looked at; of a divided one this process has its part."""
+        section = self.config.teacher
+        loading: Any = nullcontext()
+        if section.is_divided:
+            loading = deepspeed.loading_in_parts(offload=section.plan.endswith("offload"))
+        with loading:
+            model = load_model(source.path, section, self.config.kind)
         self._check_model(model, "teacher")
         return model
 
@@ -207,30 +214,31 @@ class DistillJob(Job):
         model = self.load_teacher(source)
         # without logits there are no figures without a student
         metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
-        facts |= {"parameters": model.num_parameters(), **metrics}
+        parameters = num_elements(model)
+        facts |= {"parameters": parameters, **metrics}
         self.console.say(
-            f"{model.num_parameters() / 1e6:.2f} M parameters"
+            f"{parameters / 1e6:.2f} M parameters"
             + (" (from the cache)" if source.cached else "")
             + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
-        return Live(Teacher(model, kind=config.kind, num_tokens=num_tokens), source), facts
+        make = ShardedTeacher if config.teacher.is_divided else Teacher
+        return Live(make(model, kind=config.kind, num_tokens=num_tokens), source), facts
 
     def _teacher_model(self, teacher: TeacherProtocol) -> PreTrainedModel | None:
         """What a student's `from_teacher` takes from, None where there is no such section."""
         if self.config.student.from_teacher is None:
             return None
-        return (
-            teacher.model
-            if isinstance(teacher, Teacher)
-            else self.load_teacher(self.teacher_source())
-        )
+        if isinstance(teacher, Teacher) and not isinstance(teacher, ShardedTeacher):
+            return teacher.model
+        return load_model(self.teacher_source().path, self.config.teacher, self.config.kind)
 
     def _check_model(self, model: PreTrainedModel, role: str) -> None:
         data = self.config.data
         check_finite(model, role)
         check_rows_fit(model, self.material.tokenizer, data.max_length, role)
         if data.packing:
-            check_packing(model.to(self.evaluation.args().device), role)
+            with deepspeed.gathered_on_call(model):
+                check_packing(model.to(self.evaluation.args().device), role)
 
     # ---- the runs of a seed ----
 

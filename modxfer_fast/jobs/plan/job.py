@@ -7,6 +7,7 @@ from typing import Any
 
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.errors import UserError
 from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
@@ -86,7 +87,7 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         teacher = model_without_values(of_teacher, config.teacher, kind)
         student = student_without_values(of_student, config.student, kind, half)
         parts = parts_of_student(student, training, sharding)
-        parts.append(_part_of_teacher(teacher, config))
+        parts += _parts_of_teacher(teacher, config, gpus)
         objective = Objective(**config.loss.of_logits())
         module = DistillModule(student, Teacher(teacher), objective).train()
         step = planned_step(module, config.loss, training, rows, length)
@@ -104,11 +105,18 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     )
 
 
-def _part_of_teacher(teacher: Any, config: JobConfig) -> Part:
+def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]:
+    parts = SplitCausalLM.of(teacher, "teacher")
+    head, size = bytes_of(parts.head), bytes_of(teacher)
     if config.teacher.plan == "cached":
-        head = SplitCausalLM.of(teacher, "teacher").head
-        return Part("teacher", bytes_of(head), "its head; the rest is in the cache")
-    return Part("teacher", bytes_of(teacher), "whole on every rank")
+        return [Part("teacher", head, "its head; the rest is in the cache")]
+    if not config.teacher.is_divided or ranks == 1:
+        return [Part("teacher", size, "whole on every rank")]
+    blocks = LayerTaps(parts.backbone, "teacher").blocks
+    whole = Part("gathered", 2 * max(map(bytes_of, blocks)) + head, "two of its blocks, its head")
+    if config.teacher.plan == "zero3_offload":
+        return [Part("teacher", 0, "in the memory of the host"), whole]
+    return [Part("teacher", -(-size // ranks), f"{size / GIB:.1f} GiB over {ranks} ranks"), whole]
 
 
 def _exchanged(student: Any, training: dict, sharding: Sharding, accumulation: int) -> float:
@@ -146,7 +154,7 @@ def alternatives(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
     if not training.get("deepspeed"):
         changes += [{"training.zero_stage": s} for s in (2, 3) if s > (stage or 0)]
     if config.teacher.plan == "replica":
-        changes.append({"teacher.plan": "cached"})
+        changes += [{"teacher.plan": plan} for plan in ("zero3", "cached")]
     everything = {key: value for change in changes for key, value in change.items()}
     for change in [*changes, everything]:
         changed = copy.deepcopy(raw)
