@@ -50,15 +50,16 @@ TABLES = (
     Table("linear_kd_loss", "llama3-1b-from-8b", "forward_kl", 25),
     Table("linear_kd_loss", "llama3-8b-self", "jsd", 25),
     Table("linear_kd_loss", "llama3-8b-self", "forward_kl", 15, {"N": 1024}),
-    Table("lora_linear", "llama3-8b", "single", 35),
+    Table("lora_linear", "llama3-8b", "single", 30),
     Table("lora_linear", "llama3-8b", "qkv", 25),
     Table("projection_loss", "llama3-1b-from-8b", "mse", 15),
     Table("kd_loss", "qwen3-0.6b-from-8b", "forward_kl", 15),
+    Table("teacher_topk", "llama3-8b", "logits", 10),
     Table("correlation", "llama3-1b-from-8b", "cross", 15),
     Table("projection_loss", "llama3-8b-self", "mse", 5),
     Table("relation_loss", "llama3-1b-from-8b", "query-key", 10),
     Table("lora_projection_loss", "llama3-1b-from-8b", "rank16", 10),
-    Table("lora_block", "llama3-8b", "all-linear", 25),
+    Table("lora_block", "llama3-8b", "all-linear", 20),
 )
 
 
