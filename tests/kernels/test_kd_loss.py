@@ -239,6 +239,19 @@ def test_jsd_mixtures(beta, backend):
     check(*close_logits(9, 200, delta=1.0), Objective("jsd", beta), backend=backend)
 
 
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_a_mixture_whose_weights_round_to_zero(divergence, backend):
+    """p is positive and beta p is not: nothing is lost, and nothing is NaN."""
+    student, teacher = torch.zeros(2, 1, 4001).unbind()
+    teacher[0, 7], student[0, 7] = -87.0, -400.0
+    parameter = {"beta" if divergence == "jsd" else "alpha": 1e-4}
+    student.requires_grad_()
+    loss = kd_loss(student, teacher, divergence=divergence, backend=backend, **parameter)
+    assert loss.item() == pytest.approx(0.0, abs=1e-7)
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
 def test_kl_is_exact_for_a_known_pair():
     """p = (3/4, 1/4), q = (1/2, 1/2), by hand."""
     student = torch.zeros(1, 2)

@@ -31,7 +31,9 @@ template <class Constants>
 MODXFER_INLINE LogMixture log_mixture(const Class& x, const Constants& spec) {
   const vf gap = x.d + (spec.c2 - spec.c3);
   const vf of_p = spec.c0 * x.p, of_q = spec.c1 * x.q;
-  const vf rest = vlog1p_unit(vmin(of_p, of_q) / vmax(of_p, of_q));
+  // both may have rounded to 0 where p or q has not
+  const vf larger = vmax(vmax(of_p, of_q), splat(1.17549435e-38f));
+  const vf rest = vlog1p_unit(vmin(of_p, of_q) / larger);
   // a NaN is not less than 0, and stays
   return {vmax(vf{}, gap) + (rest + spec.c3), vmax(vf{}, -gap) + (rest + spec.c2)};
 }
