@@ -10,42 +10,41 @@ STABLE_TORCH_LIBRARY(modxfer_csrc, m) {
   m.def("instruction_set() -> int");
   m.def("use_instruction_set(int index) -> ()");
   m.def(
-      "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int[] "
-      "divergences, "
-      "float[] numbers, float[] bends, Tensor? softening, Tensor(a!)? extras) -> (Tensor kd, "
-      "Tensor ce, Tensor "
-      "stats)");
+      "kd_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
+      "int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening, "
+      "Tensor(a!)? extras) -> (Tensor kd, Tensor ce, Tensor stats)");
   m.def(
       "kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
       "Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, float[] bends, "
-      "Tensor? softening, Tensor(a!) dlogits) -> ()");
+      "Tensor?[] biases, Tensor? softening, Tensor(a!) dlogits) -> ()");
   m.def(
       "kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor row_weights, int[] divergences, float[] numbers, float[] bends, Tensor? softening, "
-      "Tensor(a!) dlogits, Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
+      "Tensor row_weights, int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, "
+      "Tensor? softening, Tensor(a!) dlogits, Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor? labels, float ce_weight, float label_smoothing, "
-      "float z_loss_weight, float[] bends, Tensor(a!)? extras) -> Tensor ce");
+      "float z_loss_weight, float[] bends, Tensor?[] biases, Tensor(a!)? extras) -> Tensor ce");
   m.def(
       "cross_entropy_fwd_bwd(Tensor logits, Tensor? labels, Tensor row_weights, float ce_weight, "
-      "float label_smoothing, float z_loss_weight, float[] bends, Tensor(a!) dlogits, "
-      "Tensor(b!)? extras) -> Tensor ce");
+      "float label_smoothing, float z_loss_weight, float[] bends, Tensor?[] biases, Tensor(a!) "
+      "dlogits, Tensor(b!)? extras) -> Tensor ce");
   m.def(
-      "kd_loss_stats(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int[] "
-      "divergences, "
-      "float[] numbers, float[] bends, Tensor? softening, bool has_more) -> Tensor parts");
+      "kd_loss_stats(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
+      "int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening, "
+      "bool has_more) -> Tensor parts");
   m.def(
-      "kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, int[] divergences, "
-      "float[] numbers, float[] bends, Tensor? softening) -> Tensor sums");
+      "kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats, "
+      "int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening) "
+      "-> Tensor sums");
   m.def(
       "kd_loss_write(Tensor student_logits, Tensor teacher_logits, Tensor? labels, int classes, "
       "Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, float[] bends, "
-      "Tensor? softening, Tensor(a!) dlogits) -> ()");
+      "Tensor?[] biases, Tensor? softening, Tensor(a!) dlogits) -> ()");
   m.def(
       "topk_kd_loss(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int[] divergences, "
-      "float[] numbers, float[] bends, Tensor? softening, Tensor(a!)? dlogits, Tensor(b!)? extras) "
-      "-> (Tensor kd, Tensor ce)");
+      "float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening, Tensor(a!)? dlogits, "
+      "Tensor(b!)? extras) -> (Tensor kd, Tensor ce)");
   m.def(
       "teacher_topk(Tensor logits, int k, float[] bends, float temperature) -> (Tensor ids, Tensor "
       "log_probs, Tensor log_tail)");

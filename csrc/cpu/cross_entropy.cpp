@@ -68,10 +68,10 @@ int64_t grain(int64_t vocab_size) {
 // Losses of all rows, and where row_weights are given their gradients.
 Tensor run(const Tensor& logits, const std::optional<Tensor>& labels,
            const std::optional<Tensor>& row_weights, const CeOptions& options,
-           const std::vector<double>& bends, const std::optional<Tensor>& dlogits,
-           const std::optional<Tensor>& extras) {
+           const std::vector<double>& bends, const Biases& biases,
+           const std::optional<Tensor>& dlogits, const std::optional<Tensor>& extras) {
   const int64_t M = logits.size(0), V = logits.size(1);
-  const BentRows rows(logits, Bends(bends).student);
+  const BentRows rows(logits, Bends(bends, biases, V).student);
   const Rows grads(dlogits.has_value() ? *dlogits : logits);
   const Labels label_of(labels, M, V);
   const Extras more(extras, M);
@@ -131,17 +131,17 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& labels,
 
 Tensor cross_entropy_fwd(Tensor logits, std::optional<Tensor> labels, double ce_weight,
                          double label_smoothing, double z_loss_weight, std::vector<double> bends,
-                         std::optional<Tensor> extras) {
+                         Biases biases, std::optional<Tensor> extras) {
   return run(logits, labels, std::nullopt, {ce_weight, label_smoothing, z_loss_weight}, bends,
-             std::nullopt, extras);
+             biases, std::nullopt, extras);
 }
 
 Tensor cross_entropy_fwd_bwd(Tensor logits, std::optional<Tensor> labels, Tensor row_weights,
                              double ce_weight, double label_smoothing, double z_loss_weight,
-                             std::vector<double> bends, Tensor dlogits,
+                             std::vector<double> bends, Biases biases, Tensor dlogits,
                              std::optional<Tensor> extras) {
   return run(logits, labels, row_weights, {ce_weight, label_smoothing, z_loss_weight}, bends,
-             dlogits, extras);
+             biases, dlogits, extras);
 }
 
 }  // namespace modxfer

@@ -115,11 +115,11 @@ void write_row(const KdRowKernels& kernels, const BentRows& logits, const Rows& 
 // dlogits of all rows, from their statistics.
 void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, const Labels& label,
                 const Tensor& row_weights, const Tensor& stats, const Spec& owner,
-                const std::vector<double>& bends, const Tensor& dlogits) {
+                const std::vector<double>& bends, const Biases& biases, const Tensor& dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Bends of(bends);
+  const Bends of(bends, biases, V);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Rows grad(dlogits);
   check_same_shape(student_logits, teacher_logits);
@@ -154,12 +154,12 @@ void write_rows(const Tensor& student_logits, const Tensor& teacher_logits, cons
 std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(
     Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
     std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
-    std::optional<Tensor> softening, std::optional<Tensor> extras) {
+    Biases biases, std::optional<Tensor> softening, std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Bends of(bends);
+  const Bends of(bends, biases, V);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V);
   const Extras more(extras, M);
@@ -188,24 +188,24 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_fwd(
 
 void kd_loss_bwd(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                  Tensor row_weights, Tensor stats, std::vector<int64_t> divergences,
-                 std::vector<double> numbers, std::vector<double> bends,
+                 std::vector<double> numbers, std::vector<double> bends, Biases biases,
                  std::optional<Tensor> softening, Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   write_rows(student_logits, teacher_logits, Labels(labels, M, V), row_weights, stats,
-             Spec(divergences, numbers, V, softening, M), bends, dlogits);
+             Spec(divergences, numbers, V, softening, M), bends, biases, dlogits);
 }
 
 std::tuple<Tensor, Tensor> kd_loss_fwd_bwd(Tensor student_logits, Tensor teacher_logits,
                                            std::optional<Tensor> labels, Tensor row_weights,
                                            std::vector<int64_t> divergences,
                                            std::vector<double> numbers, std::vector<double> bends,
-                                           std::optional<Tensor> softening, Tensor dlogits,
-                                           std::optional<Tensor> extras) {
+                                           Biases biases, std::optional<Tensor> softening,
+                                           Tensor dlogits, std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Bends of(bends);
+  const Bends of(bends, biases, V);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Rows grad(dlogits);
   const Labels label(labels, M, V);
@@ -331,7 +331,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
     Tensor student_logits, Tensor ids, Tensor log_probs, std::optional<Tensor> log_tail,
     int64_t tail, double missing, std::optional<Tensor> labels, std::optional<Tensor> row_weights,
     std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
-    std::optional<Tensor> softening, std::optional<Tensor> dlogits, std::optional<Tensor> extras) {
+    Biases biases, std::optional<Tensor> softening, std::optional<Tensor> dlogits,
+    std::optional<Tensor> extras) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
@@ -341,7 +342,7 @@ std::tuple<Tensor, Tensor> topk_kd_loss(
       static_cast<int64_t>(spec.divergence) < kNumSums || spec.divergence == Divergence::kCount ||
           tail == static_cast<int64_t>(TopKTail::kBucket),
       "tail: expected a bucket beside a divergence that is a function of sums over the row");
-  const BentRows student(student_logits, Bends(bends).student);
+  const BentRows student(student_logits, Bends(bends, biases, V).student);
   const Rows grad(dlogits.value_or(student_logits));
   const TopKRows teacher(ids, log_probs, log_tail, tail, missing, M, V);
   const Labels label(labels, M, V);

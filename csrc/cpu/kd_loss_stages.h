@@ -3,12 +3,13 @@
 // -> double [M, 8], or [M, 11] with by-products; local labels are in [0, V], V for another rank's.
 Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                      std::vector<int64_t> divergences, std::vector<double> numbers,
-                     std::vector<double> bends, std::optional<Tensor> softening, bool has_more) {
+                     std::vector<double> bends, Biases biases, std::optional<Tensor> softening,
+                     bool has_more) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Bends of(bends);
+  const Bends of(bends, biases, V);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   const Labels label(labels, M, V + 1);
   check_same_shape(student_logits, teacher_logits);
@@ -30,12 +31,12 @@ Tensor kd_loss_stats(Tensor student_logits, Tensor teacher_logits, std::optional
 
 Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
                     std::vector<int64_t> divergences, std::vector<double> numbers,
-                    std::vector<double> bends, std::optional<Tensor> softening) {
+                    std::vector<double> bends, Biases biases, std::optional<Tensor> softening) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   const KdRowKernels& kernels = kd_row_kernels(spec.divergence);
-  const Bends of(bends);
+  const Bends of(bends, biases, V);
   const BentRows student(student_logits, of.student), teacher(teacher_logits, of.teacher);
   check_same_shape(student_logits, teacher_logits);
   check_per_row(stats, 6 * M);
@@ -58,8 +59,9 @@ Tensor kd_loss_sums(Tensor student_logits, Tensor teacher_logits, Tensor stats,
 void kd_loss_write(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                    int64_t classes, Tensor row_weights, Tensor stats,
                    std::vector<int64_t> divergences, std::vector<double> numbers,
-                   std::vector<double> bends, std::optional<Tensor> softening, Tensor dlogits) {
+                   std::vector<double> bends, Biases biases, std::optional<Tensor> softening,
+                   Tensor dlogits) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   write_rows(student_logits, teacher_logits, Labels(labels, M, V + 1), row_weights, stats,
-             Spec(divergences, numbers, classes, softening, M), bends, dlogits);
+             Spec(divergences, numbers, classes, softening, M), bends, biases, dlogits);
 }

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_topk(Tensor logits, int64_t k, std::v
   STD_TORCH_CHECK(0 < k && k <= V && V < std::numeric_limits<int32_t>::max(),
                   "k: expected a number of classes");
   const Rows rows(logits);
-  const Bend bend = Bends(bends).teacher;
+  const Bend bend = Bends(bends, {}, V).teacher;
   Tensor ids = torch::stable::new_empty(logits, {M, k}, ScalarType::Int);
   Tensor log_probs = torch::stable::new_empty(logits, {M, k}, ScalarType::Float);
   Tensor log_tail = torch::stable::new_empty(logits, {M}, ScalarType::Float);

@@ -39,10 +39,10 @@ MODXFER_KERNEL void cross_entropy_rows(MODXFER_ARGUMENT KdRows rows) {
     for (int tile = 0; tile < sides.num_tiles(); ++tile) {
       sides.wait(tile, turn);
       sides.for_each_four(tile, [&](int i, int n) {
-        Four z;
+        Four z[1];
         sides.read(row, i, n, false, z);
-        q->add(z, (1u << n) - 1, kLog2E, false, smooths || has_all);
-        pick(z, label - sides.begin() - i, q->z_label);
+        q->add(*z, (1u << n) - 1, kLog2E, false, smooths || has_all);
+        pick(*z, label - sides.begin() - i, q->z_label);
       });
     }
     reduce_row(q, kLog2E, turn, room);

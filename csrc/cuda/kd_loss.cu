@@ -28,14 +28,15 @@ Kernel kernel_of(Divergence divergence, std::integer_sequence<int64_t, kIds...>)
 std::tuple<Tensor, Tensor, Tensor> kd_loss_cuda(
     Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
     std::optional<Tensor> row_weights, std::vector<int64_t> divergences,
-    std::vector<double> numbers, std::vector<double> bends, std::optional<Tensor> softening,
-    std::optional<Tensor> dlogits, std::optional<Tensor> extras, int64_t stream) {
+    std::vector<double> numbers, std::vector<double> bends, Biases biases,
+    std::optional<Tensor> softening, std::optional<Tensor> dlogits, std::optional<Tensor> extras,
+    int64_t stream) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec spec(divergences, numbers, V, softening, M);
   Tensor kd = new_floats(student_logits, {M}), ce = new_floats(student_logits, {M});
   Tensor stats = new_floats(student_logits, {M, 6});
   KdRows rows =
-      rows_of(student_logits, labels, row_weights, spec, bends, softening, dlogits, extras);
+      rows_of(student_logits, labels, row_weights, spec, bends, biases, softening, dlogits, extras);
   rows.teacher = teacher_logits.data_ptr();
   rows.teacher_stride = teacher_logits.stride(0);
   rows.kd = at<float>(kd);
@@ -57,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_cuda(
 STABLE_TORCH_LIBRARY_FRAGMENT(modxfer_csrc, m) {
   m.def(
       "kd_loss_cuda(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "Tensor? row_weights, int[] divergences, float[] numbers, float[] bends, Tensor? softening, "
-      "Tensor(a!)? dlogits, Tensor(b!)? extras, int stream) -> (Tensor kd, Tensor ce, Tensor "
-      "stats)");
+      "Tensor? row_weights, int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, "
+      "Tensor? softening, Tensor(a!)? dlogits, Tensor(b!)? extras, int stream) -> (Tensor kd, "
+      "Tensor ce, Tensor stats)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CUDA, m) {

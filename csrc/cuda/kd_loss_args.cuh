@@ -46,23 +46,28 @@ MODXFER_DEVICE void soften(const KdRows& rows, int row, KdSpec& spec) {
   spec.kd_weight = rows.spec.kd_weight * rows.softening[2 * row + 1];
 }
 
-// Writes a row of dlogits and makes room for the next one, tile by tile. gradient(i, z): dlogits of
-// class i in its logit as the loss sees it.
-template <bool kIsResident, class Gradient>
-MODXFER_DEVICE void write_row(Sides<1, kIsResident>& sides, int row, const KdRows& rows,
+// Writes a row of dlogits and makes room for the next one, tile by tile. gradient(i, z...): dlogits
+// of class i in the student's logit as the loss sees it, from that of each side.
+template <int kSides, bool kIsResident, class Gradient>
+MODXFER_DEVICE void write_row(Sides<kSides, kIsResident>& sides, int row, const KdRows& rows,
                               const Target& target, float weight, const Gradient& gradient) {
   for (int tile = 0; tile < sides.num_tiles(); ++tile) {
     if (rows.dlogits != nullptr) {
       sides.for_each_step(tile, [&](int i, int n) {
-        Four z, dlogits = {};  // an ignored row may hold anything, NaN included
+        Four z[kSides], dlogits = {};  // an ignored row may hold anything, NaN included
         if (weight != 0.0f && n > 0) {
           sides.read(row, i, n, true, z);
           MODXFER_UNROLL
           for (int k = 0; k < 4; ++k) {
             if (k >= n) break;
-            dlogits.of[k] = gradient(sides.begin() + i + k, z.of[k]);
-            if (!rows.student_bend.is_identity()) {
-              dlogits.of[k] *= bend_slope(z.of[k], rows.student_bend);
+            const int at = sides.begin() + i + k;
+            if constexpr (kSides == 1) {
+              dlogits.of[k] = gradient(at, z[0].of[k]);
+            } else {
+              dlogits.of[k] = gradient(at, z[0].of[k], z[1].of[k]);
+            }
+            if (!rows.student_bend.is_straight()) {
+              dlogits.of[k] *= bend_slope(z[0].of[k], rows.student_bend);
             }
           }
         }

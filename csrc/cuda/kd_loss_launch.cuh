@@ -14,8 +14,9 @@ namespace modxfer::cuda {
 // Of the student's logits and what belongs to them; the teacher and the losses are left out.
 inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>& labels,
                       const std::optional<Tensor>& row_weights, const KdSpec& spec,
-                      const std::vector<double>& bends, const std::optional<Tensor>& softening,
-                      const std::optional<Tensor>& dlogits, const std::optional<Tensor>& extras) {
+                      const std::vector<double>& bends, const Biases& biases,
+                      const std::optional<Tensor>& softening, const std::optional<Tensor>& dlogits,
+                      const std::optional<Tensor>& extras) {
   STD_TORCH_CHECK(spec.num_parts <= kMaxParts, "divergences: expected at most eight in a sum");
   KdRows rows = {};
   rows.student = student_logits.data_ptr();
@@ -36,6 +37,11 @@ inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>&
   if (!bends.empty()) {
     rows.student_bend = {static_cast<float>(bends[0]), static_cast<float>(bends[1])};
     rows.teacher_bend = {static_cast<float>(bends[2]), static_cast<float>(bends[3])};
+  }
+  if (!biases.empty()) {
+    STD_TORCH_CHECK(rows.logits == Kind::kFloat, "logits: expected float32 beside a bias");
+    rows.student_bend.bias = at<float>(biases[0]);
+    rows.teacher_bend.bias = at<float>(biases[1]);
   }
   rows.spec = spec;
   std::copy_n(spec.parts, spec.num_parts, rows.parts);

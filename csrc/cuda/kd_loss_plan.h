@@ -5,6 +5,9 @@
 
 namespace modxfer::cuda {
 
+// Of a cluster. More are not portable, and no device with clusters refuses as many.
+constexpr int kMaxBlocks = 8;
+
 struct Plan {
   bool is_resident;
   int cluster;
@@ -17,13 +20,12 @@ struct Plan {
 //
 // A multiprocessor that holds several blocks loads the row of one while it computes another's: the
 // smallest cluster that leaves room for three, or two, or else fits. Its 65536 registers are enough
-// for as many threads of up to 80. Clusters of more than 8 are not portable, and no device with
-// clusters refuses 8.
+// for as many threads of up to 80.
 template <class Bytes>
 Plan plan_of(int rows, int multiprocessors, int most_shared, const Bytes& bytes_of) {
-  constexpr int kMostBlocks = 8, kThreads[] = {512, 384, 256};  // of one to three blocks
+  constexpr int kThreads[] = {512, 384, 256};  // of one to three blocks
   for (int at_once : {3, 2, 1}) {
-    for (int cluster = 1; cluster <= kMostBlocks; cluster *= 2) {
+    for (int cluster = 1; cluster <= kMaxBlocks; cluster *= 2) {
       if (bytes_of(cluster) > most_shared / at_once) continue;
       const int clusters = std::min(rows, std::max(multiprocessors * at_once / cluster, 1));
       return {true, cluster, clusters * cluster, kThreads[at_once - 1]};

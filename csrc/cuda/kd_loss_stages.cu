@@ -37,10 +37,10 @@ Steps steps_of(Divergence divergence) {
 
 KdRows step_rows(const Tensor& student_logits, const Tensor& teacher_logits,
                  const std::optional<Tensor>& labels, const std::optional<Tensor>& row_weights,
-                 const KdSpec& spec, const std::vector<double>& bends,
+                 const KdSpec& spec, const std::vector<double>& bends, const Biases& biases,
                  const std::optional<Tensor>& softening, const std::optional<Tensor>& dlogits) {
-  KdRows rows =
-      rows_of(student_logits, labels, row_weights, spec, bends, softening, dlogits, std::nullopt);
+  KdRows rows = rows_of(student_logits, labels, row_weights, spec, bends, biases, softening,
+                        dlogits, std::nullopt);
   rows.teacher = teacher_logits.data_ptr();
   rows.teacher_stride = teacher_logits.stride(0);
   return rows;
@@ -63,7 +63,7 @@ void launch_step(const KdRows& rows, int64_t stream, Kernel kernel, Arguments...
 // As kd_loss_stats of modxfer/ops.h, on the stream of this number. -> float [M, 8], or [M, 11]
 Tensor kd_loss_stats_cuda(Tensor student_logits, Tensor teacher_logits,
                           std::optional<Tensor> labels, std::vector<int64_t> divergences,
-                          std::vector<double> numbers, std::vector<double> bends,
+                          std::vector<double> numbers, std::vector<double> bends, Biases biases,
                           std::optional<Tensor> softening, bool has_more, int64_t stream) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
@@ -71,7 +71,7 @@ Tensor kd_loss_stats_cuda(Tensor student_logits, Tensor teacher_logits,
   const int width = has_more ? kMoreColumns : kPartColumns;
   Tensor parts = new_floats(student_logits, {M, width});
   const KdRows rows = step_rows(student_logits, teacher_logits, labels, std::nullopt, spec, bends,
-                                softening, std::nullopt);
+                                biases, softening, std::nullopt);
   launch_step(rows, stream, steps_of(spec.divergence).stats, at<float>(parts), width);
   return parts;
 }
@@ -79,14 +79,14 @@ Tensor kd_loss_stats_cuda(Tensor student_logits, Tensor teacher_logits,
 // -> float [M, num_sums]
 Tensor kd_loss_sums_cuda(Tensor student_logits, Tensor teacher_logits, Tensor stats,
                          std::vector<int64_t> divergences, std::vector<double> numbers,
-                         std::vector<double> bends, std::optional<Tensor> softening,
+                         std::vector<double> bends, Biases biases, std::optional<Tensor> softening,
                          int64_t stream) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   const Spec owner(divergences, numbers, V, softening, M);
   const KdSpec& spec = owner;
   Tensor sums = new_floats(student_logits, {M, num_sums(spec.divergence)});
   const KdRows rows = step_rows(student_logits, teacher_logits, std::nullopt, std::nullopt, spec,
-                                bends, softening, std::nullopt);
+                                bends, biases, softening, std::nullopt);
   launch_step(rows, stream, steps_of(spec.divergence).sums, at<float>(stats), at<float>(sums));
   return sums;
 }
@@ -95,14 +95,14 @@ Tensor kd_loss_sums_cuda(Tensor student_logits, Tensor teacher_logits, Tensor st
 void kd_loss_write_cuda(Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> labels,
                         int64_t classes, Tensor row_weights, Tensor stats,
                         std::vector<int64_t> divergences, std::vector<double> numbers,
-                        std::vector<double> bends, std::optional<Tensor> softening, Tensor dlogits,
-                        int64_t stream) {
+                        std::vector<double> bends, Biases biases, std::optional<Tensor> softening,
+                        Tensor dlogits, int64_t stream) {
   const Spec owner(divergences, numbers, classes, softening, student_logits.size(0));
   const KdSpec& spec = owner;
   STD_TORCH_CHECK(stats.size(1) == 6 + num_numbers(spec.divergence),
                   "stats: expected [M, 6] and the numbers of the whole row behind them");
   const KdRows rows = step_rows(student_logits, teacher_logits, labels, row_weights, spec, bends,
-                                softening, dlogits);
+                                biases, softening, dlogits);
   launch_step(rows, stream, steps_of(spec.divergence).write, at<float>(stats));
 }
 
@@ -111,16 +111,16 @@ void kd_loss_write_cuda(Tensor student_logits, Tensor teacher_logits, std::optio
 STABLE_TORCH_LIBRARY_FRAGMENT(modxfer_csrc, m) {
   m.def(
       "kd_loss_stats_cuda(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
-      "int[] divergences, float[] numbers, float[] bends, Tensor? softening, bool has_more, "
-      "int stream) -> Tensor parts");
+      "int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening, "
+      "bool has_more, int stream) -> Tensor parts");
   m.def(
       "kd_loss_sums_cuda(Tensor student_logits, Tensor teacher_logits, Tensor stats, "
-      "int[] divergences, float[] numbers, float[] bends, Tensor? softening, int stream) -> "
-      "Tensor sums");
+      "int[] divergences, float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening, "
+      "int stream) -> Tensor sums");
   m.def(
       "kd_loss_write_cuda(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
       "int classes, Tensor row_weights, Tensor stats, int[] divergences, float[] numbers, "
-      "float[] bends, Tensor? softening, Tensor(a!) dlogits, int stream) -> ()");
+      "float[] bends, Tensor?[] biases, Tensor? softening, Tensor(a!) dlogits, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modxfer_csrc, CUDA, m) {

@@ -146,8 +146,9 @@ MODXFER_DEVICE RowPart stats_of(const KdRows& rows, Block<kIsResident>& block, c
   for (int tile = 0; tile < sides.num_tiles(); ++tile) {
     sides.wait(tile, block.turn);
     sides.for_each_four(tile, [&](int i, int n) {
-      Four z_s, z_t;
-      sides.read(row.index, i, n, false, z_s, z_t);
+      Four z[2];
+      sides.read(row.index, i, n, false, z);
+      const auto& [z_s, z_t] = z;
       float top_s = kNoTop, top_t = kNoTop;
       for (int k = 0; k < 4; ++k) {
         top_s = vmax(z_s.of[k], top_s);
@@ -240,11 +241,11 @@ MODXFER_DEVICE void for_each_class(Block<kIsResident>& block, const Row& row, co
   auto& sides = block.sides;
   for (int tile = 0; tile < sides.num_tiles(); ++tile) {
     sides.for_each_four(tile, [&](int i, int n) {
-      Four z_s, z_t;
-      sides.read(row.index, i, n, true, z_s, z_t);
+      Four z[2];
+      sides.read(row.index, i, n, true, z);
       MODXFER_UNROLL
       for (int k = 0; k < 4; ++k) {
-        if (k < n) body(z_s.of[k], z_t.of[k]);
+        if (k < n) body(z[0].of[k], z[1].of[k]);
       }
     });
   }
@@ -450,11 +451,10 @@ MODXFER_DEVICE Value value_of(const KdRows& rows, Block<kIsResident>& block, con
 
 // --- write
 
-// dlogits of a row; a tile that is done makes room for the cluster's next row.
+// dlogits of a row.
 template <Divergence kDivergence, bool kIsResident>
 MODXFER_DEVICE void write_of(const KdRows& rows, Block<kIsResident>& block, const Row& row,
                              const Softmaxes& softmax, const OfU& of_u, float logd_1) {
-  auto& sides = block.sides;
   const KdSpec& spec = rows.spec;
   const float weight = rows.dlogits == nullptr ? 0.0f : rows.row_weights[row.index];
   const float kd_scale = weight * row.kd_weight * row.inv_t;
@@ -468,35 +468,16 @@ MODXFER_DEVICE void write_of(const KdRows& rows, Block<kIsResident>& block, cons
   const float shift = ce_scale * spec.label_smoothing / spec.classes;
   const float of_label = ce_scale * (1.0f - spec.label_smoothing);
   const Target target(rows.dlogits, rows.dlogits_stride, rows.kind);
-  for (int tile = 0; tile < sides.num_tiles(); ++tile) {
-    if (rows.dlogits != nullptr) {
-      sides.for_each_step(tile, [&](int i, int n) {
-        Four z_s, z_t;
-        if (weight != 0.0f && n > 0) sides.read(row.index, i, n, true, z_s, z_t);
-        // halves over the floats that they are made of: those of a step are read before
-        if (!kIsResident) device::sync_block();
-        Four dlogits = {};  // an ignored row may hold anything, NaN included
-        if (weight != 0.0f) {
-          MODXFER_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            if (k >= n) break;
-            const Class x = softmax.at(z_s.of[k], z_t.of[k]);
-            const float u = u_of<kDivergence>(x, z_s.of[k], z_t.of[k], rows, of_u);
-            float dz = kd_scale * (u - x.q * of_u.sum) - shift;
-            if (q1_scale != 0.0f) {
-              const float x_s = z_s.of[k] - softmax.top_s;
-              dz += q1_scale * (is_same ? x.q : device::exp2_approx((x_s - logd_1) * kLog2E));
-            }
-            if (sides.begin() + i + k == row.label) dz -= of_label;
-            if (!rows.student_bend.is_identity()) dz *= bend_slope(z_s.of[k], rows.student_bend);
-            dlogits.of[k] = dz;
-          }
-        }
-        target.put(row.index, sides.begin() + i, n, dlogits);
-      });
+  write_row(block.sides, row.index, rows, target, weight, [&](int i, float z_s, float z_t) {
+    const Class x = softmax.at(z_s, z_t);
+    const float u = u_of<kDivergence>(x, z_s, z_t, rows, of_u);
+    float dz = kd_scale * (u - x.q * of_u.sum) - shift;
+    if (q1_scale != 0.0f) {
+      const float x_s = z_s - softmax.top_s;
+      dz += q1_scale * (is_same ? x.q : device::exp2_approx((x_s - logd_1) * kLog2E));
     }
-    sides.refill(tile, row.index, rows.rows);
-  }
+    return i == row.label ? dz - of_label : dz;
+  });
 }
 
 }  // namespace modxfer::cuda

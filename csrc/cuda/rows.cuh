@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "kd_loss_plan.h"
 #include "modxfer/bend.h"
 
 namespace modxfer::cuda {
@@ -12,7 +13,7 @@ namespace modxfer::cuda {
 constexpr float kInf = __builtin_huge_valf();
 constexpr float kNoTop = -3.40282347e38f;  // below it are classes without probability alone
 constexpr float kLog2E = 1.44269504f;
-constexpr int kLanes = 32, kMaxWarps = 32, kMaxBlocks = 16;
+constexpr int kLanes = 32, kMaxWarps = 32;
 constexpr int kTile = 2048;  // floats of a bulk copy
 
 enum class Kind : int { kFloat, kBf16, kHalf };
@@ -24,6 +25,7 @@ MODXFER_BOTH int slice_size(int classes, int blocks) {
   return ((classes + blocks - 1) / blocks + 7) / 8 * 8;
 }
 
+// z of a raw logit, bias included.
 MODXFER_DEVICE float bent(float raw, const Bend& bend) {
   if (bend.cap == 0.0f) return raw * bend.scale;
   const float x = raw * (bend.scale / bend.cap);
@@ -186,8 +188,8 @@ MODXFER_BOTH int slices_bytes(int sides, int classes, int blocks, Kind kind) {
   return sides * size * size_of(kind) + tiles * static_cast<int>(sizeof(device::Barrier));
 }
 
-// A block's classes of the rows on kSides sides: raw logits in shared memory, once each is read, or
-// where they lie.
+// A block's classes of the rows on kSides sides: raw logits in shared memory, once each is read and
+// its bias added, or where they lie.
 template <int kSides, bool kIsResident>
 class Sides {
  public:
@@ -268,11 +270,9 @@ class Sides {
 
   // The logits as the loss sees them, of each side; `again` after the thread's first reading of
   // this row.
-  template <class... Fours>
-  MODXFER_DEVICE void read(int row, int i, int n, bool again, Fours&... z) const {
-    static_assert(sizeof...(Fours) == kSides);
-    const Side* side = sides_;
-    (read_side(*side++, row, i, n, again, z), ...);
+  MODXFER_DEVICE void read(int row, int i, int n, bool again, Four (&z)[kSides]) const {
+    MODXFER_UNROLL
+    for (int side = 0; side < kSides; ++side) read_side(sides_[side], row, i, n, again, z[side]);
   }
 
  private:
@@ -307,7 +307,18 @@ class Sides {
       read_four(from, side.kind, is_aligned_, n, z);
       if (kIsResident) keep(side, from, i, n);
     }
-    if (side.bend.is_identity()) return;
+    if (side.bend.bias != nullptr && !(kIsResident && again)) {
+      Four bias;
+      const float* from = side.bend.bias + begin_ + i;
+      const bool is_aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
+      read_four(reinterpret_cast<const unsigned char*>(from), Kind::kFloat, is_aligned, n, bias);
+      MODXFER_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if (k < n) z.of[k] += bias.of[k];
+      }
+      if (kIsResident) put_four(own(side, i), side.kind, true, n, z);
+    }
+    if (side.bend.is_straight()) return;
     MODXFER_UNROLL
     for (int k = 0; k < 4; ++k) {
       if (k < n) z.of[k] = bent(z.of[k], side.bend);

@@ -130,11 +130,11 @@ MODXFER_KERNEL void teacher_topk_rows(MODXFER_ARGUMENT TeacherTopKRows rows) {
   // body(key, logit) for each class of a tile that was read before
   const auto for_each_key = [&](int row, int tile, const auto& body) {
     sides.for_each_four(tile, [&](int i, int n) {
-      Four logits;
+      Four logits[1];
       sides.read(row, i, n, true, logits);
       MODXFER_UNROLL
       for (int k = 0; k < 4; ++k) {
-        if (k < n) body(key_of(logits.of[k], sides.begin() + i + k), logits.of[k]);
+        if (k < n) body(key_of(logits->of[k], sides.begin() + i + k), logits->of[k]);
       }
     });
   };
@@ -152,14 +152,14 @@ MODXFER_KERNEL void teacher_topk_rows(MODXFER_ARGUMENT TeacherTopKRows rows) {
     for (int tile = 0; tile < sides.num_tiles(); ++tile) {
       sides.wait(tile, turn);
       sides.for_each_four(tile, [&](int i, int n) {
-        Four z;
+        Four z[1];
         sides.read(row, i, n, false, z);
         MODXFER_UNROLL
         for (int k = 0; k < 4; ++k) {
-          top = vmax(z.of[k], top);  // past the end they are -inf
-          z.of[k] = z_of(z.of[k]);
+          top = vmax(z->of[k], top);  // past the end they are -inf
+          z->of[k] = z_of(z->of[k]);
         }
-        parts->add(z, (1u << n) - 1, rate, false, false);
+        parts->add(*z, (1u << n) - 1, rate, false, false);
       });
     }
     float tops[2] = {top, -top};

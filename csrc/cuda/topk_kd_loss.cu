@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss_cuda(
     Tensor student_logits, Tensor ids, Tensor log_probs, std::optional<Tensor> log_tail,
     int64_t tail, double missing, std::optional<Tensor> labels, std::optional<Tensor> row_weights,
     std::vector<int64_t> divergences, std::vector<double> numbers, std::vector<double> bends,
-    std::optional<Tensor> softening, std::optional<Tensor> dlogits, std::optional<Tensor> extras,
-    int64_t stream) {
+    Biases biases, std::optional<Tensor> softening, std::optional<Tensor> dlogits,
+    std::optional<Tensor> extras, int64_t stream) {
   const int64_t M = student_logits.size(0), V = student_logits.size(1);
   STD_TORCH_CHECK(log_probs.scalar_type() == ScalarType::Float,
                   "teacher_log_probs: expected float32");
@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss_cuda(
   const Spec spec(divergences, numbers, V, softening, M);
   Tensor kd = new_floats(student_logits, {M}), ce = new_floats(student_logits, {M});
   TopKRows rows = {};
-  rows.of = rows_of(student_logits, labels, row_weights, spec, bends, softening, dlogits, extras);
+  rows.of =
+      rows_of(student_logits, labels, row_weights, spec, bends, biases, softening, dlogits, extras);
   rows.of.kd = at<float>(kd);
   rows.of.ce = at<float>(ce);
   rows.ids = ids.data_ptr();
@@ -73,7 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modxfer_csrc, m) {
   m.def(
       "topk_kd_loss_cuda(Tensor student_logits, Tensor ids, Tensor log_probs, Tensor? log_tail, "
       "int tail, float missing, Tensor? labels, Tensor? row_weights, int[] divergences, "
-      "float[] numbers, float[] bends, Tensor? softening, Tensor(a!)? dlogits, "
+      "float[] numbers, float[] bends, Tensor?[] biases, Tensor? softening, Tensor(a!)? dlogits, "
       "Tensor(b!)? extras, int stream) -> (Tensor kd, Tensor ce)");
 }
 

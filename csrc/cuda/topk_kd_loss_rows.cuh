@@ -168,18 +168,18 @@ MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
     for (int tile = 0; tile < sides.num_tiles(); ++tile) {
       sides.wait(tile, turn);
       sides.for_each_four(tile, [&](int i, int n) {
-        Four z;
+        Four z[1];
         sides.read(row, i, n, false, z);
-        others.add(z, ((1u << n) - 1) & ~listed.mask(i), rate, needs_d_1, smooths);
-        pick(z, label - sides.begin() - i, others.z_label);
+        others.add(*z, ((1u << n) - 1) & ~listed.mask(i), rate, needs_d_1, smooths);
+        pick(*z, label - sides.begin() - i, others.z_label);
       });
     }
     device::sync_block();  // threads read what others brought
     listed.for_each(row, [&](int k, int i) {
-      Four z;
+      Four z[1];
       sides.read(row, i, 1, true, z);
-      list.add(z, 1, rate, needs_d_1, smooths);
-      listed.z(k) = z.of[0];
+      list.add(*z, 1, rate, needs_d_1, smooths);
+      listed.z(k) = z->of[0];
     });
     reduce_row(parts, rate, turn, room.softmax);
     Softmax whole = others;
@@ -234,12 +234,12 @@ MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
       if (has_u) {
         for (int tile = 0; tile < sides.num_tiles(); ++tile) {
           sides.for_each_four(tile, [&](int i, int n) {
-            Four z;
+            Four z[1];
             sides.read(row, i, n, true, z);
             const uint32_t mask = ((1u << n) - 1) & ~listed.mask(i);
             MODXFER_UNROLL
             for (int k = 0; k < 4; ++k) {
-              if (mask >> k & 1) add(of_other(z.of[k]), 0.0f);
+              if (mask >> k & 1) add(of_other(z->of[k]), 0.0f);
             }
           });
         }
@@ -302,7 +302,7 @@ MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
         const int at = sides.begin() + i;
         const float dz = kd_scale * (u_of_class(x) - x.q * u_sum);
         Four dlogits = {{with_hard(at, z, dz, x.q)}};
-        if (!rows.student_bend.is_identity()) dlogits.of[0] *= bend_slope(z, rows.student_bend);
+        if (!rows.student_bend.is_straight()) dlogits.of[0] *= bend_slope(z, rows.student_bend);
         target.put(row, at, 1, dlogits);
       });
     }

@@ -1,11 +1,12 @@
-"""What a model does to its logits behind the head: a constant factor, then a soft cap.
+"""What becomes of the products of a head: a bias, and what the model does to the logits behind it.
 
-    z = cap tanh(scale raw / cap), without a cap scale raw          raw = hidden weight^T + bias
+    raw = hidden weight^T + bias
+    z = cap tanh(scale raw / cap), without a cap scale raw
     dz/draw = scale (1 - (z / cap)^2)
 
-Both are applied where the row kernels read a logit, and the derivative where they write its
-gradient, so that neither costs a pass over the logits of its own. An infinite logit stays what it
-is: -inf excludes its class, which a cap must not bring back, and +inf has no distribution.
+All of it is applied where the row kernels read a logit, and the derivative where they write its
+gradient, so that none costs a pass over the logits of its own. An infinite logit stays what it is:
+-inf excludes its class, which a cap must not bring back, and +inf has no distribution.
 """
 
 from typing import Any, NamedTuple
@@ -19,19 +20,27 @@ _COLUMNS = 4096  # that `apply` bends at once
 
 
 class Bend(NamedTuple):
-    """From what a head gives to a model's logits; the identity without arguments.
+    """From what a head multiplies to a model's logits; the identity without arguments.
 
     Attributes:
         scale: positive factor of the raw logits, bias included.
         cap: positive bound of the scaled logits, or None.
+        bias: [V], any float dtype, of a head that leaves it to the row kernels; or None.
     """
 
     scale: float = 1.0
     cap: float | None = None
+    bias: Tensor | None = None
 
     @property
-    def is_identity(self) -> bool:
+    def is_straight(self) -> bool:
+        """Whether z is raw, and a gradient the same in both."""
         return self.cap is None and self.scale == 1.0
+
+    @property
+    def behind_bias(self) -> "Bend":
+        """What the model does to logits that have their bias."""
+        return self._replace(bias=None)
 
     def check(self, role: str) -> None:
         """Raises ValueError or TypeError that names `<role>_logit_scale` or `<role>_softcap`.
@@ -51,8 +60,10 @@ class Bend(NamedTuple):
                 )
 
     def of(self, raw: Tensor) -> Tensor:
-        """z [...] of raw logits [...], differentiable by autograd."""
-        if self.is_identity:
+        """z [..., V] of logits [..., V] without their bias, differentiable by autograd."""
+        if self.bias is not None:
+            raw = raw + self.bias
+        if self.is_straight:
             return raw
         if self.cap is None:
             return self.scale * raw
@@ -61,9 +72,11 @@ class Bend(NamedTuple):
 
     def apply(self, raw: Tensor) -> Tensor:
         """`of`, written over raw [M, V]."""
-        if not self.is_identity:
+        if self.bias is not None:
+            raw += self.bias
+        if not self.is_straight:
             for columns in raw.split(_COLUMNS, dim=1):
-                columns.copy_(self.of(columns))
+                columns.copy_(self.behind_bias.of(columns))
         return raw
 
     def slope(self, z: Tensor) -> Tensor | float:

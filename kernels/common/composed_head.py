@@ -353,6 +353,10 @@ class ComposedHead(NamedTuple):
                 )
             yield rows, tile.to(self.hidden.dtype)
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return None if self.bias is None else self._of_ids(self.bias)
+
     def logits(self, out: Tensor, tile: int) -> Tensor:
         """As of `Head`."""
         out = out[: self.hidden.shape[0]]
@@ -363,8 +367,6 @@ class ComposedHead(NamedTuple):
                 gemm.project(self.hidden, weight, None, out[:, classes], tile)
         if self.lora_b is not None:
             gemm.add_product(out, self.reduced(out.dtype), self._of_ids(self.lora_b).t())
-        if self.bias is not None:
-            out += self._of_ids(self.bias)
         return out
 
     def reduced(self, dtype: torch.dtype) -> Tensor:

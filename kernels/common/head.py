@@ -139,14 +139,19 @@ class Head(NamedTuple):
         """Rows that do not count have states of 0, because 0 * NaN would reach the weight."""
         return self._replace(hidden=self.hidden.masked_fill(~valid[:, None], 0.0))
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """[V], what the row kernels add to `logits` as they read them."""
+        return self.bias
+
     def logits(self, out: Tensor, tile: int) -> Tensor:
-        """[m, V], written to the first m rows of `out`, whose dtype they have."""
+        """[m, V], without bias, written to the first m rows of `out`, whose dtype they have."""
         out = out[: self.hidden.shape[0]]
-        gemm.project(self.hidden, self.weight, self.bias, out, tile)
+        gemm.project(self.hidden, self.weight, None, out, tile)
         return out
 
     def signal(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
-        """What the row kernels read of a teacher: its logits, for which there is a buffer."""
+        """What the row kernels read of a teacher: its `logits`, for which there is a buffer."""
         return self.logits(buffers[0], tile)
 
     def dlogits(self, logits: Tensor) -> Tensor:

@@ -293,6 +293,10 @@ class ParallelHead(NamedTuple):
     def blanked(self, valid: Tensor) -> "ParallelHead":
         return self._replace(hidden=self.hidden.masked_fill(~valid[:, None], 0.0))
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return self.inner.logit_bias
+
     def logits(self, out: Tensor, tile: int) -> Tensor:
         return self.inner.logits(out, tile)
 

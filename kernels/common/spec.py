@@ -72,7 +72,7 @@ def _parsed(kind: Any, names: str, *numbers: float | None) -> Any:
 # Options that a model's configuration decides, where the model is known and not its head alone.
 OF_MODELS = frozenset(name for role in ("student", "teacher") for name in Bend().options(role))
 # What a spec makes of its options, which nobody gives.
-MADE = frozenset({"weights", "softening"})
+MADE = frozenset({"weights", "softening", "student_bias", "teacher_bias"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,7 @@ class KDSpec(Spec):
         scale_by_temperature_squared: whether kd_weight is multiplied by temperature squared.
         softening: of the spec of rows that have a temperature each: [M, 2], it and a factor of
             kd_weight; temperature is then 1.
+        student_bias, teacher_bias: [V] of heads whose logits come without; see `bend.py`.
 
     Row kernels take one that is `checked`.
     """
@@ -116,6 +117,8 @@ class KDSpec(Spec):
     weights: tuple[float, ...] = ()
     scale_by_temperature_squared: bool = False
     softening: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    student_bias: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    teacher_bias: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if isinstance(self.divergence, Mapping):
@@ -196,6 +199,13 @@ class KDSpec(Spec):
         """A checked spec with what its rows have of their own."""
         return self if softening is None else dataclasses.replace(self, softening=softening)
 
+    def of_heads(self, student_bias: Tensor | None, teacher_bias: Tensor | None) -> "KDSpec":
+        """A checked spec with the biases, [V] or None, of heads whose logits come without."""
+        student_bias, teacher_bias = (
+            None if bias is None else bias.contiguous() for bias in (student_bias, teacher_bias)
+        )
+        return dataclasses.replace(self, student_bias=student_bias, teacher_bias=teacher_bias)
+
     def softened(self, name: str, like: Tensor) -> Tensor | None:
         """[N, 2] of rows with a temperature each, beside states `like` [..., D], the argument
         `name`; None of a number.
@@ -216,21 +226,29 @@ class KDSpec(Spec):
 
     @property
     def student_bend(self) -> Bend:
-        """From the student's raw logits to what the loss is of."""
-        return Bend(self.student_logit_scale, self.student_softcap)
+        """From what the student's head multiplies to what the loss is of."""
+        return Bend(self.student_logit_scale, self.student_softcap, self.student_bias)
 
     @property
     def teacher_bend(self) -> Bend:
         """The same of the teacher."""
-        return Bend(self.teacher_logit_scale, self.teacher_softcap)
+        return Bend(self.teacher_logit_scale, self.teacher_softcap, self.teacher_bias)
 
     @property
     def bends(self) -> list[float]:
         """`Bend.numbers` of student and teacher for kernels; none where neither bends."""
         sides = (self.student_bend, self.teacher_bend)
-        if all(side.is_identity for side in sides):
+        if all(side.is_straight for side in sides):
             return []
         return [number for side in sides for number in side.numbers()]
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        """Those of student and teacher for compiled kernels, fp32; none where neither has one."""
+        both = (self.student_bias, self.teacher_bias)
+        if all(bias is None for bias in both):
+            return []
+        return [None if bias is None else bias.float() for bias in both]
 
     def checked(self) -> "KDSpec":
         """Validates what a user passed, and resolves it to what the row kernels read.

@@ -21,7 +21,7 @@ def kd_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd(
         *(student_logits, teacher_logits, labels, *scalars(spec)),
-        *(spec.bends, spec.softening, extras),
+        *(spec.bends, spec.biases, spec.softening, extras),
     )
 
 
@@ -36,7 +36,7 @@ def kd_loss_bwd(
 ) -> None:
     compiled.ops().kd_loss_bwd(
         *(student_logits, teacher_logits, labels, row_weights, stats, *scalars(spec)),
-        *(spec.bends, spec.softening, dlogits),
+        *(spec.bends, spec.biases, spec.softening, dlogits),
     )
 
 
@@ -51,7 +51,7 @@ def kd_loss_fwd_bwd(
 ) -> tuple[Tensor, Tensor]:
     return compiled.ops().kd_loss_fwd_bwd(
         *(student_logits, teacher_logits, labels, row_weights, *scalars(spec)),
-        *(spec.bends, spec.softening, dlogits, extras),
+        *(spec.bends, spec.biases, spec.softening, dlogits, extras),
     )
 
 
@@ -64,7 +64,7 @@ def kd_loss_stats(
 ) -> Tensor:
     return compiled.ops().kd_loss_stats(
         *(student_logits, teacher_logits, labels, *scalars(spec)),
-        *(spec.bends, spec.softening, has_more),
+        *(spec.bends, spec.biases, spec.softening, has_more),
     )
 
 
@@ -72,7 +72,13 @@ def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
     return compiled.ops().kd_loss_sums(
-        student_logits, teacher_logits, stats, *scalars(spec), spec.bends, spec.softening
+        student_logits,
+        teacher_logits,
+        stats,
+        *scalars(spec),
+        spec.bends,
+        spec.biases,
+        spec.softening,
     )
 
 
@@ -88,7 +94,7 @@ def kd_loss_write(
 ) -> None:
     compiled.ops().kd_loss_write(
         *(student_logits, teacher_logits, labels, classes, row_weights, stats),
-        *(*scalars(spec), spec.bends, spec.softening, dlogits),
+        *(*scalars(spec), spec.bends, spec.biases, spec.softening, dlogits),
     )
 
 
@@ -129,6 +135,7 @@ def _topk(
         row_weights,
         *scalars(spec),
         spec.bends,
+        spec.biases,
         spec.softening,
         dlogits,
         extras,
@@ -147,7 +154,7 @@ def cross_entropy_fwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
     ce = compiled.ops().cross_entropy_fwd(
-        student_logits, labels, *hard_scalars(spec), spec.bends, extras
+        student_logits, labels, *hard_scalars(spec), spec.bends, spec.biases, extras
     )
     return torch.zeros_like(ce), ce, None
 
@@ -162,6 +169,13 @@ def cross_entropy_fwd_bwd(
     extras: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     ce = compiled.ops().cross_entropy_fwd_bwd(
-        student_logits, labels, row_weights, *hard_scalars(spec), spec.bends, dlogits, extras
+        student_logits,
+        labels,
+        row_weights,
+        *hard_scalars(spec),
+        spec.bends,
+        spec.biases,
+        dlogits,
+        extras,
     )
     return torch.zeros_like(ce), ce

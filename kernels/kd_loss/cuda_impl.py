@@ -58,7 +58,7 @@ def kd_loss_stats(
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_stats_cuda(
             *(student_logits, teacher_logits, _flat(labels), *scalars(spec)),
-            *(spec.bends, spec.softening, has_more, stream()),
+            *(spec.bends, spec.biases, spec.softening, has_more, stream()),
         )
 
 
@@ -68,7 +68,7 @@ def kd_loss_sums(
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_sums_cuda(
             *(student_logits, teacher_logits, stats.contiguous(), *scalars(spec)),
-            *(spec.bends, spec.softening, stream()),
+            *(spec.bends, spec.biases, spec.softening, stream()),
         )
 
 
@@ -85,7 +85,15 @@ def kd_loss_write(
     with torch.cuda.device_of(student_logits):
         compiled.ops().kd_loss_write_cuda(
             *(student_logits, teacher_logits, _flat(labels), classes, row_weights),
-            *(stats.contiguous(), *scalars(spec), spec.bends, spec.softening, dlogits, stream()),
+            *(
+                stats.contiguous(),
+                *scalars(spec),
+                spec.bends,
+                spec.biases,
+                spec.softening,
+                dlogits,
+                stream(),
+            ),
         )
 
 
@@ -142,7 +150,7 @@ def _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, ex
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_cuda(
             *(student_logits, teacher_logits, _flat(labels), row_weights, *scalars(spec)),
-            *(spec.bends, spec.softening, dlogits, extras, stream()),
+            *(spec.bends, spec.biases, spec.softening, dlogits, extras, stream()),
         )
 
 
@@ -152,7 +160,7 @@ def _topk(student_logits, teacher, labels, row_weights, spec, dlogits, extras):
         return compiled.ops().topk_kd_loss_cuda(
             *(student_logits, ids.contiguous(), log_probs.contiguous(), log_tail),
             *(TAILS.index(tail), missing, _flat(labels), row_weights, *scalars(spec)),
-            *(spec.bends, spec.softening, dlogits, extras, stream()),
+            *(spec.bends, spec.biases, spec.softening, dlogits, extras, stream()),
         )
 
 
@@ -160,7 +168,7 @@ def _cross_entropy(student_logits, labels, row_weights, spec, dlogits, extras):
     with torch.cuda.device_of(student_logits):
         ce = compiled.ops().cross_entropy_cuda(
             *(student_logits, _flat(labels), row_weights, *hard_scalars(spec)),
-            *(spec.bends, dlogits, extras, stream()),
+            *(spec.bends, spec.biases, dlogits, extras, stream()),
         )
     return torch.zeros_like(ce), ce
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modxfer_fast.kernels.common import KDSpec
+from modxfer_fast.kernels.common import Bend, KDSpec
 from modxfer_fast.kernels.kd_loss import reference
 
 
@@ -58,10 +58,12 @@ def kd_loss_write(
     dlogits: Tensor,
 ) -> None:
     # one more class, which both exclude, and which is the label where that is another rank's
+    sides = ((student_logits, spec.student_bias), (teacher_logits, spec.teacher_bias))
     z_s, z_t = (
-        torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
-        for z in (student_logits, teacher_logits)
+        torch.nn.functional.pad(Bend(bias=bias).of(z), (0, 1), value=-torch.inf)
+        for z, bias in sides
     )
+    spec = spec.of_heads(None, None)
     dpadded = torch.empty_like(z_s)
     reference.kd_loss_bwd(z_s, z_t, labels, row_weights, stats, spec, dpadded, classes)
     dlogits.copy_(dpadded[:, :-1])

@@ -71,7 +71,7 @@ def kd_loss_fwd(
     """
     has_teacher = teacher_logits is not None
     if teacher_logits is None:
-        teacher_logits = student_logits
+        teacher_logits, spec = _beside_itself(student_logits, spec)
     has_more = extras is not None and extras.shape[1] > 1
     local = local_labels(labels, shard)
     parts = kernels.kd_loss_stats(student_logits, teacher_logits, local, spec, has_more)
@@ -113,10 +113,16 @@ def kd_loss_fwd_bwd(
     """As the row kernel of this name: kd, ce [M], and writes dlogits [M, V_r]."""
     of_both = (student_logits, teacher_logits)
     kd, ce, stats = kd_loss_fwd(kernels, shard, *of_both, labels, spec, extras)
-    logits = (student_logits, student_logits if teacher_logits is None else teacher_logits)
-    local = local_labels(labels, shard)
+    if teacher_logits is None:
+        teacher_logits, spec = _beside_itself(student_logits, spec)
+    logits, local = (student_logits, teacher_logits), local_labels(labels, shard)
     kernels.kd_loss_write(*logits, local, shard.classes, row_weights, stats, spec, dlogits)
     return kd, ce
+
+
+def _beside_itself(student_logits: Tensor, spec: KDSpec) -> tuple[Tensor, KDSpec]:
+    """The student in the place of a teacher."""
+    return student_logits, spec.of_heads(spec.student_bias, spec.student_bias)
 
 
 class Row:

@@ -54,6 +54,7 @@ from modxfer_fast.kernels.names import TAILS
 
 # What a sum of probabilities, or a logarithm, may exceed its bound by: rounding to four decimals.
 ROUNDING = 1e-4
+_COLUMNS = 4096  # whose logits are made at once
 
 
 class TopKRows(NamedTuple):
@@ -357,17 +358,22 @@ def local_columns(ids: Tensor, span: slice) -> tuple[Tensor, Tensor]:
     return torch.where(here, ids - span.start, 0).long(), here
 
 
-def listed_logits(logits: Tensor, ids: Tensor, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
-    """Raw logits [M, K] at ids, and which of them are there.
+def listed_logits(
+    logits: Tensor, bias: Tensor | None, ids: Tensor, shard: Shard | None = None
+) -> tuple[Tensor, Tensor]:
+    """Raw logits [M, K] at ids, their bias added, and which of them are there.
 
     Args:
         logits: [M, V], or [M, V_r] of this rank's classes.
     """
+    span = slice(0, logits.shape[1]) if shard is None else shard.span
+    columns, here = local_columns(ids, span)
+    found = logits.gather(1, columns)
+    if bias is not None:
+        found = found + bias[columns]
     if shard is None:
-        columns, listed = local_columns(ids, slice(0, logits.shape[1]))
-        return logits.gather(1, columns), listed
-    columns, here = local_columns(ids, shard.span)
-    found = torch.where(here, logits.gather(1, columns), 0.0)
+        return found, here
+    found = torch.where(here, found, 0.0)
     shard.add(found)
     return found, (ids >= 0) & (ids < shard.classes)
 
@@ -390,7 +396,7 @@ def topk_by_products(
         shard: where the logits are [M, V_r] of this rank's classes.
         teacher: of [M, K].
     """
-    top = logits.amax(-1, keepdim=True)
+    top = _largest(logits, spec.student_bias)
     own = extras.new_empty(len(logits), 4)
     if shard is None:
         lse = _own_by_products(kernels, logits, labels, spec, own)
@@ -400,8 +406,8 @@ def topk_by_products(
         lse = stats[:, :1] / spec.temperatures + stats[:, 1:2]
         top = shard.gather(top).amax(0)
     extras[:, :4] = own
-    raw, listed = listed_logits(logits, teacher.ids, shard)
-    z = spec.student_bend.of(raw.to(extras.dtype))
+    raw, listed = listed_logits(logits, spec.student_bias, teacher.ids, shard)
+    z = spec.student_bend.behind_bias.of(raw.to(extras.dtype))
     log_q = (z / spec.temperatures - lse).masked_fill(~listed, -torch.inf)
     log_p = teacher.log_probs.to(extras.dtype).masked_fill(~listed, -torch.inf)
     is_top = listed & (log_p == log_p.amax(-1, keepdim=True)) & (raw == top)
@@ -420,7 +426,7 @@ def _own_by_products(
 ) -> Tensor:
     """Writes the student's, [M, 4], and returns log sum exp [M, 1] at the temperature."""
     bend, temperature = spec.student_bend, spec.temperatures
-    kernels.cross_entropy_fwd(logits, None, labels, KDSpec(**bend.options("student")), own)
+    kernels.cross_entropy_fwd(logits, None, labels, _hard_spec(bend), own)
     softer = Bend()
     if isinstance(temperature, Tensor):
         logits = bend.of(logits.to(own.dtype)) / temperature
@@ -428,8 +434,21 @@ def _own_by_products(
         return own[:, :1]
     else:
         cap = None if bend.cap is None else bend.cap / temperature
-        softer = Bend(bend.scale / temperature, cap)
+        softer = Bend(bend.scale / temperature, cap, bend.bias)
     found = torch.empty_like(own)
-    kernels.cross_entropy_fwd(logits, None, None, KDSpec(**softer.options("student")), found)
+    kernels.cross_entropy_fwd(logits, None, None, _hard_spec(softer), found)
     own[:, 3] = found[:, 3]
     return found[:, :1]
+
+
+def _hard_spec(bend: Bend) -> KDSpec:
+    return KDSpec(**bend.options("student"), student_bias=bend.bias)
+
+
+def _largest(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """[M, 1], of logits [M, V] with their bias, which are not stored."""
+    if bias is None:
+        return logits.amax(-1, keepdim=True)
+    parts = zip(logits.split(_COLUMNS, dim=1), bias.split(_COLUMNS), strict=True)
+    of_parts = [(columns + own).amax(-1, keepdim=True) for columns, own in parts]
+    return torch.cat(of_parts, dim=-1).amax(-1, keepdim=True)

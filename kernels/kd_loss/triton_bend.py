@@ -16,7 +16,7 @@ _LOG2E_2 = tl.constexpr(2.0 * math.log2(math.e))
 
 def bend_constants(bend: Bend) -> tuple[float, float] | None:
     """What row kernels take as `BEND`."""
-    return None if bend.is_identity else bend.numbers()
+    return None if bend.is_straight else bend.numbers()
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Cross entropy of rows of logits, one program per row; probabilities are never stored.
 
-M rows   V classes   z logits, bent as they are loaded   q = softmax(z)   s label smoothing
+M rows   V classes   z logits, biased and bent as they are loaded   q softmax   s label smoothing
 lse = log sum e^z
 
 Passes over the row:
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import row_config
-from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
-from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent
+from modxfer_fast.kernels.kd_loss.triton_bend import bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent, load_classes
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def add_hard_dlogits(
 
 @triton.jit
 def _row_sums(
-    logits_ptr,                          # in   [V]
+    logits,                              # in   [V], as of load_classes
     V,
     SMOOTHS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
@@ -66,7 +66,7 @@ def _row_sums(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + offs_lane
-        z = load_bent(logits_ptr, offs_v, V, BEND)
+        z = load_bent(logits, offs_v, V, BEND)
         m_new = tl.maximum(m, tl.max(z, axis=1))
         rise = m_new - m
         keep = tl.exp2(-rise * LOG2E)
@@ -97,7 +97,7 @@ def _row_sums(
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr,                          # in   [M, V]
+    logits_ptr, bias_ptr,                # in   [M, V], [V] or None
     labels_ptr,                          # in   [M], int64, or None
     row_weights_ptr,                     # in   [M], fp32, or None without a gradient
     ce_ptr,                              # out  [M], fp32
@@ -112,17 +112,16 @@ def _cross_entropy_kernel(
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride_zm
+    logits = (logits_ptr + row * stride_zm, bias_ptr)
     label = -1
     if HAS_LABELS:
         raw = tl.load(labels_ptr + row * stride_lm)
         label = tl.where((raw >= 0) & (raw < V), raw, -1).to(tl.int32)
     max_z, d, mean, mean_under_q = _row_sums(
-        logits_ptr, V, SMOOTHS, EXTRAS == 4, BLOCK_V, VECTOR, BEND
+        logits, V, SMOOTHS, EXTRAS == 4, BLOCK_V, VECTOR, BEND
     )  # fmt: skip
     log_d = tl.log(d)
-    z_label = tl.load(logits_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-    z_label = bend(z_label, BEND)
+    z_label = load_classes(logits, label, label >= 0, 0.0, BEND)
     nll = tl.where(label >= 0, log_d - (z_label - max_z), 0.0)
     ce = 0.0
     if HAS_CE:
@@ -157,7 +156,7 @@ def _cross_entropy_kernel(
                 of_q += 2.0 * row_weight * z_loss_weight * (max_z + log_d)
             for i in range(tl.cdiv(V, BLOCK_V)):
                 offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-                z = load_bent(logits_ptr, offs_v, V, BEND)
+                z = load_bent(logits, offs_v, V, BEND)
                 dlogits = of_q * tl.exp2((z - max_z - log_d) * LOG2E)
                 if SMOOTHS:
                     dlogits -= of_label * smoothing / V
@@ -229,6 +228,7 @@ def _launch(
     with torch.cuda.device_of(logits):
         _cross_entropy_kernel[(rows,)](
             logits,
+            spec.student_bias,
             labels,
             row_weights,
             ce,

@@ -15,7 +15,8 @@ normalised probability, nor does KL(q || p): they skip pass 2. ROW_SUMS, of the 
 in `kernels.divergences`, says which passes there are. Loss alone skips pass 3.
 Divergences that are functions of sums over the row have their own pass 2 (triton_of_row.py), and so
 have those of the logits themselves (triton_of_logits.py).
-A model that scales or caps its logits has it done to each tile that is loaded (triton_bend.py).
+The bias of a head, and what a model does to its logits (triton_bend.py), is done to each tile that
+is loaded.
 Consecutive passes run in opposite directions: a pass begins with the tiles that the one before it
 left in the cache. Pass 3 always runs left to right, because dlogits may lie over the student's
 logits with half their width.
@@ -34,17 +35,22 @@ from modxfer_fast.kernels.divergences import Divergence
 from modxfer_fast.kernels.kd_loss import triton_cross_entropy
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.teacher_topk import teacher_topk as teacher_topk
-from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_bend import bend_constants, unbend
 from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
 from modxfer_fast.kernels.kd_loss.triton_divergences import class_terms, probabilities
 from modxfer_fast.kernels.kd_loss.triton_of_logits import of_logits_sums, of_logits_terms
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_sums, of_row_terms
-from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
+from modxfer_fast.kernels.kd_loss.triton_softmax import (
+    LOG2E,
+    load_bent,
+    load_classes,
+    softmax_stats,
+)
 
 
 @triton.jit
 def _divergence_sums(
-    student_ptr, teacher_ptr,            # in   [V]
+    student, teacher,                    # in   [V], as of load_classes
     V,
     max_s, logd_s, max_t, logd_t,
     scale, c0, c1, c2, c3,
@@ -57,8 +63,8 @@ def _divergence_sums(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+        z_s = load_bent(student, offs_v, V, BEND_S)
+        z_t = load_bent(teacher, offs_v, V, BEND_T)
         p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         f, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
         f_sum += f
@@ -68,7 +74,7 @@ def _divergence_sums(
 
 @triton.jit
 def _row_loss(
-    student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
+    student, teacher, label,             # in   [V] as of load_classes, twice; scalar (-1: none)
     extras_ptr,                          # out  [EXTRAS]
     V,
     scale, inv_temperature, c0, c1, c2, c3, smoothing,
@@ -78,7 +84,7 @@ def _row_loss(
 ):  # fmt: skip
     """Passes 1 and 2: (kd, ce) of one row, its statistics, and what else is of the row."""
     max_s, d_s, max_t, d_t, d_1, kd, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
-        student_ptr, teacher_ptr, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, SMOOTHS,
+        student, teacher, V, scale, inv_temperature, ROW_SUMS, NEEDS_D_1, SMOOTHS,
         EXTRAS > 1, BLOCK_V, VECTOR, BEND_S, BEND_T,
     )  # fmt: skip
     logd_s = tl.log(d_s)
@@ -91,33 +97,31 @@ def _row_loss(
         u_sum = kd
     elif ROW_SUMS == "of_row":
         kd, u_sum, slope, log2_s = of_row_sums(
-            student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
+            student, teacher, V, max_s, logd_s, max_t, logd_t,
             scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
         of_row = (slope, log2_s)
     elif ROW_SUMS == "of_logits":
         kd, u_sum, of_row = of_logits_sums(
-            student_ptr, teacher_ptr, V, logd_s, logd_t, inv_temperature,
+            student, teacher, V, logd_s, logd_t, inv_temperature,
             DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     else:
         kd, u_sum = _divergence_sums(
-            student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t,
+            student, teacher, V, max_s, logd_s, max_t, logd_t,
             scale, c0, c1, c2, c3, DIVERGENCE, PARTS, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     kd = tl.where(kd < 0, 0.0, kd)  # of rounding
     ce = 0.0
     if HAS_CE:
-        z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-        z_label = bend(z_label, BEND_S)
+        z_label = load_classes(student, label, label >= 0, 0.0, BEND_S)
         ce = tl.where(label >= 0, logd_1 - (z_label - max_s), 0.0)
         if SMOOTHS:
             ce += tl.where(label >= 0, smoothing * ((logd_1 - mean_x) - ce), 0.0)
     if EXTRAS > 0:
         tl.store(extras_ptr, max_s + logd_1)
     if EXTRAS > 1:
-        z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-        x_label = bend(z_label, BEND_S) - max_s
+        x_label = load_classes(student, label, label >= 0, 0.0, BEND_S) - max_s
         tl.store(extras_ptr + 1, tl.where(label >= 0, x_label - logd_1, 0.0))
         tl.store(extras_ptr + 2, tl.where((label >= 0) & (x_label == 0), 1.0, 0.0))
         tl.store(extras_ptr + 3, logd_s - mean_x_s * inv_temperature)
@@ -128,7 +132,7 @@ def _row_loss(
 
 @triton.jit
 def _write_dlogits(
-    student_ptr, teacher_ptr, label,     # in   [V], [V], scalar (-1: none)
+    student, teacher, label,             # in   [V] as of load_classes, twice; scalar (-1: none)
     dlogits_ptr,                         # out  [V]
     V,
     max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row,
@@ -157,8 +161,8 @@ def _write_dlogits(
             q_1_factor += 2.0 * row_weight * z_loss_weight * (max_s + logd_1)
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-            z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-            z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+            z_s = load_bent(student, offs_v, V, BEND_S)
+            z_t = load_bent(teacher, offs_v, V, BEND_T)
             p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
             if ROW_SUMS == "of_row":
                 slope, log2_s = of_row
@@ -209,6 +213,7 @@ def _row_softening(softening_ptr, row, scale, inv_temperature, kd_weight):
 @triton.jit
 def _kd_loss_fwd_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    bias_s_ptr, bias_t_ptr,              # in   [V], or None
     labels_ptr,                          # in   [M], int64
     softening_ptr,                       # in   [M, 2], fp32, or None
     kd_ptr, ce_ptr,                      # out  [M], fp32
@@ -229,7 +234,8 @@ def _kd_loss_fwd_kernel(
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, _ = _row_loss(
-        student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label, extras_ptr, V,
+        (student_ptr + row * stride_sm, bias_s_ptr), (teacher_ptr + row * stride_tm, bias_t_ptr),
+        label, extras_ptr, V,
         scale, inv_temperature, c0, c1, c2, c3, smoothing,
         DIVERGENCE, PARTS, ROW_SUMS, HAS_CE, not UNIT_TEMPERATURE, SMOOTHS, EXTRAS, BLOCK_V, VECTOR,
         BEND_S, BEND_T,
@@ -248,6 +254,7 @@ def _kd_loss_fwd_kernel(
 @triton.jit
 def _kd_loss_bwd_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    bias_s_ptr, bias_t_ptr,              # in   [V], or None
     labels_ptr,                          # in   [M], int64
     softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
@@ -263,6 +270,8 @@ def _kd_loss_bwd_kernel(
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    student = (student_ptr + row * stride_sm, bias_s_ptr)
+    teacher = (teacher_ptr + row * stride_tm, bias_t_ptr)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
     scale, inv_temperature, kd_weight = _row_softening(
@@ -278,18 +287,17 @@ def _kd_loss_bwd_kernel(
     of_row = scale  # a place, where a divergence has nothing of the row
     if ROW_SUMS == "of_row":
         _, _, slope, log2_s = of_row_sums(
-            student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
+            student, teacher, V,
             max_s, logd_s, max_t, logd_t, scale, c0, c1, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
         of_row = (slope, log2_s)
     if ROW_SUMS == "of_logits":
         _, _, of_row = of_logits_sums(
-            student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, V,
+            student, teacher, V,
             logd_s, logd_t, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     _write_dlogits(
-        student_ptr + row * stride_sm, teacher_ptr + row * stride_tm, label,
-        dlogits_ptr + row * stride_dm, V,
+        student, teacher, label, dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, c0, c1, c2, c3,
@@ -301,6 +309,7 @@ def _kd_loss_bwd_kernel(
 @triton.jit
 def _kd_loss_fwd_bwd_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    bias_s_ptr, bias_t_ptr,              # in   [V], or None
     labels_ptr,                          # in   [M], int64
     softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
@@ -317,8 +326,8 @@ def _kd_loss_fwd_bwd_kernel(
     BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * stride_sm
-    teacher_ptr += row * stride_tm
+    student = (student_ptr + row * stride_sm, bias_s_ptr)
+    teacher = (teacher_ptr + row * stride_tm, bias_t_ptr)
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_LABELS)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
     scale, inv_temperature, kd_weight = _row_softening(
@@ -327,7 +336,7 @@ def _kd_loss_fwd_bwd_kernel(
     if EXTRAS > 0:
         extras_ptr += row * EXTRAS
     kd, ce, max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row = _row_loss(
-        student_ptr, teacher_ptr, label, extras_ptr, V,
+        student, teacher, label, extras_ptr, V,
         scale, inv_temperature, c0, c1, c2, c3, smoothing,
         DIVERGENCE, PARTS, ROW_SUMS, HAS_CE,
         (HAS_CE or HAS_Z or EXTRAS > 0) and not UNIT_TEMPERATURE,
@@ -336,7 +345,7 @@ def _kd_loss_fwd_bwd_kernel(
     tl.store(kd_ptr + row, kd)
     tl.store(ce_ptr + row, ce)
     _write_dlogits(
-        student_ptr, teacher_ptr, label, dlogits_ptr + row * stride_dm, V,
+        student, teacher, label, dlogits_ptr + row * stride_dm, V,
         max_s, logd_s, max_t, logd_t, u_sum, logd_1, of_row,
         row_weight, kd_weight * inv_temperature, ce_weight, smoothing, z_loss_weight,
         scale, c0, c1, c2, c3,
@@ -475,7 +484,8 @@ def _launch(
         of_passes |= {"z_loss_weight": spec.z_loss_weight, "HAS_Z": spec.z_loss_weight != 0.0}
     with torch.cuda.device_of(student_logits):
         kernel[(rows,)](
-            *(student_logits, teacher_logits, labels, spec.softening, *others),
+            *(student_logits, teacher_logits, spec.student_bias, spec.teacher_bias),
+            *(labels, spec.softening, *others),
             V=vocab_size,
             stride_sm=student_logits.stride(0),
             stride_tm=teacher_logits.stride(0),

@@ -23,7 +23,7 @@ def _power_of_2(x):
 
 
 @triton.jit
-def _unit_scale(row_ptr, V, BLOCK_V: tl.constexpr, BEND: tl.constexpr):
+def _unit_scale(row, V, BLOCK_V: tl.constexpr, BEND: tl.constexpr):
     """near, far: z near far is the row z [V] of length 1; far is 0 of a row of zeros.
 
     near is a power of 2, by which a product is exact: equal rows have a gap of 0, to the bit,
@@ -33,7 +33,7 @@ def _unit_scale(row_ptr, V, BLOCK_V: tl.constexpr, BEND: tl.constexpr):
     total = tl.zeros([BLOCK_V], tl.float32)
     for i in range(tl.cdiv(V, BLOCK_V)):
         offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-        z = load_bent(row_ptr, offs_v, V, BEND)
+        z = load_bent(row, offs_v, V, BEND)
         z = tl.where(z == -INF, 0.0, z)
         higher = tl.minimum(tl.maximum(top, tl.abs(z)), 1e30)
         keep = top / higher
@@ -67,7 +67,7 @@ def of_logits_terms(z_s, z_t, of_row):
 
 @triton.jit
 def _squares(
-    student_ptr, teacher_ptr,            # in   [V]
+    student, teacher,                    # in   [V], as of load_classes
     V,
     inv_temperature,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -78,14 +78,14 @@ def _squares(
     far_s = inv_temperature
     far_t = inv_temperature
     if DIVERGENCE == "logits_cosine":
-        near_s, far_s = _unit_scale(student_ptr, V, BLOCK_V, BEND_S)
-        near_t, far_t = _unit_scale(teacher_ptr, V, BLOCK_V, BEND_T)
+        near_s, far_s = _unit_scale(student, V, BLOCK_V, BEND_S)
+        near_t, far_t = _unit_scale(teacher, V, BLOCK_V, BEND_T)
     squares = tl.zeros([BLOCK_V], tl.float32)
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+        z_s = load_bent(student, offs_v, V, BEND_S)
+        z_t = load_bent(teacher, offs_v, V, BEND_T)
         gap, _ = _gap(z_s, z_t, near_s, far_s, near_t, far_t)
         squares += gap * gap
     kd = tl.sum(squares, axis=0)
@@ -108,7 +108,7 @@ def _of_row(kd, near_s, far_s, near_t, far_t, mse_slope, inv_temperature, DIVERG
 
 @triton.jit
 def of_logits_sums(
-    student_ptr, teacher_ptr,            # in   [V]
+    student, teacher,                    # in   [V], as of load_classes
     V,
     logd_s, logd_t, inv_temperature,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
@@ -118,7 +118,7 @@ def of_logits_sums(
     The 0 is NaN of a row with NaN, +inf or no class.
     """
     kd, near_s, far_s, near_t, far_t = _squares(
-        student_ptr, teacher_ptr, V, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T
+        student, teacher, V, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T
     )
     if DIVERGENCE == "logits_mse":
         kd /= V
@@ -130,14 +130,14 @@ def of_logits_sums(
 @triton.jit
 def store_logit_parts(
     sums_ptr,                            # out  [2], or [3] of a cosine
-    student_ptr, teacher_ptr,            # in   [V], classes of a rank
+    student, teacher,                    # in   [V], as of load_classes; of a rank
     V,
     inv_temperature,
     DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr, BEND_S: tl.constexpr, BEND_T: tl.constexpr,
 ):  # fmt: skip
     """`sums` of the divergence's record."""
     kd, near_s, far_s, near_t, far_t = _squares(
-        student_ptr, teacher_ptr, V, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T
+        student, teacher, V, inv_temperature, DIVERGENCE, BLOCK_V, BEND_S, BEND_T
     )
     if DIVERGENCE == "logits_mse":
         tl.store(sums_ptr, kd)

@@ -161,7 +161,7 @@ def _value(log2_s, first, second, variation, signed, c0, c1, DIVERGENCE: tl.cons
 
 @triton.jit
 def of_row_parts(
-    student_ptr, teacher_ptr,            # in   [V]
+    student, teacher,                    # in   [V], as of load_classes
     V,
     max_s, logd_s, max_t, logd_t,
     scale, c0,
@@ -177,8 +177,8 @@ def of_row_parts(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+        z_s = load_bent(student, offs_v, V, BEND_S)
+        z_t = load_bent(teacher, offs_v, V, BEND_T)
         p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         top, total, first, second, variation, signed = _added(
             top, total, first, second, variation, signed, p, q, d, log2_p, log2_q, c0, DIVERGENCE
@@ -188,7 +188,7 @@ def of_row_parts(
 
 @triton.jit
 def of_row_sums(
-    student_ptr, teacher_ptr,            # in   [V]
+    student, teacher,                    # in   [V], as of load_classes
     V,
     max_s, logd_s, max_t, logd_t,
     scale, c0, c1,
@@ -196,7 +196,7 @@ def of_row_sums(
 ):  # fmt: skip
     """The divergence, sum u, and what `of_row_terms` takes of the row."""
     log2_s, first, second, variation, signed = of_row_parts(
-        student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t, scale, c0,
+        student, teacher, V, max_s, logd_s, max_t, logd_t, scale, c0,
         DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
     )  # fmt: skip
     return _value(log2_s, first, second, variation, signed, c0, c1, DIVERGENCE)

@@ -13,15 +13,22 @@ NO_MAX = tl.constexpr(-1e38)
 
 
 @triton.jit
-def load_tile(row_ptr, offs_v, V):
-    """fp32 logits; -inf, a class without probability, past the end of the row."""
-    return tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+def load_classes(row, ids, mask, other, BEND: tl.constexpr):
+    """Logits as their model gives them, fp32; `other`, bent, where mask is false.
+
+    row: pointers to the row and to its bias, or None.
+    """
+    row_ptr, bias_ptr = row
+    raw = tl.load(row_ptr + ids, mask=mask, other=other).to(tl.float32)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr + ids, mask=mask, other=0.0).to(tl.float32)
+    return bend(raw, BEND)
 
 
 @triton.jit
-def load_bent(row_ptr, offs_v, V, BEND: tl.constexpr):
-    """The tile as its model gives it."""
-    return bend(load_tile(row_ptr, offs_v, V), BEND)
+def load_bent(row, offs_v, V, BEND: tl.constexpr):
+    """A tile of a row; -inf, a class without probability, past its end."""
+    return load_classes(row, offs_v, offs_v < V, -float("inf"), BEND)
 
 
 @triton.jit
@@ -44,7 +51,7 @@ def _merge_cross(cross, keep, d_a, rise_a, rise_b):
 
 @triton.jit
 def softmax_stats(
-    student_ptr, teacher_ptr,            # in   [V]
+    student, teacher,                    # in   [V], as of load_classes
     V,
     scale, inv_temperature,              # scale = log2(e) / temperature
     ROW_SUMS: tl.constexpr, NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr,
@@ -79,8 +86,8 @@ def softmax_stats(
         if ROW_SUMS != "normalised":
             tile = num_tiles - 1 - i
         offs_v = tile * BLOCK_V + offs_lane
-        z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+        z_s = load_bent(student, offs_v, V, BEND_S)
+        z_t = load_bent(teacher, offs_v, V, BEND_T)
         m_s_new = tl.maximum(m_s, tl.max(z_s, axis=1))
         m_t_new = tl.maximum(m_t, tl.max(z_t, axis=1))
         rise_s = m_s_new - m_s

@@ -14,7 +14,7 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import RowConfig, row_config
 from modxfer_fast.kernels.kd_loss.stages import MORE, PART
-from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_bend import bend_constants, unbend
 from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
 from modxfer_fast.kernels.kd_loss.triton_divergences import LN2, class_terms, probabilities
 from modxfer_fast.kernels.kd_loss.triton_impl import _row_softening, _spec_args
@@ -24,7 +24,12 @@ from modxfer_fast.kernels.kd_loss.triton_of_logits import (
     store_logit_parts,
 )
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_row_parts, of_row_terms
-from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, load_bent, softmax_stats
+from modxfer_fast.kernels.kd_loss.triton_softmax import (
+    LOG2E,
+    load_bent,
+    load_classes,
+    softmax_stats,
+)
 
 
 @triton.jit
@@ -39,6 +44,7 @@ def _local_label(labels_ptr, row, stride_lm, HAS_LABELS: tl.constexpr):
 @triton.jit
 def _kd_loss_stats_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    bias_s_ptr, bias_t_ptr,              # in   [V], or None
     labels_ptr,                          # in   [M], int64
     softening_ptr,                       # in   [M, 2], fp32, or None
     parts_ptr,                           # out  [M, WIDTH], fp32
@@ -51,18 +57,18 @@ def _kd_loss_stats_kernel(
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * stride_sm
+    student = (student_ptr + row * stride_sm, bias_s_ptr)
+    teacher = (teacher_ptr + row * stride_tm, bias_t_ptr)
     label = _local_label(labels_ptr, row, stride_lm, HAS_LABELS)
     scale, inv_temperature, _ = _row_softening(softening_ptr, row, scale, inv_temperature, 1.0)
     max_s, d_s, max_t, d_t, d_1, mean, mean_x, mean_x_s, mean_x_t, shares_top = softmax_stats(
-        student_ptr, teacher_ptr + row * stride_tm, V, scale, inv_temperature, ROW_SUMS,
+        student, teacher, V, scale, inv_temperature, ROW_SUMS,
         not UNIT_TEMPERATURE, SMOOTHS, HAS_MORE, BLOCK_V, VECTOR, BEND_S, BEND_T,
     )  # fmt: skip
     z_label = 0.0
     if HAS_LABELS:
         is_here = (label >= 0) & (label < V)
-        z_label = tl.load(student_ptr + label, mask=is_here, other=0.0).to(tl.float32)
-        z_label = bend(z_label, BEND_S)
+        z_label = load_classes(student, label, is_here, 0.0, BEND_S)
     parts_ptr += row * WIDTH
     tl.store(parts_ptr + 0, max_s)
     tl.store(parts_ptr + 1, d_s)
@@ -81,6 +87,7 @@ def _kd_loss_stats_kernel(
 @triton.jit
 def _kd_loss_sums_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    bias_s_ptr, bias_t_ptr,              # in   [V], or None
     softening_ptr,                       # in   [M, 2], fp32, or None
     stats_ptr,                           # in   [M, 6], fp32
     sums_ptr,                            # out  [M, 2], or [M, num_sums] of an `OfRow`, fp32
@@ -96,8 +103,8 @@ def _kd_loss_sums_kernel(
     statistics are read from memory.
     """
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * stride_sm
-    teacher_ptr += row * stride_tm
+    student = (student_ptr + row * stride_sm, bias_s_ptr)
+    teacher = (teacher_ptr + row * stride_tm, bias_t_ptr)
     scale, inv_temperature, _ = _row_softening(softening_ptr, row, scale, inv_temperature, 1.0)
     stats_ptr += row * 6
     max_s = tl.load(stats_ptr + 0)
@@ -106,7 +113,7 @@ def _kd_loss_sums_kernel(
     logd_t = tl.load(stats_ptr + 3)
     if ROW_SUMS == "of_row":
         log2_s, first, second, variation, signed = of_row_parts(
-            student_ptr, teacher_ptr, V, max_s, logd_s, max_t, logd_t, scale, c0,
+            student, teacher, V, max_s, logd_s, max_t, logd_t, scale, c0,
             DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
         if DIVERGENCE == "negative_log_acceptance":
@@ -120,7 +127,7 @@ def _kd_loss_sums_kernel(
     elif ROW_SUMS == "of_logits":
         sums_ptr += row * (2 if DIVERGENCE == "logits_mse" else 3)
         store_logit_parts(
-            sums_ptr, student_ptr, teacher_ptr, V, inv_temperature,
+            sums_ptr, student, teacher, V, inv_temperature,
             DIVERGENCE, BLOCK_V, BEND_S, BEND_T,
         )  # fmt: skip
     else:
@@ -130,8 +137,8 @@ def _kd_loss_sums_kernel(
         offs_lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + offs_lane
-            z_s = load_bent(student_ptr, offs_v, V, BEND_S)
-            z_t = load_bent(teacher_ptr, offs_v, V, BEND_T)
+            z_s = load_bent(student, offs_v, V, BEND_S)
+            z_t = load_bent(teacher, offs_v, V, BEND_T)
             p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
             f, u = class_terms(p, q, d, log2_p, log2_q, c0, c1, c2, c3, DIVERGENCE, PARTS)
             f_sum += tl.sum(f, axis=1)
@@ -143,6 +150,7 @@ def _kd_loss_sums_kernel(
 @triton.jit
 def _kd_loss_write_kernel(
     student_ptr, teacher_ptr,            # in   [M, V]
+    bias_s_ptr, bias_t_ptr,              # in   [V], or None
     labels_ptr,                          # in   [M], int64
     softening_ptr,                       # in   [M, 2], fp32, or None
     row_weights_ptr,                     # in   [M], fp32
@@ -161,8 +169,8 @@ def _kd_loss_write_kernel(
     That changes its label and what label smoothing divides by.
     """
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * stride_sm
-    teacher_ptr += row * stride_tm
+    student = (student_ptr + row * stride_sm, bias_s_ptr)
+    teacher = (teacher_ptr + row * stride_tm, bias_t_ptr)
     dlogits_ptr += row * stride_dm
     label = _local_label(labels_ptr, row, stride_lm, HAS_CE)
     row_weight = tl.load(row_weights_ptr + row * stride_wm)
@@ -192,8 +200,8 @@ def _kd_loss_write_kernel(
     for i in range(tl.cdiv(V, BLOCK_V)):
         offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
         of_row = tl.where(counts, V, 0)
-        z_s = load_bent(student_ptr, offs_v, of_row, BEND_S)
-        z_t = load_bent(teacher_ptr, offs_v, of_row, BEND_T)
+        z_s = load_bent(student, offs_v, of_row, BEND_S)
+        z_t = load_bent(teacher, offs_v, of_row, BEND_T)
         p, q, d, log2_p, log2_q = probabilities(z_s, z_t, max_s, logd_s, max_t, logd_t, scale)
         if ROW_SUMS == "of_row":
             u = of_row_terms(p, q, d, log2_p, log2_q, c0, slope, log2_s, DIVERGENCE)
@@ -318,7 +326,7 @@ def _launch(
         return
     with torch.cuda.device_of(student_logits):
         kernel[(rows,)](
-            *(student_logits, teacher_logits, *others),
+            *(student_logits, teacher_logits, spec.student_bias, spec.teacher_bias, *others),
             V=vocab_size,
             stride_sm=student_logits.stride(0),
             stride_tm=teacher_logits.stride(0),

@@ -20,7 +20,7 @@ from torch import Tensor
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss.config import row_config
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING, TopKRows
-from modxfer_fast.kernels.kd_loss.triton_bend import bend, bend_constants, unbend
+from modxfer_fast.kernels.kd_loss.triton_bend import bend_constants, unbend
 from modxfer_fast.kernels.kd_loss.triton_cross_entropy import add_hard_dlogits
 from modxfer_fast.kernels.kd_loss.triton_divergences import class_terms
 from modxfer_fast.kernels.kd_loss.triton_impl import (
@@ -30,17 +30,17 @@ from modxfer_fast.kernels.kd_loss.triton_impl import (
     _spec_args,
 )
 from modxfer_fast.kernels.kd_loss.triton_of_row import of_list
-from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent
+from modxfer_fast.kernels.kd_loss.triton_softmax import LOG2E, NO_MAX, load_bent, load_classes
 
 _WORD = 32
 P_ROUNDING = tl.constexpr(ROUNDING)
 
 
 @triton.jit
-def _load_others(row_ptr, listed_ptr, offs_v, V, BEND: tl.constexpr):
+def _load_others(row, listed_ptr, offs_v, V, BEND: tl.constexpr):
     """fp32 logits as the model gives them, and which classes are others; -inf at those that are not
     and past the row."""
-    z = load_bent(row_ptr, offs_v, V, BEND)
+    z = load_bent(row, offs_v, V, BEND)
     word = tl.load(listed_ptr + offs_v // 32, mask=offs_v < V, other=0)
     is_listed = (word >> (offs_v % 32)) & 1 != 0
     return tl.where(is_listed, -float("inf"), z), (offs_v < V) & (is_listed == 0)
@@ -48,7 +48,7 @@ def _load_others(row_ptr, listed_ptr, offs_v, V, BEND: tl.constexpr):
 
 @triton.jit
 def _others_stats(
-    student_ptr, listed_ptr,             # in   [V], [V / 32]
+    student, listed_ptr,                 # in   [V] as of load_classes, [V / 32]
     V, scale,                            # scale = log2(e) / temperature
     NEEDS_D_1: tl.constexpr, SMOOTHS: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, BEND: tl.constexpr,
@@ -68,7 +68,7 @@ def _others_stats(
     num_tiles = tl.cdiv(V, BLOCK_V)
     for i in range(num_tiles):
         offs_v = (num_tiles - 1 - i) * BLOCK_V + offs_lane
-        z, is_other = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
+        z, is_other = _load_others(student, listed_ptr, offs_v, V, BEND)
         m_new = tl.maximum(m, tl.max(z, axis=1))
         rise = m_new - m
         x = z - m_new[:, None]
@@ -90,7 +90,7 @@ def _others_stats(
 
 @triton.jit
 def _topk_kd_loss_kernel(
-    student_ptr,                         # in   [M, V]
+    student_ptr, bias_ptr,               # in   [M, V], [V] or None
     ids_ptr, log_p_ptr, log_tail_ptr,    # in   [M, K], [M, K], [M]; fp32
     listed_ptr,                          # in   [M, W], int32, a bit a class
     labels_ptr, row_weights_ptr,         # in   [M]; int64, fp32
@@ -109,7 +109,7 @@ def _topk_kd_loss_kernel(
 ):  # fmt: skip
     # M * V passes 2^31 with a large vocabulary: widen before multiplying by a stride
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * stride_sm
+    student = (student_ptr + row * stride_sm, bias_ptr)
     listed_ptr += row * stride_bm
     label = _load_label(labels_ptr, row, stride_lm, V, HAS_CE)
     scale, inv_temperature, kd_weight = _row_softening(
@@ -117,20 +117,18 @@ def _topk_kd_loss_kernel(
     )
     z_label = 0.0
     if HAS_CE:
-        z_label = tl.load(student_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-        z_label = bend(z_label, BEND)
+        z_label = load_classes(student, label, label >= 0, 0.0, BEND)
 
     offs_k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + offs_k, mask=offs_k < K, other=-1)
     is_listed = (ids >= 0) & (ids < V)
     ids = tl.where(is_listed, ids, -1).to(tl.int32)
-    z_k = tl.load(student_ptr + ids, mask=is_listed, other=-float("inf")).to(tl.float32)
-    z_k = bend(z_k, BEND)
+    z_k = load_classes(student, ids, is_listed, -float("inf"), BEND)
     log2_p = tl.load(log_p_ptr + row * K + offs_k, mask=is_listed, other=-float("inf")) * LOG2E
 
     NEEDS_D_1: tl.constexpr = (HAS_CE or HAS_Z or HAS_LSE) and not UNIT_TEMPERATURE
     max_o, d_o, d_o1, x_sum = _others_stats(
-        student_ptr, listed_ptr, V, scale, NEEDS_D_1, SMOOTHS, BLOCK_V, VECTOR, BEND
+        student, listed_ptr, V, scale, NEEDS_D_1, SMOOTHS, BLOCK_V, VECTOR, BEND
     )  # fmt: skip
     num_listed = tl.sum(is_listed.to(tl.int32), axis=0)
     max_all = tl.maximum(max_o, tl.max(z_k, axis=0))
@@ -180,7 +178,7 @@ def _topk_kd_loss_kernel(
         u_others = tl.zeros([BLOCK_V], tl.float32)
         for i in range(tl.cdiv(V, BLOCK_V)):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-            z, _ = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
+            z, _ = _load_others(student, listed_ptr, offs_v, V, BEND)
             q = tl.exp2((z - max_o) * scale) * share
             zeros = tl.zeros([BLOCK_V], tl.float32)
             f, u = class_terms(
@@ -218,7 +216,7 @@ def _topk_kd_loss_kernel(
                 of_others += tl.where(d_o == 0, 0.0, u_tail / d_o)
             for i in range(tl.cdiv(V, BLOCK_V)):
                 offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
-                z, _ = _load_others(student_ptr, listed_ptr, offs_v, V, BEND)
+                z, _ = _load_others(student, listed_ptr, offs_v, V, BEND)
                 e = tl.exp2((z - max_o) * scale)
                 dz = e * of_others
                 if TAIL == "renormalise":
@@ -307,6 +305,7 @@ def _launch(
     with torch.cuda.device_of(student_logits):
         _topk_kd_loss_kernel[(rows,)](
             student_logits,
+            spec.student_bias,
             teacher.ids.contiguous(),
             teacher.log_probs.contiguous(),
             teacher.log_tail,

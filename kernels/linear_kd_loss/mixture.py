@@ -279,7 +279,8 @@ class Mixture(NamedTuple):
         """The logits of rows of teacher i, as its model gives them."""
         scale, cap = self.bends[2 * i : 2 * i + 2]
         # values are bent already, and may be a user's
-        return Bend(scale, cap or None).apply(teacher.signal(buffers, tile, spec))
+        bend = Bend(scale, cap or None, getattr(teacher, "logit_bias", None))
+        return bend.apply(teacher.signal(buffers, tile, spec))
 
     def _mixed(self, buffers: Sequence[Tensor], tile: int, spec: KDSpec) -> Tensor:
         """Logarithms of the mixture, times the temperature by which the row kernel divides."""
@@ -417,7 +418,8 @@ def _sum_fwd_bwd(
 ):
     """As a row kernel. The sum of gradients is made aside: each call reads the student's logits."""
     of_teachers = dataclasses.replace(spec, ce_weight=0.0, z_loss_weight=0.0)
-    of_labels = dataclasses.replace(spec, kd_weight=0.0)
+    # beside the student itself, whose divergence is 0
+    of_labels = dataclasses.replace(spec, kd_weight=0.0, teacher_bias=spec.student_bias)
     dtotal, dpart = losses.total[: logits.shape[0]], losses.part[: logits.shape[0]]
     dtotal.zero_()
     total = None

@@ -1,8 +1,8 @@
 """The loop of every backend: a chunk of logits is produced, consumed while hot, and forgotten.
 
     for rows of a chunk                                     what is not stored whole
-        z_s = h_s W_s^T + b_s,  z_t = h_t W_t^T + b_t       logits [N, V], twice
-        kd, ce, dz = row kernel(z_s, z_t, label)            probabilities; dz overwrites z_s
+        z_s = h_s W_s^T,  z_t = h_t W_t^T                   logits [N, V], twice
+        kd, ce, dz = row kernel(z_s, b_s, z_t, b_t, label)  probabilities; dz overwrites z_s
         dhidden = dz W_s
         dweight += dz^T h_s,  dbias += sum(dz)              one fp32 accumulator, rounded once
 
@@ -169,6 +169,7 @@ def stream(
     num_found = len(BY_PRODUCTS[teacher.row_kernel]) if by_products else 0
     num_extras = num_found or int(spec.z_loss_weight != 0.0)
     found = weights.new_zeros(len(weights), num_found)
+    spec = spec.of_heads(*(getattr(head, "logit_bias", None) for head in (student, teacher)))
     row_kernel = row_function(kernels, student, teacher, "fwd_bwd" if wanted else "fwd")
     gradient = None
     if wanted:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import (
+    Bend,
     KDSpec,
     check_tensor,
     debug_check_finite,
@@ -151,6 +152,8 @@ def _stream(
     states, classes = _states(teacher), teacher.vocab_size
     found = _empty(states, k)
     dtype = found[1].dtype
+    # before the row kernel, whose order is that of the sums; values have none and stay
+    bias = Bend(bias=getattr(teacher, "logit_bias", None))
     widened = teacher.widened_bytes(dtype)
     row_bytes = dtype.itemsize * pitch(classes) + widened
     budget = budget_for(workspace_bytes, row_bytes, on_gpu=states.is_cuda)
@@ -160,7 +163,7 @@ def _stream(
         gemm.fp32_sums(states),
     ):
         for span in spans(states.shape[0], plan.rows):
-            logits = teacher.take(span, None).signal(buffers, plan.tile, spec)
+            logits = bias.apply(teacher.take(span, None).signal(buffers, plan.tile, spec))
             for whole, part in zip(found, kernels.teacher_topk(logits, k, spec), strict=True):
                 whole[span] = part
     return found

@@ -152,7 +152,7 @@ def teacher_of(hidden: Any, weight: Any, bias: Tensor | None) -> Any:
 
 def refuse_bend(teacher: Any, spec: KDSpec) -> None:
     """Raises ValueError for a scale or cap of logits that no head of the teacher makes."""
-    if not (spec.teacher_bend.is_identity or hasattr(teacher, "hidden")):
+    if not (spec.teacher_bend.is_straight or hasattr(teacher, "hidden")):
         raise ValueError(
             "teacher_logit_scale, teacher_softcap: expected 1 and None beside a "
             f"{type(teacher).__name__}, which has no head that they could follow (each TeacherHead "

@@ -25,6 +25,8 @@ BENT = {"student_softcap": 30.0, "teacher_logit_scale": 0.0625}
 ALL = "all-t2"
 # of "kd+ce-t2", where each row has a temperature of its own
 TOKENS = "kd+ce-tokens"
+# of "kd+ce", where both heads have a bias
+BIASED = "biased"
 
 
 OF_PROBABILITIES = [r.name for r in DIVERGENCES.values() if r.row_sums != "of_logits"]
@@ -58,7 +60,7 @@ class Case:
         is_bent, has_all = self.objective == "bent", self.objective == ALL
         has_own, named = self.objective == TOKENS, self.objective
         if named not in OBJECTIVES:
-            named = "kd+ce" if is_bent else "kd+ce-t2"
+            named = "kd+ce" if named in ("bent", BIASED) else "kd+ce-t2"
         ce_weight, temperature = OBJECTIVES[named]
         bends = BENT if is_bent else {}
         divergence = option_of(self.divergence)
@@ -67,6 +69,9 @@ class Case:
             spec = dataclasses.replace(spec, label_smoothing=0.1, z_loss_weight=1e-4)
         if has_own:
             spec = spec.of_rows(torch.empty(self.rows, 2, device="meta"))
+        if self.objective == BIASED:
+            bias = torch.empty(self.vocab_size, dtype=torch.bfloat16, device="meta")
+            spec = spec.of_heads(bias, bias)
         extras = torch.empty(self.rows, 6, device="meta") if has_all else None
         shape = (self.rows, self.vocab_size)
         student = torch.empty(shape, dtype=logits_dtype, device="meta")
@@ -116,6 +121,7 @@ def core_cases() -> list[Case]:
         *(Case(function, "jsd", "bent", "fp32-bf16") for function in FUNCTIONS[::2]),
         Case("kd_loss_fwd_bwd", "jsd", ALL, "fp32-bf16"),
         *(Case(function, "jsd", TOKENS, "fp32-bf16") for function in FUNCTIONS),
+        *(Case(FUNCTIONS[2], divergence, BIASED, "fp32-bf16") for divergence in ("jsd", "renyi")),
     ]
     held = {case.divergence for case in everywhere}
     others = [

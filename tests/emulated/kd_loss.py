@@ -30,7 +30,7 @@ _MAX_PARTS = 8
 
 
 class _Bend(Structure):
-    _fields_ = [("scale", c_float), ("cap", c_float)]
+    _fields_ = [("scale", c_float), ("cap", c_float), ("bias", c_void_p)]
 
 
 class _Summand(Structure):
@@ -235,12 +235,16 @@ def _rows_of(
 ) -> _Rows:
     own, parts = _spec_of(spec, student.shape[1])
     bends = spec.bends or [1.0, 0.0, 1.0, 0.0]
+    student_bend, teacher_bend = (
+        _Bend(*numbers, at(bias))  # fp32, which the spec holds while the kernel runs
+        for numbers, bias in ((bends[:2], spec.student_bias), (bends[2:], spec.teacher_bias))
+    )
     call = _Rows(
         *(at(student), at(teacher), pitch(student), pitch(teacher)),
         *(KINDS[student.dtype], at(labels), at(row_weights), at(spec.softening)),
         *(*map(at, out), at(extras), 0 if extras is None else extras.shape[1]),
         *(at(dlogits), pitch(dlogits), 0 if dlogits is None else KINDS[dlogits.dtype]),
-        *(*student.shape, _Bend(*bends[:2]), _Bend(*bends[2:]), own),
+        *(*student.shape, student_bend, teacher_bend, own),
     )
     for index, part in enumerate(parts):
         call.parts[index] = part

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modxfer_fast.kernels.common import KDSpec
 from tests.emulated.kd_loss import Emulated
+from tests.support.kd_biases import BENDS, check_biases
 from tests.support.kd_rows import Rows, close_rows
 
 SEEDS = range(4)
@@ -133,6 +134,11 @@ def test_rows_that_do_not_count_and_classes_that_are_excluded(is_resident):
     assert ce[:3].isfinite().all()
     assert ce[4].isnan()
     assert dlogits[4].isnan().all()
+
+
+@HELD
+def test_biases(is_resident):
+    check_biases(Emulated(2 if is_resident else 1, is_resident=is_resident), "labels", **BENDS)
 
 
 @HELD

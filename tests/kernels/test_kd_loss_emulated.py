@@ -7,6 +7,7 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from modxfer_fast.kernels.kd_loss import reference
 from tests.emulated.kd_loss import Emulated
+from tests.support.kd_biases import BENDS, check_biases
 from tests.support.kd_rows import Rows, check_row_kernels, close_rows
 
 SEEDS = range(4)
@@ -85,14 +86,23 @@ def test_options_and_by_products(is_resident, options):
         )
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "logits_cosine"])
+@pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "streamed"])
+def test_biases(is_resident, divergence):
+    impl = Emulated(cluster=2 if is_resident else 1, is_resident=is_resident)
+    check_biases(impl, "rows", divergence)
+    check_biases(impl, "rows", divergence, **BENDS)
+
+
 @pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "streamed"])
 @pytest.mark.parametrize(
     ("divergence", "num_extras"),
     [("forward_kl", 0), ("jsd", 6), ("negative_log_acceptance", 0), ("logits_cosine", 0)],
 )
 def test_no_race_and_the_same_bits_with_every_schedule(divergence, num_extras, is_resident):
-    rows = close_rows(5, 700)
+    rows, bias = close_rows(5, 700), torch.linspace(-2.0, 2.0, 700)
     spec = KDSpec(divergence, None, 1.5, 0.7, 0.4, label_smoothing=0.1).checked()
+    spec = spec.of_heads(bias, -bias)
     args = (rows.student, rows.teacher, rows.labels, rows.row_weights, spec)
     found = []
     for seed in SEEDS:

@@ -6,6 +6,7 @@ import torch
 from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.divergences import DIVERGENCES
 from tests.emulated.kd_loss import Emulated
+from tests.support.kd_biases import check_biases
 from tests.support.kd_rows import close_rows
 from tests.support.kd_stages import BENDS, HARD, SUM, check_stages
 
@@ -35,6 +36,11 @@ OPTIONS = {
 )
 def test_options(divergence, options):
     check_stages(Emulated(is_resident=False), divergence, **options)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_biases(divergence):
+    check_biases(Emulated(is_resident=False), "stages", divergence)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)

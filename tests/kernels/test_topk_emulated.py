@@ -11,6 +11,7 @@ from modxfer_fast.kernels.common import KDSpec
 from modxfer_fast.kernels.kd_loss import reference
 from modxfer_fast.testing import assert_within_budget
 from tests.emulated.kd_loss import Emulated
+from tests.support.kd_biases import BENDS, check_biases
 from tests.support.kd_rows import OF_PROBABILITIES, SUMS_OVER_CLASSES, Rows, close_rows
 
 SEEDS = range(4)
@@ -151,6 +152,11 @@ def test_a_student_that_gives_the_others_next_to_nothing(is_resident):
 
 
 @HELD
+def test_biases(is_resident):
+    check_biases(Emulated(2 if is_resident else 1, is_resident=is_resident), "lists", **BENDS)
+
+
+@HELD
 def test_classes_that_the_student_excludes(is_resident):
     rows = close_rows(4, 64)
     teacher = teacher_of(rows, 9, "bucket")
@@ -185,6 +191,7 @@ def test_no_race_and_the_same_bits_with_every_schedule(is_resident, tail, diverg
     spec = KDSpec(
         divergence, 0.3 if divergence == "jsd" else None, 1.0, 0.7, 0.4, label_smoothing=0.1
     ).checked()
+    spec = spec.of_heads(torch.linspace(-2.0, 2.0, 700), None)
     signal = teacher_of(rows, 90, tail).rows(spec)
     found = []
     for seed in SEEDS:

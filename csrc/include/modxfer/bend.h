@@ -1,4 +1,5 @@
-// What a model does to its logits behind the head, z = cap tanh(scale raw / cap). Torch-free.
+// What becomes of the products of a head: raw = product + bias, z = cap tanh(scale raw / cap).
+// Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +8,18 @@ namespace modxfer {
 
 struct Bend {
   float scale = 1.0f;
-  float cap = 0.0f;  // 0: none, z = scale raw
+  float cap = 0.0f;             // 0: none, z = scale raw
+  const float* bias = nullptr;  // of each class, or none
 
-  constexpr bool is_identity() const { return scale == 1.0f && cap == 0.0f; }
+  constexpr bool is_straight() const { return scale == 1.0f && cap == 0.0f; }
+  constexpr bool is_identity() const { return is_straight() && bias == nullptr; }
 };
 
 // Row kernels of one instruction set.
 struct BendRowKernels {
   const char* isa;
-  // z from raw logits; an infinite one stays what it is. z may be raw itself.
-  void (*bend)(const float* raw, int64_t V, const Bend& bend, float* z);
+  // z from products of the head; an infinite logit stays what it is. z may be x itself.
+  void (*bend)(const float* x, int64_t V, const Bend& bend, float* z);
   // Turns a gradient in z into one in the raw logits.
   void (*unbend)(const float* z, int64_t V, const Bend& bend, float* gradient);
 };
