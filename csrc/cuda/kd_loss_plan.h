@@ -15,6 +15,9 @@ struct Plan {
   int threads;
 };
 
+// Bytes of shared memory that a multiprocessor keeps of every block it has; no block may have them.
+constexpr int kKeptOfABlock = 1024;
+
 // most_shared: bytes of shared memory that a block may have, 0 of a device without clusters;
 // bytes_of: those that a block of so large a cluster needs to hold its part of a row.
 //
@@ -26,7 +29,8 @@ Plan plan_of(int rows, int multiprocessors, int most_shared, const Bytes& bytes_
   constexpr int kThreads[] = {512, 384, 256};  // of one to three blocks
   for (int at_once : {3, 2, 1}) {
     for (int cluster = 1; cluster <= kMaxBlocks; cluster *= 2) {
-      if (bytes_of(cluster) > most_shared / at_once) continue;
+      const int share = (most_shared + kKeptOfABlock) / at_once - kKeptOfABlock;
+      if (bytes_of(cluster) > share) continue;
       const int clusters = std::min(rows, std::max(multiprocessors * at_once / cluster, 1));
       return {true, cluster, clusters * cluster, kThreads[at_once - 1]};
     }

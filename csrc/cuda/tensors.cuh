@@ -33,6 +33,7 @@ inline Matrix matrix_of(const Tensor& rows) {
 }
 
 inline void check(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();  // else CUTLASS takes it for its launch's own
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 

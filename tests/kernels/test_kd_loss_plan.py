@@ -43,6 +43,14 @@ def test_the_cluster_grows_with_the_row(classes, logit_bytes, cluster):
     assert blocks >= H200 // cluster * cluster  # every multiprocessor has one
 
 
+def test_as_many_blocks_fit_a_multiprocessor_as_are_launched_for_it():
+    for classes in range(1000, 500000, 50):
+        is_resident, _, _, threads, used = plan(8192, classes, 4)
+        at_once = {512: 1, 384: 2, 256: 3}[threads]
+        # of the 228 KiB of a multiprocessor, each block takes 1 KiB more than it has
+        assert not is_resident or at_once * (used + 1024) <= 228 * 1024, classes
+
+
 def test_a_row_that_no_cluster_holds_is_streamed():
     is_resident, cluster, *_ = plan(8192, 2**20, 4)
     assert not is_resident
