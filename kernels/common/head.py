@@ -274,6 +274,8 @@ class HeadGradient:
             else:
                 self._add_dweight(dlogits, rows.hidden, classes)
         if "bias" in sums:
+            # dlogits once more, 1 % of a step: sums kept by the row kernels would be [V] a thread,
+            # read and written for every row, and a GPU's programs have a row each
             dbias = dlogits.sum(0, dtype=sums["bias"].dtype)
             if classes is None:
                 sums["bias"].add_(dbias)
