@@ -236,9 +236,9 @@ class Sides {
     if constexpr (kIsResident) {
       const int next = row + device::num_clusters();
       if (next >= rows) return;
+      device::fence_copies();  // by all, who may have added a bias to what was copied
       device::sync_block();
       if (device::thread_index() > 0) return;
-      device::fence_copies();
       load(next, tile);
     }
   }
