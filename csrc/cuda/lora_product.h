@@ -18,14 +18,14 @@ constexpr int kMostPairs = 6;
 constexpr int kStepTerms = 64, kAligned = 8;
 
 // Rows are `stride` elements apart, elements of a row side by side.
-struct Matrix {
+struct Operand {
   const void* data;
   int64_t stride;
 };
 
 struct Pair {
-  Matrix left;   // [rows, terms]
-  Matrix right;  // [columns, terms], or [terms, columns]
+  Operand left;   // [rows, terms]
+  Operand right;  // [columns, terms], or [terms, columns]
   int terms;
 };
 
@@ -33,9 +33,9 @@ struct Pair {
 struct LoraProduct {
   int rows, columns, num_pairs;
   Pair pairs[kMostPairs];
-  Matrix addend;     // [rows, columns], may be the result itself; no data: none
+  Operand addend;    // [rows, columns], may be the result itself; no data: none
   const void* bias;  // [columns], or nullptr
-  Matrix result;     // [rows, columns]
+  Operand result;    // [rows, columns]
   int multiprocessors;
 };
 

@@ -229,7 +229,7 @@ struct Numbers {
     }
   }
   double at(int i, int j) const { return static_cast<float>(memory[first + i * stride + j]); }
-  Matrix matrix() const { return {&memory[first], stride}; }
+  Operand operand() const { return {&memory[first], stride}; }
 };
 
 template <bool kRightInRows>
@@ -415,7 +415,7 @@ long play_a_product(int rows, int columns, const std::vector<int>& terms) {
     rights.emplace_back(kRightInRows ? columns : length, kRightInRows ? length : columns);
   }
   for (size_t i = 0; i < terms.size(); ++i) {
-    product.pairs[i] = {lefts[i].matrix(), rights[i].matrix(), terms[i]};
+    product.pairs[i] = {lefts[i].operand(), rights[i].operand(), terms[i]};
     for (int m = 0; m < rows; ++m) {
       for (int k = 0; k < terms[i]; ++k) {
         for (int n = 0; n < columns; ++n) {

@@ -16,13 +16,13 @@ namespace modxfer::cuda {
 using torch::stable::Tensor;
 
 // Instances of their own files.
-bool launch_y(const LoraProduct& product, cudaStream_t stream);
-bool launch_dx(const LoraProduct& product, cudaStream_t stream);
+const char* launch_y(const LoraProduct& product, cudaStream_t stream);
+const char* launch_dx(const LoraProduct& product, cudaStream_t stream);
 
 namespace {
 
 // A vector is a row.
-Matrix matrix_of(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+Operand operand_of(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16, name,
                   ": expected bfloat16");
   const int64_t dim = tensor.dim(), last = dim - 1;
@@ -56,18 +56,18 @@ void lora_product_cuda(std::vector<Tensor> lefts, std::vector<Tensor> rights, bo
                   " and ", rights.size());
   for (size_t i = 0; i < lefts.size(); ++i) {
     const int64_t terms = lefts[i].size(1);
-    product.pairs[i] = {matrix_of("lefts", lefts[i], rows, terms),
-                        rights_in_rows ? matrix_of("rights", rights[i], columns, terms)
-                                       : matrix_of("rights", rights[i], terms, columns),
+    product.pairs[i] = {operand_of("lefts", lefts[i], rows, terms),
+                        rights_in_rows ? operand_of("rights", rights[i], columns, terms)
+                                       : operand_of("rights", rights[i], terms, columns),
                         static_cast<int>(terms)};
   }
-  if (addend.has_value()) product.addend = matrix_of("addend", *addend, rows, columns);
-  if (bias.has_value()) product.bias = matrix_of("bias", *bias, 1, columns).data;
-  product.result = matrix_of("result", result, rows, columns);
+  if (addend.has_value()) product.addend = operand_of("addend", *addend, rows, columns);
+  if (bias.has_value()) product.bias = operand_of("bias", *bias, 1, columns).data;
+  product.result = operand_of("result", result, rows, columns);
   product.multiprocessors = static_cast<int>(multiprocessors);
   const auto launch = rights_in_rows ? launch_y : launch_dx;
-  STD_TORCH_CHECK(launch(product, reinterpret_cast<cudaStream_t>(stream)),
-                  "lora_product: not launched: ", cudaGetErrorString(cudaGetLastError()));
+  const char* reason = launch(product, reinterpret_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(reason == nullptr, "lora_product: not launched, CUTLASS says: ", reason);
 }
 
 }  // namespace modxfer::cuda

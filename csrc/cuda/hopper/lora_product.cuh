@@ -33,7 +33,7 @@ struct HopperProduct {
   static typename Gemm::Arguments arguments_of(const LoraProduct& product) {
     using Stride = typename Epilogue::StrideC;
     // no addend: nothing is read, but its descriptor wants an address
-    const Matrix& addend = product.addend.data ? product.addend : product.result;
+    const Operand& addend = product.addend.data ? product.addend : product.result;
     auto* result = static_cast<Element*>(const_cast<void*>(product.result.data));
     typename Gemm::Arguments arguments{
         cutlass::gemm::GemmUniversalMode::kGemm,
@@ -54,13 +54,16 @@ struct HopperProduct {
     return arguments;
   }
 
-  // -> whether CUTLASS takes it; what the launch says is left to the caller.
-  static bool launch(const LoraProduct& product, cudaStream_t stream) {
+  // -> nullptr, or why it was not launched: CUTLASS keeps what CUDA says of that.
+  static const char* launch(const LoraProduct& product, cudaStream_t stream) {
+    using cutlass::Status;
     const auto arguments = arguments_of(product);
     Gemm gemm;
-    return Gemm::can_implement(arguments) == cutlass::Status::kSuccess &&
-           Gemm::get_workspace_size(arguments) == 0 &&
-           gemm.run(arguments, nullptr, stream) == cutlass::Status::kSuccess;
+    Status status = Gemm::can_implement(arguments);
+    const bool is_taken = status == Status::kSuccess;
+    if (is_taken && Gemm::get_workspace_size(arguments) > 0) status = Status::kErrorWorkspaceNull;
+    if (status == Status::kSuccess) status = gemm.run(arguments, nullptr, stream);
+    return status == Status::kSuccess ? nullptr : cutlassGetStatusString(status);
   }
 };
 

@@ -3,7 +3,7 @@
 
 namespace modxfer::cuda {
 
-bool launch_dx(const LoraProduct& product, cudaStream_t stream) {
+const char* launch_dx(const LoraProduct& product, cudaStream_t stream) {
   return HopperProduct<cutlass::bfloat16_t, false>::launch(product, stream);
 }
 

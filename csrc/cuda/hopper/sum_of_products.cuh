@@ -30,10 +30,10 @@ using ProductOfTiles = typename cutlass::gemm::collective::CollectiveBuilder<
 
 // One element of a row follows the other; what a row is depends on the stride.
 template <class Stride>
-Stride stride_of(const Matrix& matrix) {
+Stride stride_of(const Operand& operand) {
   Stride stride{};
   constexpr bool kInRows = cute::is_static<decltype(cute::get<1>(stride))>::value;
-  cute::get<kInRows ? 0 : 1>(stride) = matrix.stride;
+  cute::get<kInRows ? 0 : 1>(stride) = operand.stride;
   return stride;
 }
 
