@@ -7,6 +7,20 @@ from modxfer_fast.cli.main import add_job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "examples/", "teacher.cache.top_k=64")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FORMAT:PATH",
+        help="take over what another program kept, instead of asking the teacher: vllm:FOLDER of "
+        "hidden states, axolotl:PATH or distillkit:FOLDER of top-K classes",
+    )
+    parser.add_argument(
+        "--as",
+        dest="reading",
+        metavar="READING",
+        help="with --from, which layer or token theirs are of, where it is not the usual one: "
+        "of vllm 3 or 3+norm (apply the final norm), of the others own or next",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,7 +31,14 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(config, TaskDistillConfig):
         raise ConfigError(f"{args.config}: kind: expected causal_lm, got task")
 
-    from modxfer_fast.jobs.cache.job import CacheJob
+    if args.source is None:
+        if args.reading is not None:
+            raise ConfigError("--as: expected --from beside it, got none")
+        from modxfer_fast.jobs.cache.job import CacheJob
 
-    CacheJob(config).run()
+        CacheJob(config).run()
+    else:
+        from modxfer_fast.jobs.cache.importing import ImportJob
+
+        ImportJob(config, args.source, args.reading).run()
     return 0

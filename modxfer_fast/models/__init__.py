@@ -25,7 +25,13 @@ from modxfer_fast.models.fused_lora.patch import (
     unpatch_peft_model,
 )
 from modxfer_fast.models.fused_lora.report import FusedLoraReport
-from modxfer_fast.models.load import load_model, load_model_config, load_task_model, task_skeleton
+from modxfer_fast.models.load import (
+    causal_skeleton,
+    load_model,
+    load_model_config,
+    load_task_model,
+    task_skeleton,
+)
 from modxfer_fast.models.peft import apply_peft, check_peft, check_targets, load_adapter
 from modxfer_fast.models.phm import phm_dense, phm_refit
 
@@ -41,6 +47,7 @@ __all__ = [
     "apply_peft",
     "bottleneck_sites",
     "build_model",
+    "causal_skeleton",
     "check_config_fits",
     "check_finite",
     "check_packing",

@@ -92,6 +92,18 @@ def task_skeleton(
         return auto.from_config(config, trust_remote_code=section.trust_remote_code)
 
 
+def causal_skeleton(path: str, section: CheckpointSection) -> PreTrainedModel:
+    """What `load_model` loads of a causal language model, as names and shapes on the meta device.
+
+    Raises:
+        ModelError: nothing there, or not such a model.
+    """
+    auto, _, _ = KINDS["causal_lm"]
+    config = load_model_config(path, section)
+    with _errors(path), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=section.trust_remote_code)
+
+
 def load_model_config(path: str, section: CheckpointSection) -> PreTrainedConfig:
     """The configuration of the model at a folder or hub id; ModelError where there is none."""
     with _errors(path):

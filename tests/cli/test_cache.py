@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+from modxfer_fast.config import load_config
+from modxfer_fast.jobs.distill.job import DistillJob
+from modxfer_fast.teacher_cache import TeacherCache, documents_in
 
 TOP_K = 12
 NO_COMPARISON = {"ce_only": False, "loss_rows": None}
@@ -102,3 +105,55 @@ def test_another_teacher_is_refused(tmp_path, write_job, answers, capsys):
     path, _ = write_job(tmp_path, compare=NO_COMPARISON, teacher=teacher)
     assert main(["distill", str(path)]) == EXIT_USER_ERROR
     assert "is of another teacher; weights: expected" in capsys.readouterr().err
+
+
+def test_states_that_another_program_kept_teach_as_well(tmp_path, write_job, capsys):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    teacher = {
+        "plan": "cached",
+        "cache": {"folder": str(tmp_path / "ours")},
+        "pretrain": {"max_steps": 100},  # one that knows more than how frequent a token is
+    }
+    path, _ = write_job(tmp_path, compare=NO_COMPARISON, teacher=teacher)
+    job = DistillJob(load_config(path))
+    model = job.load_teacher(job.teacher_source())
+    before = []
+    model.model.norm.register_forward_pre_hook(lambda _, given: before.append(given[0][0]))
+    rows = job.material.rows
+    documents = list(documents_in([*rows.train, *rows.held_out], rows.collator))
+    behind = []
+    for number, document in enumerate(documents):
+        with torch.no_grad():
+            behind.append(model.model(input_ids=document.ids.long()[None])[0][0])
+        kept = {"hidden_states": before.pop()[:, None].contiguous(), "token_ids": document.ids}
+        save_file(kept, folder / f"{number}.safetensors")
+
+    command = ["cache", str(path), "--from", f"vllm:{folder}"]
+    assert main(command) == EXIT_USER_ERROR
+    assert '(--as "0+norm")' in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+    assert main([*command, "--as", "0+norm"]) == 0
+    assert f"{len(documents)} documents imported" in capsys.readouterr().out
+    ours = TeacherCache(tmp_path / "ours")
+    assert torch.equal(ours.head()["weight"], model.lm_head.weight)
+    for document, expected in zip(documents, behind, strict=True):
+        torch.testing.assert_close(ours.read(document)["hidden"], expected)
+    assert main(["distill", str(path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--from", "llama:x"], "--from: expected FORMAT:PATH with a format among vllm, axolotl"),
+        (["--from", "vllm"], "--from: expected FORMAT:PATH"),
+        (["--as", "3"], "--as: expected --from beside it"),
+        (["--from", "vllm:nowhere"], "nowhere: expected a folder of .safetensors files"),
+    ],
+)
+def test_what_cannot_be_imported_is_told(tmp_path, write_job, capsys, options, told):
+    path, _ = write_job(tmp_path, compare=NO_COMPARISON)
+    assert main(["cache", str(path), *options]) == EXIT_USER_ERROR
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out.cache").exists()

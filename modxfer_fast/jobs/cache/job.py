@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from modxfer_fast.config import ConfigError
 from modxfer_fast.engine import Teacher
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
@@ -84,22 +86,30 @@ class CacheJob(DistillJob):
         return report
 
     def _create(self, source: ModelSource, teacher: Teacher) -> None:
-        section, model = self.config.teacher.cache, teacher.model
-        parts = SplitCausalLM.of(model, "teacher")
+        section, parts = self.config.teacher.cache, SplitCausalLM.of(teacher.model, "teacher")
         hidden = None
         if section.hidden:
             hidden = section.dtype or str(parts.head.weight.dtype).removeprefix("torch.")
-        payload = Payload(hidden, parts.head.weight.shape[1] if hidden else 0, section.top_k)
-        head = {"weight": parts.head.weight, "bias": parts.head.bias} if hidden else {}
+        width = parts.head.weight.shape[1] if hidden else 0
+        self.create(source, teacher.model, Payload(hidden, width, section.top_k))
+
+    def create(self, source: ModelSource, model: PreTrainedModel, payload: Payload) -> TeacherCache:
+        """The cache of the job, made or opened.
+
+        Raises:
+            CacheError: the one there is of another teacher or payload.
+        """
+        parts = SplitCausalLM.of(model, "teacher")
+        head = {"weight": parts.head.weight, "bias": parts.head.bias} if payload.hidden else {}
         facts = {
             **teacher_facts(source, self.config, self.material.tokenizer),
-            "classes": teacher.classes,
+            "classes": parts.classes,
             "logit_scale": parts.bend.scale,
             "softcap": parts.bend.cap,
             "model_type": model.config.model_type,
         }
         given = {name: tensor for name, tensor in head.items() if tensor is not None}
-        TeacherCache.create(cache_folder(self.config), payload, facts, given)
+        return TeacherCache.create(cache_folder(self.config), payload, facts, given)
 
     def _batch_tokens(self) -> int:
         args = self.evaluation.args()
