@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from modxfer_fast.data.collator import CausalCollator
+from modxfer_fast.engine import CachedTeacher, DistillModule, Objective
 from modxfer_fast.kernels.common import Bend
 from modxfer_fast.teacher_cache import Document, TeacherCache, key_of
 from modxfer_fast.teacher_cache.importers import (
@@ -259,6 +261,38 @@ def test_lists_that_were_divided_by_their_sum_leave_nothing(tmp_path, model, hea
     found = import_answers(AxolotlColumns(path, head), documents(), creating(tmp_path))
     tail = found.cache.read(next(documents())[0])["topk_log_tail"][:-1]
     assert (tail.exp() < 1e-6).all()
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_a_student_of_lists_learns_what_they_say(tmp_path, model, head, divided, tail):
+    records = [columns(model, ids, divided=divided) for ids in TEXTS]
+    path = write_records(tmp_path / "a.jsonl", records)
+    found = import_answers(AxolotlColumns(path, head), documents(), creating(tmp_path))
+    teacher = CachedTeacher(found.cache, tail=tail)
+    rows = [
+        {"input_ids": ids.tolist(), "is_target": [True] * len(ids), "lengths": [len(ids)]}
+        for ids in TEXTS
+    ]
+    batch = teacher.collator(CausalCollator(0, packed=False))(rows)
+    student = tiny_llama()
+    DistillModule(student, teacher, Objective())(**batch)["loss"].backward()
+
+    truth = tiny_llama().double()
+    losses = []
+    for ids in TEXTS:
+        log_p, listed = (each[:-1] for each in top_k(model, ids))
+        log_q = truth(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        if divided or tail == "renormalise":
+            log_p, log_q = log_p.log_softmax(-1), log_q.gather(-1, listed)
+        else:
+            rest = log_q.scatter(-1, listed, -torch.inf).logsumexp(-1, keepdim=True)
+            log_p = torch.cat([log_p, torch.log1p(-log_p.exp().sum(-1, keepdim=True))], -1)
+            log_q = torch.cat([log_q.gather(-1, listed), rest], -1)
+        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    torch.cat(losses).mean().backward()
+    for own, expected in zip(student.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.double(), expected.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_prompts_need_no_lists_and_what_is_learnt_does(tmp_path, model, head):
