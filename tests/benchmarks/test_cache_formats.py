@@ -7,7 +7,6 @@ from benchmarks import cache_formats
 from modxfer_fast.teacher_cache import Document, key_of
 from tests.support.models import VOCAB_SIZE, TokenDataset, tiny_llama
 
-
 ALL_BUT_ONE = VOCAB_SIZE - 1  # whose bucket is the last class
 
 
@@ -36,10 +35,10 @@ def test_errors_are_those_of_the_formats(tmp_path, monkeypatch):
 
 def kl(model, rows):
     """KL(teacher || student) a token by the model's own forward; its block 1 of 3 is left out."""
-    logits = [model(input_ids=own.long()[None]).logits[0] for own in rows]
+    logits = [model(input_ids=own.long()[None], use_cache=False).logits[0] for own in rows]
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList([layers[0], layers[2]])
     model.config.num_hidden_layers = 2
-    left = [model(input_ids=own.long()[None]).logits[0] for own in rows]
+    left = [model(input_ids=own.long()[None], use_cache=False).logits[0] for own in rows]
     p, q = (torch.cat(each).log_softmax(-1) for each in (logits, left))
     return float((p.exp() * (p - q)).sum(-1).mean())
