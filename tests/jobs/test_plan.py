@@ -49,11 +49,8 @@ def job(**training):
     return validate({**JOB, "training": {**JOB["training"], **training}}, JobConfig, "job")
 
 
-def module():
-    teacher = tiny_llama(96, 3, seed=1, vocab_size=2000)
-    return DistillModule(
-        tiny_llama(64, 2, vocab_size=2000), Teacher(teacher), Objective(workspace_mb=2)
-    )
+def models():
+    return tiny_llama(64, 2, vocab_size=CLASSES), tiny_llama(96, 3, seed=1, vocab_size=CLASSES)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -61,8 +58,9 @@ def test_a_step_takes_what_was_planned(checkpointing):
     training = {"gradient_checkpointing": checkpointing}
     loss = LossSection(workspace_mb=1)
     with without_values():
-        planned = planned_step(module(), loss, training, ROWS, LENGTH, on_gpu=False)
-    real = module()
+        planned = planned_step(*models(), loss, training, ROWS, LENGTH, on_gpu=False)
+    student, teacher = models()
+    real = DistillModule(student, Teacher(teacher), Objective(workspace_mb=1)).train()
     if checkpointing:
         real.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, CLASSES, (ROWS, LENGTH))
@@ -109,6 +107,21 @@ def test_more_ranks_need_less_of_each_and_do_more_together():
     assert many.tokens == 4 * few.tokens
     assert few.tokens_per_s < many.tokens_per_s <= 4 * few.tokens_per_s
     assert make_plan(job(), 1, "h100").exchange_s == 0
+
+
+def test_a_divided_teacher_takes_memory_of_none_and_time_of_all():
+    whole, parts, cached, offloaded = (
+        make_plan(
+            validate({**JOB, "teacher": {**JOB["teacher"], "plan": plan}}, JobConfig, ""), 8, "h100"
+        )
+        for plan in ("replica", "zero3", "cached", "zero3_offload")
+    )
+    of = {part.name: part.bytes for part in whole.parts}["teacher"]
+    assert {part.name: part.bytes for part in parts.parts}["teacher"] == -(-of // 8)
+    assert offloaded.bytes < parts.bytes < whole.bytes
+    assert cached.bytes < whole.bytes
+    assert cached.compute_s < whole.compute_s == parts.compute_s
+    assert parts.exchange_s > 2 * whole.exchange_s == 2 * cached.exchange_s
 
 
 def test_a_job_that_cannot_fit_is_refused_with_what_would(tmp_path, capsys):

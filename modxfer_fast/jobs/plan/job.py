@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from modxfer_fast.config import ConfigError, JobConfig
-from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.errors import UserError
@@ -88,10 +87,12 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         student = student_without_values(of_student, config.student, kind, half)
         parts = parts_of_student(student, training, sharding)
         parts += _parts_of_teacher(teacher, config, gpus)
-        objective = Objective(**config.loss.of_logits())
-        module = DistillModule(student, Teacher(teacher), objective).train()
-        step = planned_step(module, config.loss, training, rows, length)
-        exchanged = _exchanged(student, training, sharding, accumulation)
+        answered = config.teacher.plan == "cached"
+        models = student, teacher
+        step = planned_step(*models, config.loss, training, rows, length, answered=answered)
+        exchanged = _exchanged(student, sharding, accumulation)
+        if config.teacher.is_divided:  # whole once in each micro-batch
+            exchanged += (gpus - 1) / gpus * bytes_of(teacher) * accumulation
     note = f"{rows} x {length} tokens, of which the loss of the logits {step.workspace / GIB:.1f}"
     parts.append(Part("step", step.bytes, note))
     link = machine.node_gb_s if gpus <= machine.per_node else machine.net_gb_s
@@ -119,8 +120,8 @@ def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]
     return [Part("teacher", -(-size // ranks), f"{size / GIB:.1f} GiB over {ranks} ranks"), whole]
 
 
-def _exchanged(student: Any, training: dict, sharding: Sharding, accumulation: int) -> float:
-    """Bytes that a rank sends in a step: gradients once, parameters as often as they are wanted."""
+def _exchanged(student: Any, sharding: Sharding, accumulation: int) -> float:
+    """Bytes of a student that a rank sends in a step, by the rings that NCCL makes."""
     ranks = sharding.ranks
     if ranks == 1:
         return 0.0

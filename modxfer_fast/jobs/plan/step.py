@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import PreTrainedModel
 
 from modxfer_fast.config import LossSection
-from modxfer_fast.engine import DistillModule, Teacher
+from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.plan.memory import half_dtype
 from modxfer_fast.kernels.common.head import Head
@@ -33,19 +35,25 @@ class PlannedStep(NamedTuple):
 
 
 def planned_step(
-    module: DistillModule,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     loss: LossSection,
     training: Mapping[str, Any],
     rows: int,
     length: int,
     *,
+    answered: bool = False,
     on_gpu: bool = True,
 ) -> PlannedStep:
     """A forward and backward of `rows` sequences of `length` tokens, all of them labelled.
 
     Args:
-        module: without values. training: its section of the job.
+        student, teacher: without values.
+        loss, training: sections of the job.
+        answered: whether the teacher's hidden states come with the batch.
     """
+    answering: Any = Answered(teacher) if answered else Teacher(teacher)
+    module = DistillModule(student, answering, Objective(**loss.of_logits())).train()
     if training.get("gradient_checkpointing") or training.get("activation_checkpointing"):
         options = training.get("gradient_checkpointing_kwargs")
         module.gradient_checkpointing_enable(options or {"use_reentrant": False})
@@ -60,7 +68,8 @@ def planned_step(
         found["loss"].backward()
 
     with unset_fake_temporarily():
-        workspace, products = _loss_of_logits(module, loss, number, half, on_gpu)
+        heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+        workspace, products = _loss_of_logits(heads, loss, number, half, on_gpu)
 
     def inside(operator: Any) -> int:
         # a CPU keeps it from one call to the next
@@ -74,13 +83,32 @@ def planned_step(
     return PlannedStep(peak, workspace, live.flops + products)
 
 
+class Answered:
+    """A teacher whose hidden states are there."""
+
+    kind = "causal_lm"
+    num_tokens = None
+
+    def __init__(self, model: PreTrainedModel):
+        parts = SplitCausalLM.of(model, "teacher")
+        self.classes = parts.classes
+        self._head, self._bend = parts.weight_and_bias(), parts.bend
+
+    def answer(self, batch: Batch, taps: None = None) -> Answer:
+        ids, (weight, bias) = batch.inputs["input_ids"], self._head
+        hidden = weight.new_empty(*ids.shape, weight.shape[1])
+        return Answer(hidden, (weight.detach(), bias), bend=self._bend)
+
+
 def _loss_of_logits(
-    module: DistillModule, loss: LossSection, number: int, half: torch.dtype | None, on_gpu: bool
+    weights: tuple[Tensor, Tensor],
+    loss: LossSection,
+    number: int,
+    half: torch.dtype | None,
+    on_gpu: bool,
 ) -> tuple[int, int]:
-    """Bytes and FLOPs of the fused loss, whose operator hides both."""
-    assert isinstance(module.teacher, Teacher)  # whose model is planned, wherever it will be
-    student = SplitCausalLM.of(module.student, "student").head.weight
-    teacher = SplitCausalLM.of(module.teacher.model, "teacher").head.weight
+    """Bytes and FLOPs of the fused loss of two heads, whose operator hides both."""
+    student, teacher = weights
 
     def claimed(*size: int, dtype: torch.dtype) -> Tensor:
         if on_gpu:
