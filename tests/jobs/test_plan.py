@@ -7,16 +7,17 @@ import torch
 import yaml
 
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
-from modxfer_fast.config import ConfigError, JobConfig, LossSection
+from modxfer_fast.config import ConfigError, JobConfig, LossSection, ModelSection
 from modxfer_fast.config.loading import validate
 from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.jobs.plan.job import alternatives, make_plan
 from modxfer_fast.jobs.plan.memory import Sharding, parts_of_student
-from modxfer_fast.jobs.plan.models import without_values
+from modxfer_fast.jobs.plan.models import model_without_values, without_values
 from modxfer_fast.jobs.plan.step import planned_step
 from modxfer_fast.measure.memory import peak_mib
 from tests.support.models import tiny_llama
 
+NO_SECTION = ModelSection(config={"model_type": "llama"})
 ROWS, LENGTH, CLASSES = 8, 128, 300
 JOB = {
     "output_dir": "out",
@@ -49,6 +50,12 @@ def job(**training):
     return validate({**JOB, "training": {**JOB["training"], **training}}, JobConfig, "job")
 
 
+def planned_models():
+    made = (model_without_values(model.config, NO_SECTION, "causal_lm") for model in models())
+    student, teacher = made
+    return student, teacher
+
+
 def models():
     return tiny_llama(64, 2, vocab_size=CLASSES), tiny_llama(96, 3, seed=1, vocab_size=CLASSES)
 
@@ -58,7 +65,7 @@ def test_a_step_takes_what_was_planned(checkpointing):
     training = {"gradient_checkpointing": checkpointing}
     loss = LossSection(workspace_mb=1)
     with without_values():
-        planned = planned_step(*models(), loss, training, ROWS, LENGTH, on_gpu=False)
+        planned = planned_step(*planned_models(), loss, training, ROWS, LENGTH, on_gpu=False)
     student, teacher = models()
     real = DistillModule(student, Teacher(teacher), Objective(workspace_mb=1)).train()
     if checkpointing:
@@ -70,7 +77,7 @@ def test_a_step_takes_what_was_planned(checkpointing):
         real(input_ids=ids, labels=ids, num_valid=number, num_tokens=number)["loss"].backward()
 
     step()
-    assert planned.bytes / 2**20 == pytest.approx(peak_mib(step, "cpu"), rel=0.1)
+    assert planned.bytes / 2**20 == pytest.approx(peak_mib(step, "cpu"), rel=0.03)
 
 
 def test_what_stands_follows_the_stage():

@@ -6,11 +6,23 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 from modxfer_fast.config import JobConfig, ModelSection, StudentSection
 from modxfer_fast.errors import UserError
 from modxfer_fast.models import apply_peft, build_model, load_model_config, make_config
+
+_ATTENTION = "modxfer_plan"  # torch's, as it runs where nothing is padded
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Rows are full, and a causal kernel needs no mask; transformers makes one where it traces."""
+
+
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(_ATTENTION, _no_mask)
 
 
 class _Vocabulary:
@@ -81,9 +93,13 @@ def model_without_values(
     planned = ModelSection(
         config={"model_type": config.model_type},
         dtype=name or "float32",
-        attn_implementation=section.attn_implementation,
+        attn_implementation=section.attn_implementation or _ATTENTION,
     )
-    return build_model(config, planned, seed=0, kind=kind)
+    try:
+        return build_model(config, planned, seed=0, kind=kind)
+    except ValueError:  # an architecture that takes no attention but its own
+        planned = planned.model_copy(update={"attn_implementation": section.attn_implementation})
+        return build_model(config, planned, seed=0, kind=kind)
 
 
 def student_without_values(
