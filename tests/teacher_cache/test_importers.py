@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from modxfer_fast.data.collator import CausalCollator
@@ -140,6 +141,13 @@ def test_the_wrong_layer_is_refused(tmp_path, model, head):
         import_answers(HiddenStatesFiles(tmp_path, head), documents(), creating(tmp_path), "0+norm")
 
 
+def test_a_reading_that_the_format_does_not_have(tmp_path, model, head):
+    write_states(model, tmp_path)
+    told = r"expected a reading among 1, 1\+norm, 0, 0\+norm, got last"
+    with pytest.raises(ImportRefused, match=told):
+        import_answers(HiddenStatesFiles(tmp_path, head), documents(), creating(tmp_path), "last")
+
+
 def test_states_that_no_reading_makes_sense_of_are_refused(tmp_path, model, head):
     write_states(model, tmp_path, lambda before, behind: before[:, :1].roll(1, -1))
     with pytest.raises(ImportRefused, match="of another layer, another teacher or another tok"):
@@ -221,7 +229,9 @@ def columns(model, ids, *, own=True, divided=False):
 
 
 def write_records(path, records):
-    if path.suffix == ".parquet":
+    if path.suffix == ".saved":
+        Dataset.from_list(records).save_to_disk(path)
+    elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(records), path)
     else:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -242,7 +252,7 @@ def assert_listed(cache, model, rtol=1e-4):
         )
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "saved"])
 @pytest.mark.parametrize("own", [True, False])
 def test_lists_of_axolotl_are_those_of_the_teacher(tmp_path, model, head, ending, own):
     records = [columns(model, ids, own=own) for ids in TEXTS]
@@ -313,7 +323,7 @@ def test_prompts_need_no_lists_and_what_is_learnt_does(tmp_path, model, head):
         ("target_logprobs", -0.1, "expected probabilities that sum to at most 1"),
         ("target_token_ids", VOCAB_SIZE, f"expected ids below {VOCAB_SIZE}"),
         ("target_token_ids", 7, "expected each id once, got 7 twice"),
-        ("target_logprobs", None, "target_logprobs: expected as many numbers for each token"),
+        ("target_logprobs", None, "target_logprobs: expected as many float32 for each token"),
     ],
 )
 def test_damaged_lists_are_named(tmp_path, model, head, column, value, told):

@@ -62,7 +62,7 @@ def _fill(
             if found is None:
                 raise ModelError(
                     f"model {path}: expected {' or '.join(names)} in its safetensors files, "
-                    "got neither"
+                    "got none"
                 )
             with safe_open(places[found], framework="pt") as file:
                 value = file.get_tensor(found)

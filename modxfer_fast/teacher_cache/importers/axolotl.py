@@ -21,7 +21,7 @@ from modxfer_fast.teacher_cache.importers.entries import (
     following_by,
     top_k_answers,
 )
-from modxfer_fast.teacher_cache.importers.records import records_of
+from modxfer_fast.teacher_cache.importers.records import records_of, tensor_of
 from modxfer_fast.teacher_cache.store import Payload
 
 _IDS, _LISTED, _LOG_PROBS, _MASK = "input_ids", "target_token_ids", "target_logprobs", "target_mask"
@@ -41,14 +41,14 @@ class AxolotlColumns(TopK):
     def entries(self) -> Iterator[Entry]:
         for place, record in records_of(self.path, (_IDS, _LISTED, _LOG_PROBS, _MASK)):
             kept = {
-                name: _tensor(place, name, record[name], dtype)
+                name: tensor_of(place, name, record[name], dtype)
                 for name, dtype in (
                     (_LISTED, torch.int64),
                     (_LOG_PROBS, torch.float32),
                     (_MASK, torch.int64),
                 )
             }
-            ids = torch.tensor(record[_IDS], dtype=torch.int32)
+            ids = tensor_of(place, _IDS, record[_IDS], torch.int32).flatten()
             k = self._k or kept[_LISTED].shape[-1]
             for name, tensor in kept.items():
                 if tensor.shape != (len(ids), k):
@@ -69,12 +69,3 @@ class AxolotlColumns(TopK):
         if reading == "own":
             ids, log_probs = following_by(1, ids, log_probs, absent=(-1, 0.0))
         return top_k_answers(entry.place, ids, log_probs, self.head.weight.shape[0])
-
-
-def _tensor(place: str, name: str, rows: list, dtype: torch.dtype) -> Tensor:
-    try:
-        return torch.tensor(rows, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ImportRefused(
-            f"{place}: {name}: expected as many numbers for each token ({error})"
-        ) from error

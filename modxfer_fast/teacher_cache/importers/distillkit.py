@@ -33,7 +33,7 @@ from modxfer_fast.teacher_cache.importers.entries import (
     following_by,
     top_k_answers,
 )
-from modxfer_fast.teacher_cache.importers.records import records_of
+from modxfer_fast.teacher_cache.importers.records import records_of, tensor_of
 from modxfer_fast.teacher_cache.store import Payload
 
 _CONFIG = "compression_config.yaml"
@@ -148,7 +148,7 @@ class DistillKitRows(TopK):
     def entries(self) -> Iterator[Entry]:
         names = (_LOG_PROBS, _INDICES)
         for place, record in records_of(self.path, (_IDS, *names)):
-            ids = torch.tensor(record[_IDS], dtype=torch.int32)
+            ids = tensor_of(place, _IDS, record[_IDS], torch.int32).flatten()
             kept = {}
             for name, width in zip(names, self.compression.lengths(), strict=True):
                 kept[name] = _bytes(place, name, record[name], width)
@@ -206,10 +206,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _bytes(place: str, name: str, rows: list, width: int) -> Tensor:
-    try:
-        data = torch.tensor(rows, dtype=torch.uint8).reshape(len(rows), -1)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ImportRefused(f"{place}: {name}: expected bytes ({error})") from error
+    data = tensor_of(place, name, rows, torch.uint8).reshape(len(rows), -1)
     if len(rows) and data.shape[1] != width:
         raise ImportRefused(
             f"{place}: {name}: expected {width} bytes a token by {_CONFIG}, got {data.shape[1]}"

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from modxfer_fast.data.sources import is_saved_dataset
 from modxfer_fast.teacher_cache.importers.entries import ImportRefused
 
@@ -27,6 +30,17 @@ def records_of(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
                 f"{', '.join(missing)} is missing"
             )
         yield place, {name: record[name] for name in columns}
+
+
+def tensor_of(place: str, name: str, rows: list, dtype: torch.dtype) -> Tensor:
+    """A column of a record; ImportRefused where it is not of that dtype, or not rectangular."""
+    try:
+        return torch.tensor(rows, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ImportRefused(
+            f"{place}: {name}: expected as many {str(dtype).removeprefix('torch.')} for each "
+            f"token ({error})"
+        ) from error
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
