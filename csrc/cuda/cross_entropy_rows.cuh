@@ -21,8 +21,7 @@ inline int cross_entropy_shared_bytes(int classes, int blocks, Kind logits, bool
 
 // Of `rows` without a teacher, its softening, and kd; extras are [rows, 1] or [rows, 4].
 template <bool kIsResident>
-MODXFER_KERNEL void MODXFER_REGISTERS(kMostRegisters)
-    cross_entropy_rows(MODXFER_ARGUMENT KdRows rows) {
+MODXFER_KERNEL void cross_entropy_rows(MODXFER_ARGUMENT KdRows rows) {
   const KdSpec& spec = rows.spec;
   auto& room = *reinterpret_cast<SoftmaxRoom<1>*>(device::shared_memory());
   const Side student[] = {{rows.student, rows.student_stride, rows.logits, rows.student_bend}};

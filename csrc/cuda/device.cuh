@@ -21,8 +21,6 @@
 #define MODXFER_KERNEL static __global__
 // Before a kernel's name: registers for so many threads a block, and blocks a multiprocessor.
 #define MODXFER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-// Before a kernel's name: registers of a thread at most.
-#define MODXFER_REGISTERS(most) __maxnreg__(most)
 #define MODXFER_UNROLL _Pragma("unroll")
 #define MODXFER_UNROLL_BY_8 _Pragma("unroll 8")
 #define MODXFER_ARGUMENT const __grid_constant__

@@ -18,14 +18,12 @@ struct Plan {
 // Bytes of shared memory that a multiprocessor keeps of every block it has; no block may have them.
 constexpr int kKeptOfABlock = 1024;
 
-// Of a thread: a multiprocessor's 65536 are enough for the 768 threads that `plan_of` gives it.
-constexpr int kMostRegisters = 80;
-
 // most_shared: bytes of shared memory that a block may have, 0 of a device without clusters;
 // bytes_of: those that a block of so large a cluster needs to hold its part of a row.
 //
 // A multiprocessor that holds several blocks loads the row of one while it computes another's: the
-// smallest cluster that leaves room for three, or two, or else fits.
+// smallest cluster that leaves room for three, or two, or else fits. Its 65536 registers are enough
+// for as many threads of up to 80.
 template <class Bytes>
 Plan plan_of(int rows, int multiprocessors, int most_shared, const Bytes& bytes_of) {
   constexpr int kThreads[] = {512, 384, 256};  // of one to three blocks

@@ -17,7 +17,7 @@
 namespace modxfer::cuda {
 
 template <Divergence kDivergence, bool kIsResident>
-MODXFER_KERNEL void MODXFER_REGISTERS(kMostRegisters) kd_loss_rows(MODXFER_ARGUMENT KdRows rows) {
+MODXFER_KERNEL void kd_loss_rows(MODXFER_ARGUMENT KdRows rows) {
   const KdSpec& spec = rows.spec;
   Block<kIsResident> block(rows);
   const bool has_all = rows.num_extras > 1;

@@ -114,8 +114,7 @@ MODXFER_DEVICE void narrow(const uint32_t* sums, int shift, const Interval& inte
 }
 
 template <bool kIsResident>
-MODXFER_KERNEL void MODXFER_REGISTERS(kMostRegisters)
-    teacher_topk_rows(MODXFER_ARGUMENT TeacherTopKRows rows) {
+MODXFER_KERNEL void teacher_topk_rows(MODXFER_ARGUMENT TeacherTopKRows rows) {
   unsigned char* memory = device::shared_memory();
   auto& room = *reinterpret_cast<TeacherTopKRoom*>(memory);
   const Side teacher[] = {{rows.logits, rows.stride, rows.kind, Bend{}}};

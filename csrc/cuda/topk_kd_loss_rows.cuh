@@ -133,8 +133,7 @@ MODXFER_DEVICE KdRowSums<float> sums_of_list(const KdSpec& spec, TopKRoom& room,
 }
 
 template <Divergence kDivergence, bool kIsResident>
-MODXFER_KERNEL void MODXFER_REGISTERS(kMostRegisters)
-    topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
+MODXFER_KERNEL void topk_kd_loss_rows(MODXFER_ARGUMENT TopKRows teacher) {
   constexpr bool kIsForwardKl = kDivergence == Divergence::kForwardKl;
   const KdRows& rows = teacher.of;
   KdSpec spec = rows.spec;

@@ -28,7 +28,6 @@
 #define MODXFER_BOTH inline
 #define MODXFER_KERNEL static
 #define MODXFER_BOUNDS(threads, blocks)
-#define MODXFER_REGISTERS(most)
 #define MODXFER_UNROLL
 #define MODXFER_UNROLL_BY_8
 #define MODXFER_ARGUMENT const
