@@ -1,6 +1,7 @@
 """Where the cache of a job is, and what tells its teacher from others."""
 
 import hashlib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def open_cached(config: JobConfig, source: ModelSource, material: Material) -> C
     section, rows = config.teacher.cache, material.rows
     cache = TeacherCache(cache_folder(config))
     cache.check_teacher(teacher_facts(source, config, material.tokenizer))
-    documents = list(documents_in([*rows.train, *rows.held_out], rows.collator))
+    documents = list(documents_in(chain(rows.train, rows.held_out), rows.collator))
     if missing := sum(document.key not in cache for document in documents):
         raise CacheError(
             f"teacher cache {cache.folder}: expected answers to all {len(documents):,} documents "

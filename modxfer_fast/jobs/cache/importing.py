@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -106,7 +107,7 @@ class ImportJob(CacheJob):
 def _learnt(rows: Rows) -> Iterator[tuple[Document, Tensor]]:
     """The documents of a job, each once, with the positions that any of its rows learn at."""
     found: dict[bytes, tuple[Document, Tensor]] = {}
-    for row in (*rows.train, *rows.held_out):
+    for row in chain(rows.train, rows.held_out):
         batch: dict[str, Any] = rows.collator([row])
         for document in documents_of(
             batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")

@@ -1,5 +1,6 @@
 """`modxfer cache`: the data of a `modxfer distill` job, its teacher, and what that answers."""
 
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -33,7 +34,6 @@ class CacheJob(DistillJob):
                 f"kind: expected causal_lm, whose last hidden states a cache keeps, "
                 f"got {self.config.kind}"
             )
-
         if self.config.teacher.is_divided:
             raise ConfigError(
                 "teacher.plan: expected replica or cached, because each process asks for documents "
@@ -54,7 +54,7 @@ class CacheJob(DistillJob):
         settle_threads(console.say)
         with console.phase("Data"):
             rows = self.material.rows
-            documents = list(documents_in([*rows.train, *rows.held_out], rows.collator))
+            documents = list(documents_in(chain(rows.train, rows.held_out), rows.collator))
         with console.phase("Teacher"):
             source = self.teacher_source()
             teacher = Teacher(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
