@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+EMULATED = sorted((ROOT / "tests/kernels").glob("test_*_emulated.py"))
 SEEDS = 8
 PLAIN = ("-std=c++17", "-O1", "-g1", "-Wall", "-Werror")
 ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -78,7 +79,8 @@ def test_each_planted_fault_is_found_with_every_schedule(kernel, fault, programs
 
 
 @pytest.mark.slow
-def test_the_rows_of_cuda_under_the_sanitizers():
+@pytest.mark.parametrize("tests", EMULATED, ids=lambda path: path.stem)
+def test_the_rows_of_cuda_under_the_sanitizers(tests):
     """Their own tests again, with memory of the host watched: what a row reads past its end."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -95,11 +97,10 @@ def test_the_rows_of_cuda_under_the_sanitizers():
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
     }
-    tests = sorted((ROOT / "tests/kernels").glob("test_*_emulated.py"))
     # the checker has calls of a sanitizer of its own
     options = ["-q", "-p", "no:cacheprovider", "-k", "not race"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *map(str, tests)],
+        [sys.executable, "-m", "pytest", *options, str(tests)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
