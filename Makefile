@@ -71,8 +71,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
+# what is compiled is there already
 docs: $(STAMP)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	MODXFER_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # their dependencies are ours already; installed plainly they would replace them
