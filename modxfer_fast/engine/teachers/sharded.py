@@ -42,13 +42,15 @@ class ShardedTeacher(Teacher):
     ):
         deepspeed.partition(model, offload=offload)
         super().__init__(model, kind, num_tokens)
-        self._units = _Units(model, self._parts.backbone)
+        self._units = _Units(self._parts.backbone)
 
     def _settle(self, model: nn.Module) -> None:
         """Its parts stay where they are."""
 
     def to(self, device: torch.device) -> "ShardedTeacher":
-        return self  # a part is brought to the device when it is gathered
+        for buffer in self.model.buffers():  # a parameter comes to the device as it is gathered
+            buffer.data = buffer.data.to(device)
+        return self
 
     def nonfinite_parameters(self) -> list[str]:
         broken = []
@@ -73,11 +75,11 @@ class ShardedTeacher(Teacher):
 class _Units:
     """What is gathered together: each block of the backbone, and each module outside of them."""
 
-    def __init__(self, model: nn.Module, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module):
         blocks = set(LayerTaps(backbone, "teacher").blocks)
         inside = {module for block in blocks for module in block.modules()} - blocks
         self._units: list[tuple[nn.Module, list[Any]]] = []
-        for module in model.modules():
+        for module in backbone.modules():  # the head is gathered for the loss alone
             if module in inside:
                 continue
             params = module.parameters(recurse=module in blocks)
