@@ -3,10 +3,22 @@
 import pytest
 import torch
 
+from modxfer_fast.data.collator import CausalCollator
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Teacher
 from modxfer_fast.engine.batch import Batch
 from modxfer_fast.engine.teachers.sharded import ShardedTeacher
+from modxfer_fast.jobs.cache.capture import capture
+from modxfer_fast.teacher_cache import Document, Payload, TeacherCache, documents_in
 from tests.support.models import TokenDataset, align_collate, tiny_llama
+
+CPU = torch.device("cpu")
+HIDDEN = Payload("float32", 48)
+
+
+def documents() -> list[Document]:
+    texts = [row.tolist() for row in TokenDataset(9).rows]
+    rows = [{"input_ids": t, "is_target": [True] * len(t), "lengths": [len(t)]} for t in texts]
+    return list(documents_in(rows, CausalCollator(0, packed=False)))
 
 
 def teacher_model(tied):
@@ -93,3 +105,32 @@ def test_students_are_the_same_whatever_divides_them(ranks, tmp_path, stage):
         assert one["kd"] == other["kd"]
         assert one["state"].keys() == other["state"].keys()
         assert all(torch.equal(one["state"][k], v) for k, v in other["state"].items())
+
+
+def captured(folder: str) -> int:
+    """Documents of unequal shares, of which a teacher in parts is asked; what this rank asked."""
+    import os
+
+    from modxfer_fast.engine import deepspeed
+    from modxfer_fast.jobs.cache import capture as module
+
+    deepspeed.start(use_cpu=True)
+    rank = int(os.environ["RANK"])
+    module._SHARD_BYTES = 25 * HIDDEN.bytes_per_token()
+    teacher = ShardedTeacher(teacher_model(False))
+    cache = TeacherCache(folder)
+    torch.distributed.barrier()
+    return module.capture(cache, documents(), teacher, batch_tokens=20, device=CPU, part=(rank, 2))
+
+
+def test_a_capture_is_that_of_a_replica(ranks, tmp_path):
+    weight = teacher_model(False).lm_head.weight
+    caches = [TeacherCache.create(tmp_path / n, HIDDEN, {}, {"weight": weight}) for n in "ab"]
+    capture(caches[0], documents(), Teacher(teacher_model(False)), batch_tokens=20, device=CPU)
+    asked = ranks.run(captured, str(tmp_path / "b"))
+    assert sum(asked) == len(documents())
+    assert asked[0] != asked[1]
+    whole, parts = (TeacherCache(cache.folder) for cache in caches)
+    for document in documents():
+        expected, got = whole.read(document), parts.read(document)
+        torch.testing.assert_close(got["hidden"], expected["hidden"], rtol=1e-5, atol=1e-6)

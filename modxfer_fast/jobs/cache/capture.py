@@ -1,4 +1,8 @@
-"""A teacher's answers to documents, into a cache: in any order, by any number of processes."""
+"""A teacher's answers to documents, into a cache: in any order, by any number of processes.
+
+Processes share the shards. A teacher that none of them has whole answers only where all ask at
+once: whoever is done asks on, for one token, until the others are.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -7,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from modxfer_fast import teacher_topk
-from modxfer_fast.engine import Teacher
+from modxfer_fast.engine import ShardedTeacher, Teacher
 from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.teacher_cache import Document, Payload, TeacherCache
 
@@ -26,7 +30,10 @@ def capture(
 ) -> int:
     """Asks the teacher for what the cache lacks, shard by shard; one that is killed goes on there.
 
+    All processes must find the same documents in the cache when they begin.
+
     Args:
+        teacher: one in parts is asked by all processes equally often.
         batch_tokens: most tokens of a batch, padding included; a longer document is one by itself.
         part: of (number, count) processes, which share the shards.
         tell: is given documents done and to do of this process, after each shard.
@@ -36,13 +43,18 @@ def capture(
     """
     missing = [document for document in documents if document.key not in cache]
     number, count = part
-    shards = list(_shards(missing, _SHARD_BYTES // cache.payload.bytes_per_token()))[number::count]
-    done, total = 0, sum(map(len, shards))
+    whole = list(_shards(missing, _SHARD_BYTES // cache.payload.bytes_per_token()))
+    shards = [list(_batches(shard, batch_tokens)) for shard in whole]
+    done, total = 0, sum(map(len, whole[number::count]))
     teacher.to(device)
-    for shard in shards:
-        cache.write(list(_answers(shard, teacher, cache.payload, batch_tokens, device)))
-        done += len(shard)
+    for batches in shards[number::count]:
+        cache.write([each for b in batches for each in _answers(b, teacher, cache.payload, device)])
+        done += sum(map(len, batches))
         tell(done, total)
+    if isinstance(teacher, ShardedTeacher):
+        asked = [sum(map(len, shards[process::count])) for process in range(count)]
+        for _ in range(max(asked) - asked[number]):
+            teacher.answer(Batch({"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}))
     return done
 
 
@@ -60,25 +72,25 @@ def _shards(documents: list[Document], tokens: int) -> Iterator[list[Document]]:
         yield shard
 
 
-def _answers(
-    shard: list[Document],
-    teacher: Teacher,
-    payload: Payload,
-    batch_tokens: int,
-    device: torch.device,
-) -> Iterator[tuple[Document, dict[str, Tensor]]]:
+def _batches(shard: list[Document], tokens: int) -> Iterator[list[Document]]:
+    """Of documents of like lengths, with at most so many tokens, padding included."""
     longest_first = sorted(shard, key=lambda document: -len(document.ids))
     while longest_first:
-        rows = max(batch_tokens // len(longest_first[0].ids), 1)
-        batch, longest_first = longest_first[:rows], longest_first[rows:]
-        ids = pad_sequence([document.ids.long() for document in batch], batch_first=True)
-        lengths = torch.tensor([len(document.ids) for document in batch])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        kept = _kept(teacher.answer(Batch(inputs)), payload)
-        for row, document in enumerate(batch):
-            own = {name: tensor[row, : len(document.ids)].cpu() for name, tensor in kept.items()}
-            yield document, own
+        rows = max(tokens // len(longest_first[0].ids), 1)
+        yield longest_first[:rows]
+        longest_first = longest_first[rows:]
+
+
+def _answers(
+    batch: list[Document], teacher: Teacher, payload: Payload, device: torch.device
+) -> Iterator[tuple[Document, dict[str, Tensor]]]:
+    ids = pad_sequence([document.ids.long() for document in batch], batch_first=True)
+    lengths = torch.tensor([len(document.ids) for document in batch])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    kept = _kept(teacher.answer(Batch(inputs)), payload)
+    for row, document in enumerate(batch):
+        yield document, {name: each[row, : len(document.ids)].cpu() for name, each in kept.items()}
 
 
 def _kept(answer: Answer, payload: Payload) -> dict[str, Tensor]:

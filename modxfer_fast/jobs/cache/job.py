@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError
-from modxfer_fast.engine import Teacher
+from modxfer_fast.engine import ShardedTeacher, Teacher, deepspeed
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.cache.capture import capture
 from modxfer_fast.jobs.cache.identity import cache_folder, teacher_facts
@@ -34,11 +34,6 @@ class CacheJob(DistillJob):
                 f"kind: expected causal_lm, whose last hidden states a cache keeps, "
                 f"got {self.config.kind}"
             )
-        if self.config.teacher.is_divided:
-            raise ConfigError(
-                "teacher.plan: expected replica or cached, because each process asks for documents "
-                f"of its own, got {self.config.teacher.plan}"
-            )
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """Fills the cache.
@@ -57,10 +52,14 @@ class CacheJob(DistillJob):
             documents = list(documents_in(chain(rows.train, rows.held_out), rows.collator))
         with console.phase("Teacher"):
             source = self.teacher_source()
-            teacher = Teacher(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
+            make = ShardedTeacher if self.config.teacher.is_divided else Teacher
+            teacher = make(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
         with console.phase("Answers"), console.progress(len(documents)) as tell:
-            on_main(lambda: self._create(source, teacher))
+            head = SplitCausalLM.of(teacher.model, "teacher").head
+            with deepspeed.gathered(head.parameters()):
+                on_main(lambda: self._create(source, teacher))
             cache = TeacherCache(cache_folder(self.config))
+            barrier()  # before one of them writes into it
             asked = capture(
                 cache,
                 documents,
