@@ -15,6 +15,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <tuple>
+#include <utility>
+
+#include "known.h"
 
 #define MODXFER_DEVICE __device__ __forceinline__
 #define MODXFER_BOTH __host__ __device__ __forceinline__
@@ -295,28 +299,84 @@ MODXFER_DEVICE uint32_t negative_halves(int low, int high) {
   return mask;
 }
 
+// Registers of a thread of the kernel on the current device. Asked once for each of both, and from
+// then on its blocks may have all shared memory there is: host threads launch it with several
+// sizes.
+inline cudaError_t prepare(const void* kernel, int& registers) {
+  static Known<std::pair<const void*, int>, int> known;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  return known.find({kernel, device}, registers, [&](int& found) {
+    cudaFuncAttributes attributes = {};
+    int most_shared = 0;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most_shared - static_cast<int>(attributes.sharedSizeBytes));
+    }
+    found = attributes.numRegs;
+    return error;
+  });
+}
+
+struct LaunchConfig {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = {};
+
+  // Refers to itself, so it stays where it is.
+  LaunchConfig(const Grid& grid, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    config.gridDim = dim3(grid.blocks);
+    config.blockDim = dim3(grid.threads);
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+// Clusters of such a grid, however many blocks it has, that the current device runs at once: 0
+// where it runs none.
+inline cudaError_t clusters_at_once(const void* kernel, Grid grid, int& clusters) {
+  static Known<std::tuple<const void*, int, int, int, int>, int> known;
+  int device = 0, registers = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = prepare(kernel, registers)) return error;
+  grid.blocks = grid.cluster;
+  const auto ask = [&](int& found) {
+    if (grid.cluster > 1) {
+      const LaunchConfig of(grid, nullptr);
+      const cudaError_t error = cudaOccupancyMaxActiveClusters(&found, kernel, &of.config);
+      if (error != cudaErrorInvalidClusterSize) return error;
+      found = 0;
+      return cudaSuccess;
+    }
+    int blocks = 0, multiprocessors = 0;
+    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, grid.threads,
+                                                                      grid.shared_bytes);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    found = blocks * multiprocessors;
+    return error;
+  };
+  return known.find({kernel, device, grid.cluster, grid.threads, grid.shared_bytes}, clusters, ask);
+}
+
 // On the stream; blocks come in clusters where the device has them.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
                    Arguments... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           grid.shared_bytes);
-  if (error == cudaSuccess && grid.cluster > 8) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+  int registers = 0;
+  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), registers);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  const LaunchConfig of(grid, stream);
+  return cudaLaunchKernelEx(&of.config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 }  // namespace modxfer::device

@@ -48,25 +48,42 @@ inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>&
   return rows;
 }
 
+// Of a plan's blocks, of so many bytes of shared memory.
+inline device::Grid grid_of(const Plan& plan, int bytes) {
+  return {plan.blocks, plan.threads, plan.cluster, bytes};
+}
+
+template <class Kernel>
+int clusters_at_once(Kernel kernel, const Plan& plan, int bytes) {
+  int clusters = 0;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  check(device::clusters_at_once(function, grid_of(plan, bytes), clusters));
+  return clusters;
+}
+
 // Launches kernel_of(is_resident) for `count` rows, whose arguments are `rows`, on the stream of
 // this number. bytes_of(cluster, is_resident): of shared memory that a block needs.
 template <class Rows, class Bytes, class Choice>
 void launch_rows(int count, const Rows& rows, int64_t stream, const Bytes& bytes_of,
                  const Choice& kernel_of) {
   if (count == 0) return;
-  int device = 0, multiprocessors = 0, major = 0, most_shared = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const Plan plan = plan_of(count, multiprocessors, major >= 9 ? most_shared : 0,
-                            [&](int cluster) { return bytes_of(cluster, true); });
-  const int bytes = bytes_of(plan.cluster, plan.is_resident);
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int streamed_bytes = bytes_of(1, false);
   // only a list of classes grows with what a user gives
-  STD_TORCH_CHECK(bytes <= most_shared,
+  STD_TORCH_CHECK(streamed_bytes <= most_shared,
                   "teacher_ids, k: expected lists that take a block of this GPU at most ",
-                  most_shared, " bytes of shared memory in backend 'cuda', got ", bytes);
-  const device::Grid grid{plan.blocks, plan.threads, plan.cluster, bytes};
+                  most_shared, " bytes of shared memory in backend 'cuda', got ", streamed_bytes);
+  int registers = 0;
+  check(device::prepare(reinterpret_cast<const void*>(kernel_of(true)), registers));
+  const auto at_once = [&](const Plan& plan) {
+    const int bytes = bytes_of(plan.cluster, plan.is_resident);
+    return clusters_at_once(kernel_of(plan.is_resident), plan, bytes);
+  };
+  const Plan plan = plan_of(
+      count, major >= 9 ? most_shared : 0, registers,
+      [&](int cluster) { return bytes_of(cluster, true); }, at_once);
+  const device::Grid grid = grid_of(plan, bytes_of(plan.cluster, plan.is_resident));
   check(device::launch(kernel_of(plan.is_resident), grid, reinterpret_cast<cudaStream_t>(stream),
                        rows));
 }

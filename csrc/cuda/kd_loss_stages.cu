@@ -49,13 +49,11 @@ KdRows step_rows(const Tensor& student_logits, const Tensor& teacher_logits,
 template <class Kernel, class... Arguments>
 void launch_step(const KdRows& rows, int64_t stream, Kernel kernel, Arguments... arguments) {
   if (rows.rows == 0) return;
-  int device = 0, multiprocessors = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   const int bytes = shared_bytes(rows.classes, 1, rows.logits, false);
-  const Plan plan = plan_of(rows.rows, multiprocessors, 0, [&](int) { return bytes; });
-  const device::Grid grid{plan.blocks, plan.threads, plan.cluster, bytes};
-  check(device::launch(kernel, grid, reinterpret_cast<cudaStream_t>(stream), rows, arguments...));
+  const Plan plan = streamed_plan_of(
+      rows.rows, [&](const Plan& plan) { return clusters_at_once(kernel, plan, bytes); });
+  check(device::launch(kernel, grid_of(plan, bytes), reinterpret_cast<cudaStream_t>(stream), rows,
+                       arguments...));
 }
 
 }  // namespace

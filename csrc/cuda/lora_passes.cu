@@ -14,12 +14,7 @@ Wide wide(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), t
 
 int size_of(const Tensor& tensor, int64_t dim) { return static_cast<int>(tensor.size(dim)); }
 
-Gpu current_gpu() {
-  int device = 0, most_shared = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return {most_shared};
-}
+Gpu current_gpu() { return {device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)}; }
 
 auto launch_on(int64_t stream) {
   const int most_shared = current_gpu().most_shared;

@@ -1,12 +1,16 @@
 // The CUDA rows of the KD loss and of the cross entropy on the emulator, as a library with C names.
 #include "emulated.h"
 
+#include <atomic>
+#include <thread>
 #include <type_traits>
+#include <vector>
 
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_plan.h"
 #include "kd_loss_rows.cuh"
 #include "kd_loss_stages.cuh"
+#include "known.h"
 
 namespace {
 
@@ -88,16 +92,52 @@ const char* emulated_cross_entropy(const KdRows* rows, int blocks, int cluster, 
   });
 }
 
-// is_resident, cluster, blocks, threads and the bytes of a block.
-void planned_kd_loss(int rows, int classes, int logit_bytes, int multiprocessors, int most_shared,
-                     int* found) {
+using AtOnce = int (*)(int cluster, int threads, int bytes);
+
+// is_resident, cluster, blocks, threads and the bytes of a block; registers of the kernel that
+// holds rows; clusters that the device runs at once.
+void planned_kd_loss(int rows, int classes, int logit_bytes, int most_shared, int registers,
+                     AtOnce clusters_at_once, int* found) {
   const Kind kind = logit_bytes == 4 ? Kind::kFloat : Kind::kBf16;
-  const Plan plan = plan_of(rows, multiprocessors, most_shared, [&](int cluster) {
-    return shared_bytes(classes, cluster, kind, true);
-  });
-  const int bytes = shared_bytes(classes, plan.cluster, kind, plan.is_resident);
+  const auto bytes_of = [&](int cluster, bool is_resident) {
+    return shared_bytes(classes, cluster, kind, is_resident);
+  };
+  const auto at_once = [&](const Plan& plan) {
+    return clusters_at_once(plan.cluster, plan.threads, bytes_of(plan.cluster, plan.is_resident));
+  };
+  const Plan plan = plan_of(
+      rows, most_shared, registers, [&](int cluster) { return bytes_of(cluster, true); }, at_once);
+  const int bytes = bytes_of(plan.cluster, plan.is_resident);
   const int all[] = {plan.is_resident, plan.cluster, plan.blocks, plan.threads, bytes};
   for (int value : all) *found++ = value;
+}
+
+// How often keys 0 to `keys` - 1 were asked for by so many threads, each of which wants every key
+// twice and, the first time that a key is asked for, meets an error. Below 0: a wrong answer.
+int asked_by_threads(int threads, int keys) {
+  device::Known<int, int> known;
+  std::atomic<int> asked = 0, wrong = 0;
+  std::vector<std::atomic<bool>> failed(keys);
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i) {
+    all.emplace_back([&] {
+      for (int key = 0; key < 2 * keys; ++key) {
+        const int own = key % keys;
+        int answer = 0;
+        const auto ask = [&](int& found) {
+          ++asked;
+          if (!failed[own].exchange(true)) return 1;
+          found = 10 * own;
+          return 0;
+        };
+        while (known.find(own, answer, ask) != 0) {
+        }
+        wrong += answer != 10 * own;
+      }
+    });
+  }
+  for (auto& thread : all) thread.join();
+  return wrong > 0 ? -1 : asked.load();
 }
 
 }  // extern "C"
