@@ -1,6 +1,6 @@
 """Job files: YAML -> `JobConfig`, strict, with errors that name the place."""
 
-from modxfer_fast.config.data import DataSection
+from modxfer_fast.config.data import DataSection, SourceSection
 from modxfer_fast.config.distill import CompareSection, JobConfig
 from modxfer_fast.config.errors import ConfigError
 from modxfer_fast.config.fields import check_fields, check_keys
@@ -24,6 +24,7 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "RelationsSection",
+    "SourceSection",
     "StudentSection",
     "TaskSection",
     "TokenizerSection",

@@ -71,6 +71,12 @@ class JobConfig(Section):
             )
         if self.teacher.plan == "cached":
             self._check_cached()
+        weighs = any(source.loss_weight != 1.0 for source in self.data.sources or ())
+        if weighs and self.loss.has_features:
+            raise ValueError(
+                "data.sources: expected no loss_weight with loss.hidden_states or loss.relations, "
+                "whose tokens count alike"
+            )
         if self.loss.relations is not None and self.data.packing:
             raise ValueError(
                 "loss.relations: expected data.packing: false, because a relation spans a row"
@@ -97,8 +103,9 @@ class JobConfig(Section):
         wrong = "with kind: encoder"
         if self.data.packing:
             raise ValueError(f"data.packing: expected false {wrong}, which sees a whole row")
-        if self.data.format not in ("auto", "text"):
-            raise ValueError(f"data.format: expected text {wrong}, got {self.data.format}")
+        for source in self.data.parts:
+            if source.format not in ("auto", "text"):
+                raise ValueError(f"data.format: expected text {wrong}, got {source.format}")
         if self.tokenizer is not None and self.tokenizer.path is None:
             raise ValueError(f"tokenizer.vocab_size: expected a path {wrong}, or no section")
         if self.teacher.path is None:

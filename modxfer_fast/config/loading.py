@@ -139,7 +139,8 @@ def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
     """Valid keys of the section that holds the last element of `loc`."""
     section: type[pydantic.BaseModel] | None = schema
     for part in loc[:-1]:
-        section = section and section_of(section.model_fields[part].annotation)
+        if isinstance(part, str):  # else a place in a list of sections
+            section = section and section_of(section.model_fields[part].annotation)
     return list(section.model_fields) if section else []
 
 

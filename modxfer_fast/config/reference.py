@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modxfer_fast.config.distill import JobConfig
-from modxfer_fast.config.section import OneOf, OneOfOrWeights, Section, section_of
+from modxfer_fast.config.section import OneOf, OneOfOrWeights, Section, holds_list, section_of
 from modxfer_fast.config.task_distill import TaskDistillConfig
 from modxfer_fast.config.transfer import TransferConfig
 
@@ -29,9 +29,11 @@ def sections(
     keys, inner = [], []
     for name, field in schema.model_fields.items():
         section = section_of(field.annotation)
-        if section is not None:
+        if section is None:
+            kind = _kind(field.rebuild_annotation())
+        else:
             inner.append((f"{path}.{name}".removeprefix("."), section))
-        kind = "section" if section is not None else _kind(field.rebuild_annotation())
+            kind = "list of sections" if holds_list(field.annotation) else "section"
         keys.append((name, kind, _default(field, section)))
     yield path, schema, keys
     for inner_path, section in inner:

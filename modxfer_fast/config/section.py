@@ -34,9 +34,17 @@ class Section(BaseModel):
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field of this type holds, also an optional one."""
-    candidates = (annotation, *typing.get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    """The section that a field of this type holds, also an optional one, or one of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = map(section_of, typing.get_args(annotation))
+    return next((section for section in inner if section is not None), None)
+
+
+def holds_list(annotation: Any) -> bool:
+    """Whether a field of sections is a list of them."""
+    arguments = typing.get_args(annotation)
+    return typing.get_origin(annotation) is list or any(map(holds_list, arguments))
 
 
 class OneOf:

@@ -1,6 +1,13 @@
 """Sources -> documents -> pieces -> packed rows -> batches, and the tokenizer in between."""
 
-from modxfer_fast.data.build import Documents, Rows, build_rows, load_documents, rows_from_documents
+from modxfer_fast.data.build import (
+    Corpus,
+    Documents,
+    Rows,
+    build_rows,
+    load_corpus,
+    rows_from_documents,
+)
 from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator, EncoderCollator
 from modxfer_fast.data.python_docs import python_docs
 from modxfer_fast.data.sources import load_source
@@ -15,13 +22,14 @@ from modxfer_fast.errors import DataError
 __all__ = [
     "IGNORE_INDEX",
     "CausalCollator",
+    "Corpus",
     "DataError",
     "Documents",
     "EncoderCollator",
     "Rows",
     "build_rows",
     "has_tokenizer",
-    "load_documents",
+    "load_corpus",
     "load_source",
     "load_tokenizer",
     "python_docs",

@@ -4,18 +4,21 @@ import contextlib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from modxfer_fast.config import DataSection
+from modxfer_fast.config import DataSection, SourceSection
 from modxfer_fast.data.collator import CausalCollator, EncoderCollator
 from modxfer_fast.data.encoding import ROW, tokenise_documents, tokenise_texts
+from modxfer_fast.data.facts import LOSS_WEIGHT
+from modxfer_fast.data.mixing import chosen, shares
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
-from modxfer_fast.data.sources import detect_format, load_source, with_columns
+from modxfer_fast.data.sources import READ, detect_format, files_of, load_source, with_columns
 from modxfer_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -25,30 +28,19 @@ _MAX_REASONS = 3  # told of documents that are left out
 
 @dataclass(frozen=True)
 class Documents:
-    """Untokenised documents, split by document."""
+    """Untokenised documents of one source, split by document.
 
+    train: as often as they are learnt from.
+    """
+
+    source: SourceSection
     train: Dataset
     held_out: Dataset
     train_format: str
     held_out_format: str
 
-    def texts(self) -> Iterator[str]:
-        """Every text of the training documents, for training a tokenizer."""
-        for document in self._usable():
-            yield from document.texts()
-
-    def digest(self) -> str:
-        """Short hash of the training documents."""
-        digest = hashlib.sha256()
-        for document in self._usable():
-            # of a conversation also roles, tools, and which turns are learnt
-            is_chat = isinstance(document, Conversation)
-            for text in [repr(document)] if is_chat else document.texts():
-                digest.update(text.encode("utf-8", "surrogatepass"))
-                digest.update(b"\0")
-        return digest.hexdigest()[:16]
-
-    def _usable(self) -> Iterator[Text | Completion | Conversation]:
+    def usable(self) -> Iterator[Text | Completion | Conversation]:
+        """The training documents that can be learnt from."""
         for record in self.train:
             # `build_rows` leaves the others out and says so
             with contextlib.suppress(RecordError):
@@ -56,11 +48,44 @@ class Documents:
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """The documents of every source."""
+
+    parts: tuple[Documents, ...]
+
+    @property
+    def num_train(self) -> int:
+        return sum(len(part.train) for part in self.parts)
+
+    @property
+    def num_held_out(self) -> int:
+        return sum(len(part.held_out) for part in self.parts)
+
+    def texts(self) -> Iterator[str]:
+        """Every text of the training documents, for training a tokenizer."""
+        for part in self.parts:
+            for document in part.usable():
+                yield from document.texts()
+
+    def digest(self) -> str:
+        """Short hash of the training documents."""
+        digest = hashlib.sha256()
+        for document in chain.from_iterable(part.usable() for part in self.parts):
+            # of a conversation also roles, tools, and which turns are learnt
+            is_chat = isinstance(document, Conversation)
+            for text in [repr(document)] if is_chat else document.texts():
+                digest.update(text.encode("utf-8", "surrogatepass"))
+                digest.update(b"\0")
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Tokenised, packed rows.
 
-    tokens: their number, padding not counted. collator: makes batches of them. notes: what was left
-        out or cut, a line each.
+    tokens: their number, padding not counted. collator: makes batches of them. held_out_of: the
+        held-out rows of each of several sources, by its label, none where there is one. notes: what
+        was left out or cut, a line each.
     """
 
     train: Dataset
@@ -68,51 +93,96 @@ class Rows:
     train_tokens: int
     held_out_tokens: int
     collator: CausalCollator | EncoderCollator
+    held_out_of: Mapping[str, Dataset] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def load_documents(section: DataSection) -> Documents:
-    """Load and split; DataError for a missing source or columns, or too few documents to split."""
-    train, train_format = _source(section, section.source, section.split)
-    if section.max_documents is not None and len(train) > section.max_documents:
-        train = train.shuffle(seed=section.split_seed).select(range(section.max_documents))
-    if section.eval_source is not None:
-        if (section.eval_source, section.eval_split) == (section.source, section.split):
+def load_corpus(section: DataSection) -> Corpus:
+    """Load, split and mix; DataError for a missing source or columns, or too few documents."""
+    sources = section.parts
+    parts = [_documents(source, section) for source in sources]
+    if any(source.loss_weight != 1.0 for source in sources):
+        parts = [
+            replace(part, train=_with_fact(part.train, LOSS_WEIGHT, part.source.loss_weight))
+            for part in parts
+        ]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights:
+        lengths = [len(part.train) for part in parts]
+        repeat = section.stopping_strategy == "all_exhausted"
+        counts = shares(lengths, weights, repeat=repeat)
+        mixed = zip(parts, lengths, counts, strict=True)
+        parts = [
+            replace(part, train=part.train.select(chosen(length, count, section.split_seed)))
+            for part, length, count in mixed
+        ]
+    return Corpus(tuple(parts))
+
+
+def _with_fact(documents: Dataset, fact: str, value: float) -> Dataset:
+    """The same value for all documents of a source."""
+    return documents.add_column(fact, [value] * len(documents))
+
+
+def _documents(source: SourceSection, section: DataSection) -> Documents:
+    train, train_format = _load(source, source.source, source.split)
+    if source.max_documents is not None and len(train) > source.max_documents:
+        train = train.shuffle(seed=section.split_seed).select(range(source.max_documents))
+    if source.eval_source is not None:
+        if (source.eval_source, source.eval_split) == (source.source, source.split):
             raise DataError(
-                f"data.eval_source: expected other documents than {section.source}, split "
-                f"{section.split}, which the student trains on; name another eval_split"
+                f"data.eval_source: expected other documents than {source.source}, split "
+                f"{source.split}, which the student trains on; name another eval_split"
             )
-        held_out, held_out_format = _source(section, section.eval_source, section.eval_split)
+        held_out, held_out_format = _load(source, source.eval_source, source.eval_split)
     else:
         if len(train) < 2:
             raise DataError(
-                f"data source {section.source}: expected at least 2 documents to hold some out, "
+                f"data source {source.source}: expected at least 2 documents to hold some out, "
                 "got 1; name an eval_source"
             )
         halves = train.train_test_split(
             test_size=max(1, round(section.eval_fraction * len(train))), seed=section.split_seed
         )
         train, held_out, held_out_format = halves["train"], halves["test"], train_format
-    return Documents(train, held_out, train_format, held_out_format)
+    return Documents(source, train, held_out, train_format, held_out_format)
 
 
-def _source(section: DataSection, source: str, split: str) -> tuple[Dataset, str]:
-    documents = load_source(source, name=section.name, split=split, lines=section.lines)
+def _load(section: SourceSection, source: str, split: str) -> tuple[Dataset, str]:
+    """The documents of `source`, of all files where it is a pattern, and their format."""
     columns = {str(ours): theirs for ours, theirs in section.columns.items()}
-    return _numbered(documents, columns, section.format, source)
+    files = []
+    for path in files_of(source):
+        documents = load_source(path, name=section.name, split=split, lines=section.lines)
+        documents = with_columns(documents, columns, path)
+        files.append((path, documents, detect_format(documents, section.format, path)))
+    path, documents, fmt = files[0]
+    for other, _, found in files[1:]:
+        if found != fmt:
+            raise DataError(
+                f"data source {source}: expected one format, got {fmt} in {path}, {found} in "
+                f"{other}; name a format"
+            )
+    if len(files) > 1:
+        read = [
+            documents.select_columns([c for c in documents.column_names if c in READ])
+            for _, documents, _ in files
+        ]
+        try:
+            documents = concatenate_datasets(read)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"data source {source}: expected files of the same columns ({error})"
+            ) from error
+    return _numbered(documents), fmt
 
 
-def _numbered(
-    documents: Dataset, columns: dict[str, str], fmt: str, source: str
-) -> tuple[Dataset, str]:
-    """The documents under our names of columns, with their numbers, and their format."""
-    documents = with_columns(documents, columns, source)
-    fmt = detect_format(documents, fmt, source)
-    return documents.add_column(ROW, list(range(1, len(documents) + 1))), fmt
+def _numbered(documents: Dataset) -> Dataset:
+    return documents.add_column(ROW, list(range(1, len(documents) + 1)))
 
 
 def build_rows(
-    documents: Documents,
+    documents: Corpus,
     section: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     kind: str = "causal_lm",
@@ -127,39 +197,54 @@ def build_rows(
     Raises:
         DataError: a half without a single token to learn from, or not of text for an encoder.
     """
-    held_out_source = section.eval_source or section.source
-    halves, notes = [], []
-    for name, source, half, fmt in (
-        ("training", section.source, documents.train, documents.train_format),
-        ("held-out", held_out_source, documents.held_out, documents.held_out_format),
-    ):
-        if kind == "encoder":
-            rows = _encoder_rows(half, fmt, section, tokenizer)
-            blank = sum(not (isinstance(t, str) and t.strip()) for t in half["text"])
-            if blank:
-                notes.append(f"{name}: left out {blank} of {len(half)} documents without text")
-            if not len(rows):
+    trained, held_out, notes = [], {}, []
+    several = len(documents.parts) > 1
+    for part in documents.parts:
+        label = part.source.label
+        for name, half, fmt, where in (
+            ("training", part.train, part.train_format, part.source.source),
+            (
+                "held-out",
+                part.held_out,
+                part.held_out_format,
+                part.source.eval_source or part.source.source,
+            ),
+        ):
+            if not len(half):  # of weight 0
+                continue
+            pieces, told = _pieces(half, fmt, section, tokenizer, kind)
+            is_empty = not len(pieces) or not any(map(len, pieces["input_ids"]))
+            if is_empty and kind == "encoder":
                 raise DataError(
-                    f"data: expected text in the {name} documents, got none; {source}, "
+                    f"data: expected text in the {name} documents, got none; {where}, "
                     f"{_first_problem(half, fmt)}"
                 )
-        else:
-            rows, told = _causal_rows(half, fmt, tokenizer, section.max_length, section.packing)
-            if not len(rows):
-                reason = f"; {source}: {told[0]}" if told else ""
+            if is_empty:
+                reason = f"; {where}: {told[0]}" if told else ""
                 raise DataError(f"data: expected targets in the {name} documents, got none{reason}")
-            notes += [f"{name}: {note}" for note in told]
-        halves.append(rows)
-    train, held_out = halves
-    if section.max_eval_rows is not None and len(held_out) > section.max_eval_rows:
-        held_out = held_out.shuffle(seed=section.split_seed).select(range(section.max_eval_rows))
+            notes += [f"{name}{f', {label}' if several else ''}: {note}" for note in told]
+            if name == "training":
+                trained.append(pieces)
+                continue
+            rows = _packed(pieces, section, kind)
+            if section.max_eval_rows is not None and len(rows) > section.max_eval_rows:
+                rows = rows.shuffle(seed=section.split_seed).select(range(section.max_eval_rows))
+            held_out[label] = rows
+    pieces = trained[0]
+    if several:  # sources share rows
+        pieces = concatenate_datasets(trained).shuffle(seed=section.split_seed)
+    train, measured = _packed(pieces, section, kind), concatenate_datasets([*held_out.values()])
     collator: CausalCollator | EncoderCollator
     if kind == "encoder":
         collator = EncoderCollator(tokenizer.pad_token_id)
     else:
         collator = CausalCollator(tokenizer.pad_token_id, packed=section.packing)
-    train_tokens, held_out_tokens = (sum(map(len, h["input_ids"])) for h in (train, held_out))
-    return Rows(train, held_out, train_tokens, held_out_tokens, collator, tuple(notes))
+    tokens = (sum(map(len, half["input_ids"])) for half in (train, measured))
+    return Rows(
+        *(train, measured, *tokens, collator),
+        held_out_of=held_out if several else {},
+        notes=tuple(notes),
+    )
 
 
 def rows_from_documents(
@@ -191,8 +276,10 @@ def rows_from_documents(
         )
     if tokenizer.eos_token_id is None:
         raise DataError("tokenizer: expected an end-of-text token (eos_token), got none")
-    documents, fmt = _numbered(documents, {}, "auto", "documents")
-    rows, told = _causal_rows(documents, fmt, tokenizer, max_length, packing)
+    documents = with_columns(documents, {}, "documents")
+    fmt = detect_format(documents, "auto", "documents")
+    pieces, told = _causal_pieces(_numbered(documents), fmt, tokenizer, max_length)
+    rows = _packed_pieces(pieces, max_length, packing)
     if not len(rows):
         raise DataError(f"documents: expected targets, got none; {'; '.join(told)}")
     for note in told:
@@ -200,14 +287,28 @@ def rows_from_documents(
     return rows
 
 
-def _encoder_rows(documents: Dataset, fmt: str, section: DataSection, tokenizer) -> Dataset:
+def _pieces(
+    documents: Dataset, fmt: str, section: DataSection, tokenizer, kind: str
+) -> tuple[Dataset, list[str]]:
+    """Tokenised pieces, of an encoder its rows, and what is to be told of others."""
+    if kind != "encoder":
+        return _causal_pieces(documents, fmt, tokenizer, section.max_length)
     if fmt != "text":
         raise DataError(f"data: expected a column text for an encoder, got the format {fmt}")
-    return documents.map(
+    rows = documents.map(
         tokenise_texts(tokenizer, section.max_length),
         batched=True,
         remove_columns=documents.column_names,
     )
+    blank = sum(not (isinstance(t, str) and t.strip()) for t in documents["text"])
+    told = [f"left out {blank} of {len(documents)} documents without text"] if blank else []
+    return rows, told
+
+
+def _packed(pieces: Dataset, section: DataSection, kind: str) -> Dataset:
+    if kind == "encoder":
+        return pieces
+    return _packed_pieces(pieces, section.max_length, section.packing)
 
 
 def _first_problem(documents: Dataset, fmt: str) -> str:
@@ -219,22 +320,25 @@ def _first_problem(documents: Dataset, fmt: str) -> str:
     return "every text is blank"
 
 
-def _causal_rows(
-    documents: Dataset, fmt: str, tokenizer, max_length: int, packing: bool
+def _causal_pieces(
+    documents: Dataset, fmt: str, tokenizer, max_length: int
 ) -> tuple[Dataset, list[str]]:
-    """Rows, and what is to be told of documents that were left out or cut."""
+    """Pieces, and what is to be told of documents that were left out or cut."""
     pieces = documents.map(
         tokenise_documents(fmt, tokenizer, max_length),
         batched=True,
         remove_columns=documents.column_names,
     )
-    rows = pieces.map(
+    return pieces, _notes(pieces, len(documents))
+
+
+def _packed_pieces(pieces: Dataset, max_length: int, packing: bool) -> Dataset:
+    return pieces.map(
         packer(max_length, packing=packing),
         batched=True,
         batch_size=10_000,
         remove_columns=pieces.column_names,
     )
-    return rows, _notes(pieces, len(documents))
 
 
 def _notes(pieces: Dataset, num_documents: int) -> list[str]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from modxfer_fast.data.facts import facts_of_tokens
+
 IGNORE_INDEX = -100
 
 
@@ -20,6 +22,7 @@ class CausalCollator:
         labels         [B, T] int64; labels[t] is the target of position t, that is token t + 1 of
                        the same document; -100 where there is none
         num_valid      int, number of labels that are not -100
+        token_weights  [B, T] float32, the factor of each token's loss; of rows that have it
 
     Of a packed batch the engine hands a model the positions and not the mask: transformers keeps
     documents apart by their positions only when it gets no mask, and no token sees the padding on
@@ -53,6 +56,7 @@ class CausalCollator:
         labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
         batch = EncoderCollator(self.pad_token_id)(rows)
         batch |= {"labels": labels, "num_valid": int((labels != IGNORE_INDEX).sum())}
+        batch |= facts_of_tokens(rows)
         return {**batch, "position_ids": torch.stack(positions)} if self.packed else batch
 
 

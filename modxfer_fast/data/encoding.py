@@ -3,7 +3,7 @@
 A piece is `{"input_ids": [n], "is_target": [n], "problem", "row", "is_cut"}`; `is_target[i]`: token
 i is to be predicted. A document that cannot be learnt from leaves one piece without tokens that
 says why (`problem`) and where it came from (`row`, counted from 1, 0 where not known). `is_cut`:
-the document had further targets behind the piece.
+the document had further targets behind the piece. Facts of the document (facts.py) are beside them.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.data.chat import ChatEncoder
+from modxfer_fast.data.facts import FACTS
 from modxfer_fast.data.packing import Columns
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 
@@ -44,14 +45,16 @@ def tokenise_documents(
         texts = [document.text for document in documents if isinstance(document, Text)]
         ids_of_text = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
         numbers = rows.get(ROW, [0] * len(documents))
+        facts = [fact for fact in FACTS if fact in rows]
         pieces = []
-        for document, row in zip(documents, numbers, strict=True):
+        for i, (document, row) in enumerate(zip(documents, numbers, strict=True)):
+            own = [rows[fact][i] for fact in facts]
             try:
                 encoded = list(encode(document, ids_of_text))
-                pieces += [(ids, mask, "", row, is_cut) for ids, mask, is_cut in encoded]
+                pieces += [(ids, mask, "", row, is_cut, *own) for ids, mask, is_cut in encoded]
             except RecordError as error:
-                pieces.append(([], [], str(error), row, False))
-        return {name: [piece[i] for piece in pieces] for i, name in enumerate(PIECE)}
+                pieces.append(([], [], str(error), row, False, *own))
+        return {name: [p[i] for p in pieces] for i, name in enumerate((*PIECE, *facts))}
 
     return encode_batch
 

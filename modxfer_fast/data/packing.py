@@ -1,10 +1,13 @@
 """Best-fit packing: several pieces in one row, each still a document of its own.
 
-A row is `{"input_ids", "is_target", "lengths"}`, sum(lengths) == len(input_ids) <= max_length.
+A row is `{"input_ids", "is_target", "lengths"}`, sum(lengths) == len(input_ids) <= max_length,
+and a list with one value a document of each fact (facts.py).
 """
 
 from collections.abc import Callable
 from itertools import chain
+
+from modxfer_fast.data.facts import FACTS
 
 Columns = dict[str, list]  # a batch of `Dataset.map(batched=True)`
 
@@ -42,6 +45,11 @@ def packer(max_length: int, *, packing: bool) -> Callable[[Columns], Columns]:
             "input_ids": [list(chain(*(pieces["input_ids"][i] for i in row))) for row in rows],
             "is_target": [list(chain(*(pieces["is_target"][i] for i in row))) for row in rows],
             "lengths": [[lengths[i] for i in row] for row in rows],
+            **{
+                fact: [[pieces[fact][i] for i in row] for row in rows]
+                for fact in FACTS
+                if fact in pieces
+            },
         }
 
     return pack_batch

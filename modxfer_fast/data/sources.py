@@ -1,11 +1,13 @@
 """Named sources -> `datasets.Dataset` with one of three sets of columns; see records.py."""
 
+import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from modxfer_fast.data.facts import FACTS
 from modxfer_fast.data.python_docs import python_docs
 from modxfer_fast.errors import DataError
 
@@ -14,6 +16,7 @@ COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+READ = {*(column for needed in COLUMNS.values() for column in needed), "tools", *FACTS}
 _READERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -22,6 +25,21 @@ _READERS = {
     ".txt": "text",
     ".md": "text",
 }
+
+
+def files_of(source: str) -> list[str]:
+    """The files that a pattern stands for, by name; any other source as it is.
+
+    Raises:
+        DataError: a pattern that no file has.
+    """
+    path = Path(source).expanduser()
+    if not glob.has_magic(source) or path.exists():
+        return [source]
+    found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not found:
+        raise DataError(f"data source {source}: expected files of this pattern, found none")
+    return found
 
 
 def load_source(

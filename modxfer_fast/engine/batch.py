@@ -22,11 +22,13 @@ class TokenSet(NamedTuple):
         mask: bool, True where a token counts; None for all.
         num_valid: number of them, if known on the host.
         normalizer: number of them in the optimiser step, over all ranks; None for the mean here.
+        weights: [B, T] factors of their losses, which do not enter the normalizer; None for 1.
     """
 
     mask: Tensor | None
     num_valid: int | None
     normalizer: Tensor | float | None = None
+    weights: Tensor | None = None
 
     def number(self, device: torch.device) -> Tensor:
         """Number of tokens that count here, an fp64 scalar."""

@@ -183,6 +183,8 @@ class DistillModule(nn.Module):
                     micro-batches, that divides the sum over this one. Without it the loss is the
                     mean.
                 num_valid: number of labels other than -100 here, known on the host.
+                token_weights: [B, T], the factor of each position's loss in training; what divides
+                    the sum is the number of labels all the same.
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
                 teacher_answers: what a `CachedTeacher` answered, by name.
@@ -190,6 +192,8 @@ class DistillModule(nn.Module):
         answered = inputs.pop(ANSWERS, None)
         batch, objective = self.parts.read(**inputs), self.objective
         batch = batch._replace(answered=answered)
+        if not self.training:  # figures say what each token is worth
+            batch = batch._replace(compared=batch.compared._replace(weights=None))
         if objective is not None and not self.training:
             objective = objective.measured(self.teacher is not None, batch.labels is not None)
         target, kd_weight = None, 0.0 if objective is None else objective.kd_weight
@@ -212,6 +216,11 @@ class DistillModule(nn.Module):
     def _check_compared(self, batch: Batch) -> None:
         if self.features is None:
             return
+        if batch.compared.weights is not None:
+            raise ValueError(
+                "token_weights: expected none with hidden_states or relations, whose tokens count "
+                "alike"
+            )
         if self.features.relation is not None and batch.inputs.get("position_ids") is not None:
             raise ValueError(
                 "relations: expected rows of one document each, because a relation spans a "

@@ -71,12 +71,15 @@ class Objective(KDSpec):
         normalizer: Tensor | float | None,
         num_valid: int | None,
         *,
+        token_weights: Tensor | None = None,
         bends: tuple[Bend, Bend] = (Bend(), Bend()),
     ) -> KDTerms:
         """Of hidden states [B, T, D] and heads, or classes [B, T, K] of a teacher that lists them.
 
         Args:
             labels: [B, T].
+            token_weights: [B, T] factors of the tokens' losses; normaliser and the terms beside the
+                loss are without them.
             bends: what student and teacher do to the logits of their heads.
 
         Raises:
@@ -89,36 +92,41 @@ class Objective(KDSpec):
                 raise ValueError(
                     "loss_impl: expected fused with a teacher of listed classes, got dense"
                 )
-            return spec._dense(student, teacher, labels, normalizer)
-        tokens = Tokens(labels, normalizer=normalizer, num_valid=num_valid)
+            return spec._dense(student, teacher, labels, normalizer, token_weights)
+        tokens = Tokens(labels, token_weights, normalizer, num_valid=num_valid)
         return loss_of_heads(student, teacher, spec, tokens, self.launch)
 
     def _dense(
-        self, student: Head, teacher: Head, labels: Tensor, normalizer: Tensor | float | None
+        self,
+        student: Head,
+        teacher: Head,
+        labels: Tensor,
+        normalizer: Tensor | float | None,
+        weights: Tensor | None,
     ) -> KDTerms:
         spec = self.checked()
         valid = labels != IGNORE_INDEX
         count = valid.sum().clamp(min=1)
         logits = spec.student_bend.of(F.linear(*student).float())
-        kd = ce = z_loss = logits.new_zeros(())
+        kd = ce = z_loss = logits.new_zeros(labels.shape)
         if spec.kd_weight:
             with torch.no_grad():
                 teacher_logits = spec.teacher_bend.of(F.linear(*teacher).float())
                 of_teacher = spec.record.operand(teacher_logits / spec.temperature)
             of_student = spec.record.operand(logits / spec.temperature)
             rows = spec.record.definition(of_teacher, of_student, *spec.parameters)
-            kd = rows.masked_fill(~valid, 0.0).sum()
+            kd = rows.masked_fill(~valid, 0.0)
         if spec.ce_weight:
             ce = F.cross_entropy(
                 logits.flatten(0, -2),
                 labels.flatten(),
-                reduction="sum",
+                reduction="none",
                 label_smoothing=spec.label_smoothing,
-            )
+            ).view_as(labels)
         if spec.z_loss_weight:
-            z_loss = logits.logsumexp(-1).square().masked_fill(~valid, 0.0).sum()
+            z_loss = logits.logsumexp(-1).square().masked_fill(~valid, 0.0)
         loss = spec.kd_weight * kd + spec.ce_weight * ce + spec.z_loss_weight * z_loss
         divisor = count if normalizer is None else torch.as_tensor(normalizer).clamp(min=1)
-        loss = loss / divisor
-        kd, ce, z_loss = (term.detach() / count for term in (kd, ce, z_loss))
+        loss = (loss if weights is None else loss * weights).sum() / divisor
+        kd, ce, z_loss = (term.detach().sum() / count for term in (kd, ce, z_loss))
         return KDTerms(loss, kd, ce, z_loss)

@@ -31,7 +31,8 @@ class DistillTrainer(Trainer):
     "attention_mask" and "position_ids" [B, T], which restart at every document of a packed row.
     Collators of transformers and TRL emit labels[t] = the token at position t; they are shifted
     here. One that has `labels_are_aligned = True`, as `CausalCollator`, emits labels[t] = the token
-    after it, and may add the int "num_valid", the number of labels that are not -100.
+    after it, and may add the int "num_valid", the number of labels that are not -100, and
+    "token_weights" [B, T], the factor of each position's loss in training.
 
     Logs, besides Trainer's: kd_loss and ce_loss (unweighted means over the supervised tokens since
     the last report), num_tokens (tokens that are not padding, over all ranks, since the start),

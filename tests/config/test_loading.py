@@ -89,7 +89,7 @@ def test_dump_reads_back_the_same(write):
         (changed(seeds=[]), ["seeds", "at least 1"]),
         (changed(seeds=[1, 1]), ["seeds", "different", "[1, 1]"]),
         (changed(overwrite="yes please"), ["overwrite", "valid boolean", "'yes please'"]),
-        (changed(data={}), ["data.source", "missing"]),
+        (changed(data={}), ["data", "exactly one of source and sources, got neither"]),
         (changed(data={"source": "x", "eval_fraction": 1.0}), ["data.eval_fraction", "less"]),
         (changed(teacher={}), ["teacher", "exactly one of path and config"]),
         (changed(teacher={"config": {"hidden_size": 4}}), ["teacher", "model_type"]),

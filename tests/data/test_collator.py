@@ -3,6 +3,7 @@
 import torch
 
 from modxfer_fast.data import IGNORE_INDEX, CausalCollator
+from modxfer_fast.data.facts import LOSS_WEIGHT
 
 _ = IGNORE_INDEX
 
@@ -54,3 +55,10 @@ def test_types():
     assert isinstance(batch["num_valid"], int)
     assert isinstance(batch["num_tokens"], int)
     assert all(batch[k].dtype == torch.int64 for k in batch if not k.startswith("num_"))
+
+
+def test_facts_of_a_document_are_those_of_each_of_its_tokens():
+    weighted = {**row([5, 6, 7], [8, 9]), LOSS_WEIGHT: [0.5, 2.0]}
+    batch = CausalCollator(0)([weighted, {**row([3, 4]), LOSS_WEIGHT: [0.25]}])
+    assert batch["token_weights"].tolist() == [[0.5, 0.5, 0.5, 2, 2], [0.25, 0.25, 0, 0, 0]]
+    assert batch["token_weights"].dtype == torch.float32

@@ -9,7 +9,7 @@ from modxfer_fast.data import (
     DataError,
     EncoderCollator,
     build_rows,
-    load_documents,
+    load_corpus,
     load_source,
     load_tokenizer,
     tokenizer_digest,
@@ -66,7 +66,7 @@ def test_lines_of_a_file(tmp_path, tokenizer):
     assert len(load_source(str(path))) == 1
     assert load_source(str(path), lines=True)["text"] == ["one two", "three", "four five"]
     section = DataSection(source=str(path), lines=True, packing=False, eval_fraction=0.3)
-    rows = build_rows(load_documents(section), section, tokenizer, "encoder")
+    rows = build_rows(load_corpus(section), section, tokenizer, "encoder")
     assert (len(rows.train), len(rows.held_out)) == (2, 1)
     assert rows.train_tokens + rows.held_out_tokens == 11
     assert rows.train.column_names == ["input_ids", "length"]
@@ -83,20 +83,20 @@ def test_what_is_no_text(tmp_path, tokenizer):
     Dataset.from_dict({"prompt": ["a"] * 4, "completion": ["b"] * 4}).to_json(path)
     section = DataSection(source=str(path), packing=False)
     with pytest.raises(DataError, match="expected a column text for an encoder"):
-        build_rows(load_documents(section), section, tokenizer, "encoder")
+        build_rows(load_corpus(section), section, tokenizer, "encoder")
 
 
 def test_texts_that_are_none_are_counted(tmp_path, tokenizer):
     path = tmp_path / "texts.jsonl"
     Dataset.from_dict({"text": ["one", "two", None, " ", "three", "four"] * 2}).to_json(path)
     section = DataSection(source=str(path), packing=False, eval_fraction=0.5)
-    rows = build_rows(load_documents(section), section, tokenizer, "encoder")
+    rows = build_rows(load_corpus(section), section, tokenizer, "encoder")
     assert sum(int(note.split("left out ")[1].split()[0]) for note in rows.notes) == 4
     Dataset.from_dict({"text": [None] * 3}).to_json(path)
     with pytest.raises(
         DataError, match=r"texts\.jsonl, row \d: column text: expected text, got null"
     ):
-        build_rows(load_documents(section), section, tokenizer, "encoder")
+        build_rows(load_corpus(section), section, tokenizer, "encoder")
 
 
 def test_tokenizers_of_encoders(tmp_path, tokenizer):

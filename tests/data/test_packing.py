@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from modxfer_fast.data.facts import LOSS_WEIGHT
 from modxfer_fast.data.packing import best_fit, packer
 
 
@@ -34,3 +35,13 @@ def test_packer_keeps_ids_and_targets_together():
         "lengths": [[3, 1]],
     }
     assert packer(4, packing=False)(pieces)["lengths"] == [[3], [1]]
+
+
+def test_packer_keeps_facts_beside_their_documents():
+    pieces = {
+        "input_ids": [[1, 2, 3], [4]],
+        "is_target": [[True] * 3, [True]],
+        LOSS_WEIGHT: [0.5, 2.0],
+    }
+    assert packer(4, packing=True)(pieces)[LOSS_WEIGHT] == [[0.5, 2.0]]
+    assert packer(4, packing=False)(pieces)[LOSS_WEIGHT] == [[0.5], [2.0]]

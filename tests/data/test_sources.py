@@ -9,7 +9,7 @@ from modxfer_fast.config import DataSection
 from modxfer_fast.data import (
     DataError,
     build_rows,
-    load_documents,
+    load_corpus,
     load_source,
     python_docs,
     rows_from_documents,
@@ -101,12 +101,13 @@ def test_split_is_by_document_and_repeatable(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(40)))
     section = DataSection(source=str(path), eval_fraction=0.25)
-    first, second = load_documents(section), load_documents(section)
-    assert (len(first.train), len(first.held_out)) == (30, 10)
-    assert not set(first.train["text"]) & set(first.held_out["text"])
-    assert first.held_out["text"] == second.held_out["text"]
+    first, second = load_corpus(section), load_corpus(section)
+    assert (first.num_train, first.num_held_out) == (30, 10)
+    [one], [other] = first.parts, second.parts
+    assert not set(one.train["text"]) & set(one.held_out["text"])
+    assert one.held_out["text"] == other.held_out["text"]
     assert first.digest() == second.digest()
-    other = load_documents(DataSection(source=str(path), eval_fraction=0.25, split_seed=1))
+    other = load_corpus(DataSection(source=str(path), eval_fraction=0.25, split_seed=1))
     assert other.digest() != first.digest()
 
 
@@ -114,18 +115,18 @@ def test_one_document_cannot_be_split(tmp_path):
     path = tmp_path / "d.txt"
     path.write_text("alone")
     with pytest.raises(DataError, match="expected at least 2 documents to hold some out"):
-        load_documents(DataSection(source=str(path)))
+        load_corpus(DataSection(source=str(path)))
     other = tmp_path / "other.txt"
     other.write_text("apart")
-    both = load_documents(DataSection(source=str(path), eval_source=str(other)))
-    assert both.held_out["text"] == ["apart"]
+    both = load_corpus(DataSection(source=str(path), eval_source=str(other)))
+    assert both.parts[0].held_out["text"] == ["apart"]
 
 
 def test_training_documents_are_not_held_out(tmp_path):
     path = tmp_path / "d.txt"
     path.write_text("alone")
     with pytest.raises(DataError, match="expected other documents"):
-        load_documents(DataSection(source=str(path), eval_source=str(path)))
+        load_corpus(DataSection(source=str(path), eval_source=str(path)))
 
 
 def test_rows_hold_every_token(tmp_path):
@@ -133,11 +134,13 @@ def test_rows_hold_every_token(tmp_path):
     texts = [f"document {i} " * (i + 1) for i in range(12)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     section = DataSection(source=str(path), max_length=16, eval_fraction=0.2, max_eval_rows=1)
-    documents = load_documents(section)
+    documents = load_corpus(section)
     tokenizer = train_tokenizer(documents.texts(), 300)
     rows = build_rows(documents, section, tokenizer)
     predicted = sum(len(ids) - len(n) for ids, n in zip(rows.train["input_ids"], rows.train["lengths"], strict=True))  # fmt: skip  # noqa: E501
-    assert predicted == sum(len(tokenizer(text)["input_ids"]) for text in documents.train["text"])
+    assert predicted == sum(
+        len(tokenizer(text)["input_ids"]) for text in documents.parts[0].train["text"]
+    )
     assert len(rows.held_out) == 1
     assert rows.train_tokens == sum(map(len, rows.train["input_ids"]))
 
@@ -147,7 +150,7 @@ def test_nothing_to_learn(tmp_path):
     long = {"prompt": "word " * 50, "completion": "x"}
     path.write_text("\n".join(json.dumps(long) for _ in range(4)))
     section = DataSection(source=str(path), max_length=8)
-    documents = load_documents(section)
+    documents = load_corpus(section)
     with pytest.raises(DataError, match="expected targets in the training documents, got none"):
         build_rows(documents, section, train_tokenizer(documents.texts(), 300))
 
@@ -164,7 +167,7 @@ def rows_of(path, **options):
     """Rows of all documents of a file, of a tokenizer of bytes."""
     held_out = write_rows(path.with_name("held-out.jsonl"), [{"text": "held out"}])
     section = DataSection(source=str(path), eval_source=str(held_out), max_length=48, **options)
-    documents = load_documents(section)
+    documents = load_corpus(section)
     assert documents.digest()
     return build_rows(documents, section, train_tokenizer(documents.texts(), 300))
 
@@ -173,9 +176,11 @@ def test_the_first_row_that_is_told_is_the_lowest(tmp_path):
     texts = [{"text": f"document {i}" if i % 2 else None} for i in range(40)]
     path = write_rows(tmp_path / "d.jsonl", texts)
     section = DataSection(source=str(path), max_length=48, max_documents=40, eval_fraction=0.1)
-    documents = load_documents(section)  # shuffled
+    documents = load_corpus(section)  # shuffled
     rows = build_rows(documents, section, train_tokenizer(documents.texts(), 300))
-    for note, part in zip(rows.notes, (documents.train, documents.held_out), strict=True):
+    for note, part in zip(
+        rows.notes, (documents.parts[0].train, documents.parts[0].held_out), strict=True
+    ):
         lowest = min(row for row, text in zip(part[ROW], part["text"], strict=True) if text is None)
         assert f"(first: row {lowest})" in note
 
@@ -216,7 +221,7 @@ def test_completions_that_are_cut_or_have_no_room_are_counted(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", rows)
     held_out = write_rows(tmp_path / "held-out.jsonl", [{"text": "held out"}])
     section = DataSection(source=str(path), eval_source=str(held_out), max_length=16, packing=False)
-    rows = build_rows(load_documents(section), section, train_tokenizer(["x"], 300))
+    rows = build_rows(load_corpus(section), section, train_tokenizer(["x"], 300))
     assert rows.notes == (
         "training: left out 1 of 3 documents (first: row 3): nothing to learn within "
         "max_length=16 tokens",
@@ -254,10 +259,10 @@ def test_files_that_cannot_be_read_say_where(tmp_path, name, text, message):
 
 def test_columns_of_other_names(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [{"body": f"b {i}", "text": "t"} for i in range(9)])
-    documents = load_documents(DataSection(source=str(path), columns={"text": "body"}))
-    assert set(documents.train["text"]) < {f"b {i}" for i in range(9)}
+    documents = load_corpus(DataSection(source=str(path), columns={"text": "body"}))
+    assert set(documents.parts[0].train["text"]) < {f"b {i}" for i in range(9)}
     with pytest.raises(DataError, match=r"data\.columns\.text: expected a column of .*got page"):
-        load_documents(DataSection(source=str(path), columns={"text": "page"}))
+        load_corpus(DataSection(source=str(path), columns={"text": "page"}))
 
 
 def test_sharegpt_needs_no_mapping(tmp_path):
@@ -299,5 +304,5 @@ def test_the_digest_of_a_conversation_knows_who_speaks(tmp_path):
     for roles in (("user", "assistant"), ("assistant", "user")):
         messages = [{"role": role, "content": "hi"} for role in roles]
         path = write_rows(tmp_path / f"{roles[0]}.jsonl", [{"messages": messages}] * 3)
-        digests.add(load_documents(DataSection(source=str(path))).digest())
+        digests.add(load_corpus(DataSection(source=str(path))).digest())
     assert len(digests) == 2

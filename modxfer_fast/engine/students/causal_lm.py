@@ -81,16 +81,19 @@ class SplitCausalLM(TextModel):
         labels: Tensor,
         num_valid: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        token_weights: Tensor | None = None,
         **tokens: Any,
     ) -> Batch:
         """Labels [B, T] beside what `read_tokens` takes; labels[t] is the target of position t.
 
         Args:
             num_valid: number of labels other than -100, known on the host.
+            token_weights: [B, T], the factor of the loss at each position.
         """
         labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
         batch = read_tokens(**tokens)
-        return batch._replace(compared=labelled, labelled=labelled, labels=labels)
+        compared = labelled._replace(weights=token_weights)
+        return batch._replace(compared=compared, labelled=labelled, labels=labels)
 
     @cached_property
     def classes(self) -> int:
@@ -117,6 +120,7 @@ class SplitCausalLM(TextModel):
             batch.labels,
             batch.compared.normalizer,
             batch.compared.num_valid,
+            token_weights=batch.compared.weights,
             bends=(answer.bend, target.bend),
         )
         count = batch.compared.number(terms.loss.device)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError, JobConfig
-from modxfer_fast.data import Documents, build_rows, load_documents, tokenizer_digest
+from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
 from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherProtocol, deepspeed
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import open_cached
@@ -117,8 +117,8 @@ class DistillJob(Job):
         (first, *_), runs = zip(*seeds, strict=True)
         report = {
             "data": {
-                "documents": len(self.documents.train),
-                "held_out_documents": len(self.documents.held_out),
+                "documents": self.documents.num_train,
+                "held_out_documents": self.documents.num_held_out,
                 "train_tokens": material.rows.train_tokens,
                 "held_out_tokens": material.rows.held_out_tokens,
                 "vocab_size": len(material.tokenizer),
@@ -149,8 +149,8 @@ class DistillJob(Job):
     # ---- data and models ----
 
     @cached_property
-    def documents(self) -> Documents:
-        return load_documents(self.config.data)
+    def documents(self) -> Corpus:
+        return load_corpus(self.config.data)
 
     @cached_property
     def material(self) -> Material:
@@ -159,8 +159,8 @@ class DistillJob(Job):
         check_configs(config, tokenizer)  # a mistake is told before the teacher trains
         rows = build_rows(documents, config.data, tokenizer, config.kind)
         say(
-            f"{len(documents.train)} documents, {rows.train_tokens:,} tokens; held out "
-            f"{len(documents.held_out)} documents, {rows.held_out_tokens:,} tokens; "
+            f"{documents.num_train} documents, {rows.train_tokens:,} tokens; held out "
+            f"{documents.num_held_out} documents, {rows.held_out_tokens:,} tokens; "
             f"vocabulary {len(tokenizer):,}"
         )
         for note in rows.notes:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from modxfer_fast import engine
@@ -15,6 +16,7 @@ from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.report import ConsoleCallback, JobConsole
 
+_INSIDE = ("eval_hidden_", "eval_relation_")
 CROSS_ENTROPY = LossSection(kd_weight=0.0, ce_weight=1.0)
 # Held-out figures of causal language models always mean this, whatever a run minimises.
 _MEASURED = LossSection(divergence="forward_kl", temperature=1.0, kd_weight=1.0, ce_weight=1.0)
@@ -103,11 +105,12 @@ class Evaluation:
         *,
         seed: int = 0,
         projections: Path | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Held-out figures of a model.
 
         Of a causal language model eval_perplexity and, with a teacher, eval_kd: KL(teacher ||
-        model) per token. Of an encoder eval_hidden_loss and the like.
+        model) per token. Of an encoder eval_hidden_loss and the like. Of each of several sources
+        the same in "sources", by its label.
 
         Args:
             seed: that projections start from. projections: folder of trained ones, for encoders.
@@ -116,8 +119,12 @@ class Evaluation:
         trainer = self.material.trainer(model, args, teacher)
         if projections is not None and not self.has_logits:
             engine.load_projections(projections, trainer.model.features)
-        metrics = trainer.evaluate()
-        if self.has_logits:
-            return {key: metrics[key] for key in ("eval_perplexity", "eval_kd") if key in metrics}
-        inside = ("eval_hidden_", "eval_relation_")
-        return {key: value for key, value in metrics.items() if key.startswith(inside)}
+        wanted = ("eval_perplexity", "eval_kd") if self.has_logits else _INSIDE
+
+        def measured(rows: Dataset) -> dict[str, Any]:
+            metrics = trainer.evaluate(rows)
+            return {key: value for key, value in metrics.items() if key.startswith(wanted)}
+
+        rows = self.material.rows
+        sources = {label: measured(own) for label, own in rows.held_out_of.items()}
+        return measured(rows.held_out) | ({"sources": sources} if sources else {})

@@ -56,7 +56,7 @@ class ModelSource:
         return cls(str(folder), section, pretrain, taken, cached, stage.fingerprint)
 
 
-def prepare_tokenizer(config: JobConfig, documents: data.Documents) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(config: JobConfig, documents: data.Corpus) -> PreTrainedTokenizerBase:
     """Train or load the tokenizer, and see that models loaded from a path came with the same one.
 
     Raises:

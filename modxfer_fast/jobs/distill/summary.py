@@ -90,6 +90,8 @@ def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> 
     columns = [("model", ""), *((name, fmt) for _, name, fmt in figures), ("tokens/s", ",.0f")]
     console.table(f"Held-out text{seeds}", columns, rows)
     _print_pairs(console, summary["start"], summary["student"])
+    if "sources" in runs[0]["student"]:
+        _print_sources(console, runs[0]["start"]["sources"], runs[0]["student"]["sources"], figures)
     if "loss" in report:
         _print_loss(console, report["loss"])
     if "parts" in report:
@@ -118,6 +120,19 @@ def _print_pairs(console: JobConsole, start: dict[str, Any], end: dict[str, Any]
     names = ("student, teacher layer", "loss before", "after", "cosine before", "after")
     if pairs:
         console.table("Hidden states of each pair of layers", [(name, "") for name in names], rows)
+
+
+def _print_sources(
+    console: JobConsole, start: dict[str, Any], end: dict[str, Any], figures: list[tuple]
+) -> None:
+    """Held-out figures of each source, before and after training with the first seed."""
+    columns = [("source", "")]
+    for _, name, fmt in figures:
+        columns += [(f"{name} before", fmt), ("after", fmt)]
+    rows = [
+        [label, *(of[label][key] for key, _, _ in figures for of in (start, end))] for label in end
+    ]
+    console.table("Held-out text of each source, first seed", columns, rows)
 
 
 def _print_loss(console: JobConsole, loss: dict[str, Any]) -> None:
