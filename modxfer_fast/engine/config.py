@@ -200,3 +200,5 @@ class DistillConfig(TrainingArguments):
                 self.use_cpu = True
             deepspeed.check_environment()
             deepspeed.start(self.use_cpu)
+        if self.deepspeed is not None:
+            deepspeed.check_keys(config)

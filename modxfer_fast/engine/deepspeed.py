@@ -1,6 +1,7 @@
 """DeepSpeed for the trainer: configuration of a ZeRO stage, guards where it fails silently."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from modxfer_fast.config.errors import nearest
 from modxfer_fast.models.checks import is_partitioned
 
 # From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
@@ -61,6 +63,50 @@ def check_config(config: dict) -> None:
             )
         if isinstance(config[key], dict):
             check_config(config[key])
+
+
+def check_keys(config: dict) -> None:
+    """Raises ValueError for a section or value that DeepSpeed never looks for."""
+    known = _known_keys()
+    for key in config:
+        if key not in known:
+            raise ValueError(
+                f"deepspeed: {key!r} would be ignored silently, DeepSpeed knows no such key"
+                f"{nearest(key, known)}"
+            )
+
+
+@functools.cache
+def _known_keys() -> frozenset[str]:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = _Asked(train_micro_batch_size_per_gpu=1)
+    DeepSpeedConfig(config)
+    # the others are read where nobody looks at a whole configuration
+    others = "autotuning", "data_parallel_size", "sequence_parallel_size", "train_steps"
+    return frozenset({*config.names, *others})
+
+
+class _Asked(dict):
+    """A configuration that keeps the names which are looked for in it."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(values)
+        self.names = set(values)
+
+    def __contains__(self, key) -> bool:
+        self.names.add(key)
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        self.names.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self
+
+    def __copy__(self):
+        return self
 
 
 def check_environment() -> None:

@@ -53,6 +53,20 @@ def test_dotted_keys_are_refused_in_a_json_file_too(tmp_path):
         DistillConfig(output_dir=str(tmp_path), deepspeed=str(tmp_path / "missing.json"))
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("zero_optimisation", "did you mean 'zero_optimization'"), ("batch", "knows no such key")],
+)
+def test_keys_that_deepspeed_does_not_know_are_refused(key, hint):
+    with pytest.raises(ValueError, match=f"deepspeed: '{key}' would be ignored silently.*{hint}"):
+        deepspeed.check_keys({"train_batch_size": "auto", key: {}})
+
+
+def test_keys_of_deepspeed_pass():
+    known = "optimizer", "scheduler", "aio", "flops_profiler", "activation_checkpointing", "bf16"
+    deepspeed.check_keys(dict.fromkeys(known) | deepspeed.zero_config(3))
+
+
 def test_stage_must_agree_with_the_given_configuration(tmp_path):
     with pytest.raises(ValueError, match="zero_stage: expected 2, as in `deepspeed`, got 3"):
         DistillConfig(output_dir=str(tmp_path), deepspeed=deepspeed.zero_config(2), zero_stage=3)
