@@ -12,6 +12,7 @@ from modxfer_fast.config.model import (
     StudentSection,
     TokenizerSection,
 )
+from modxfer_fast.config.on_policy import OnPolicySection
 from modxfer_fast.config.task import TaskSection
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "JobConfig",
     "LossSection",
     "ModelSection",
+    "OnPolicySection",
     "RelationsSection",
     "SourceSection",
     "StudentSection",

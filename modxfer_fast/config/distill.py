@@ -7,6 +7,7 @@ from pydantic import model_validator
 from modxfer_fast.config.data import DataSection
 from modxfer_fast.config.loss import LossSection, check_encoder_loss
 from modxfer_fast.config.model import StudentSection, TeacherModelSection, TokenizerSection
+from modxfer_fast.config.on_policy import OnPolicySection
 from modxfer_fast.config.section import PositiveInt, Section, Seeds, Training
 
 
@@ -33,6 +34,8 @@ class JobConfig(Section):
     kind: `causal_lm`; or `encoder`, which learns from `loss.hidden_states` on plain text, one a
         row, without logits or labels: where not given, `kd_weight` is then 0, `packing` false and
         `max_length` 512.
+    on_policy: also train on what the student itself writes; null does not. Where not given,
+        `packing` is then false.
     """
 
     kind: Literal["causal_lm", "encoder"] = "causal_lm"
@@ -44,8 +47,17 @@ class JobConfig(Section):
     teacher: TeacherModelSection
     student: StudentSection
     loss: LossSection = LossSection()
+    on_policy: OnPolicySection | None = None
     training: Training = {}
     compare: CompareSection = CompareSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_on_policy(cls, raw: Any) -> Any:
+        is_given = isinstance(raw, dict) and raw.get("on_policy") is not None
+        if is_given and isinstance(raw.get("data"), dict):
+            return {**raw, "data": {"packing": False, **raw["data"]}}
+        return raw
 
     @model_validator(mode="before")
     @classmethod
@@ -77,11 +89,40 @@ class JobConfig(Section):
                 "data.sources: expected no loss_weight with loss.hidden_states or loss.relations, "
                 "whose tokens count alike"
             )
+        if self.on_policy is not None:
+            self._check_on_policy(self.on_policy)
         if self.loss.relations is not None and self.data.packing:
             raise ValueError(
                 "loss.relations: expected data.packing: false, because a relation spans a row"
             )
         return self
+
+    def _check_on_policy(self, section: OnPolicySection) -> None:
+        length = self.data.max_length
+        if self.teacher.plan == "cached":
+            raise ValueError(
+                "teacher.plan: expected one that answers now, with on_policy: what the student "
+                "will write is in no cache; got cached"
+            )
+        if self.data.packing:
+            raise ValueError(
+                "data.packing: expected false with on_policy, which needs a prompt a row, got true"
+            )
+        if not self.loss.kd_weight and not self.loss.has_features:
+            raise ValueError(
+                "loss.kd_weight: expected more than 0 with on_policy, because the teacher alone "
+                f"says what is right in a text of the student, got {self.loss.kd_weight}"
+            )
+        if section.prompt_length is not None and section.prompt_length >= length:
+            raise ValueError(
+                f"on_policy.prompt_length: expected less than data.max_length, {length}, got "
+                f"{section.prompt_length}"
+            )
+        if section.max_length is not None and section.max_length < length:
+            raise ValueError(
+                f"on_policy.max_length: expected at least data.max_length, {length}, whose "
+                f"prompts have to fit, got {section.max_length}"
+            )
 
     def _check_cached(self) -> None:
         for name, given in (
@@ -111,6 +152,7 @@ class JobConfig(Section):
         if self.teacher.path is None:
             raise ValueError(f"teacher.path: missing; expected a trained model {wrong}")
         for name, given in (
+            ("on_policy", self.on_policy is not None),
             ("student.pretrain", self.student.pretrain is not None),
             ("student.peft", self.student.peft is not None),
             ("compare.ce_only", self.compare.ce_only),

@@ -7,6 +7,7 @@ from modxfer_fast.engine.features.projections import load_projections
 from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.on_policy.rollouts import Rollouts, Sampling
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
@@ -21,6 +22,8 @@ __all__ = [
     "DistillTrainer",
     "NonFiniteError",
     "Objective",
+    "Rollouts",
+    "Sampling",
     "ShardedTeacher",
     "TaskHiddenOptions",
     "TaskTextCollator",

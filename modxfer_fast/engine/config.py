@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
-from modxfer_fast.config import HiddenStatesSection, RelationsSection
+from modxfer_fast.config import HiddenStatesSection, OnPolicySection, RelationsSection
 from modxfer_fast.config.loading import validate
 from modxfer_fast.config.loss import FeaturesSection
+from modxfer_fast.config.section import Section
 from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students import student_of_kind
@@ -31,6 +32,12 @@ _UNSUPPORTED = {
     "bf16_full_eval": "it would cast the weights that train",
     "remove_unused_columns": "it removes columns of the collator",
 }
+
+
+class _OnPolicy(Section):
+    """So that messages name the whole key."""
+
+    on_policy: OnPolicySection
 
 
 def _option(default: Any, help: str) -> Any:
@@ -107,6 +114,9 @@ class DistillConfig(TrainingArguments):
     relations: dict | None = _option(
         None, "Fields of RelationsSection: a loss of attention relations."
     )
+    on_policy: dict | None = _option(
+        None, "Fields of OnPolicySection: training on what the student writes."
+    )
     zero_stage: int | None = _option(None, "Run under DeepSpeed with this ZeRO stage, 0 to 3.")
     max_skipped_steps: int = _option(10, "Updates in a row that may be skipped as not finite.")
     # the collator emits num_valid, which is no argument of the student
@@ -119,6 +129,7 @@ class DistillConfig(TrainingArguments):
         self._features()
         student.settle(self)
         self.objective()
+        self.on_policy_options()
         self._refuse_unsupported()
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -156,6 +167,24 @@ class DistillConfig(TrainingArguments):
     def relation_options(self) -> RelationsSection | None:
         """The loss of attention relations that `relations` describes."""
         return self._features().relations
+
+    def on_policy_options(self) -> OnPolicySection | None:
+        """The on-policy training that `on_policy` describes.
+
+        Raises:
+            ValueError: an option out of range, or a student or loss that cannot learn by it.
+        """
+        if self.on_policy is None:
+            return None
+        options = validate({"on_policy": self.on_policy}, _OnPolicy, "").on_policy
+        if self.kind != "causal_lm":
+            raise ValueError(f"on_policy: expected kind causal_lm, which writes, got {self.kind}")
+        if not self.kd_weight and self.hidden_states is None and self.relations is None:
+            raise ValueError(
+                "on_policy: expected a kd_weight above 0, because the teacher alone says what is "
+                f"right in a text of the student, got {self.kd_weight}"
+            )
+        return options
 
     def _features(self) -> FeaturesSection:
         given = {"hidden_states": self.hidden_states, "relations": self.relations}

@@ -16,7 +16,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from modxfer_fast.config.errors import nearest
-from modxfer_fast.models.checks import is_partitioned
+from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 
 # From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
 MIN_DEEPSPEED = Version("0.19.6")
@@ -189,6 +189,33 @@ def gathered(params: Iterable[Tensor | None]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split):
         yield
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """A partitioned model whole inside the block, in which ranks may call it as often as they like.
+
+    Collective where the block begins and ends; of a model that is not partitioned, nothing. The
+    engine's hooks, which would give each parameter up after the first call, are away meanwhile.
+    """
+    if not any(is_partitioned(param) for param in model.parameters()):
+        yield
+        return
+    hooked = []
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            kept = list(hooks.items())
+            hooked.append((hooks, kept))
+            for key, hook in kept:
+                if is_deepspeed_hook(hook):
+                    del hooks[key]
+    try:
+        with gathered(model.parameters()):
+            yield
+    finally:
+        for hooks, items in hooked:
+            hooks.clear()
+            hooks.update(items)
 
 
 def partition(model: nn.Module, *, offload: bool) -> None:

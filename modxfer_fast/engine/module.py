@@ -18,6 +18,7 @@ from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.features.terms import FeatureLosses
 from modxfer_fast.engine.metrics import LossMeter
 from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.on_policy.mixing import ON_POLICY
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
@@ -168,6 +169,12 @@ class DistillModule(nn.Module):
             collator = self.teacher.collator(collator)
         return collator
 
+    def common_classes(self, num_tokens: int | None) -> int | None:
+        """Classes that a text of the student may hold: those that both models have, and the
+        tokenizer, of `num_tokens`; None for all."""
+        known = [number for number in (self._num_classes, num_tokens) if number is not None]
+        return min(known, default=None)
+
     @property
     def _needs_all_tokens(self) -> bool:
         return self.features is not None and self.features.needs_all_tokens
@@ -188,8 +195,10 @@ class DistillModule(nn.Module):
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
                 teacher_answers: what a `CachedTeacher` answered, by name.
+                on_policy: whether the student wrote the labels, on which cross entropy then has no
+                    weight.
         """
-        answered = inputs.pop(ANSWERS, None)
+        answered, is_written = inputs.pop(ANSWERS, None), inputs.pop(ON_POLICY, False)
         batch, objective = self.parts.read(**inputs), self.objective
         batch = batch._replace(answered=answered)
         if not self.training:  # figures say what each token is worth
@@ -205,7 +214,11 @@ class DistillModule(nn.Module):
         terms = []
         if objective is not None:
             answer = answer.leading(self._num_classes)
+            if is_written:
+                objective = objective.without_labels()
             terms.append(self.parts.terms(objective, answer, target, batch))
+            if is_written:
+                terms[0].sums.pop("ce", None)
         if self.features is not None and target is not None:
             terms.append(self.features(answer.states, target.states, batch.tokens, batch.labelled))
         loss = sum((each.loss for each in terms[1:]), start=terms[0].loss)

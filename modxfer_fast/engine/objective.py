@@ -58,6 +58,10 @@ class Objective(KDSpec):
             z_loss_weight=0.0,
         )
 
+    def without_labels(self) -> "Objective":
+        """The objective where labels are no truth: cross entropy has no weight."""
+        return replace(self, ce_weight=0.0, label_smoothing=0.0)
+
     def combine(self, kd: float, ce: float) -> float:
         """The loss whose unweighted terms are `kd` and `ce`."""
         spec = self.checked()

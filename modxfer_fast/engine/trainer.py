@@ -13,12 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 
+from modxfer_fast.data.collator import CausalCollator
 from modxfer_fast.engine import checkpoint, deepspeed, evaluation, saving
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import group_projections, load_projections
 from modxfer_fast.engine.guard import StepGuard
 from modxfer_fast.engine.metrics import TrainingClock, means, peak_mem_mib
 from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.on_policy.generation import StudentRollouts, sampling_of
+from modxfer_fast.engine.on_policy.mixing import OnPolicy
+from modxfer_fast.engine.on_policy.rollouts import Rollouts
+from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
@@ -41,6 +46,9 @@ class DistillTrainer(Trainer):
     own tokens) and each pair of layers, unweighted, as hidden_<student>_<teacher>. Collators may
     then tell the int "num_tokens", the tokens that are no padding.
 
+    With args.on_policy it also logs on_policy_share (of the micro-batches), completion_length (mean
+    tokens), generation_s, generated_tokens_per_s, and tokens_per_s_without_generation.
+
     With args.kind "encoder" there are no logits: batches need no "labels", and the student learns
     from hidden states, and relations, of all tokens that are no padding. With "classifier" batches
     are those of students/classifier.py.
@@ -54,6 +62,8 @@ class DistillTrainer(Trainer):
         data_collator: see above.
         processing_class: tokenizer, saved with the student. It lets vocabularies of the two models
             be padded to different sizes: the classes that both have count.
+        rollouts: with args.on_policy, who writes the completions; None for the student itself, in
+            this process.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -70,6 +80,7 @@ class DistillTrainer(Trainer):
         processing_class=None,
         callbacks=None,
         optimizers=(None, None),
+        rollouts: Rollouts | None = None,
     ):
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
@@ -111,10 +122,34 @@ class DistillTrainer(Trainer):
         )
         self.add_callback(self.clock)
         self.add_callback(self.guard)
+        self.on_policy = self._on_policy(tokenizer, num_tokens, rollouts)
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
         self._resumed: checkpoint.CheckpointInfo | None = None
         self._teacher_is_checked = False
+
+    def _on_policy(self, tokenizer, num_tokens: int | None, rollouts) -> OnPolicy | None:
+        section = self.args.on_policy_options()
+        if section is None:
+            return None
+        if isinstance(self.model.teacher, CachedTeacher):
+            raise ValueError(
+                "teacher: expected one that answers now, with on_policy: what the student will "
+                "write is in no cache"
+            )
+        sampling = sampling_of(
+            section, self.student, tokenizer, self.model.common_classes(num_tokens)
+        )
+        pad = getattr(tokenizer, "pad_token_id", None)
+        return OnPolicy(
+            section,
+            sampling,
+            rollouts
+            or StudentRollouts(self.student, self.accelerator.autocast, section.batch_size),
+            self.model.collator(CausalCollator(0 if pad is None else pad, packed=False)),
+            self.args.seed,
+            self.args.process_index,
+        )
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -225,10 +260,19 @@ class DistillTrainer(Trainer):
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
             saving.follow_schedule(self.lr_scheduler)
+            if self.on_policy is not None:
+                self.on_policy.load(resume_from_checkpoint)
         self.guard.engine = self.deepspeed
         if not self.zero_stage:
             self.guard.watch(self.optimizer)
         return prepared
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.on_policy is None or not batches:
+            return batches, num_items
+        batches = self.on_policy.mixed(batches, self.state.global_step)
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         counts = [self.model.counts(batch) for batch in batch_samples]
@@ -281,6 +325,12 @@ class DistillTrainer(Trainer):
                 measured[f"{name}_loss"] = value
         measured["num_tokens"] = self._num_tokens
         measured["tokens_per_s"] = round(sums["num_tokens"] / seconds, 1)
+        if self.on_policy is not None:
+            generating = self.on_policy.seconds
+            measured |= self.on_policy.measurements(self._sum_over_ranks, self.args.device)
+            self.on_policy.restart()
+            rest = max(seconds - generating, 1e-9)
+            measured["tokens_per_s_without_generation"] = round(sums["num_tokens"] / rest, 1)
         measured["peak_mem_mib"] = round(peak_mem_mib(self.args.device), 1)
         if self.guard.skipped:
             measured["skipped_steps"] = self.guard.skipped
@@ -376,6 +426,8 @@ class DistillTrainer(Trainer):
                 folder, info, self.args.should_save, self.accelerator.wait_for_everyone
             ):
                 super()._save_checkpoint(model, trial)
+                if self.on_policy is not None:
+                    self.on_policy.save(folder)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:

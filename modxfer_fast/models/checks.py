@@ -12,6 +12,11 @@ from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import max_tokens
 
 
+def is_deepspeed_hook(hook: Any) -> bool:
+    """Whether a hook of a module is one of DeepSpeed's, which gather and give up parameters."""
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 keeps only a slice of the parameter on this rank."""
     return hasattr(parameter, "ds_id")

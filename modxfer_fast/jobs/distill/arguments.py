@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.integrations import integration_utils
 
-from modxfer_fast.config import ConfigError, LossSection, check_fields
+from modxfer_fast.config import ConfigError, LossSection, OnPolicySection, check_fields
 from modxfer_fast.config.errors import nearest
 from modxfer_fast.config.fields import built
 from modxfer_fast.engine import DistillConfig, deepspeed
@@ -16,6 +16,7 @@ _OWNED = {
     "output_dir": "output_dir",
     "seed": "seeds",
     "kind": "kind",
+    "on_policy": "the on_policy section",
     **dict.fromkeys((*LossSection.model_fields, "loss_impl"), "the loss section"),
 }
 _SHARDING = ("deepspeed", "zero_stage")
@@ -75,11 +76,14 @@ def training_args(
     *,
     seed: int,
     kind: str = "causal_lm",
+    on_policy: OnPolicySection | None = None,
 ) -> DistillConfig:
     quiet = {"report_to": "none", "disable_tqdm": True, "seed": seed}
     of_loss = loss.model_dump()
     of_loss["loss_impl"] = of_loss.pop("impl")
     fields = {**quiet, **section, **of_loss, "output_dir": str(output_dir), "kind": kind}
+    if on_policy is not None:
+        fields["on_policy"] = on_policy.model_dump()
     return built(DistillConfig, where, **fields)
 
 

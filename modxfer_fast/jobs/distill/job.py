@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.config import ConfigError, JobConfig, OnPolicySection
 from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
 from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherProtocol, deepspeed
 from modxfer_fast.files import new_folder, write_json
@@ -150,7 +150,22 @@ class DistillJob(Job):
 
     @cached_property
     def documents(self) -> Corpus:
-        return load_corpus(self.config.data)
+        documents, section = load_corpus(self.config.data), self.config.on_policy
+        has_prompts = all(part.train_format != "text" for part in documents.parts)
+        if section is not None and section.prompt_length is None and not has_prompts:
+            raise ConfigError(
+                "on_policy.prompt_length: expected a number of tokens, because the data is plain "
+                "text without prompts; or data with prompt and completion, or messages"
+            )
+        return documents
+
+    @property
+    def _on_policy(self) -> OnPolicySection | None:
+        """The section, with the lengths of the job."""
+        section = self.config.on_policy
+        if section is None or section.max_length is not None:
+            return section
+        return section.model_copy(update={"max_length": self.config.data.max_length})
 
     @cached_property
     def material(self) -> Material:
@@ -249,7 +264,9 @@ class DistillJob(Job):
             student, run["start"] = self._start(seed, teacher.value)
             console.say(_figures(run["start"]))
         for role, title, loss in roles(self.config):
-            stage = run_stage(role, title + label, loss, student, teacher, self.evaluation)
+            stage = run_stage(
+                role, title + label, loss, student, teacher, self.evaluation, self._on_policy
+            )
             run[role] = read_result(self.runs.get(stage, console))
             console.say(_figures(run[role]))
         return student, run

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modxfer_fast.config import JobConfig, LossSection, StudentSection
+from modxfer_fast.config import JobConfig, LossSection, OnPolicySection, StudentSection
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import Evaluation
@@ -75,12 +75,14 @@ class Run:
     Attributes:
         teacher: told by its weights.
         loss: that the run minimises.
+        on_policy: whether it also learns from what the student writes, and how.
     """
 
     student: Student
     teacher: Live
     loss: LossSection
     evaluation: Evaluation
+    on_policy: OnPolicySection | None = None
 
 
 def roles(config: JobConfig) -> Iterator[tuple[str, str, LossSection]]:
@@ -102,9 +104,12 @@ def run_stage(
     student: Student,
     teacher: Live,
     evaluation: Evaluation,
+    on_policy: OnPolicySection | None = None,
 ) -> Stage:
     """The stage of one run, in which every process takes part."""
-    options = Run(student, teacher, loss, evaluation)
+    if not loss.kd_weight and not loss.has_features:  # nobody would judge what the student writes
+        on_policy = None
+    options = Run(student, teacher, loss, evaluation, on_policy)
     name = f"seed-{student.seed}/{role}"
     return Stage(name, _train, options, on_all_ranks=True, title=title)
 
@@ -120,6 +125,7 @@ def _train(context: StageContext) -> None:
         run.loss,
         seed=student.seed,
         kind=student.kind,
+        on_policy=run.on_policy,
     )
     material, model = evaluation.material, context.folder / MODEL
     trainer = material.trainer(student.load(), args, teacher)

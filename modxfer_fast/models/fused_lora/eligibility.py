@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import has_autocast
 from modxfer_fast.kernels.lora_linear import LoraTarget
-from modxfer_fast.models.checks import is_partitioned
+from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -142,12 +142,7 @@ def _call_does_more(module: nn.Module) -> bool:
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return any(hooks and not _are_deepspeeds(hooks) for hooks in kinds)
-
-
-def _are_deepspeeds(hooks: dict) -> bool:
-    modules = (getattr(hook, "__module__", None) or "" for hook in hooks.values())
-    return all(module.startswith("deepspeed.") for module in modules)
+    return any(not is_deepspeed_hook(hook) for hooks in kinds for hook in hooks.values())
 
 
 def lora_target(branch: Branch, x: Tensor) -> tuple[LoraTarget | None, str]:

@@ -1,0 +1,1 @@
+"""On-policy distillation: training on completions that the student writes."""
