@@ -28,7 +28,7 @@ Tensor cross_entropy_cuda(Tensor logits, std::optional<Tensor> labels,
   const auto bytes_of = [&](int cluster, bool is_resident) {
     return cross_entropy_shared_bytes(rows.classes, cluster, rows.logits, is_resident);
   };
-  launch_rows(rows.rows, rows, stream, bytes_of, [](bool is_resident) {
+  launch_rows(rows.rows, rows, stream, {}, bytes_of, [](bool is_resident) {
     return is_resident ? cross_entropy_rows<true> : cross_entropy_rows<false>;
   });
   return ce;

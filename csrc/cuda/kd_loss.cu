@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_cuda(
   const auto bytes_of = [&](int cluster, bool is_resident) {
     return shared_bytes(rows.classes, cluster, rows.logits, is_resident);
   };
-  launch_rows(rows.rows, rows, stream, bytes_of, [&](bool is_resident) {
+  launch_rows(rows.rows, rows, stream, {}, bytes_of, [&](bool is_resident) {
     constexpr auto kIds = std::make_integer_sequence<int64_t, kNumDivergences + 1>{};
     const Divergence divergence = rows.spec.divergence;
     return is_resident ? kernel_of<true>(divergence, kIds) : kernel_of<false>(divergence, kIds);

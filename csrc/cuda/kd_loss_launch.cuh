@@ -62,18 +62,18 @@ int clusters_at_once(Kernel kernel, const Plan& plan, int bytes) {
 }
 
 // Launches kernel_of(is_resident) for `count` rows, whose arguments are `rows`, on the stream of
-// this number. bytes_of(cluster, is_resident): of shared memory that a block needs.
+// this number; of no rows, says alone whether it could. bytes_of(cluster, is_resident): of shared
+// memory that a block needs, a list in it.
 template <class Rows, class Bytes, class Choice>
-void launch_rows(int count, const Rows& rows, int64_t stream, const Bytes& bytes_of,
-                 const Choice& kernel_of) {
+void launch_rows(int count, const Rows& rows, int64_t stream, const List& list,
+                 const Bytes& bytes_of, const Choice& kernel_of) {
+  const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int most = most_listed(list, bytes_of(1, false), most_shared);
+  STD_TORCH_CHECK(list.count <= most, "teacher_ids, k: expected at most ", most < 0 ? 0 : most,
+                  " classes a row in backend 'cuda' on this GPU, whose blocks have ", most_shared,
+                  " bytes of shared memory, got ", list.count);
   if (count == 0) return;
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int streamed_bytes = bytes_of(1, false);
-  // only a list of classes grows with what a user gives
-  STD_TORCH_CHECK(streamed_bytes <= most_shared,
-                  "teacher_ids, k: expected lists that take a block of this GPU at most ",
-                  most_shared, " bytes of shared memory in backend 'cuda', got ", streamed_bytes);
   int registers = 0;
   check(device::prepare(reinterpret_cast<const void*>(kernel_of(true)), registers));
   const auto at_once = [&](const Plan& plan) {

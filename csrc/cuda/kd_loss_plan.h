@@ -66,4 +66,15 @@ Plan plan_of(int rows, int most_shared, int registers, const Bytes& bytes_of,
   return streamed_plan_of(rows, clusters_at_once);
 }
 
+// Of each row a kernel may have so many classes in shared memory beside what else a block needs.
+struct List {
+  int count = 0, bytes_each = 0;
+};
+
+// How long the list may be where a block needs `bytes` with this one.
+inline int most_listed(const List& list, int bytes, int most_shared) {
+  if (bytes <= most_shared) return list.count;
+  return list.count - (bytes - most_shared + list.bytes_each - 1) / list.bytes_each;
+}
+
 }  // namespace modxfer::cuda

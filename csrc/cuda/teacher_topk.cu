@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> teacher_topk_cuda(Tensor logits, int64_t k,
   const auto bytes_of = [&](int cluster, bool is_resident) {
     return teacher_topk_shared_bytes(rows.classes, rows.count, cluster, rows.kind, is_resident);
   };
-  launch_rows(rows.rows, rows, stream, bytes_of, [](bool is_resident) {
+  const List list = {rows.count, kFoundListBytes};
+  launch_rows(rows.rows, rows, stream, list, bytes_of, [](bool is_resident) {
     return is_resident ? teacher_topk_rows<true> : teacher_topk_rows<false>;
   });
   return {ids, log_probs, log_tail};

@@ -82,10 +82,13 @@ struct alignas(16) TeacherTopKRoom {
   uint32_t num_own;  // keys of this block
 };
 
-// The bytes of shared memory that a block needs; of `count` keys it has its own and a row's.
+// Of a class in the list of a row: a key among the block's own, and one among the row's.
+constexpr int kFoundListBytes = 2 * sizeof(Key);
+
+// The bytes of shared memory that a block needs.
 inline int teacher_topk_shared_bytes(int classes, int count, int blocks, Kind kind,
                                      bool is_resident) {
-  return static_cast<int>(sizeof(TeacherTopKRoom)) + 2 * count * static_cast<int>(sizeof(Key)) +
+  return static_cast<int>(sizeof(TeacherTopKRoom)) + kFoundListBytes * count +
          (is_resident ? slices_bytes(1, classes, blocks, kind) : 0);
 }
 

@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor> topk_kd_loss_cuda(
   const auto bytes_of = [&](int cluster, bool is_resident) {
     return topk_shared_bytes(rows.of.classes, rows.count, cluster, rows.of.logits, is_resident);
   };
-  launch_rows(rows.of.rows, rows, stream, bytes_of, [&](bool is_resident) {
+  const List list = {rows.count, kTopKListBytes};
+  launch_rows(rows.of.rows, rows, stream, list, bytes_of, [&](bool is_resident) {
     constexpr auto kIds = std::make_integer_sequence<int64_t, kFirstOfLogits>{};
     const Divergence divergence = rows.of.spec.divergence;
     return is_resident ? kernel_of<true>(divergence, kIds) : kernel_of<false>(divergence, kIds);

@@ -39,10 +39,13 @@ struct alignas(16) TopKRoom {
   float warps[kMaxWarps * kListSums], sums[kMaxBlocks * kListSums];
 };
 
+// Of a class in the list of a row that a block has: its logit.
+constexpr int kTopKListBytes = sizeof(float);
+
 // The bytes of shared memory that a block needs.
 inline int topk_shared_bytes(int classes, int count, int blocks, Kind logits, bool is_resident) {
   const int words = (slice_size(classes, blocks) + 31) / 32;
-  return static_cast<int>(sizeof(TopKRoom)) + 4 * (words + count) +
+  return static_cast<int>(sizeof(TopKRoom)) + 4 * words + kTopKListBytes * count +
          (is_resident ? slices_bytes(1, classes, blocks, logits) : 0);
 }
 

@@ -7,13 +7,42 @@ from modxfer_fast.kernels.common import compiled
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def available() -> tuple[bool, str]:
+# Capabilities that CUDA_TARGETS of setup.py make code for: that of sm_80 runs on all 8.x, those of
+# sm_90a and sm_100a have instructions of their own and run nowhere else.
+_TARGETS = "8.x, 9.0 or 10.0"
+
+
+def _has_code(capability: tuple[int, int]) -> bool:
+    return capability[0] == 8 or capability in ((9, 0), (10, 0))
+
+
+def available(shared_bytes: int = 0) -> tuple[bool, str]:
+    """Whether every visible GPU can run kernels of csrc/cuda, and why not.
+
+    Args:
+        shared_bytes: shared memory that a block of them needs.
+    """
     ok, reason = compiled.available()
     if ok and not hasattr(compiled.ops(), "kd_loss_cuda"):
         ok, reason = False, "csrc was built without CUDA; reinstall with MODXFER_BUILD=cuda"
     if ok and not (torch.cuda.is_available() and torch.version.cuda):
         ok, reason = False, "no NVIDIA GPU is visible to torch"
-    return ok, reason
+    if not ok:
+        return ok, reason
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        name = f"cuda:{index} ({gpu.name})"
+        if not _has_code((gpu.major, gpu.minor)):
+            return False, (
+                f"csrc has code for capability {_TARGETS}, {name} has {gpu.major}.{gpu.minor}; "
+                "CUDA_VISIBLE_DEVICES can leave it out"
+            )
+        if gpu.shared_memory_per_block_optin < shared_bytes:
+            return False, (
+                f"needs {shared_bytes // 1024} KiB of shared memory a block, {name} has "
+                f"{gpu.shared_memory_per_block_optin // 1024}"
+            )
+    return True, ""
 
 
 def supports(device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:

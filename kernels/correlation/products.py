@@ -58,7 +58,10 @@ def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """The setting is the process's: meanwhile the products of other threads are full too."""
+    """The setting is the process's: meanwhile the products of other threads are full too.
+
+    TunableOp keeps what it found for products in full precision and in TF32 apart.
+    """
     global _inside, _allowed
     matmul: Any = torch.backends.cuda.matmul  # its attributes are there at run time
     with _lock:
@@ -73,7 +76,9 @@ def _without_tf32() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0 and _allowed == "tf32":
-                matmul.fp32_precision = "tf32"
+                matmul.fp32_precision = "none"  # as torch.backends.fp32_precision has it
+                if matmul.fp32_precision != "tf32":
+                    matmul.fp32_precision = "tf32"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from modxfer_fast.kernels import dispatch
 from modxfer_fast.kernels.common import KDSpec, compiled, cuda_device
 from modxfer_fast.kernels.common.cuda_device import stream
 from modxfer_fast.kernels.kd_loss.csrc_spec import hard_scalars, scalars
@@ -144,6 +145,25 @@ def cross_entropy_fwd_bwd(
 def teacher_topk(logits: Tensor, k: int, spec: KDSpec) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(logits):
         return compiled.ops().teacher_topk_cuda(logits, k, spec.bends, spec.temperature, stream())
+
+
+def check_listed(finds: bool, count: int, classes: int, device: torch.device) -> None:
+    """Before a loop over rows: raises BackendError where a list has no room in shared memory.
+
+    Args:
+        finds: of `teacher_topk`, or else of `topk_kd_loss`.
+        count: classes that it lists.
+    """
+    logits = torch.empty(0, classes, device=device)
+    spec = KDSpec().checked()
+    try:
+        if finds:
+            teacher_topk(logits, count, spec)
+        else:
+            ids = torch.empty(0, count, dtype=torch.int32, device=device)
+            topk_kd_loss_fwd(logits, TopKRows(ids, ids.float(), None, "none"), None, spec)
+    except RuntimeError as error:
+        raise dispatch.BackendError(str(error).splitlines()[0]) from error
 
 
 def _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, extras):

@@ -57,6 +57,17 @@ ROUNDING = 1e-4
 _COLUMNS = 4096  # whose logits are made at once
 
 
+def check_listed(
+    kernels: ModuleType, count: int, classes: int, device: torch.device, *, finds: bool = False
+) -> None:
+    """Raises BackendError for lists that the row kernels of a backend have no room for.
+
+    Backends without such a bound have no `check_listed`; arguments as of that of `cuda_impl`.
+    """
+    if hasattr(kernels, "check_listed"):
+        kernels.check_listed(finds, count, classes, device)
+
+
 class TopKRows(NamedTuple):
     """What the row kernels `topk_kd_loss` read of a teacher.
 

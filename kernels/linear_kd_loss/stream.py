@@ -31,7 +31,7 @@ from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.parallel_head import ParallelHead
 from modxfer_fast.kernels.common.rows import Rows
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch, slab_buffer
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, topk_by_products
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, check_listed, topk_by_products
 from modxfer_fast.kernels.linear_kd_loss.class_filter import ClassFilter
 from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture, row_function
 from modxfer_fast.kernels.linear_kd_loss.teachers import BY_PRODUCTS, Teacher, Values
@@ -157,6 +157,8 @@ def stream(
     counting = valid if blanks else None
     filtered = ClassFilter(filter_eps) if wanted and filter_eps is not None else None
     shard = student.shard if isinstance(student, ParallelHead) else None
+    if isinstance(teacher, TeacherTopK) and shard is None:
+        check_listed(kernels, teacher.ids.shape[1], student.columns[0], device)
     # what ranks tell each other stays on one stream
     streams = overlap.streams_of(weights) if shard is None else None
     plan = plan_of(

@@ -42,7 +42,7 @@ from modxfer_fast.kernels.common.rows import Launch
 from modxfer_fast.kernels.common.scalars import check_integer, check_number
 from modxfer_fast.kernels.common.scratch import logits_buffers, pitch
 from modxfer_fast.kernels.common.streamed_op import define_op, inputs_of
-from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK, check_listed
 from modxfer_fast.kernels.linear_kd_loss.op import kinds_of, tensors_of
 from modxfer_fast.kernels.linear_kd_loss.teachers import Teacher, Values, refuse_bend, teacher_of
 
@@ -150,6 +150,7 @@ def _stream(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids, log_probs, log_tail of a teacher [N, ...]; `kernels` as of `stream.stream`."""
     states, classes = _states(teacher), teacher.vocab_size
+    check_listed(kernels, k, classes, states.device, finds=True)
     found = _empty(states, k)
     dtype = found[1].dtype
     # before the row kernel, whose order is that of the sums; values have none and stay

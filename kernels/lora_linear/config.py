@@ -21,6 +21,8 @@ SHARED_KIB_OTHER = 96
 SHARED_KIB_HIP = 64
 # Columns of a block of the backward's CUDA passes, kBackwardColumns of csrc/cuda/lora_backward.cuh.
 CUDA_COLUMNS = 256
+# What a block of them needs at most, of floats at rank 32 beside half-precision dy.
+CUDA_SHARED_BYTES = 158 * 1024
 # Of an H200, by how numbers are multiplied: operations of cuBLAS's products in the time of a byte
 # of memory, and the part of their rate that Triton's are expected to reach.
 FLOPS_PER_BYTE = {"half": 174, "tf32": 87, "ieee": 12}

@@ -4,6 +4,7 @@ import functools
 
 from modxfer_fast.kernels.common import cuda_device
 from modxfer_fast.kernels.lora_linear import cuda_passes, cuda_products
+from modxfer_fast.kernels.lora_linear.config import CUDA_SHARED_BYTES
 from modxfer_fast.kernels.lora_linear.gpu_steps import Steps, backward, forward
 
 supports = cuda_device.supports
@@ -11,7 +12,7 @@ supports = cuda_device.supports
 
 def available() -> tuple[bool, str]:
     """Whether csrc was built with CUDA; the reason beside True is what its build lacks."""
-    ok, reason = cuda_device.available()
+    ok, reason = cuda_device.available(CUDA_SHARED_BYTES)
     return ok, cuda_products.is_built()[1] if ok else reason
 
 

@@ -43,4 +43,25 @@ int place(int size, int rows, int row, int chunk) {
                    : place_of<modxfer::device::Bf16>(rows, row, chunk);
 }
 
+// The bytes of shared memory that a block of any pass may need: the most of all types and ranks.
+int most_shared_bytes() {
+  int most = 0;
+  const auto of = [&](auto x, auto w, auto tiles) {
+    using X = typename decltype(x)::type;
+    using W = typename decltype(w)::type;
+    constexpr int kTiles = decltype(tiles)::value;
+    const int bytes[] = {kStages * shrink_stage_bytes<X, W, kTiles>(64, 1),
+                         kDsDbOwnBytes<W, kTiles> + kStages * kDsDbStageBytes<X, W, kTiles>,
+                         kStages * da_stage_bytes<X, W, kTiles>(1)};
+    for (int each : bytes) most = std::max(most, each);
+  };
+  const std::pair<Kind, Kind> types[] = {
+      {Kind::kBf16, Kind::kBf16}, {Kind::kBf16, Kind::kFloat}, {Kind::kFloat, Kind::kFloat}};
+  for (const auto& [x, adapters] : types) {
+    for (int rank : {16, 32, 64})
+      with_kernel(x, adapters, std::vector<DaTarget>{{{}, {}, rank}}, of);
+  }
+  return most;
+}
+
 }  // extern "C"

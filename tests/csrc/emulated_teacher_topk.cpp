@@ -20,4 +20,13 @@ const char* emulated_teacher_topk(const TeacherTopKRows* rows, int blocks, int c
   });
 }
 
+// Of rows that are not held: the bytes of a block, and the longest list of at most `count`.
+int teacher_topk_bytes(int classes, int count) {
+  return teacher_topk_shared_bytes(classes, count, 1, Kind::kFloat, false);
+}
+
+int most_teacher_topk(int classes, int count, int most_shared) {
+  return most_listed({count, kFoundListBytes}, teacher_topk_bytes(classes, count), most_shared);
+}
+
 }  // extern "C"

@@ -36,4 +36,13 @@ const char* emulated_topk_kd_loss(const TopKRows* rows, int blocks, int cluster,
   });
 }
 
+// Of rows that are not held: the bytes of a block, and the longest list of at most `count`.
+int topk_bytes(int classes, int count) {
+  return topk_shared_bytes(classes, count, 1, Kind::kFloat, false);
+}
+
+int most_topk(int classes, int count, int most_shared) {
+  return most_listed({count, kTopKListBytes}, topk_bytes(classes, count), most_shared);
+}
+
 }  // extern "C"

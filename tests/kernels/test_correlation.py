@@ -135,6 +135,21 @@ def test_no_product_is_tf32_and_the_setting_comes_back():
         matmul.fp32_precision = before
 
 
+def test_a_setting_for_all_products_still_reaches_these_afterwards():
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with products._full_precision("cuda"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_add_nothing(backend):
     ones = lambda *shape: torch.ones(*shape, dtype=torch.float64)

@@ -140,7 +140,7 @@ def test_the_backend_says_what_its_build_lacks(monkeypatch):
         kd_loss_cuda = None
 
     monkeypatch.setattr(cuda_products.compiled, "ops", Ops)
-    monkeypatch.setattr(cuda_products.cuda_device, "available", lambda: (True, ""))
+    monkeypatch.setattr(cuda_products.cuda_device, "available", lambda shared: (True, ""))
     ok, reason = cuda_impl.available()
     assert ok
     assert "nvidia-cutlass" in reason
