@@ -111,11 +111,12 @@ step() {
     return "$code"
 }
 
-# tests MARKERS: GPU tests in parallel processes, one by one, and a line for each room
+# tests MARKERS: GPU tests in parallel processes where pytest-xdist is there, and a line a room
 tests() {
+    local together=()
+    "$python" -c 'import xdist' 2> /dev/null && together=(-n "$jobs" --dist worksteal)
     step tests "$python" -m pytest -q --tb=short -p no:cacheprovider -p tests.outcomes \
-        --outcomes "$work/tests.jsonl" -n "$jobs" --dist worksteal -m "$1" \
-        tests/*/test_*_gpu.py
+        --outcomes "$work/tests.jsonl" "${together[@]}" -m "$1" tests/*/test_*_gpu.py
     ((deadline += 10))
     step rooms "$python" -m tests.outcomes "$work/tests.jsonl"
 }
@@ -134,14 +135,12 @@ tables() {
     step plot "$python" -m benchmarks.plot "$work"/*.csv --output "$work/tables.png"
 }
 
-# Triton's kernels are compiled when they are first called; those of csrc/cuda by nvcc where there is
-# one, unless the library came along
+# Nothing is compiled but Triton's kernels, when they are first called: csrc comes along built, as
+# modxfer_fast/_C.so, or doctor says that it is missing and its tests are skipped.
 here="import pathlib, modxfer_fast, modxfer_fast.kernels as k; \
 assert pathlib.Path(modxfer_fast.__file__).parents[1] == pathlib.Path('$PWD')"
 if ! "$python" -P -c "$here" 2>/dev/null; then
-    build=none
-    [[ ! -e modxfer_fast/_C.so ]] && command -v nvcc > /dev/null && build=cuda
-    MODXFER_BUILD=$build step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
+    MODXFER_BUILD=none step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
 fi
 [[ $device == cuda ]] && step nvidia-smi nvidia-smi
 step environment "$python" -P -m modxfer_fast doctor

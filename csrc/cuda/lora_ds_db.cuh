@@ -59,9 +59,10 @@ template <class X, class W, int kTiles>
 MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, kTiles == 2 ? 2 : 1)
     lora_ds_db(MODXFER_ARGUMENT DsDb<X, W> of) {
   constexpr int kRows = kBackwardRows<X>, kRanks = 8 * kTiles, kRowTiles = kRows / 16;
-  // warps that have the same rows take turns at the rank tiles of ds
-  constexpr int kWarps = kDsDbThreads / 32, kMostTurns = kWarps / kRowTiles;
-  constexpr int kTurns = kMostTurns < kTiles ? kMostTurns : kTiles, kOwn = kTiles / kTurns;
+  // ds of a stage is [kRowTiles of 16 rows, kTiles of 8 ranks]: so many warps have the same row
+  // tile, each of them kOwn rank tiles of it; those that are left have no part of ds
+  constexpr int kWarps = kDsDbThreads / 32, kMostSharing = kWarps / kRowTiles;
+  constexpr int kSharing = kMostSharing < kTiles ? kMostSharing : kTiles, kOwn = kTiles / kSharing;
   int index = 0;
   while (index + 1 < of.num_targets &&
          device::cluster_index() >= of.targets[index + 1].first_block) {
@@ -94,7 +95,10 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, kTiles == 2 ? 2 : 1)
 
   StripSums<kTiles> db;
   const auto use = [&](int step, const unsigned char* stage) {
-    if (target.ds != nullptr && warp / kRowTiles < kTurns) {
+    // ds [16 rows, kOwn rank tiles] += dy [16, 32 columns] B [32, ranks], over all columns: left is
+    // dy of rows `row` and row + 8, right is B^T of rank `group` of a tile, both of eight columns
+    // from 8 place on, in two products. A lane's sums are of those rows, two ranks each.
+    if (target.ds != nullptr && warp / kRowTiles < kSharing) {
       const int row = warp % kRowTiles * 16 + group, first_tile = warp / kRowTiles * kOwn;
       float sums[kOwn][4] = {};
       for (int i = 0; i < columns; i += 32) {
@@ -121,6 +125,8 @@ MODXFER_KERNEL void MODXFER_BOUNDS(kDsDbThreads, kTiles == 2 ? 2 : 1)
         }
       }
     }
+    // dB [64 columns of the warp's strip, all ranks] += dy^T s over every second 16 rows, which of
+    // them by the warp's part
     if (target.db == nullptr || strip * kStrip >= columns) return;
     for (int row = 16 * part; row < kRows; row += 16 * kDsDbParts) {
       db.template add<X, W>(stage, stage + kBackwardStageBytes, strip, row, [](Eight<X>&, int) {});

@@ -1,7 +1,15 @@
-// The passes of LoRA linears as a host asks for them: kernels by type and rank, their blocks, and
-// launches of as many targets as the arguments of a kernel hold. Torch-free.
+// The passes of LoRA linears as a host asks for them. Torch-free.
 //
-// launch(kernel, grid, arguments) is CUDA's or the emulator's.
+// A pass is a `...Call`, the wide tensor and what belongs to all targets, and a list of
+// `...Target`s that share it. For it a function below
+//
+//   kernel   takes that of the dtypes and the largest rank            with_kernel
+//   slots    cuts targets into ranks that a warp has, at most 8 kTiles
+//   launch   fills a kernel's arguments, with as many as they hold     for_each_launch
+//   grid     counts the blocks and their shared memory
+//
+// and calls launch(kernel, grid, arguments), CUDA's or the emulator's. Of the number of a block,
+// that of its tile of columns or group of slots changes fastest, that of its share of rows slowest.
 #pragma once
 
 #include <algorithm>
@@ -46,8 +54,8 @@ void with_types(Kind x, Kind adapters, const Body& body) {
   body(Type<float>{}, Type<float>{});
 }
 
-// Calls body(tiles) with so many rank tiles of 8 that they hold the largest rank, if any do: blocks
-// of higher ranks follow one another.
+// Calls body(tiles), an integral_constant: so many rank tiles of 8 that they hold the largest rank,
+// or the most there are, 4 of floats and 8 of halves. A higher rank takes several slots or blocks.
 template <class W, class Body>
 void with_tiles(int rank, const Body& body) {
   if (rank <= 16) return body(std::integral_constant<int, 2>{});
@@ -72,7 +80,8 @@ inline int blocks_of(int64_t size, int of_a_block) {
   return static_cast<int>((size + of_a_block - 1) / of_a_block);
 }
 
-// Slots of a block, few enough for its warps and its shared memory, and as many in each block.
+// Slots of a block: at most `most`, for its warps, and few enough for its shared memory; then as
+// few as leave the number of blocks what it is, so that each has as many.
 template <class Bytes>
 int slots_at_once(int num_slots, int most, int most_shared, const Bytes& bytes_of) {
   int slots = std::min(num_slots, most);
@@ -133,6 +142,7 @@ void shrink(const ShrinkCall& call, const std::vector<ShrinkTarget>& targets, co
     of.s = static_cast<W*>(call.s);
     of.sum_ranks = column;
     of.tile_rows = 64;
+    // smaller tiles until there are blocks for all multiprocessors
     while (of.tile_rows > 16 && call.rows < of.tile_rows * gpu.multiprocessors) of.tile_rows /= 2;
     const int row_tiles = of.tile_rows / 16;
     const auto bytes_of = [&](int count) {
@@ -143,7 +153,7 @@ void shrink(const ShrinkCall& call, const std::vector<ShrinkTarget>& targets, co
       of.num_slots = count;
       of.slots_at_once = slots_at_once(count, kWarps / row_tiles, gpu.most_shared, bytes_of);
       const int warps = row_tiles * of.slots_at_once;
-      of.parts = 1;
+      of.parts = 1;  // warps that are left share the columns of a stage
       while (2 * of.parts <= kShrinkColumns<X> / 32 && 2 * of.parts * warps <= kWarps) {
         of.parts *= 2;
       }

@@ -92,7 +92,9 @@ inline int teacher_topk_shared_bytes(int classes, int count, int blocks, Kind ki
          (is_resident ? slices_bytes(1, classes, blocks, kind) : 0);
 }
 
-// One warp finds the bucket that holds the last wanted key of an interval, the next interval.
+// One warp finds the bucket that holds the last wanted key of an interval, the next interval: lane
+// by lane eight buckets, the largest keys in those of the last lane. `above` are the keys of larger
+// buckets; what they leave of `wanted` the bucket has to give, and 0 says that it gives all it has.
 MODXFER_DEVICE void narrow(const uint32_t* sums, int shift, const Interval& interval,
                            Interval& next) {
   constexpr int kEach = kBuckets / kLanes;
@@ -183,19 +185,21 @@ MODXFER_KERNEL void teacher_topk_rows(MODXFER_ARGUMENT TeacherTopKRows rows) {
     }
     const float log_d = device::log(p.d);
 
-    // --- select
+    // --- select: `interval` holds the K-th largest key, and so many of its largest keys are wanted
     if (thread == 0) {
+      // as many logits as there are threads are at least the smallest of their maxima, `least`
       const float least = rows.count <= blocks * size ? vmax(-tops[1], kNoTop) : kNoTop;
       room.interval = {Key{ordered(least)} << 32, key_of(tops[0], 0),
                        static_cast<uint64_t>(rows.count)};
       room.num_own = 0;
     }
     while (true) {
+      // this block's histogram of the interval; other blocks may still read the one before it
       uint32_t* counts = room.counts[histogram++ & 1];
       for (int i = thread; i < kBuckets; i += size) counts[i] = 0;
       device::sync_block();
       const Interval interval = room.interval;
-      if (interval.wanted == 0) break;
+      if (interval.wanted == 0) break;  // all of its keys are, and all above it
       const int shift = interval.shift();
       for (int tile = 0; tile < sides.num_tiles(); ++tile) {
         for_each_key(row, tile, [&](Key key, float) {
@@ -204,6 +208,7 @@ MODXFER_KERNEL void teacher_topk_rows(MODXFER_ARGUMENT TeacherTopKRows rows) {
         });
       }
       device::sync_cluster();
+      // the histogram of the whole row, each block for itself, and the bucket to look into next
       for (int i = thread; i < kBuckets; i += size) {
         uint32_t sum = 0;
         for (int rank = 0; rank < blocks; ++rank) sum += device::of_rank(counts, rank)[i];

@@ -1,5 +1,7 @@
 """Where the kernels of csrc/cuda run, and on which stream."""
 
+from typing import Any
+
 import torch
 
 from modxfer_fast.kernels.common import compiled
@@ -30,7 +32,7 @@ def available(shared_bytes: int = 0) -> tuple[bool, str]:
     if not ok:
         return ok, reason
     for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
+        gpu: Any = torch.cuda.get_device_properties(index)  # whose stub leaves some out
         name = f"cuda:{index} ({gpu.name})"
         if not _has_code((gpu.major, gpu.minor)):
             return False, (
