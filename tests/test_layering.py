@@ -22,7 +22,17 @@ PACKAGE = "modxfer_fast"
 # branch of their own, and stand where they are first needed: by the models, and by the engine.
 ORDER = (
     *("errors", "files", "config", "data", "kernels", "measure"),
-    *("models", "transfer", "losses", "teacher_cache", "engine", "compat", "report", "jobs"),
+    *(
+        "models",
+        "transfer",
+        "losses",
+        "teacher_cache",
+        "serving",
+        "engine",
+        "compat",
+        "report",
+        "jobs",
+    ),
 )
 # What configuration may read of the kernels: modules that import no torch.
 OF_KERNELS = (f"{PACKAGE}.kernels.divergences", f"{PACKAGE}.kernels.names")

@@ -298,10 +298,7 @@ class TeacherTopK(NamedTuple):
             least = math.log(torch.finfo(dtype).tiny)  # infinitely unlikely would be as below
             log_tail = self.log_tail.clamp(least, 0.0).to(dtype)
         elif self.tail == "bucket":
-            # 1 - sum p where the sum may be next to 0 or 1; a softmax in fp32 says 1 of all above
-            # 1 - 6e-8, and a tail of nothing would be infinitely unlikely
-            p_tail = -log_p.logsumexp(-1).expm1()
-            log_tail = p_tail.clamp(min=torch.finfo(dtype).eps / 2).log().to(dtype)
+            log_tail = log_mass_beside(log_p, dtype)
         missing = _missing(spec) if self.tail == "none" else 0.0
         return TopKRows(self.ids, log_p.to(dtype), log_tail, self.tail, missing)
 
@@ -318,6 +315,16 @@ class TeacherTopK(NamedTuple):
 
     def widened_bytes(self, dtype: torch.dtype) -> int:
         return 0
+
+
+def log_mass_beside(log_probs: Tensor, dtype: torch.dtype) -> Tensor:
+    """[...], log(1 - sum p) of log_probs [..., K] in fp64, -inf for absent ones.
+
+    The sum may be next to 0 or 1; a softmax in fp32 says 1 of all above 1 - 6e-8, and a tail of
+    nothing would be infinitely unlikely.
+    """
+    mass = -log_probs.logsumexp(-1).expm1()
+    return mass.clamp(min=torch.finfo(dtype).eps / 2).log().to(dtype)
 
 
 def _of_one_class(spec: KDSpec, p: float, q: float) -> tuple[float, float]:

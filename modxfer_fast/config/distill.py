@@ -81,8 +81,8 @@ class JobConfig(Section):
             raise ValueError(
                 "tokenizer: expected a section, because the teacher is not loaded from a path"
             )
-        if self.teacher.plan == "cached":
-            self._check_cached()
+        if self.teacher.plan in ("cached", "served"):
+            self._check_answered()
         weighs = any(source.loss_weight != 1.0 for source in self.data.sources or ())
         if weighs and self.loss.has_features:
             raise ValueError(
@@ -124,7 +124,7 @@ class JobConfig(Section):
                 f"prompts have to fit, got {section.max_length}"
             )
 
-    def _check_cached(self) -> None:
+    def _check_answered(self) -> None:
         for name, given in (
             ("kind", self.kind != "causal_lm"),
             ("loss.hidden_states", self.loss.hidden_states is not None),
@@ -134,8 +134,8 @@ class JobConfig(Section):
         ):
             if given:
                 raise ValueError(
-                    f"{name}: expected nothing with teacher.plan: cached, which has last hidden "
-                    "states or listed classes of a causal language model alone"
+                    f"{name}: expected nothing with teacher.plan: {self.teacher.plan}, which has "
+                    "last hidden states or listed classes of a causal language model alone"
                 )
 
     def _check_encoder(self) -> None:

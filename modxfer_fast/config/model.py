@@ -4,12 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modxfer_fast.config.section import OneOf, Section
+from modxfer_fast.config.section import OneOf, Positive, PositiveInt, Section
 from modxfer_fast.kernels.names import TAILS
 
 EMBEDDINGS = ("copy", "pca", "none")
 # where a teacher's parameters, or its answers, are kept
-PLANS = ("replica", "zero3", "zero3_offload", "cached")
+PLANS = ("replica", "zero3", "zero3_offload", "cached", "served")
+SERVED_APIS = ("vllm", "sglang")
+# keys of a served teacher that say where it is and how it is reached, not what it answers
+SERVED_WAYS = ("url", "max_in_flight", "request_tokens", "timeout_s", "retries", "api_key_env")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 SIGNALS = ("hidden", "topk")
 
@@ -112,16 +115,76 @@ class CacheSection(Section):
         return self
 
 
+class ServedSection(Section):
+    """A teacher behind an endpoint, asked over HTTP for the likeliest classes of each token. The
+    `path` of the teacher then names its configuration and tokenizer; no weights of it are read.
+
+    url: of the server, such as http://HOST:8000.
+    model: the name that it is served under.
+    api: `vllm` asks /v1/completions for prompt_logprobs, `sglang` /generate for
+        top_logprobs_num.
+    top_k: classes that are told of each token, with their log-probabilities.
+    tail: what becomes of the classes that are not told; as of `modxfer_fast.TeacherTopK`.
+    max_in_flight: requests at a time, of each process of the job.
+    request_tokens: most tokens of a request; a longer document is one by itself.
+    timeout_s: of one try of a request.
+    retries: of a request, after the first try, where a fault may pass.
+    api_key_env: name of the environment variable that holds the key; null sends none.
+    """
+
+    url: str
+    model: str
+    api: Annotated[str, OneOf(SERVED_APIS)] = "vllm"
+    top_k: PositiveInt = 20
+    tail: Annotated[str, OneOf(TAILS)] = "bucket"
+    max_in_flight: PositiveInt = 8
+    request_tokens: PositiveInt = 8192
+    timeout_s: Positive = 120.0
+    retries: Annotated[int, Field(ge=0)] = 5
+    api_key_env: str | None = None
+
+    @model_validator(mode="after")
+    def _is_an_address(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url: expected http://HOST:PORT or https://HOST, got {self.url}")
+        return self
+
+
 class TeacherModelSection(ModelSection):
     """plan: `replica` keeps the whole teacher in every process; `zero3` divides it over them, and
         `zero3_offload` keeps the parts in the memory of the host, whatever the student's
         zero_stage; `cached` loads none of it, and answers from the folder that `modxfer cache`
-        filled.
+        filled; `served` asks a server.
     cache: what is kept, and where; used with `plan: cached` and by `modxfer cache`.
+    served: where the server is, and what is asked; `modxfer cache` then asks it too, and keeps its
+        `top_k` classes.
     """
 
     plan: Annotated[str, OneOf(PLANS)] = "replica"
     cache: CacheSection = CacheSection()
+    served: ServedSection | None = None
+
+    @model_validator(mode="after")
+    def _is_served(self):
+        if self.served is None:
+            if self.plan == "served":
+                raise ValueError("served: missing; expected a section with plan: served")
+            return self
+        if self.plan not in ("served", "cached"):
+            raise ValueError(
+                f"plan: expected served, or cached, beside a section served, got {self.plan}"
+            )
+        if self.path is None:
+            raise ValueError(
+                "path: missing; expected the configuration and tokenizer of the served model"
+            )
+        for name in ("hidden", "dtype", "top_k"):
+            if name in self.cache.model_fields_set:
+                raise ValueError(
+                    f"cache.{name}: expected nothing beside a section served, of which top_k "
+                    "classes are kept"
+                )
+        return self
 
     @property
     def is_divided(self) -> bool:

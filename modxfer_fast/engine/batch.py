@@ -13,6 +13,7 @@ from torch import Tensor
 from modxfer_fast.engine.features.taps import LayerStates
 from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.serving import Pending
 
 
 class TokenSet(NamedTuple):
@@ -50,7 +51,8 @@ class Batch(NamedTuple):
         teacher_inputs: of the teacher's model; None where they are the student's.
         rows, teacher_rows: [n] int64 indices b * T + t of the tokens that are compared; None for
             all, and those of the student where the teacher has none of its own.
-        answered: what a teacher that answered before said to these inputs, by name.
+        answered: what a teacher that answered before said to these inputs, by name, or what one
+            was asked that has not answered yet.
     """
 
     inputs: Mapping[str, Any]
@@ -62,7 +64,7 @@ class Batch(NamedTuple):
     teacher_inputs: Mapping[str, Any] | None = None
     rows: Tensor | None = None
     teacher_rows: Tensor | None = None
-    answered: Mapping[str, Tensor] | None = None
+    answered: Mapping[str, Tensor] | Pending | None = None
 
 
 class Answer(NamedTuple):

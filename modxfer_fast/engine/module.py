@@ -22,6 +22,7 @@ from modxfer_fast.engine.on_policy.mixing import ON_POLICY
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
+from modxfer_fast.engine.teachers.served import ServedTeacher
 from modxfer_fast.models.architecture import without_peft
 
 
@@ -165,7 +166,10 @@ class DistillModule(nn.Module):
     def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
         """A user's collator, made to give on the host what `forward` wants."""
         collator = self.parts.collator(collator, self._needs_all_tokens)
-        if isinstance(self.teacher, CachedTeacher):
+        if isinstance(self.teacher, CachedTeacher) or (
+            # one that is asked when it is needed is not asked for what training does not read
+            isinstance(self.teacher, ServedTeacher) and self._learns_logits
+        ):
             collator = self.teacher.collator(collator)
         return collator
 
@@ -174,6 +178,10 @@ class DistillModule(nn.Module):
         tokenizer, of `num_tokens`; None for all."""
         known = [number for number in (self._num_classes, num_tokens) if number is not None]
         return min(known, default=None)
+
+    @property
+    def _learns_logits(self) -> bool:
+        return self.objective is not None and self.objective.kd_weight != 0.0
 
     @property
     def _needs_all_tokens(self) -> bool:
@@ -194,7 +202,7 @@ class DistillModule(nn.Module):
                     the sum is the number of labels all the same.
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
-                teacher_answers: what a `CachedTeacher` answered, by name.
+                teacher_answers: what a `CachedTeacher` or `ServedTeacher` answered, or will.
                 on_policy: whether the student wrote the labels, on which cross entropy then has no
                     weight.
         """

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from modxfer_fast import files
 from modxfer_fast.config import ConfigError, JobConfig, dump_config
+from modxfer_fast.config.model import SERVED_WAYS
 from modxfer_fast.jobs.ranks import on_main, world_size
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import Store
@@ -21,6 +22,8 @@ CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.txt"
 _STAGES = "stages"
 _LOCK_FILE = "job.lock"
+# nothing that is computed depends on them
+_IMMATERIAL = ("output_dir", "overwrite", *(f"teacher.served.{key}" for key in SERVED_WAYS))
 _LENGTHS = ("training.max_steps", "training.num_train_epochs")
 _ABSENT = "nothing"
 Changes = dict[str, tuple[Any, Any]]  # {dotted path: (before, now)}
@@ -285,8 +288,8 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def changes(before: Path, config: BaseModel) -> Changes:
-    """How `config` differs from the one in a file; where the output goes and what it may replace
-    changes nothing.
+    """How `config` differs from the one in a file; where the output goes, what it may replace and
+    where a server is changes nothing.
     """
     if not before.is_file():
         return {before.name: (_ABSENT, "a job")}
@@ -299,7 +302,7 @@ def changes(before: Path, config: BaseModel) -> Changes:
     return {
         key: (was, now)
         for key, (was, now) in pairs.items()
-        if was != now and key not in ("output_dir", "overwrite")
+        if was != now and key not in _IMMATERIAL
     }
 
 

@@ -1,6 +1,6 @@
 """A teacher that answered before: no weights but its head, its answers from a `TeacherCache`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class CachedTeacher:
 
     def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
         """The batches of a collator, with what was answered to them."""
-        return _Answering(self, collator)
+        return Answering(self, collator)
 
     def answers(self, documents: Iterable[Document], rows: int, length: int) -> dict[str, Tensor]:
         """[rows, length, width] of each tensor of the signal: 0 beside the documents."""
@@ -85,7 +85,7 @@ class CachedTeacher:
         return found
 
     def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
-        if batch.answered is None:
+        if not isinstance(batch.answered, Mapping):
             raise ValueError(
                 "teacher: expected batches with its answers; make them by "
                 "`CachedTeacher.collator`, as DistillTrainer does"
@@ -100,10 +100,11 @@ class CachedTeacher:
         return Answer(log_probs.masked_fill(ids < 0, 0.0), listed=listed)
 
 
-class _Answering:
-    """A collator around another one; workers of a loader get a copy."""
+class Answering:
+    """A collator around another one, whose batches get a teacher's `answers` to their documents;
+    workers of a loader get a copy."""
 
-    def __init__(self, teacher: CachedTeacher, collator: Callable[[list], dict]):
+    def __init__(self, teacher: Any, collator: Callable[[list], dict]):
         self.teacher, self.collator = teacher, collator
 
     def __call__(self, features: list) -> dict[str, Any]:

@@ -5,23 +5,27 @@ once: whoever is done asks on, for one token, until the others are.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from modxfer_fast import teacher_topk
-from modxfer_fast.engine import ShardedTeacher, Teacher
+from modxfer_fast.engine import ServedTeacher, ShardedTeacher, Teacher
 from modxfer_fast.engine.batch import Answer, Batch
-from modxfer_fast.teacher_cache import Document, Payload, TeacherCache
+from modxfer_fast.kernels.kd_loss.topk import log_mass_beside
+from modxfer_fast.teacher_cache import CacheError, Document, Payload, TeacherCache
 
 _SHARD_BYTES = 2**28
+# kernels of one model in half precision differ by hundredths, and near ties change places
+_OTHER_MODEL, _SAME_MODEL = 0.1, 0.8
 
 
 def capture(
     cache: TeacherCache,
     documents: Iterable[Document],
-    teacher: Teacher,
+    teacher: Teacher | ServedTeacher,
     *,
     batch_tokens: int,
     device: torch.device,
@@ -48,7 +52,11 @@ def capture(
     done, total = 0, sum(map(len, whole[number::count]))
     teacher.to(device)
     for batches in shards[number::count]:
-        cache.write([each for b in batches for each in _answers(b, teacher, cache.payload, device)])
+        if isinstance(teacher, ServedTeacher):  # which is asked for several at a time
+            cache.write(list(told_answers(chain.from_iterable(batches), teacher)))
+        else:
+            own = (_answers(batch, teacher, cache.payload, device) for batch in batches)
+            cache.write(list(chain.from_iterable(own)))
         done += sum(map(len, batches))
         tell(done, total)
     if isinstance(teacher, ShardedTeacher):
@@ -56,6 +64,33 @@ def capture(
         for _ in range(max(asked) - asked[number]):
             teacher.answer(Batch({"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}))
     return done
+
+
+def told_answers(
+    documents: Iterable[Document], teacher: ServedTeacher
+) -> Iterator[tuple[Document, dict[str, Tensor]]]:
+    """What a server tells, as a cache keeps it: [n, width] each."""
+    for document, (ids, log_probs) in teacher.source.ask(documents):
+        present = log_probs.double().masked_fill(ids < 0, -torch.inf)
+        log_tail = log_mass_beside(present, log_probs.dtype)
+        yield (
+            document,
+            {"topk_ids": ids, "topk_log_probs": log_probs, "topk_log_tail": log_tail[:, None]},
+        )
+
+
+def check_told(cache: TeacherCache, document: Document, teacher: ServedTeacher) -> None:
+    """Raises a CacheError where a server now answers a kept document otherwise."""
+    kept = cache.read(document)
+    ((_, told),) = told_answers([document], teacher)
+    difference = (told["topk_log_probs"] - kept["topk_log_probs"]).abs().mean().item()
+    same = (told["topk_ids"] == kept["topk_ids"])[:, 0].double().mean().item()
+    if difference > _OTHER_MODEL or same < _SAME_MODEL:
+        raise CacheError(
+            f"teacher cache {cache.folder}: expected a server that answers as when it was filled, "
+            f"got log-probabilities that differ by {difference:.3f} nats, and {same:.0%} of "
+            "likeliest tokens the same, in a document; it serves other weights under that name"
+        )
 
 
 def _shards(documents: list[Document], tokens: int) -> Iterator[list[Document]]:

@@ -26,13 +26,18 @@ def teacher_facts(
     source: ModelSource, config: JobConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """What is known of a teacher before it is loaded: its weights, its tokenizer, how it runs."""
-    template = getattr(tokenizer, "chat_template", None)
+    template, served = getattr(tokenizer, "chat_template", None), config.teacher.served
+    shared = {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": None if template is None else _short_hash(str(template)),
+    }
+    if served is not None:  # a name is all that is known of its weights
+        return {"weights": f"served as {served.model}", "api": served.api, **shared}
     return {
         "weights": facts_of(source.identity),
         "dtype": config.teacher.dtype,
         "attn_implementation": config.teacher.attn_implementation,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": None if template is None else _short_hash(str(template)),
+        **shared,
         "states": "last, behind the final norm",
     }
 
@@ -58,14 +63,28 @@ def open_cached(config: JobConfig, source: ModelSource, material: Material) -> C
         teacher = CachedTeacher(cache, section.signal, section.tail)
     except ValueError as error:
         raise ConfigError(f"teacher.cache.{error}") from error
-    if teacher.signal == "topk" and section.tail != "renormalise" and config.loss.temperature != 1:
-        raise ConfigError(
-            f"loss.temperature: expected 1 with listed classes and tail: {section.tail}, because "
-            "the mass of the others cannot be softened; set teacher.cache.tail: renormalise, or "
-            f"signal: hidden; got {config.loss.temperature}"
+    if teacher.signal == "topk":
+        check_listed_loss(
+            config, section.tail, "teacher.cache.tail: renormalise, or signal: hidden"
         )
     teacher.num_tokens = len(material.tokenizer)
     return teacher
+
+
+def check_listed_loss(config: JobConfig, tail: str, otherwise: str) -> None:
+    """Raise a ConfigError where a job's loss cannot be had of a teacher that lists classes.
+
+    Args:
+        otherwise: what to set instead.
+    """
+    if config.loss.impl == "dense":
+        raise ConfigError("loss.impl: expected fused with listed classes, got dense")
+    if tail != "renormalise" and config.loss.temperature != 1:
+        raise ConfigError(
+            f"loss.temperature: expected 1 with listed classes and tail: {tail}, because "
+            f"the mass of the others cannot be softened; set {otherwise}; "
+            f"got {config.loss.temperature}"
+        )
 
 
 def _short_hash(text: str) -> str:

@@ -6,16 +6,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError
-from modxfer_fast.engine import ShardedTeacher, Teacher, deepspeed
+from modxfer_fast.engine import ServedTeacher, ShardedTeacher, Teacher, deepspeed
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
-from modxfer_fast.jobs.cache.capture import capture
+from modxfer_fast.jobs.cache.capture import capture, check_told
 from modxfer_fast.jobs.cache.identity import cache_folder, teacher_facts
 from modxfer_fast.jobs.distill.job import DistillJob
 from modxfer_fast.jobs.distill.models import ModelSource
+from modxfer_fast.jobs.distill.served import open_served
 from modxfer_fast.jobs.job import quieten_libraries
 from modxfer_fast.jobs.ranks import barrier, end_with_launcher, on_main, rank, world_size
 from modxfer_fast.jobs.threads import settle_threads
-from modxfer_fast.teacher_cache import Payload, TeacherCache, documents_in
+from modxfer_fast.teacher_cache import Document, Payload, TeacherCache, documents_in
 
 
 class CacheJob(DistillJob):
@@ -52,12 +53,9 @@ class CacheJob(DistillJob):
             documents = list(documents_in(chain(rows.train, rows.held_out), rows.collator))
         with console.phase("Teacher"):
             source = self.teacher_source()
-            make = ShardedTeacher if self.config.teacher.is_divided else Teacher
-            teacher = make(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
+            teacher = self._teacher(source)
         with console.phase("Answers"), console.progress(len(documents)) as tell:
-            head = SplitCausalLM.of(teacher.model, "teacher").head
-            with deepspeed.gathered(head.parameters()):
-                on_main(lambda: self._create(source, teacher))
+            self._create(source, teacher, documents)
             cache = TeacherCache(cache_folder(self.config))
             barrier()  # before one of them writes into it
             asked = capture(
@@ -84,13 +82,46 @@ class CacheJob(DistillJob):
         )
         return report
 
-    def _create(self, source: ModelSource, teacher: Teacher) -> None:
-        section, parts = self.config.teacher.cache, SplitCausalLM.of(teacher.model, "teacher")
+    def _teacher(self, source: ModelSource) -> Teacher | ServedTeacher:
+        if self.config.teacher.served is not None:
+            return open_served(self.config, self.material)
+        make = ShardedTeacher if self.config.teacher.is_divided else Teacher
+        return make(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
+
+    def _create(
+        self, source: ModelSource, teacher: Teacher | ServedTeacher, documents: list[Document]
+    ) -> None:
+        """Of all processes; the main one writes."""
+        if isinstance(teacher, ServedTeacher):
+            on_main(lambda: self._create_told(source, teacher, documents))
+            return
+        head = SplitCausalLM.of(teacher.model, "teacher").head
+        with deepspeed.gathered(head.parameters()):
+            on_main(lambda: self._create_kept(source, teacher.model))
+
+    def _create_kept(self, source: ModelSource, model: PreTrainedModel) -> None:
+        section, parts = self.config.teacher.cache, SplitCausalLM.of(model, "teacher")
         hidden = None
         if section.hidden:
             hidden = section.dtype or str(parts.head.weight.dtype).removeprefix("torch.")
         width = parts.head.weight.shape[1] if hidden else 0
-        self.create(source, teacher.model, Payload(hidden, width, section.top_k))
+        self.create(source, model, Payload(hidden, width, section.top_k))
+
+    def _create_told(
+        self, source: ModelSource, teacher: ServedTeacher, documents: list[Document]
+    ) -> None:
+        facts = {
+            **teacher_facts(source, self.config, self.material.tokenizer),
+            "classes": teacher.classes,
+            "logit_scale": 1.0,
+            "softcap": None,
+        }
+        payload = Payload(top_k=teacher.source.top_k)
+        cache = TeacherCache.create(cache_folder(self.config), payload, facts, {})
+        # a name does not tell whether it stands for the weights that it stood for
+        known = (each for each in documents if each.key in cache and len(each.ids) > 1)
+        if (document := next(known, None)) is not None:
+            check_told(cache, document, teacher)
 
     def create(self, source: ModelSource, model: PreTrainedModel, payload: Payload) -> TeacherCache:
         """The cache of the job, made or opened.

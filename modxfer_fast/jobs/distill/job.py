@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError, JobConfig, OnPolicySection
+from modxfer_fast.config.model import SERVED_WAYS
 from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
 from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherProtocol, deepspeed
 from modxfer_fast.files import new_folder, write_json
-from modxfer_fast.jobs.cache.identity import open_cached
+from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
 from modxfer_fast.jobs.distill.material import Evaluation, Material
 from modxfer_fast.jobs.distill.models import (
@@ -24,6 +25,7 @@ from modxfer_fast.jobs.distill.models import (
     prepare_tokenizer,
 )
 from modxfer_fast.jobs.distill.runs import MODEL, Student, read_result, roles, run_stage
+from modxfer_fast.jobs.distill.served import open_served
 from modxfer_fast.jobs.distill.summary import print_summary, summarise
 from modxfer_fast.jobs.distill.timing import Timer, time_losses, time_parts
 from modxfer_fast.jobs.job import Job, quieten_libraries
@@ -62,6 +64,10 @@ class DistillJob(Job):
                 check_training(section.pretrain, f"{role}.pretrain", pretrain=True)
         if config.student.peft is not None:
             check_peft(config.student.peft, "student.peft")
+        if config.teacher.plan == "served" and config.teacher.served is not None:
+            check_listed_loss(
+                config, config.teacher.served.tail, "teacher.served.tail: renormalise"
+            )
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """As of every job, but a part of this one is of no use alone: `until` names no stage.
@@ -217,6 +223,16 @@ class DistillJob(Job):
             "plan": config.teacher.plan,
             "pretrain": source.pretrain,
         }
+        if config.teacher.served is not None and config.teacher.plan == "served":
+            served = open_served(config, self.material)
+            section = config.teacher.served
+            self.console.say(
+                f"{section.model} behind {section.url}, {section.top_k} classes a token"
+            )
+            facts |= section.model_dump(include={"url", "model", "top_k"})
+            answers = section.model_dump(exclude=set(SERVED_WAYS))
+            told = teacher_facts(source, config, self.material.tokenizer)
+            return Live(served, [told, answers]), facts
         if config.teacher.plan == "cached":
             cached = open_cached(config, source, self.material)
             cache = cached.cache

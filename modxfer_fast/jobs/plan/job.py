@@ -87,7 +87,7 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         student = student_without_values(of_student, config.student, kind, half)
         parts = parts_of_student(student, training, sharding)
         parts += _parts_of_teacher(teacher, config, gpus)
-        answered = config.teacher.plan == "cached"
+        answered = config.teacher.plan in ("cached", "served")
         models = student, teacher
         step = planned_step(*models, config.loss, training, rows, length, answered=answered)
         exchanged = _exchanged(student, sharding, accumulation)
@@ -111,6 +111,8 @@ def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]
     head, size = bytes_of(parts.head), bytes_of(teacher)
     if config.teacher.plan == "cached":
         return [Part("teacher", head, "its head; the rest is in the cache")]
+    if config.teacher.plan == "served":
+        return [Part("teacher", 0, "behind an endpoint")]
     if not config.teacher.is_divided or ranks == 1:
         return [Part("teacher", size, "whole on every rank")]
     blocks = LayerTaps(parts.backbone, "teacher").blocks

@@ -1,0 +1,58 @@
+"""The teacher of a job with `plan: served`: looked at before anything long begins."""
+
+import os
+
+from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.engine import ServedTeacher
+from modxfer_fast.jobs.distill.material import Material
+from modxfer_fast.jobs.ranks import on_main
+from modxfer_fast.models import load_model_config
+from modxfer_fast.serving import FORMATS, ListedAnswers, Server
+
+# what tokenizers cut differently: case, code, digits, accents, other scripts, white space
+_PROBE = "def Area(r):  return 3.14159 * r**2\n\tNaïve Größe, 東京, Привет: 1,024 tokens' worth."
+
+
+def open_served(config: JobConfig, material: Material) -> ServedTeacher:
+    """The teacher, whose server was asked what it serves, how it cuts a text, and for an answer.
+
+    Raises:
+        ConfigError: no key in the variable that is to hold it.
+        ServerError: it cannot be reached, or cannot teach this job.
+    """
+    section = config.teacher.served
+    assert section is not None
+    assert config.teacher.path is not None  # the section has seen to it
+    key = None
+    if section.api_key_env is not None:
+        key = os.environ.get(section.api_key_env)
+        if not key:
+            raise ConfigError(
+                f"teacher.served.api_key_env: expected the key in {section.api_key_env}, "
+                "got nothing there"
+            )
+    server = Server(
+        section.url,
+        timeout_s=section.timeout_s,
+        retries=section.retries,
+        max_in_flight=section.max_in_flight,
+        api_key=key,
+    )
+    teacher_config = load_model_config(config.teacher.path, config.teacher)
+    source = ListedAnswers(
+        server,
+        FORMATS[section.api],
+        section.model,
+        classes=teacher_config.get_text_config().vocab_size,
+        top_k=section.top_k,
+        request_tokens=section.request_tokens,
+    )
+    tokenizer = material.tokenizer
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    last, longest = len(tokenizer) - 1, config.data.max_length
+    if config.on_policy is not None:
+        longest = max(longest, config.on_policy.max_length or 0)
+    on_main(lambda: source.check(_PROBE, ids, last, longest))
+    teacher = ServedTeacher(source, section.tail)
+    teacher.num_tokens = len(tokenizer)
+    return teacher
