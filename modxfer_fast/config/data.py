@@ -57,6 +57,13 @@ class DataSection(SourceKeys):
         `completion`, texts or lists of messages, or `text`. A column `tools` goes to the template.
     columns: {our name: name in the source} where they differ.
     packing: several documents in one row of `max_length`; an encoder gets one text a row.
+    streaming: read, tokenise and pack while training, without end, files that no memory holds. Each
+        rank and worker of a loader reads all and keeps its share; sources have weights and begin
+        anew when they end. Needs `max_steps`. A resumed run goes on at the document it had come to.
+    shuffle_buffer: documents that are shuffled and packed together while streaming; 1000 where not
+        given.
+    eval_documents: held out at the head of each source while streaming, where it has no
+        `eval_source`; 100 where not given.
     max_documents: chosen by `split_seed`, of all in the source.
     eval_source: held-out data; without it `eval_fraction` of the documents is kept out of training.
     max_eval_rows: of each source.
@@ -70,6 +77,19 @@ class DataSection(SourceKeys):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     max_eval_rows: PositiveInt | None = None
     split_seed: int = 0
+    streaming: bool = False
+    shuffle_buffer: PositiveInt | None = None
+    eval_documents: PositiveInt | None = None
+
+    @property
+    def buffer(self) -> int:
+        """Documents of a block of a stream."""
+        return self.shuffle_buffer or 1000
+
+    @property
+    def num_eval_documents(self) -> int:
+        """Held out at the head of a stream."""
+        return self.eval_documents or 100
 
     @property
     def parts(self) -> tuple[SourceSection, ...]:
@@ -88,7 +108,26 @@ class DataSection(SourceKeys):
             self._check_sources(self.sources)
         elif self.stopping_strategy is not None:
             raise ValueError("stopping_strategy: expected sources with weights, got one source")
+        self._check_streaming()
         return self
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            for key in ("shuffle_buffer", "eval_documents"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: expected streaming: true beside it, got false")
+            return
+        if self.stopping_strategy is not None:
+            raise ValueError("stopping_strategy: expected none with streaming, which has no end")
+        if self.eval_fraction != DataSection.model_fields["eval_fraction"].default:
+            raise ValueError("eval_fraction: expected eval_documents with streaming")
+        for source in self.parts:
+            if source.max_documents is not None:
+                raise ValueError("max_documents: expected none with streaming; set max_steps")
+            if len(self.parts) > 1 and source.weight is None:
+                raise ValueError(
+                    f"sources: expected a weight for each with streaming, {source.label} has none"
+                )
 
     def _check_sources(self, sources: list[SourceSection]) -> None:
         for key, field in SourceKeys.model_fields.items():

@@ -81,6 +81,8 @@ class JobConfig(Section):
             raise ValueError(
                 "tokenizer: expected a section, because the teacher is not loaded from a path"
             )
+        if self.data.streaming:
+            self._check_streaming()
         if self.teacher.plan in ("cached", "served"):
             self._check_answered()
         weighs = any(source.loss_weight != 1.0 for source in self.data.sources or ())
@@ -123,6 +125,27 @@ class JobConfig(Section):
                 f"on_policy.max_length: expected at least data.max_length, {length}, whose "
                 f"prompts have to fit, got {section.max_length}"
             )
+
+    def _check_streaming(self) -> None:
+        trained = {
+            "training": self.training,
+            "teacher.pretrain": self.teacher.pretrain,
+            "student.pretrain": self.student.pretrain,
+        }
+        for where, section in trained.items():
+            steps = 1 if section is None else section.get("max_steps", 0)
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(
+                    f"{where}.max_steps: expected a number with data.streaming, which has no end"
+                )
+        for name, given in (
+            ("tokenizer.vocab_size", self.tokenizer is not None and self.tokenizer.vocab_size),
+            ("teacher.plan: cached", self.teacher.plan == "cached"),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name}: expected none with data.streaming; it would read all documents first"
+                )
 
     def _check_answered(self) -> None:
         for name, given in (

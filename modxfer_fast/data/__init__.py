@@ -10,6 +10,7 @@ from modxfer_fast.data.build import (
 )
 from modxfer_fast.data.collator import IGNORE_INDEX, CausalCollator, EncoderCollator
 from modxfer_fast.data.python_docs import python_docs
+from modxfer_fast.data.row_stream import RowStream
 from modxfer_fast.data.sources import load_source
 from modxfer_fast.data.tokenizer import (
     has_tokenizer,
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "Documents",
     "EncoderCollator",
+    "RowStream",
     "Rows",
     "build_rows",
     "has_tokenizer",

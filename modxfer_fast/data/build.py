@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.config import DataSection, SourceSection
 from modxfer_fast.data.collator import CausalCollator, EncoderCollator
+from modxfer_fast.data.document_stream import DocumentStream
 from modxfer_fast.data.encoding import ROW, tokenise_documents, tokenise_texts
 from modxfer_fast.data.facts import LOSS_WEIGHT
 from modxfer_fast.data.mixing import chosen, shares
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
+from modxfer_fast.data.row_stream import RowStream
 from modxfer_fast.data.sources import READ, detect_format, files_of, load_source, with_columns
 from modxfer_fast.errors import DataError
 
@@ -30,17 +32,18 @@ _MAX_REASONS = 3  # told of documents that are left out
 class Documents:
     """Untokenised documents of one source, split by document.
 
-    train: as often as they are learnt from.
+    train: as often as they are learnt from, or a stream of them.
     """
 
     source: SourceSection
-    train: Dataset
+    train: Dataset | DocumentStream
     held_out: Dataset
     train_format: str
     held_out_format: str
 
     def usable(self) -> Iterator[Text | Completion | Conversation]:
-        """The training documents that can be learnt from."""
+        """The training documents that can be learnt from; not of a stream."""
+        assert isinstance(self.train, Dataset)
         for record in self.train:
             # `build_rows` leaves the others out and says so
             with contextlib.suppress(RecordError):
@@ -54,8 +57,10 @@ class Corpus:
     parts: tuple[Documents, ...]
 
     @property
-    def num_train(self) -> int:
-        return sum(len(part.train) for part in self.parts)
+    def num_train(self) -> int | None:
+        """None while streaming."""
+        lengths = [len(part.train) for part in self.parts if isinstance(part.train, Dataset)]
+        return sum(lengths) if len(lengths) == len(self.parts) else None
 
     @property
     def num_held_out(self) -> int:
@@ -68,8 +73,14 @@ class Corpus:
                 yield from document.texts()
 
     def digest(self) -> str:
-        """Short hash of the training documents."""
+        """Short hash of the training documents; of streams of what their files are."""
         digest = hashlib.sha256()
+        streams = [part.train for part in self.parts if isinstance(part.train, DocumentStream)]
+        if streams:
+            identities = [stream.identity() for stream in streams]
+            heads = [part.held_out.to_list() for part in self.parts]
+            digest.update(repr((identities, heads)).encode("utf-8", "surrogatepass"))
+            return digest.hexdigest()[:16]
         for document in chain.from_iterable(part.usable() for part in self.parts):
             # of a conversation also roles, tools, and which turns are learnt
             is_chat = isinstance(document, Conversation)
@@ -83,40 +94,58 @@ class Corpus:
 class Rows:
     """Tokenised, packed rows.
 
-    tokens: their number, padding not counted. collator: makes batches of them. held_out_of: the
-        held-out rows of each of several sources, by its label, none where there is one. notes: what
-        was left out or cut, a line each.
+    train: also a stream of them, whose tokens nobody has counted. tokens: their number, padding not
+        counted. collator: makes batches of them. held_out_of: the held-out rows of each of several
+        sources, by its label, none where there is one. notes: what was left out or cut, a line
+        each.
     """
 
-    train: Dataset
+    train: Dataset | RowStream
     held_out: Dataset
-    train_tokens: int
+    train_tokens: int | None
     held_out_tokens: int
     collator: CausalCollator | EncoderCollator
     held_out_of: Mapping[str, Dataset] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def some(self, number: int) -> list[dict]:
+        """So many rows, to measure something with; of a stream held-out ones."""
+        rows = self.train if isinstance(self.train, Dataset) else self.held_out
+        return [rows[i % len(rows)] for i in range(number)]
+
 
 def load_corpus(section: DataSection) -> Corpus:
     """Load, split and mix; DataError for a missing source or columns, or too few documents."""
     sources = section.parts
+    weighs = any(source.loss_weight != 1.0 for source in sources)
+    if section.streaming:
+        return Corpus(tuple(_streamed(source, section, weighs) for source in sources))
     parts = [_documents(source, section) for source in sources]
-    if any(source.loss_weight != 1.0 for source in sources):
+    if weighs:
         parts = [
             replace(part, train=_with_fact(part.train, LOSS_WEIGHT, part.source.loss_weight))
             for part in parts
         ]
     weights = [source.weight for source in sources if source.weight is not None]
     if weights:
-        lengths = [len(part.train) for part in parts]
+        trains = [part.train for part in parts if not isinstance(part.train, DocumentStream)]
         repeat = section.stopping_strategy == "all_exhausted"
-        counts = shares(lengths, weights, repeat=repeat)
-        mixed = zip(parts, lengths, counts, strict=True)
+        counts = shares([len(train) for train in trains], weights, repeat=repeat)
         parts = [
-            replace(part, train=part.train.select(chosen(length, count, section.split_seed)))
-            for part, length, count in mixed
+            replace(part, train=train.select(chosen(len(train), count, section.split_seed)))
+            for part, train, count in zip(parts, trains, counts, strict=True)
         ]
     return Corpus(tuple(parts))
+
+
+def _streamed(source: SourceSection, section: DataSection, weighs: bool) -> Documents:
+    facts = {LOSS_WEIGHT: source.loss_weight} if weighs else {}
+    if source.eval_source is None:
+        stream, held_out = DocumentStream.of(source, section.num_eval_documents, facts)
+        return Documents(source, stream, held_out, stream.format, stream.format)
+    held_out, held_out_format = _held_out(source, source.eval_source)
+    stream, _ = DocumentStream.of(source, 0, facts)
+    return Documents(source, stream, held_out, stream.format, held_out_format)
 
 
 def _with_fact(documents: Dataset, fact: str, value: float) -> Dataset:
@@ -129,12 +158,7 @@ def _documents(source: SourceSection, section: DataSection) -> Documents:
     if source.max_documents is not None and len(train) > source.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(source.max_documents))
     if source.eval_source is not None:
-        if (source.eval_source, source.eval_split) == (source.source, source.split):
-            raise DataError(
-                f"data.eval_source: expected other documents than {source.source}, split "
-                f"{source.split}, which the student trains on; name another eval_split"
-            )
-        held_out, held_out_format = _load(source, source.eval_source, source.eval_split)
+        held_out, held_out_format = _held_out(source, source.eval_source)
     else:
         if len(train) < 2:
             raise DataError(
@@ -146,6 +170,15 @@ def _documents(source: SourceSection, section: DataSection) -> Documents:
         )
         train, held_out, held_out_format = halves["train"], halves["test"], train_format
     return Documents(source, train, held_out, train_format, held_out_format)
+
+
+def _held_out(source: SourceSection, eval_source: str) -> tuple[Dataset, str]:
+    if (eval_source, source.eval_split) == (source.source, source.split):
+        raise DataError(
+            f"data.eval_source: expected other documents than {source.source}, split "
+            f"{source.split}, which the student trains on; name another eval_split"
+        )
+    return _load(source, eval_source, source.eval_split)
 
 
 def _load(section: SourceSection, source: str, split: str) -> tuple[Dataset, str]:
@@ -210,7 +243,7 @@ def build_rows(
                 part.source.eval_source or part.source.source,
             ),
         ):
-            if not len(half):  # of weight 0
+            if isinstance(half, DocumentStream) or not len(half):  # or of weight 0
                 continue
             pieces, told = _pieces(half, fmt, section, tokenizer, kind)
             is_empty = not len(pieces) or not any(map(len, pieces["input_ids"]))
@@ -230,21 +263,31 @@ def build_rows(
             if section.max_eval_rows is not None and len(rows) > section.max_eval_rows:
                 rows = rows.shuffle(seed=section.split_seed).select(range(section.max_eval_rows))
             held_out[label] = rows
-    pieces = trained[0]
-    if several:  # sources share rows
-        pieces = concatenate_datasets(trained).shuffle(seed=section.split_seed)
-    train, measured = _packed(pieces, section, kind), concatenate_datasets([*held_out.values()])
+    measured = concatenate_datasets([*held_out.values()])
+    train: Dataset | RowStream
+    if section.streaming:
+        train = RowStream(
+            [
+                (part.train, 1.0 if part.source.weight is None else part.source.weight)
+                for part in documents.parts
+                if isinstance(part.train, DocumentStream)
+            ],
+            *(section, tokenizer, kind),
+        )
+    else:
+        pieces = trained[0]
+        if several:  # sources share rows
+            pieces = concatenate_datasets(trained).shuffle(seed=section.split_seed)
+        train = _packed(pieces, section, kind)
     collator: CausalCollator | EncoderCollator
     if kind == "encoder":
         collator = EncoderCollator(tokenizer.pad_token_id)
     else:
         collator = CausalCollator(tokenizer.pad_token_id, packed=section.packing)
-    tokens = (sum(map(len, half["input_ids"])) for half in (train, measured))
-    return Rows(
-        *(train, measured, *tokens, collator),
-        held_out_of=held_out if several else {},
-        notes=tuple(notes),
-    )
+    train_tokens = None if isinstance(train, RowStream) else sum(map(len, train["input_ids"]))
+    held_out_tokens = sum(map(len, measured["input_ids"]))
+    told_apart = held_out if several else {}
+    return Rows(train, measured, train_tokens, held_out_tokens, collator, told_apart, tuple(notes))
 
 
 def rows_from_documents(

@@ -1,11 +1,12 @@
 """Named sources -> `datasets.Dataset` with one of three sets of columns; see records.py."""
 
+import contextlib
 import glob
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from modxfer_fast.data.facts import FACTS
 from modxfer_fast.data.python_docs import python_docs
@@ -49,19 +50,63 @@ def load_source(
 
     With `lines` each line of a text file is a row, empty ones left out; else the file is one.
     """
-    if lines and _READERS.get(Path(source).suffix) != "text":
-        raise DataError(f"data source {source}: lines: true is for a .txt or .md file")
+    _check_lines(source, lines)
     if source == "python-docs":
         return Dataset.from_dict({"text": python_docs()})
     path = Path(source).expanduser()
-    try:
+    with naming(source):
         if path.is_file():
             return _load_file(path, source, lines)
         if path.is_dir():
             return _load_folder(path, name, split)
-        if path.suffix in _READERS or source.startswith((".", "/", "~")):
-            raise DataError(f"data source {source}: no such file or folder")
+        _refuse_path(source)
         return load_dataset(source, name, split=split)
+
+
+def stream_source(
+    source: str, *, name: str | None = None, split: str = "train", lines: bool = False
+) -> IterableDataset:
+    """As `load_source`, also of a pattern of files of one kind, without reading it."""
+    _check_lines(source, lines)
+    if source == "python-docs":
+        raise DataError("data.streaming: expected files, a folder or a hub id, got python-docs")
+    path = Path(source).expanduser()
+    with naming(source):
+        if path.is_dir():
+            if is_saved_dataset(path):
+                return _load_folder(path, name, split).to_iterable_dataset()
+            return load_dataset(str(path), name, split=split, streaming=True)
+        files = [str(Path(file).expanduser()) for file in files_of(source)]
+        readers = {_reader_of(file, source) for file in files if Path(file).is_file()}
+        if not readers:
+            _refuse_path(source)
+            return load_dataset(source, name, split=split, streaming=True)
+        if len(readers) > 1:
+            raise DataError(
+                f"data source {source}: expected files of one kind with data.streaming, got "
+                f"{', '.join(sorted(readers))}"
+            )
+        [reader] = readers
+        options = {"sample_by": "line" if lines else "document"} if reader == "text" else {}
+        return load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+
+
+def _check_lines(source: str, lines: bool) -> None:
+    if lines and _READERS.get(Path(source).suffix) != "text":
+        raise DataError(f"data source {source}: lines: true is for a .txt or .md file")
+
+
+def _refuse_path(source: str) -> None:
+    """Raises a DataError of what is no id of the hub, where no file or folder has that name."""
+    if Path(source).suffix in _READERS or source.startswith((".", "/", "~")):
+        raise DataError(f"data source {source}: no such file or folder")
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Errors of `datasets` as a DataError that names the source."""
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:
@@ -70,13 +115,18 @@ def load_source(
         raise DataError(f"data source {source}: cannot be loaded ({reason})") from error
 
 
-def _load_file(path: Path, source: str, lines: bool) -> Dataset:
-    reader = _READERS.get(path.suffix)
+def _reader_of(path: str | Path, source: str) -> str:
+    reader = _READERS.get(Path(path).suffix)
     if reader is None:
         raise DataError(
             f"data source {source}: expected a file ending in {', '.join(_READERS)}, "
-            f"got {path.suffix or 'no ending'}"
+            f"got {Path(path).suffix or 'no ending'}"
         )
+    return reader
+
+
+def _load_file(path: Path, source: str, lines: bool) -> Dataset:
+    reader = _reader_of(path, source)
     if path.stat().st_size == 0:
         raise DataError(f"data source {source}: expected rows, got an empty file")
     options = {"sample_by": "line" if lines else "document"} if reader == "text" else {}
@@ -137,7 +187,14 @@ def with_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> D
     Raises:
         DataError: a column that is not there, or a name that is taken.
     """
-    names = dataset.column_names
+    renames = renames_of(dataset.column_names, columns, source)
+    taken = [name for name in renames.values() if name in dataset.column_names]
+    dataset = dataset.remove_columns([name for name in taken if name not in renames])
+    return dataset.rename_columns(renames)
+
+
+def renames_of(names: list[str], columns: Mapping[str, str], source: str) -> dict[str, str]:
+    """{name in the dataset: ours} where they differ; arguments and errors as of `with_columns`."""
     renames = dict(columns)
     if "conversations" in names and "messages" not in (*names, *renames):
         renames["messages"] = "conversations"
@@ -147,9 +204,7 @@ def with_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> D
                 f"data.columns.{ours}: expected a column of {source} ({', '.join(names)}), "
                 f"got {theirs}"
             )
-        if ours in names and ours not in renames.values():
-            dataset = dataset.remove_columns(ours)
-    return dataset.rename_columns({t: o for o, t in renames.items() if o != t})
+    return {theirs: ours for ours, theirs in renames.items() if ours != theirs}
 
 
 def detect_format(dataset: Dataset, wanted: str, source: str) -> str:

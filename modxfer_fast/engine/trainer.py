@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 
 from modxfer_fast.data.collator import CausalCollator
+from modxfer_fast.data.row_stream import RowStream
 from modxfer_fast.engine import checkpoint, deepspeed, evaluation, saving
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import group_projections, load_projections
@@ -23,6 +24,7 @@ from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.on_policy.generation import StudentRollouts, sampling_of
 from modxfer_fast.engine.on_policy.mixing import OnPolicy
 from modxfer_fast.engine.on_policy.rollouts import Rollouts
+from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
@@ -60,6 +62,7 @@ class DistillTrainer(Trainer):
             (teachers/protocol.py), or None for cross entropy alone. With kd_weight=0 it takes part
             in evaluation only.
         data_collator: see above.
+        train_dataset: rows that `data_collator` reads; also a `RowStream`.
         processing_class: tokenizer, saved with the student. It lets vocabularies of the two models
             be padded to different sizes: the classes that both have count.
         rollouts: with args.on_policy, who writes the completions; None for the student itself, in
@@ -123,6 +126,10 @@ class DistillTrainer(Trainer):
         self.add_callback(self.clock)
         self.add_callback(self.guard)
         self.on_policy = self._on_policy(tokenizer, num_tokens, rollouts)
+        self._stream: StreamLoader | None = None
+        if isinstance(train_dataset, RowStream):
+            args.ignore_data_skip = True  # a stream is resumed by its place
+            self.add_callback(StreamProgress())
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
         self._resumed: checkpoint.CheckpointInfo | None = None
@@ -199,6 +206,12 @@ class DistillTrainer(Trainer):
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, RowStream):
+            return super().get_train_dataloader()
+        self._stream = StreamLoader(self.train_dataset, self.data_collator, self.args)
+        return self._stream
+
     def _check_teacher(self) -> None:
         """Looks once, when it is on its device, at whether a frozen teacher is finite."""
         if self.model.teacher is not None and not self._teacher_is_checked:
@@ -259,6 +272,8 @@ class DistillTrainer(Trainer):
                 saving.load_engine(self.model_wrapped, resume_from_checkpoint, self.student)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
+            if self._stream is not None:
+                self._stream.restore(resume_from_checkpoint)
             saving.follow_schedule(self.lr_scheduler)
             if self.on_policy is not None:
                 self.on_policy.load(resume_from_checkpoint)
@@ -428,6 +443,8 @@ class DistillTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 if self.on_policy is not None:
                     self.on_policy.save(folder)
+                if self._stream is not None:
+                    self._stream.save(folder)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:

@@ -35,6 +35,8 @@ class CacheJob(DistillJob):
                 f"kind: expected causal_lm, whose last hidden states a cache keeps, "
                 f"got {self.config.kind}"
             )
+        if self.config.data.streaming:
+            raise ConfigError("data.streaming: expected false, because a cache is filled before")
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """Fills the cache.

@@ -179,10 +179,12 @@ class DistillJob(Job):
         tokenizer = prepare_tokenizer(config, documents)
         check_configs(config, tokenizer)  # a mistake is told before the teacher trains
         rows = build_rows(documents, config.data, tokenizer, config.kind)
+        learnt = "documents as they come"
+        if rows.train_tokens is not None:
+            learnt = f"{documents.num_train} documents, {rows.train_tokens:,} tokens"
         say(
-            f"{documents.num_train} documents, {rows.train_tokens:,} tokens; held out "
-            f"{documents.num_held_out} documents, {rows.held_out_tokens:,} tokens; "
-            f"vocabulary {len(tokenizer):,}"
+            f"{learnt}; held out {documents.num_held_out} documents, "
+            f"{rows.held_out_tokens:,} tokens; vocabulary {len(tokenizer):,}"
         )
         for note in rows.notes:
             say(note)
@@ -343,7 +345,7 @@ class DistillJob(Job):
     ) -> dict[str, Any]:
         compare, rows, args = self.config.compare, self.material.rows, self.evaluation.args()
         number = compare.loss_rows or _TIMED_ROWS
-        batch = rows.collator([rows.train[i % len(rows.train)] for i in range(number)])
+        batch = rows.collator(rows.some(number))
         batch = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         timer = Timer(compare.loss_repeats, args.device, autocast)

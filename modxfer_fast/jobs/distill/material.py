@@ -46,13 +46,15 @@ class Material:
         model: PreTrainedModel,
         args: engine.DistillConfig,
         teacher: engine.TeacherProtocol | None = None,
+        *,
+        learns: bool = True,
     ) -> engine.DistillTrainer:
-        """A trainer on the rows that reports to the console."""
+        """A trainer on the rows that reports to the console; without `learns` for evaluation."""
         trainer = engine.DistillTrainer(
             model=model,
             args=args,
             teacher=teacher,
-            train_dataset=self.rows.train,
+            train_dataset=self.rows.train if learns else None,
             eval_dataset=self.rows.held_out,
             data_collator=self.rows.collator,
             processing_class=self.tokenizer,
@@ -116,7 +118,7 @@ class Evaluation:
             seed: that projections start from. projections: folder of trained ones, for encoders.
         """
         args = self.args(CROSS_ENTROPY if teacher is None else None, seed)
-        trainer = self.material.trainer(model, args, teacher)
+        trainer = self.material.trainer(model, args, teacher, learns=False)
         if projections is not None and not self.has_logits:
             engine.load_projections(projections, trainer.model.features)
         wanted = ("eval_perplexity", "eval_kd") if self.has_logits else _INSIDE

@@ -91,7 +91,7 @@ def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> 
     console.table(f"Held-out text{seeds}", columns, rows)
     _print_pairs(console, summary["start"], summary["student"])
     if "sources" in runs[0]["student"]:
-        _print_sources(console, runs[0]["start"]["sources"], runs[0]["student"]["sources"], figures)
+        _print_sources(console, runs[0]["student"]["sources"], figures)
     if "loss" in report:
         _print_loss(console, report["loss"])
     if "parts" in report:
@@ -122,17 +122,15 @@ def _print_pairs(console: JobConsole, start: dict[str, Any], end: dict[str, Any]
         console.table("Hidden states of each pair of layers", [(name, "") for name in names], rows)
 
 
-def _print_sources(
-    console: JobConsole, start: dict[str, Any], end: dict[str, Any], figures: list[tuple]
-) -> None:
-    """Held-out figures of each source, before and after training with the first seed."""
-    columns = [("source", "")]
-    for _, name, fmt in figures:
-        columns += [(f"{name} before", fmt), ("after", fmt)]
+def _print_sources(console: JobConsole, sources: dict[str, Any], figures: list[tuple]) -> None:
+    """Held-out figures of each source, after training with the first seed."""
+    columns = [("source", ""), *((name, fmt) for _, name, fmt in figures)]
     rows = [
-        [label, *(of[label][key] for key, _, _ in figures for of in (start, end))] for label in end
+        # the end of a path tells more than its beginning
+        [label[-40:], *(own[key] for key, _, _ in figures)]
+        for label, own in sources.items()
     ]
-    console.table("Held-out text of each source, first seed", columns, rows)
+    console.table("Held-out text of each source, student distilled", columns, rows)
 
 
 def _print_loss(console: JobConsole, loss: dict[str, Any]) -> None:
