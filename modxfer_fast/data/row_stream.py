@@ -16,6 +16,8 @@ from modxfer_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+_MAX_PROBLEMS = 10  # told of documents that are left out
+
 Row = dict[str, Any]
 Place = dict[str, Any]  # JSON-like
 
@@ -118,10 +120,10 @@ class RowStream(IterableDataset):
         return [rows[i] for i in rng.permutation(len(rows))]
 
     def _tell(self, pieces: list[Row]) -> None:
-        """Says once of each problem that documents with it are left out."""
+        """Says once of each of the first problems that documents with it are left out."""
         for piece in pieces:
             problem = piece.get("problem")
-            if problem and problem not in self._told:
+            if problem and problem not in self._told and len(self._told) < _MAX_PROBLEMS:
                 self._told.add(problem)
                 logger.warning(
                     f"data: documents are left out (first: row {piece['row']}): {problem}"

@@ -21,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from modxfer_fast.data import CausalCollator
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels.common import Bend
 from tests.support.models import tiny_llama
@@ -215,6 +216,28 @@ def test_positions_that_a_model_cannot_take_are_refused():
     assert split.hidden(ids, None, None).shape == (1, 5, 32)
     with pytest.raises(ValueError, match="position_ids: BloomModel takes none"):
         split.hidden(ids, None, torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_no_token_of_a_packed_row_sees_another_document(attention):
+    model = tiny_llama().eval()
+    model.set_attn_implementation(attention)
+    split = SplitCausalLM.of(model, "student")
+    documents = [[5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    lengths = [len(document) for document in documents]
+
+    def states(*documents):
+        ids = [token for document in documents for token in document]
+        row = {"input_ids": ids, "is_target": [True] * len(ids), "lengths": lengths}
+        batch = CausalCollator(0)([row])
+        with torch.no_grad():
+            return split.hidden(batch["input_ids"], None, batch["position_ids"])[0].split(lengths)
+
+    before = states(*documents)
+    for changed in range(3):
+        others = [[id + 20 for id in d] if i == changed else d for i, d in enumerate(documents)]
+        for i, (old, new) in enumerate(zip(before, states(*others), strict=True)):
+            assert torch.equal(old, new) == (i != changed)
 
 
 def test_flattened_rows_for_variable_length_kernels_give_the_same_states(monkeypatch):
