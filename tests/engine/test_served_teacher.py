@@ -138,8 +138,7 @@ def arguments(folder, **options):
         max_steps=3,
         per_device_train_batch_size=2,
         train_sampling_strategy="sequential",
-        save_strategy="no",
-        **options,
+        **{"save_strategy": "no", **options},
     )
 
 
@@ -187,6 +186,28 @@ def test_training_on_labels_alone_asks_for_nothing(own, url, tmp_path):
     assert not own.requests
     assert trainer.evaluate()["eval_kd"] > 0  # figures are asked for when they are needed
     assert own.requests
+
+
+def test_what_a_student_writes_is_asked_about_also_when_resumed(own, url, tmp_path):
+    section = {"fraction": 1.0, "prompt_length": 2, "max_new_tokens": 4, "reuse": 2}
+    options = {"on_policy": section, "learning_rate": 1e-2, "disable_tqdm": True}
+
+    def trainer(**more):
+        args = arguments(tmp_path, **{**options, **more})
+        teacher = ServedTeacher(asking(url))
+        return DistillTrainer(
+            tiny_llama(), args, teacher, TokenDataset(6), data_collator=align_collate
+        )
+
+    whole = trainer(save_strategy="steps", save_steps=1)
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # inside a window
+    expected, got = whole.student.state_dict(), resumed.student.state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    asked = {tuple(text) for body in own.requests for text in body["prompt"]}
+    data = {tuple(TokenDataset(6)[i]["input_ids"].tolist()) for i in range(6)}
+    assert asked - data
 
 
 def test_answers_come_in_order_whatever_comes_first(own, url):

@@ -18,6 +18,7 @@ from modxfer_fast.config import OnPolicySection
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.data.facts import FACTS
 from modxfer_fast.engine.on_policy.rollouts import Rollouts, Sampling, Tokens
+from modxfer_fast.engine.teachers.cached import ANSWERS
 
 ON_POLICY = "on_policy"  # key of a batch, whose texts the student wrote
 Batch = dict[str, Any]
@@ -118,7 +119,12 @@ class OnPolicy:
     def save(self, folder: str | Path) -> None:
         """Writes the completions that the next step uses again, where there are any."""
         if self._written:
-            kept = {"window": self._window, "written": self._written}
+            # a server that was asked about them is asked again
+            written = {
+                place: {key: value for key, value in batch.items() if key != ANSWERS}
+                for place, batch in self._written.items()
+            }
+            kept = {"window": self._window, "written": written}
             torch.save(kept, _file(folder, self._rank))
 
     def load(self, folder: str | Path) -> None:
