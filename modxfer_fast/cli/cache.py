@@ -25,12 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from modxfer_fast.config.errors import ConfigError
-    from modxfer_fast.config.task_distill import TaskDistillConfig, load_distill
+    from modxfer_fast.config.task_distill import load_without_task
 
-    config = load_distill(args.config, args.set)
-    if isinstance(config, TaskDistillConfig):
-        raise ConfigError(f"{args.config}: kind: expected causal_lm, got task")
-
+    config = load_without_task(args.config, args.set)
     if args.source is None:
         if args.reading is not None:
             raise ConfigError("--as: expected --from beside it, got none")

@@ -17,6 +17,7 @@ COMMANDS = {
     "distill": "distil a teacher into a student, as a YAML file says",
     "cache": "keep what the teacher of such a job answers, for training without it",
     "plan": "say what such a job needs of each GPU, before anything is loaded",
+    "replay": "run a step that was skipped as not finite once more, and name its tensors",
     "transfer": "move a trained PEFT module from a teacher to a student, as a YAML file says",
     "doctor": "show which backends run on this machine, and why others do not",
     "bench": "time our ops against their peers and their floor",

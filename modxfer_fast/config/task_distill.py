@@ -92,3 +92,11 @@ def load_distill(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig |
     if kind == "task":
         return validate(raw, TaskDistillConfig, str(path))
     return validate(raw, JobConfig, str(path))
+
+
+def load_without_task(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """`load_distill` for what works on language models and encoders alone."""
+    config = load_distill(path, overrides)
+    if isinstance(config, TaskDistillConfig):
+        raise ConfigError(f"{path}: kind: expected causal_lm, got task")
+    return config

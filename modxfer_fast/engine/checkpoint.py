@@ -25,9 +25,11 @@ _WEIGHTS = (
 class CheckpointInfo:
     """What the marker keeps beside the checksums.
 
-    global_step: updates done. world_size, zero_stage: what a resume must agree with.
+    global_step: updates done. world_size, zero_stage: of the ranks that wrote it; a resume must
+        agree with the stage.
     num_tokens, seconds: of the run since its start. loss_sum: the losses of its updates, added.
     skipped_steps: its updates that were not finite, of which loss_sum has none.
+    rows_per_step: of an update, over all ranks and micro-batches; 0 where unknown.
     """
 
     global_step: int
@@ -37,6 +39,7 @@ class CheckpointInfo:
     loss_sum: float
     seconds: float
     skipped_steps: int = 0
+    rows_per_step: int = 0
 
 
 def mark_complete(folder: str | Path, info: CheckpointInfo) -> None:

@@ -119,6 +119,16 @@ class DistillConfig(TrainingArguments):
     )
     zero_stage: int | None = _option(None, "Run under DeepSpeed with this ZeRO stage, 0 to 3.")
     max_skipped_steps: int = _option(10, "Updates in a row that may be skipped as not finite.")
+    keep_nonfinite_steps: int = _option(
+        3,
+        "Skipped steps of which the first broken tensor is named, and which are kept for `modxfer "
+        "replay`; of several in a row the first.",
+    )
+    stall_timeout_s: float | None = _option(
+        1500.0,
+        "Seconds after which training ends when no rank has moved, told where each is; None to "
+        "wait for as long as torch does.",
+    )
     # the collator emits num_valid, which is no argument of the student
     remove_unused_columns: bool = _option(False, "Must stay False.")
     # the filter waits for the device in each micro-batch; the guard looks once an update
@@ -193,6 +203,7 @@ class DistillConfig(TrainingArguments):
     def _refuse_unsupported(self) -> None:
         for name, least in (
             ("max_skipped_steps", 0),
+            ("keep_nonfinite_steps", 0),
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
             ("gradient_accumulation_steps", 1),
@@ -205,6 +216,8 @@ class DistillConfig(TrainingArguments):
                 "average_tokens_across_devices: expected True; without it a rank with few tokens "
                 "weighs as much as one with many"
             )
+        if self.stall_timeout_s is not None and not self.stall_timeout_s > 0:
+            raise ValueError(f"stall_timeout_s: expected > 0, got {self.stall_timeout_s}")
         for name, reason in _UNSUPPORTED.items():
             if value := getattr(self, name):
                 raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")

@@ -32,6 +32,7 @@ class StepGuard(TrainerCallback):
         module: the DistillModule, whose meter knows which term was not finite.
         reduce: sums a tensor over the ranks.
         count_loss: takes the loss of each step that is not skipped, a device scalar.
+        explain: what broke first in the step of this number, as text. Collective.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class StepGuard(TrainerCallback):
         module: nn.Module,
         reduce: Callable[[Tensor], Tensor],
         count_loss: Callable[[Tensor], None],
+        explain: Callable[[int], str] = lambda step: "",
     ):
         self.max_skipped = max_skipped
         self.engine: Any = None  # the DeepSpeed engine, once there is one
@@ -47,12 +49,13 @@ class StepGuard(TrainerCallback):
         self._module = module
         self._reduce = reduce
         self._dropped = False
-        self._count_loss = count_loss
+        self._count_loss, self._explain = count_loss, explain
         self.restart(skipped=0)
 
     def restart(self, skipped: int) -> None:
         """A training begins, before which `skipped` steps were skipped."""
         self.skipped, self.consecutive = skipped, 0
+        self._why = ""  # of the first of the steps that were skipped in a row
         self._loss: Tensor | None = None  # of the step so far
         self._steps = self._taken = 0  # since the last report
 
@@ -105,8 +108,10 @@ class StepGuard(TrainerCallback):
             )
             return
         self.consecutive += 1
-        cause = self._cause(args.device)
-        message = f"step {state.global_step + 1}: update skipped, {cause}"
+        step, cause = state.global_step + 1, self._cause(args.device)
+        if self.consecutive == 1:
+            self._why = self._explain(step)
+        message = f"step {step}: update skipped, {cause}{self._why}"
         logger.warning(message)
         if self.consecutive > self.max_skipped:
             raise NonFiniteError(

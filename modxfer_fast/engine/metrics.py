@@ -1,7 +1,6 @@
 """Sums of loss terms and tokens, kept on the device and read only when something is reported."""
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable, Iterator
 
@@ -87,8 +86,6 @@ class TrainingClock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begin = self._start = time.perf_counter()
-        if args.device.type == "cuda":  # the peak is that of this training
-            torch.cuda.reset_peak_memory_stats(args.device)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -107,10 +104,3 @@ class TrainingClock(TrainerCallback):
         now = time.perf_counter()
         elapsed, self._start = now - self._start, now
         return elapsed
-
-
-def peak_mem_mib(device: torch.device) -> float:
-    """Peak of device memory since training began; on a CPU, of the process since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -19,6 +19,7 @@ from modxfer_fast.engine.features.terms import FeatureLosses
 from modxfer_fast.engine.metrics import LossMeter
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.on_policy.mixing import ON_POLICY
+from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
@@ -216,8 +217,10 @@ class DistillModule(nn.Module):
         target, kd_weight = None, 0.0 if objective is None else objective.kd_weight
         if self.teacher is not None and (self.features is not None or kd_weight != 0.0):
             # first, while no activations of the student are kept
+            here.mark("teacher")
             self._check_compared(batch)
             target = self.teacher.answer(batch, self._teacher_taps).leading(self._num_classes)
+        here.mark("student")
         answer = self.parts.answer(batch.inputs, batch.rows, self._student_taps)
         terms = []
         if objective is not None:

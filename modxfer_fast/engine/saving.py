@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from modxfer_fast.engine import checkpoint, deepspeed
+from modxfer_fast.engine import checkpoint, deepspeed, universal
 from modxfer_fast.engine.features.projections import save_projections
 from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.files import scratch_folder
+from modxfer_fast.models.checks import listed
 
 State = dict[str, Tensor] | None
 
@@ -70,14 +72,21 @@ def whole_checkpoint(
         raise
 
 
-def check_resumable(info: checkpoint.CheckpointInfo, world_size: int, zero_stage: int | None):
+def check_resumable(
+    info: checkpoint.CheckpointInfo, world_size: int, zero_stage: int | None, student: nn.Module
+) -> None:
     """Raise a ValueError unless a run of these ranks and stage can go on from a checkpoint."""
-    if (info.world_size, info.zero_stage) != (world_size, zero_stage):
-        raise ValueError(
-            f"resume_from_checkpoint: written by {info.world_size} ranks with "
-            f"zero_stage={info.zero_stage}, this run has {world_size} ranks with "
-            f"zero_stage={zero_stage}"
-        )
+    here = f"this run has {world_size} ranks with zero_stage={zero_stage}"
+    wrote = f"written by {info.world_size} ranks with zero_stage={info.zero_stage}"
+    if info.zero_stage != zero_stage:
+        raise ValueError(f"resume_from_checkpoint: {wrote}, {here}")
+    if info.world_size != world_size and zero_stage:
+        kept = student.state_dict().keys() & {name for name, _ in student.named_buffers()}
+        if kept:  # a universal checkpoint has parameters alone
+            raise ValueError(
+                f"resume_from_checkpoint: {wrote}, {here}, and buffers of the student "
+                f"({listed(sorted(kept))}) are in no checkpoint that another number can read"
+            )
 
 
 def save_engine(engine: nn.Module, scheduler, folder: str, is_writer: bool) -> None:
@@ -91,6 +100,27 @@ def load_engine(engine: nn.Module, folder: str, student: nn.Module) -> None:
     """Reads what `save_engine`, or Trainer, wrote; a PEFT student has its base model already."""
     is_peft = isinstance(student, PeftModel)
     deepspeed_load_checkpoint(engine, folder, load_module_strict=not is_peft)
+
+
+def load_engine_of_other_ranks(
+    engine: nn.Module, folder: str, scratch: Path, on_main: Callable[[Callable[[], str]], str]
+) -> None:
+    """Reads what another number of ranks wrote under ZeRO. Collective.
+
+    Args:
+        scratch: a path in a folder that all ranks see; beside it the checkpoint is for the time
+            being once more, in the form that any number can read.
+        on_main: what a function returns on the main rank, on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def convert() -> str:
+            made = stack.enter_context(scratch_folder(scratch))
+            universal.convert(folder, made)
+            return str(made)
+
+        universal.load(engine, on_main(convert))
+        on_main(str)  # nobody reads it any more
 
 
 def follow_schedule(scheduler) -> None:

@@ -7,28 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
+from transformers.utils import logging
 
 from modxfer_fast.data.collator import CausalCollator
 from modxfer_fast.data.row_stream import RowStream
-from modxfer_fast.engine import checkpoint, deepspeed, evaluation, saving
+from modxfer_fast.engine import (
+    checkpoint,
+    deepspeed,
+    evaluation,
+    nonfinite,
+    saving,
+    watchdog,
+)
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.features.projections import group_projections, load_projections
 from modxfer_fast.engine.guard import StepGuard
-from modxfer_fast.engine.metrics import TrainingClock, means, peak_mem_mib
+from modxfer_fast.engine.memory import CHECKPOINT, EVALUATION, PHASES, PeakMemory
+from modxfer_fast.engine.metrics import TrainingClock, means
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.on_policy.generation import StudentRollouts, sampling_of
 from modxfer_fast.engine.on_policy.mixing import OnPolicy
 from modxfer_fast.engine.on_policy.rollouts import Rollouts
+from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
+
+logger = logging.get_logger(__name__)
 
 
 class DistillTrainer(Trainer):
@@ -119,19 +131,27 @@ class DistillTrainer(Trainer):
             )
         if teacher is not None:
             teacher.to(args.device)
-        self.clock = TrainingClock()
+        self.clock, self.memory = TrainingClock(), PeakMemory(args.device)
         self.guard = StepGuard(
-            args.max_skipped_steps, module, self._sum_over_ranks, self._count_loss
+            args.max_skipped_steps,
+            module,
+            self._sum_over_ranks,
+            self._count_loss,
+            self._explain_skipped,
         )
         self.add_callback(self.clock)
+        self.add_callback(self.memory)
         self.add_callback(self.guard)
         self.on_policy = self._on_policy(tokenizer, num_tokens, rollouts)
         self._stream: StreamLoader | None = None
         if isinstance(train_dataset, RowStream):
             args.ignore_data_skip = True  # a stream is resumed by its place
             self.add_callback(StreamProgress())
+        self.add_callback(watchdog.ProgressMarks())
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
+        self._batches: list[dict[str, Any]] = []  # of the step at hand
+        self._random: dict[str, Tensor] = {}  # before it
         self._resumed: checkpoint.CheckpointInfo | None = None
         self._teacher_is_checked = False
 
@@ -176,12 +196,14 @@ class DistillTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Trains, from a checkpoint folder, or from the last whole one of output_dir if True.
 
-        A checkpoint of the last step is loaded and not trained on. With more max_steps than before
-        the learning rate follows the schedule of the new ones from the step reached on.
+        Another number of ranks than wrote the checkpoint may go on, under ZeRO through DeepSpeed's
+        universal form of it. A checkpoint of the last step is loaded and not trained on. With more
+        max_steps than before the learning rate follows the schedule of the new ones from the step
+        reached on.
 
         Raises:
-            ValueError: no whole checkpoint there, a damaged one, or one written by another number
-                of ranks or stage.
+            ValueError: no whole checkpoint there, a damaged one, one of another stage, or one of
+                another number of ranks that DeepSpeed cannot convert.
             ModelError: a weight of the teacher is not finite.
             NonFiniteError: too many updates in a row were not.
         """
@@ -198,12 +220,16 @@ class DistillTrainer(Trainer):
             self._resumed = checkpoint.read_marker(resume_from_checkpoint)
             if not isinstance(resume_from_checkpoint, checkpoint.WholeCheckpoint):
                 self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
-            saving.check_resumable(self._resumed, self.args.world_size, self.zero_stage)
+            saving.check_resumable(
+                self._resumed, self.args.world_size, self.zero_stage, self.student
+            )
+            self._tell_other_ranks(self._resumed)
             self._num_tokens = self._resumed.num_tokens
         self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)
         self._check_teacher()
         check_finite(self.student, "student")
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with watchdog.watched(self.args):
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def get_train_dataloader(self):
@@ -212,6 +238,28 @@ class DistillTrainer(Trainer):
         self._stream = StreamLoader(self.train_dataset, self.data_collator, self.args)
         return self._stream
 
+    @property
+    def _is_of_other_ranks(self) -> bool:
+        """Whether another number of ranks wrote the checkpoint that this run goes on from."""
+        return self._resumed is not None and self._resumed.world_size != self.args.world_size
+
+    @property
+    def _rows_per_step(self) -> int:
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _tell_other_ranks(self, info: checkpoint.CheckpointInfo) -> None:
+        if self._is_of_other_ranks:
+            logger.warning(
+                f"the checkpoint of {info.world_size} ranks goes on with {self.args.world_size}: "
+                "equal within rounding where nothing is drawn, as dropout is"
+            )
+        if info.rows_per_step not in (0, self._rows_per_step):
+            logger.warning(
+                f"a step had {info.rows_per_step} rows and now has {self._rows_per_step}: other "
+                "rows come than in an uninterrupted run (gradient_accumulation_steps)"
+            )
+
     def _check_teacher(self) -> None:
         """Looks once, when it is on its device, at whether a frozen teacher is finite."""
         if self.model.teacher is not None and not self._teacher_is_checked:
@@ -219,12 +267,13 @@ class DistillTrainer(Trainer):
             self._teacher_is_checked = True
 
     def _on_main(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns on the main process, on every process; its ValueError too."""
+        """What `compute` returns on the main process, on every process; its ValueError, or one of
+        the disk, too."""
         outcome: list[Any] = [None, None]
         if self.args.process_index == 0:
             try:
                 outcome[0] = compute()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 outcome[1] = error
         value, refusal = broadcast_object_list(outcome)
         if refusal is not None:
@@ -269,13 +318,13 @@ class DistillTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
-                saving.load_engine(self.model_wrapped, resume_from_checkpoint, self.student)
+                self._load_engine(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
             if self._stream is not None:
                 self._stream.restore(resume_from_checkpoint)
             saving.follow_schedule(self.lr_scheduler)
-            if self.on_policy is not None:
+            if self.on_policy is not None and not self._is_of_other_ranks:
                 self.on_policy.load(resume_from_checkpoint)
         self.guard.engine = self.deepspeed
         if not self.zero_stage:
@@ -283,11 +332,28 @@ class DistillTrainer(Trainer):
         return prepared
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        here.mark("data")
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.on_policy is None or not batches:
-            return batches, num_items
-        batches = self.on_policy.mixed(batches, self.state.global_step)
-        return batches, self._get_num_items_in_batch(batches, device)
+        if self.on_policy is not None and batches:
+            here.mark("generation")
+            batches = self.on_policy.mixed(batches, self.state.global_step)
+            num_items = self._get_num_items_in_batch(batches, device)
+        self._batches, self._random = batches, {}
+        return batches, num_items
+
+    def _load_engine(self, folder: str) -> None:
+        engine = self.model_wrapped
+        if self._is_of_other_ranks and self.zero_stage:
+            beside = Path(self.args.output_dir) / "universal"
+            saving.load_engine_of_other_ranks(engine, folder, beside, self._on_main)
+        else:
+            saving.load_engine(engine, folder, self.student)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._is_of_other_ranks:  # the states of those are of no use to these
+            set_seed(self.args.seed + self.state.global_step)
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         counts = [self.model.counts(batch) for batch in batch_samples]
@@ -302,20 +368,51 @@ class DistillTrainer(Trainer):
         return next(iter(self._in_batch.values()), None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != "num_samples"}
-        outputs = model(**inputs, **self._in_batch)
+        outputs = model(**_of_module(inputs), **self._in_batch)
+        here.mark("backward")
         loss = outputs["loss"]
         if self._in_batch:  # DDP and DeepSpeed average over ranks what is here a sum over them
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        if not self._random:  # the first micro-batch of a step
+            self._random = nonfinite.random_state()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.add_loss(loss)
         return torch.zeros_like(loss)  # it counts once its step is taken
 
+    def _explain_skipped(self, step: int) -> str:
+        """The first tensors that were not finite, and where the step is kept. Collective."""
+        folder = Path(self.args.output_dir) / nonfinite.FOLDER
+        kept_already = self._on_main(lambda: len(list(folder.glob("step-*"))))
+        if kept_already >= self.args.keep_nonfinite_steps:
+            return ""
+        batches = [_of_module(self._prepare_inputs(dict(batch))) for batch in self._batches]
+        rank, world_size = self.args.process_index, self.args.world_size
+        step_of_rank = nonfinite.KeptStep(
+            step, rank, world_size, batches, self._in_batch, self._random
+        )
+        with here.within("looking for what broke"):
+            return nonfinite.explain(
+                step_of_rank,
+                self.model,
+                self.model_wrapped,
+                folder / f"step-{step}",
+                lambda student: self.save_model(str(student), _internal_call=True),
+            )
+
     def _count_loss(self, loss: Tensor) -> None:
         self._tr_loss += loss
+
+    def peak_mib_by_phase(self) -> dict[str, float]:
+        """The largest peak of any rank in each phase so far, see `PeakMemory`. Collective."""
+        ranks = gather_object([self.memory.mib])
+        return {
+            phase: round(max(mib[phase] for mib in ranks if phase in mib), 1)
+            for phase in PHASES
+            if any(phase in mib for mib in ranks)
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Trainer divides by all steps
@@ -346,7 +443,7 @@ class DistillTrainer(Trainer):
             self.on_policy.restart()
             rest = max(seconds - generating, 1e-9)
             measured["tokens_per_s_without_generation"] = round(sums["num_tokens"] / rest, 1)
-        measured["peak_mem_mib"] = round(peak_mem_mib(self.args.device), 1)
+        measured["peak_mem_mib"] = round(self.memory.of_training(), 1)
         if self.guard.skipped:
             measured["skipped_steps"] = self.guard.skipped
         return measured
@@ -381,7 +478,8 @@ class DistillTrainer(Trainer):
             )
         has_features, state = self.model.features is not None, self.accelerator.gradient_state
         evaluating = evaluation.evaluating(self.model, self.deepspeed, self.args.device)
-        with self.clock.paused(), evaluating as model:
+        measured = self.clock.paused(), self.memory.within(EVALUATION)
+        with measured[0], measured[1], here.within(EVALUATION), evaluating as model:
             for inputs in dataloader:
                 inputs = evaluation.without_repeated_samples(inputs, self.args, state, has_features)
                 inputs = self._prepare_inputs(inputs)
@@ -418,7 +516,7 @@ class DistillTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial) -> None:
-        with self.clock.paused():
+        with self.clock.paused(), self.memory.within(CHECKPOINT), here.within(CHECKPOINT):
             self._save_whole_checkpoint(model, trial)
 
     def _save_whole_checkpoint(self, model, trial) -> None:
@@ -432,6 +530,7 @@ class DistillTrainer(Trainer):
             self._loss_sum(),
             self.clock.since_begin() + (self._resumed.seconds if self._resumed else 0.0),
             self.guard.skipped,
+            self._rows_per_step,
         )
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         # older checkpoints go only once this one is whole
@@ -475,6 +574,11 @@ class DistillTrainer(Trainer):
             saving.load_engine(self.model_wrapped, folder, self.student)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _of_module(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A collator's batch without what is not for the module."""
+    return {name: value for name, value in inputs.items() if name != "num_samples"}
 
 
 def _total(counts: list[Tensor | int], device: torch.device) -> Tensor:

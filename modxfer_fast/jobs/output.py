@@ -19,7 +19,7 @@ from modxfer_fast.jobs.store import Store
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"
-DATA_FILE = "data.txt"
+DATA_FILE, PROCESSES_FILE = "data.txt", "processes.txt"  # of the start, in that folder
 _STAGES = "stages"
 _LOCK_FILE = "job.lock"
 # nothing that is computed depends on them
@@ -44,9 +44,8 @@ def check_output(output: Path, overwrite: bool) -> None:
 class OutputStore(Store):
     """Results of stages in the unfinished output of a job, named as in the finished one.
 
-    A name has one result: `WorkFolder` keeps to one configuration, one set of rows and one number
-    of processes, and a result of other models is refused. Checkpoints stay, for a run that is to
-    train longer.
+    A name has one result: `WorkFolder` keeps to one configuration and one set of rows, and a result
+    of other models is refused. Checkpoints stay, for a run that is to train longer.
     """
 
     reused = "finished before the interruption"
@@ -105,8 +104,8 @@ class WorkFolder:
                 an interrupted or finished one that is to train longer; start where nothing is.
         Raises:
             ConfigError: the output exists and may not be replaced; an interrupted run is in the
-                way, or one of another configuration or number of processes is to be resumed; or
-                another process works there.
+                way, or one of another configuration is to be resumed; or another process works
+                there.
         """
         continued, self._replaces = False, self._config.overwrite
         if resume and (self.output / REPORT_FILE).is_file():
@@ -163,6 +162,15 @@ class WorkFolder:
         kept.parent.mkdir(exist_ok=True)
         files.write_text(kept, digest)
 
+    def processes(self) -> int:
+        """How many processes the run began with, which one that begins keeps."""
+        kept = self.path / CHECKPOINTS / PROCESSES_FILE
+        if kept.is_file():
+            return int(kept.read_text(encoding="utf-8"))
+        kept.parent.mkdir(exist_ok=True)
+        files.write_text(kept, str(world_size()))
+        return world_size()
+
     def _check_ours(self) -> None:
         """Raise a ConfigError where the working folder would be inside somebody else's."""
         if not self.path.exists() or (self.path / CONFIG_FILE).is_file():
@@ -197,7 +205,6 @@ class WorkFolder:
                 f"--resume: the configuration differs from that of {self.path}: "
                 f"{_describe(differing)}"
             )
-        _check_processes(self.path)
         if differing:  # what has ended goes on from its last checkpoint
             shutil.rmtree(self.path / _STAGES, ignore_errors=True)
             files.write_text(self.path / CONFIG_FILE, dump_config(self._config))
@@ -211,7 +218,6 @@ class WorkFolder:
                 f"--resume: {self.output} keeps no checkpoint to go on from (training.save_strategy"
                 "); without --resume and with overwrite: true all steps are trained again"
             )
-        _check_processes(self.output)
         link_tree(self.output / CHECKPOINTS, self.path / CHECKPOINTS)
 
     def leave(self) -> str | None:
@@ -226,7 +232,7 @@ class WorkFolder:
             whole = f" ({newest.parent.relative_to(self.path)} is whole)" if newest else ""
             hint = f"what is done stays in {self.path}{whole}; --resume goes on from there"
         left = {path.name for path in self.path.rglob("*") if path.is_file()}
-        if not left - {CONFIG_FILE, DATA_FILE, _LOCK_FILE}:
+        if not left - {CONFIG_FILE, DATA_FILE, PROCESSES_FILE, _LOCK_FILE}:
             # while the lock is held: whoever waits for it must not lose a folder of its own
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
@@ -256,18 +262,6 @@ class WorkFolder:
 
 def _markers(folder: Path) -> list[Path]:
     return sorted((folder / CHECKPOINTS).rglob(f"checkpoint-*/{files.MARKER}"))
-
-
-def _check_processes(folder: Path) -> None:
-    now = world_size()
-    written = {
-        (files.sealed_facts(path.parent) or {}).get("world_size", now) for path in _markers(folder)
-    }
-    if written - {now}:
-        raise ConfigError(
-            f"--resume: expected as many processes as wrote the checkpoints in {folder}, "
-            f"{', '.join(map(str, sorted(written)))}, got {now}"
-        )
 
 
 def link_tree(source: Path, target: Path) -> None:

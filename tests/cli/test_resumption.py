@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -169,6 +170,53 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(write, whole, monkeypatch,
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(["distill", str(path), "--resume"]) == 0
     assert "checkpoint-7 is damaged (optimizer.pt)" in told(capsys.readouterr().out)
+    assert_as_whole(out, whole)
+
+
+@pytest.fixture(params=["full", "quota"])
+def disk(request, tmp_path):
+    """(folder, fill, empty): a disk, and what makes it refuse and take files again."""
+    if request.param == "quota":  # any system: files may not become larger
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        yield (
+            tmp_path,
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1])),
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before),
+        )
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here ({error})")
+
+    def fill():
+        free = os.statvfs(folder)
+        (folder / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - 60_000))
+
+    yield folder, fill, (folder / "ballast").unlink
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_it_stays(
+    disk, write_job, whole, monkeypatch, capsys
+):
+    folder, fill, empty = disk
+    path, out = write_job(folder, **SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsoleCallback, "on_step_end", at_step(7, fill))
+        code = main(["distill", str(path)])
+        empty()
+    message = capsys.readouterr().err
+    assert code == 2
+    assert message.startswith("modxfer: cannot write, the disk is full or refuses (")
+    assert "(checkpoints/seed-0/student/checkpoint-5 is whole); --resume goes on" in message
+    checkpoints = out.with_name("out.partial") / "checkpoints" / "seed-0" / "student"
+    assert [p.name for p in checkpoints.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert main(["distill", str(path), "--resume"]) == 0
     assert_as_whole(out, whole)
 
 

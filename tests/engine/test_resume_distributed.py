@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modxfer_fast.engine import DistillConfig, DistillTrainer, NonFiniteError
+from modxfer_fast.engine import DistillConfig, DistillTrainer, NonFiniteError, nonfinite
 from modxfer_fast.testing import run_distributed
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 
@@ -106,16 +106,16 @@ def nan_in_every_kind(folder: Path) -> dict:
         trainer = make_trainer(
             cell, folder, save_strategy="no", max_skipped_steps=1, max_steps=5, weight_decay=0.1
         )
-        rank, calls = trainer.args.process_index, 0
+        rank = trainer.args.process_index
 
-        def hook(module, args, output, rank=rank):
-            nonlocal calls
-            calls += module.training
+        def hook(module, args, output, trainer=trainer, rank=rank):
             # step 2 on one rank only, then everything from step 4 on
-            broken = (rank == 1 and calls == 3) or calls > 6
+            step = trainer.state.global_step + 1
+            broken = (rank == 1 and step == 2) or step >= 4
             return output * float("nan") if broken and module.training else output
 
-        trainer.student.get_decoder().norm.register_forward_hook(hook)
+        norm = trainer.student.get_decoder().norm
+        norm.register_forward_hook(hook)
         try:
             trainer.train()
             message = "no error"
@@ -127,7 +127,17 @@ def nan_in_every_kind(folder: Path) -> dict:
         if rank == 0:
             weights = load_file(folder / "nan" / "model.safetensors").values()
             finite = all(value.isfinite().all() for value in weights)
-        outcome[cell.name] = {"message": message, "skipped": skipped, "finite": bool(finite)}
+        kept = folder / cell.name / "nonfinite"
+        outcome[cell.name] = {
+            "message": message,
+            "skipped": skipped,
+            "finite": bool(finite),
+            "second_step": [
+                nonfinite.KeptStep.read(kept / "step-2" / f"rank-{i}.pt")[1] for i in range(2)
+            ],
+            "kept": sorted(path.name for path in kept.iterdir()),
+            "start": nonfinite.STUDENT in {p.name for p in (kept / "step-4").iterdir()},
+        }
     return outcome
 
 
@@ -170,6 +180,14 @@ def test_losses_that_are_not_finite_are_skipped_named_and_bounded(stage, whole):
         assert outcome["skipped"][:3] == [0, 1, 1]
         assert "step 5: update skipped, the loss was not finite in" in outcome["message"]
         assert "max_skipped_steps=1" in outcome["message"]
+        # of two in a row the first is run again, and tells why both were skipped
+        assert outcome["kept"] == ["step-2", "step-4"]
+        assert "first not finite: rank 0: student.model.norm output (" in outcome["message"]
+        alone, broken = outcome["second_step"]
+        assert alone == []
+        assert broken[0].tensor == "student.model.norm output"
+        assert broken[0].broken == broken[0].numel
+        assert outcome["start"]
 
 
 def test_a_plain_trainer_after_deepspeed_is_plain(whole):

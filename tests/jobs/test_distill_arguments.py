@@ -5,7 +5,12 @@ import torch
 from huggingface_hub import HfApi
 
 from modxfer_fast.config import ConfigError, LossSection
-from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, training_args
+from modxfer_fast.jobs.distill.arguments import (
+    check_training,
+    evaluation_args,
+    of_processes,
+    training_args,
+)
 
 
 def test_training_and_loss_arrive(tmp_path):
@@ -81,3 +86,17 @@ def test_a_hub_that_cannot_be_used_is_told_before_anything_is_loaded(monkeypatch
 
 def test_pretraining_has_its_own_seed():
     check_training({"seed": 3}, "teacher.pretrain", pretrain=True)
+
+
+@pytest.mark.parametrize(("began", "now", "steps"), [(2, 1, 6), (2, 3, 2), (2, 6, 1), (2, 2, 3)])
+def test_other_processes_take_as_many_rows_a_step(began, now, steps):
+    section = {"gradient_accumulation_steps": 3, "learning_rate": 0.1}
+    expected = {**section, "gradient_accumulation_steps": steps}
+    assert of_processes(section, began, now) == expected
+
+
+def test_processes_that_cannot_take_as_many_rows_a_step_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"--resume: .* divides 8, .*began with 8 processes; got 6"
+    ):
+        of_processes({}, 8, 6)

@@ -186,11 +186,16 @@ def test_resume_removes_half_checkpoints(tmp_path):
     assert (half.parent / "checkpoint-4").is_dir()
 
 
-def test_resume_needs_as_many_processes(tmp_path, monkeypatch):
-    interrupted(tmp_path)
+def test_a_run_keeps_the_number_of_processes_that_it_began_with(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path)
+    folder.open(resume=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert folder.processes() == 4
+    checkpoint(folder.path, 4)
+    folder.leave()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"--resume: expected as many processes.*, 1, got 2"):
-        folder_of(tmp_path).open(resume=True)
+    folder.open(resume=True)
+    assert folder.processes() == 4
 
 
 def test_an_interrupted_run_may_become_longer(tmp_path):

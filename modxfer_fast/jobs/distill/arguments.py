@@ -87,6 +87,24 @@ def training_args(
     return built(DistillConfig, where, **fields)
 
 
+def of_processes(section: dict[str, Any], began: int, now: int) -> dict[str, Any]:
+    """`section` with which `now` processes take as many rows a step as `began` did.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if began == now:
+        return section
+    accumulated = "gradient_accumulation_steps"
+    batches = section.get(accumulated, 1) * began
+    if batches % now:
+        raise ConfigError(
+            f"--resume: expected a number of processes that divides {batches}, the micro-batches "
+            f"of a step of this run, which began with {began} processes; got {now}"
+        )
+    return {**section, accumulated: batches // now}
+
+
 def evaluation_args(
     section: dict[str, Any],
     output_dir: Path,

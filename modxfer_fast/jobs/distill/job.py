@@ -16,7 +16,7 @@ from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
 from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherProtocol, deepspeed
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
-from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args
+from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, of_processes
 from modxfer_fast.jobs.distill.material import Evaluation, Material
 from modxfer_fast.jobs.distill.models import (
     ModelSource,
@@ -30,7 +30,7 @@ from modxfer_fast.jobs.distill.summary import print_summary, summarise
 from modxfer_fast.jobs.distill.timing import Timer, time_losses, time_parts
 from modxfer_fast.jobs.job import Job, quieten_libraries
 from modxfer_fast.jobs.output import REPORT_FILE, OutputStore, WorkFolder, link_tree
-from modxfer_fast.jobs.ranks import end_with_launcher, is_main, on_main
+from modxfer_fast.jobs.ranks import end_with_launcher, is_main, on_main, world_size
 from modxfer_fast.jobs.stage import Live, Stage, facts_of, fingerprint
 from modxfer_fast.jobs.store import Store
 from modxfer_fast.models import check_finite, check_packing, check_peft, check_rows_fit, load_model
@@ -55,6 +55,7 @@ class DistillJob(Job):
         super().__init__(config, console, store)
         self.folder = WorkFolder(config)
         self.runs = OutputStore(self.folder.path)
+        self.processes = world_size()  # that the job began with
 
     def check(self) -> None:
         config = self.config
@@ -114,6 +115,7 @@ class DistillJob(Job):
 
     def report(self) -> dict[str, Any]:
         config, console = self.config, self.console
+        self._settle_processes()
         with console.phase("Data"):
             material = self.material
         on_main(lambda: self.folder.check_data(material.digest))
@@ -143,6 +145,18 @@ class DistillJob(Job):
         report["summary"] = summarise(config, report)
         report["phases"] = console.phase_seconds
         return report
+
+    def _settle_processes(self) -> None:
+        self.processes, now = on_main(self.folder.processes), world_size()
+        if self.processes == now:
+            return
+        training = of_processes(self.config.training, self.processes, now)
+        self.console.say(
+            f"began with {self.processes} processes and goes on with {now}: "
+            f"gradient_accumulation_steps is {training['gradient_accumulation_steps']}, so that "
+            "a step keeps its rows; figures agree within rounding where nothing is drawn, as "
+            "dropout is"
+        )
 
     def write(self, folder: Path, report: dict[str, Any]) -> None:
         plot_curves(report, folder / "curves.png")
@@ -190,7 +204,15 @@ class DistillJob(Job):
             say(note)
         facts = {"documents": documents.digest(), "data": config.data.model_dump()}
         digest = fingerprint({**facts, "tokenizer": tokenizer_digest(tokenizer)})
-        return Material(self.console, self.folder.path, tokenizer, rows, config.kind, digest)
+        return Material(
+            self.console,
+            self.folder.path,
+            tokenizer,
+            rows,
+            config.kind,
+            digest,
+            self.processes,
+        )
 
     @cached_property
     def evaluation(self) -> Evaluation:

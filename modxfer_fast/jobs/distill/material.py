@@ -28,6 +28,7 @@ class Material:
 
     kind: of the models, "causal_lm" or "encoder".
     digest: identifies the training documents and how they became rows.
+    processes: that the job began with.
     """
 
     console: JobConsole
@@ -36,6 +37,7 @@ class Material:
     rows: Rows
     kind: str
     digest: str
+    processes: int = 1
 
     @property
     def identity(self) -> str:

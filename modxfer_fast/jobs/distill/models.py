@@ -7,7 +7,13 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast import data, models
-from modxfer_fast.config import FromTeacherSection, JobConfig, ModelSection, StudentSection
+from modxfer_fast.config import (
+    ConfigError,
+    FromTeacherSection,
+    JobConfig,
+    ModelSection,
+    StudentSection,
+)
 from modxfer_fast.config.model import CheckpointSection
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.distill.arguments import training_args
@@ -183,7 +189,7 @@ def model_stage(
             teacher=None if taken is None else Live(teacher, models.weights_digest(teacher)),
             pretrain=pretrain,
             material=None if pretrain is None else material,
-            processes=world_size() if pretrain is not None else 1,
+            processes=material.processes if pretrain is not None else 1,
         ),
         resumable=pretrain is not None,
         on_all_ranks=pretrain is not None,
@@ -239,6 +245,12 @@ def _make_model(context: StageContext) -> None:
     if options.pretrain is None:
         model.save_pretrained(context.folder)
     else:
+        if world_size() != options.processes:
+            raise ConfigError(
+                f"{options.role}.pretrain: expected {options.processes} processes, as this run "
+                f"began with, because what they trained is no longer in the cache; got "
+                f"{world_size()}"
+            )
         args = training_args(
             options.pretrain,
             f"{options.role}.pretrain",

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from modxfer_fast.config import JobConfig, LossSection, OnPolicySection, StudentSection
 from modxfer_fast.files import read_json, write_json
-from modxfer_fast.jobs.distill.arguments import training_args
+from modxfer_fast.jobs.distill.arguments import of_processes, training_args
 from modxfer_fast.jobs.distill.material import Evaluation
 from modxfer_fast.jobs.distill.models import ModelSource
-from modxfer_fast.jobs.ranks import barrier, is_main
+from modxfer_fast.jobs.ranks import barrier, is_main, world_size
 from modxfer_fast.jobs.stage import Live, Stage, StageContext
 from modxfer_fast.models import apply_peft, load_adapter, load_model, patch_peft_model
 
@@ -117,9 +117,10 @@ def run_stage(
 def _train(context: StageContext) -> None:
     run: Run = context.options
     student, teacher, evaluation = run.student, run.teacher.value, run.evaluation
+    section = of_processes(evaluation.training, evaluation.material.processes, world_size())
     # before the student: under ZeRO-3 it is partitioned while it is loaded
     args = training_args(
-        evaluation.training,
+        section,
         "training",
         context.checkpoints,
         run.loss,
@@ -133,11 +134,13 @@ def _train(context: StageContext) -> None:
     trainer.save_model(str(model))
     barrier()  # the main process writes, every process reads it below
     history = trainer.state.log_history
+    peaks = trainer.peak_mib_by_phase()
     del trainer
     last = {key: value for entry in history for key, value in entry.items()}
     result = {
         "seconds": seconds,
         **{key: last.get(key) for key in ("tokens_per_s", "peak_mem_mib")},
+        "peak_mib_by_phase": peaks,
         # the last held-out losses inside the networks: the saved student has no projections
         **{key: last[key] for key in ("eval_hidden_loss", "eval_relation_loss") if key in last},
         **evaluation.figures(student.load_trained(model), teacher, projections=model),

@@ -92,6 +92,13 @@ def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> 
     _print_pairs(console, summary["start"], summary["student"])
     if "sources" in runs[0]["student"]:
         _print_sources(console, runs[0]["student"]["sources"], figures)
+    if peaks := runs[0]["student"].get("peak_mib_by_phase"):
+        names = [(phase.replace("_", " "), ",.0f") for phase in peaks]
+        console.table(
+            "Peak memory of a rank while the student was distilled",
+            [("", ""), *names],
+            [["MiB", *peaks.values()]],
+        )
     if "loss" in report:
         _print_loss(console, report["loss"])
     if "parts" in report:

@@ -1,0 +1,146 @@
+"""`modxfer replay`: a step that was skipped once more, with every tensor looked at."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.config.task_distill import load_without_task
+from modxfer_fast.data import load_tokenizer
+from modxfer_fast.engine import (
+    CachedTeacher,
+    DistillConfig,
+    DistillModule,
+    Teacher,
+    TeacherProtocol,
+    load_projections,
+    nonfinite,
+)
+from modxfer_fast.jobs.cache.identity import cache_folder
+from modxfer_fast.jobs.distill.arguments import evaluation_args
+from modxfer_fast.jobs.distill.job import DistillJob
+from modxfer_fast.jobs.distill.runs import roles
+from modxfer_fast.jobs.job import quieten_libraries
+from modxfer_fast.jobs.output import CONFIG_FILE
+from modxfer_fast.models import load_adapter, load_model, patch_peft_model
+from modxfer_fast.report import JobConsole
+
+_LOADED = ("replica", "zero3", "zero3_offload")  # plans of a teacher that one process can load
+
+
+def replay(folder: Path, rank: int | None) -> list[nonfinite.Finding]:
+    """Runs the step in `folder` forward and backward, in one process, and prints what broke.
+
+    Args:
+        folder: that the warning of the skipped step names.
+        rank: whose micro-batches; by default the first that found something.
+
+    Raises:
+        ConfigError: no such step, or not one of a job.
+    """
+    quieten_libraries()
+    console = JobConsole(is_main=True)
+    kept, before = _step(folder, rank)
+    config, output = _job(folder)
+    console.say(
+        f"step {kept.step}, rank {kept.rank} of {kept.world_size}, "
+        f"{len(kept.batches)} micro-batches"
+    )
+    with console.phase("Models"):
+        module, args = _module(config, output, folder, console)
+    device = args.device
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+    def run(batch: dict[str, Any]) -> dict[str, Any]:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            result = module(**batch)
+        result["loss"].backward()
+        return result
+
+    watch = nonfinite.Watch(nonfinite.models_of(module), backward=True)
+    with console.phase("Step"):
+        kept.to(device).run(watch, run)
+        for name, param in module.named_parameters():
+            watch.note(f"{name} grad", param.grad)
+    for title, findings in (("When it was skipped", before), ("Now", watch.findings)):
+        console.table(
+            f"{title}: {'first' if findings else 'nothing'} not finite",
+            [("tensor", ""), ("micro-batch", ""), ("not finite", ","), ("of", ","), ("max", ".3g")],
+            [[f.tensor, f.micro_batch, f.broken, f.numel, f.largest] for f in findings],
+        )
+    return watch.findings
+
+
+def _step(folder: Path, rank: int | None) -> tuple[nonfinite.KeptStep, list[nonfinite.Finding]]:
+    ranks = sorted(
+        int(match[1])
+        for file in folder.glob("rank-*.pt")
+        if (match := re.fullmatch(r"rank-(\d+)\.pt", file.name))
+    )
+    if not ranks or (rank is not None and rank not in ranks):
+        what = "rank-N.pt files of a skipped step" if not ranks else f"one of ranks {ranks}"
+        raise ConfigError(f"{folder}: expected {what}, got {rank if ranks else 'none'}")
+    read = (nonfinite.KeptStep.read(folder / f"rank-{r}.pt") for r in ranks if rank in (None, r))
+    first = None
+    for kept in read:
+        first = first or kept
+        if kept[1]:
+            return kept
+    assert first is not None  # there are ranks
+    return first
+
+
+def _job(folder: Path) -> tuple[JobConfig, Path]:
+    """The job that the step is of, and its output or unfinished output."""
+    for parent in folder.absolute().parents:
+        if (parent / CONFIG_FILE).is_file():
+            return load_without_task(parent / CONFIG_FILE), parent
+    raise ConfigError(
+        f"{folder}: expected a folder inside the output of a job, whose {CONFIG_FILE}"
+        " says what its models are"
+    )
+
+
+def _module(
+    config: JobConfig, output: Path, folder: Path, console: JobConsole
+) -> tuple[DistillModule, DistillConfig]:
+    """Teacher, and the student as it was, in train mode."""
+    run, seed = folder.absolute().parents[1], 0
+    if match := re.fullmatch(r"seed-(\d+)", run.parent.name):
+        seed = int(match[1])
+    loss = next((loss for role, _, loss in roles(config) if role == run.name), config.loss)
+    args = evaluation_args(config.training, folder, loss, seed=seed, kind=config.kind)
+    section, weights = config.student, folder / nonfinite.STUDENT
+    num_tokens = len(load_tokenizer(str(weights), kind=config.kind))
+    if section.peft is None:
+        student = load_model(str(weights), section, config.kind)
+    else:
+        base = section.path or str(output / f"seed-{seed}" / "student_base")
+        student = load_adapter(load_model(base, section, config.kind), weights, trainable=True)
+        if section.fuses_lora:
+            patch_peft_model(student)
+    if config.teacher.plan not in (*_LOADED, "cached"):
+        raise ConfigError(
+            f"teacher.plan: expected one of {', '.join(_LOADED)} or cached, got "
+            f"{config.teacher.plan}; what was not finite is in the warning"
+        )
+    teacher: TeacherProtocol
+    if config.teacher.plan == "cached":
+        cache = config.teacher.cache
+        teacher = CachedTeacher(cache_folder(config), cache.signal, cache.tail)
+        teacher.num_tokens = num_tokens
+    else:  # whatever its plan: here is one process
+        job = DistillJob(config, console)
+        path = config.teacher.path or job.teacher_source().path
+        model = load_model(path, config.teacher, config.kind)
+        teacher = Teacher(model, kind=config.kind, num_tokens=num_tokens)
+    options = args.hidden_state_options(), args.relation_options()
+    module = DistillModule(
+        student, teacher, args.objective(), *options, seed=seed, kind=config.kind
+    )
+    if module.features is not None:
+        load_projections(weights, module.features)
+    teacher.to(args.device)
+    return module.to(args.device).train(), args
