@@ -51,7 +51,7 @@ class VLLM:
     "rank", "decoded_token"}, ...}, ...]}, ...]}. A position has its K likeliest tokens, ranks 1 to
     K, and its own token, which may rank below."""
 
-    more_classes = "--max-logprobs"
+    more_classes: ClassVar[str | None] = "--max-logprobs"
 
     def listed(self, model: str, texts: Sequence[list[int]], top_k: int) -> Request:
         body = {
@@ -104,7 +104,7 @@ class SGLang:
     """SGLang's /generate: [{"meta_info": {"input_token_logprobs": [[null, id, null], [logprob, id,
     null], ...], "input_top_logprobs": [null, [[logprob, id, null], ...], ...]}}, ...]."""
 
-    more_classes = None
+    more_classes: ClassVar[str | None] = None
 
     def listed(self, model: str, texts: Sequence[list[int]], top_k: int) -> Request:
         return Request(
