@@ -4,18 +4,18 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 
-def pairs(case: Mapping[str, object]) -> set[tuple]:
-    """Every two (parameter, value) of a case; of a single parameter, its value."""
+def pairs(case: Mapping[str, object], size: int = 2) -> set[tuple]:
+    """Every `size` (parameter, value) of a case; of fewer parameters, all of them."""
     values = sorted(case.items())
-    return set(itertools.combinations(values, 2)) if len(values) > 1 else set(values)
+    return set(itertools.combinations(values, min(size, len(values))))
 
 
-def pairwise(cases: Sequence[Mapping[str, object]]) -> list[int]:
-    """Positions of cases that together hold every pair that any case holds.
+def pairwise(cases: Sequence[Mapping[str, object]], size: int = 2) -> list[int]:
+    """Positions of cases that together hold every pair that any case holds; with `size` 3 triples.
 
     Greedy: the case with most pairs not yet seen, the first of equals, until all are seen.
     """
-    held = [pairs(case) for case in cases]
+    held = [pairs(case, size) for case in cases]
     missing = set().union(*held)
     chosen = []
     while missing:

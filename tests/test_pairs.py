@@ -29,3 +29,11 @@ def test_cases_need_not_be_a_whole_product():
     cases = [case for case in product(3, 3, 3) if sum(case.values()) != 2]
     chosen = [cases[i] for i in pairwise(cases)]
     assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, cases))
+
+
+def test_any_three_values_meet_when_asked_to():
+    cases = product(3, 2, 2, 2, 2)
+    chosen = [cases[i] for i in pairwise(cases, 3)]
+    triples = [pairs(case, 3) for case in cases]
+    assert set().union(*(pairs(case, 3) for case in chosen)) == set().union(*triples)
+    assert len(chosen) < len(cases) / 2

@@ -49,7 +49,7 @@ def built(cls: type[Options], where: str, **fields: Any) -> Options:
     """`cls(**fields)`, a class of a library, whose refusal is a ConfigError that names `where`."""
     try:
         return cls(**fields)
-    except (TypeError, ValueError, ImportError, FileNotFoundError) as error:
+    except (TypeError, ValueError, ImportError, FileNotFoundError, RuntimeError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

@@ -30,6 +30,7 @@ class CheckpointInfo:
     num_tokens, seconds: of the run since its start. loss_sum: the losses of its updates, added.
     skipped_steps: its updates that were not finite, of which loss_sum has none.
     rows_per_step: of an update, over all ranks and micro-batches; 0 where unknown.
+    fsdp: whether FSDP2 sharded it.
     """
 
     global_step: int
@@ -40,6 +41,7 @@ class CheckpointInfo:
     seconds: float
     skipped_steps: int = 0
     rows_per_step: int = 0
+    fsdp: bool = False
 
 
 def mark_complete(folder: str | Path, info: CheckpointInfo) -> None:

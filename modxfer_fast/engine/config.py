@@ -1,20 +1,23 @@
 """Options of a distillation run: everything of TrainingArguments, and the loss."""
 # ruff: noqa: RUF009  `_option` makes a field
 
+import json
 import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from modxfer_fast.config import HiddenStatesSection, OnPolicySection, RelationsSection
 from modxfer_fast.config.loading import validate
 from modxfer_fast.config.loss import FeaturesSection
 from modxfer_fast.config.section import Section
-from modxfer_fast.engine import deepspeed
+from modxfer_fast.engine import deepspeed, fsdp
 from modxfer_fast.engine.objective import Objective
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.kernels.common.spec import MADE, OF_MODELS
@@ -27,7 +30,6 @@ _UNSUPPORTED = {
     "label_smoothing_factor": "the fused loss has no smoothing",
     "save_only_model": "a resumed run would begin with a new optimizer and schedule, unannounced",
     "use_liger_kernel": "it replaces the student's forward",
-    "fsdp": "the output head would be a DTensor; use zero_stage=3",
     "fp16_full_eval": "it would cast the weights that train",
     "bf16_full_eval": "it would cast the weights that train",
     "remove_unused_columns": "it removes columns of the collator",
@@ -118,6 +120,17 @@ class DistillConfig(TrainingArguments):
         None, "Fields of OnPolicySection: training on what the student writes."
     )
     zero_stage: int | None = _option(None, "Run under DeepSpeed with this ZeRO stage, 0 to 3.")
+    fsdp: Any = _option(
+        None, "true: run under PyTorch's FSDP2 instead, `fully_shard`; see fsdp_config."
+    )
+    early_stopping_patience: int | None = _option(
+        None,
+        "End training when metric_for_best_model, loss where not given, has not improved in so "
+        "many evaluations.",
+    )
+    early_stopping_threshold: float = _option(
+        0.0, "By how much it has to be better to have improved."
+    )
     max_skipped_steps: int = _option(10, "Updates in a row that may be skipped as not finite.")
     keep_nonfinite_steps: int = _option(
         3,
@@ -151,6 +164,8 @@ class DistillConfig(TrainingArguments):
             # else the order would follow whatever seeded torch last, and a resumed run lose its
             # place
             self.data_seed = self.seed
+        self._settle_early_stopping()
+        self._check_fsdp()
         self._prepare_deepspeed()
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
@@ -221,6 +236,49 @@ class DistillConfig(TrainingArguments):
         for name, reason in _UNSUPPORTED.items():
             if value := getattr(self, name):
                 raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")
+
+    def _settle_early_stopping(self) -> None:
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(
+                    f"early_stopping_patience: expected >= 1, got {self.early_stopping_patience}"
+                )
+            if self.eval_strategy in ("no", IntervalStrategy.NO):
+                raise ValueError(
+                    "eval_strategy: expected steps or epoch beside early_stopping_patience, got "
+                    f"{self.eval_strategy!r}"
+                )
+            self.metric_for_best_model: str | None = self.metric_for_best_model or "loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # transformers takes whatever does not end in `loss`, a divergence, for a gain
+            self.greater_is_better: bool | None = "cosine" in self.metric_for_best_model
+
+    def _check_fsdp(self) -> None:
+        if not self.fsdp:
+            if fsdp.launcher_asks():
+                raise ValueError(
+                    "fsdp: expected true, because `accelerate launch --use_fsdp` asks for it, got "
+                    f"{self.fsdp!r}"
+                )
+            if self.fsdp_config:
+                raise ValueError(f"fsdp: expected true beside fsdp_config, got {self.fsdp!r}")
+            return
+        for name in ("zero_stage", "deepspeed"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}: expected nothing beside fsdp, got {value!r}")
+        if self.on_policy:
+            raise ValueError(
+                "on_policy: expected nothing beside fsdp, whose groups generation has not been "
+                "tried with; use zero_stage"
+            )
+        if self.fp16:
+            raise ValueError("fp16: expected bf16 beside fsdp, whose sums no loss scaler looks at")
+        config = self.fsdp_config or {}
+        if isinstance(config, str):
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        fsdp.check_config(config)
+        self.fsdp_config: Any = dict(config)  # transformers writes into it
+        fsdp.check_environment()
 
     def _prepare_deepspeed(self) -> None:
         unset_hf_deepspeed_config()  # an earlier trainer of this process may have left one

@@ -16,6 +16,8 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from modxfer_fast.config.errors import nearest
+from modxfer_fast.engine import checksums
+from modxfer_fast.kernels.common.gathered import is_dtensor
 from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 
 # From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
@@ -125,10 +127,15 @@ def check_environment() -> None:
             f"deepspeed: expected >= {MIN_DEEPSPEED}, got {version}, which scales gradients "
             "wrongly under gradient accumulation"
         )
+    check_launched("deepspeed")
+
+
+def check_launched(who: str) -> None:
+    """Raises RuntimeError where no launcher started this process; `who` needs one."""
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if missing:
         raise RuntimeError(
-            f"deepspeed: {', '.join(missing)} not set; start with a launcher, also for one "
+            f"{who}: {', '.join(missing)} not set; start with a launcher, also for one "
             "process: torchrun --nproc-per-node 1 ..."
         )
 
@@ -167,13 +174,13 @@ def _disable_shared_memory_op() -> None:
 
 @contextlib.contextmanager
 def contained_launch_flag() -> Iterator[None]:
-    """Takes back Accelerate's ACCELERATE_USE_DEEPSPEED, which would make a later trainer ZeRO."""
-    name = "ACCELERATE_USE_DEEPSPEED"
-    before = os.environ.get(name)
+    """Takes back what Accelerate sets, which would make a later trainer one of ZeRO, or FSDP."""
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    absent = [name for name in names if name not in os.environ]
     try:
         yield
     finally:
-        if before is None:
+        for name in absent:
             os.environ.pop(name, None)
 
 
@@ -273,22 +280,30 @@ def materialise(model: nn.Module) -> None:
 
 
 def whole_state_dict(module: nn.Module, keep: bool, only_trainable: bool) -> dict[str, Tensor]:
-    """State of a partitioned module, gathered one parameter at a time. Collective.
+    """State of a partitioned or sharded module, gathered one parameter at a time. Collective.
 
     Args:
         keep: whether this rank wants the values, on the CPU; else the result is empty.
         only_trainable: leave out frozen parameters.
+
+    Raises:
+        RuntimeError: what was gathered is not what the ranks hold.
     """
+    parts: dict[str, Any] = {}
     values: dict[int, Tensor] = {}  # by identity: a tied parameter is gathered once
     state: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if only_trainable and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             continue
         if id(tensor) not in values:
+            parts[name] = checksums.of_own_part(tensor)
             with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
-                values[id(tensor)] = tensor.detach().to("cpu", copy=True) if keep else tensor
+                value = tensor.detach()
+                value = value.full_tensor() if is_dtensor(value) else value
+                values[id(tensor)] = value.to("cpu", copy=True) if keep else tensor
         if keep:
             state[name] = values[id(tensor)]
+    checksums.check_gathered(state, parts)
     return state
 
 

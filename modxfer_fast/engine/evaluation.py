@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from modxfer_fast.data.collator import IGNORE_INDEX
-from modxfer_fast.engine import deepspeed
+from modxfer_fast.engine import deepspeed, fsdp
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.guard import NonFiniteError
 from modxfer_fast.engine.labels import sample_start
@@ -35,6 +35,9 @@ def evaluating(
     try:
         if engine is not None:
             yield engine
+        elif fsdp.is_sharded(module):
+            yield module
+            fsdp.reshard(module)
         else:
             module.to(device)
             with deepspeed.gathered_on_call(module), module.gathered_head():

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from modxfer_fast.errors import NonFiniteError
+from modxfer_fast.kernels.common.gathered import is_dtensor
 from modxfer_fast.models.checks import listed, nonfinite_parameters
 
 logger = logging.get_logger(__name__)
@@ -78,14 +79,14 @@ class StepGuard(TrainerCallback):
             self._count_loss(torch.where(loss.isfinite(), loss, 0.0))
 
     def watch(self, optimizer: AcceleratedOptimizer) -> None:
-        """Guards an optimiser whose gradients are whole and equal on all ranks."""
+        """Guards an optimiser whose gradients are reduced, whole on all ranks or sharded."""
         self._scaled = None if optimizer.scaler is None else optimizer
         _torch_optimizer(optimizer).register_step_pre_hook(self._drop_nonfinite_gradients)
 
     def _drop_nonfinite_gradients(self, optimizer, args, kwargs) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         params = [p for p in params if p.grad is not None]
-        if params and not torch.nn.utils.get_total_norm([p.grad for p in params]).isfinite():
+        if params and not _total_norm(params).isfinite():
             # a parameter without a gradient is left alone, its moments and its weight decay too
             for p in params:
                 p.grad = None
@@ -152,6 +153,11 @@ class StepGuard(TrainerCallback):
         if self._module.teacher is not None:
             names += [f"teacher.{name}" for name in self._module.teacher.nonfinite_parameters()]
         return f"; parameters that are not finite: {listed(names)}" if names else ""
+
+
+def _total_norm(params: list[Any]) -> Tensor:
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in params])
+    return norm.full_tensor() if is_dtensor(norm) else norm
 
 
 def _torch_optimizer(optimizer) -> torch.optim.Optimizer:

@@ -118,6 +118,16 @@ class DistillModule(nn.Module):
     def _keys_to_ignore_on_save(self):
         return without_peft(self.student)._keys_to_ignore_on_save
 
+    @property
+    def _no_split_modules(self):  # accelerate makes each a group of fully_shard
+        return without_peft(self.student)._no_split_modules
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the head, which `forward` reads but does not call, is the embeddings too."""
+        embeddings = set(self.get_input_embeddings().parameters())
+        return not embeddings.isdisjoint(self.parts.uncalled_parameters())
+
     def gathered_head(self) -> contextlib.AbstractContextManager:
         """Keeps the head whole, which `forward` reads but does not call. Collective."""
         return gathered(self.parts.uncalled_parameters())

@@ -1,19 +1,19 @@
 """What a run writes and reads back: the student, its projections, checkpoints that are whole."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
 
-from modxfer_fast.engine import checkpoint, deepspeed, universal
+from modxfer_fast.engine import checkpoint, checksums, deepspeed, universal
 from modxfer_fast.engine.features.projections import save_projections
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.files import scratch_folder
@@ -23,7 +23,7 @@ State = dict[str, Tensor] | None
 
 
 def gathered_states(module: DistillModule, keep: bool) -> tuple[State, State]:
-    """States of a partitioned student and of its projections. Collective; see `whole_state_dict`.
+    """States of a divided student and of its projections. Collective; see `whole_state_dict`.
 
     Args:
         keep: whether this rank wants the values.
@@ -41,9 +41,17 @@ def write_student(
     processing_class: PreTrainedTokenizerBase | None,
     states: tuple[State, State] = (None, None),
 ) -> None:
-    """Writes the student as its Auto class or PeftModel reads it, its projections and tokenizer."""
+    """Writes the student as its Auto class or PeftModel reads it, its projections and tokenizer.
+
+    Raises:
+        RuntimeError: a gathered state is not what the files hold then.
+    """
     student, projections = states
     module.student.save_pretrained(folder, state_dict=student)
+    if student is not None:
+        is_peft = isinstance(module.student, PeftModel)
+        written = get_peft_model_state_dict(module.student, student) if is_peft else student
+        checksums.check_written(folder, written)
     if module.features is not None:
         save_projections(folder, module.features, projections)
     if processing_class is not None:
@@ -73,11 +81,20 @@ def whole_checkpoint(
 
 
 def check_resumable(
-    info: checkpoint.CheckpointInfo, world_size: int, zero_stage: int | None, student: nn.Module
+    info: checkpoint.CheckpointInfo,
+    world_size: int,
+    zero_stage: int | None,
+    student: nn.Module,
+    *,
+    fsdp: bool = False,
 ) -> None:
     """Raise a ValueError unless a run of these ranks and stage can go on from a checkpoint."""
     here = f"this run has {world_size} ranks with zero_stage={zero_stage}"
     wrote = f"written by {info.world_size} ranks with zero_stage={info.zero_stage}"
+    if fsdp or info.fsdp:
+        here, wrote = f"{here}, fsdp={fsdp}", f"{wrote}, fsdp={info.fsdp}"
+        if (info.fsdp, info.world_size) != (fsdp, world_size):
+            raise ValueError(f"resume_from_checkpoint: {wrote}, {here}")
     if info.zero_stage != zero_stage:
         raise ValueError(f"resume_from_checkpoint: {wrote}, {here}")
     if info.world_size != world_size and zero_stage:
@@ -93,7 +110,17 @@ def save_engine(engine: nn.Module, scheduler, folder: str, is_writer: bool) -> N
     """Writes what DeepSpeed trains of a PEFT student, whose frozen base model stays out of it."""
     engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     if is_writer and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
-        torch.save(scheduler.state_dict(), os.path.join(folder, "scheduler.pt"))
+        save_scheduler(scheduler, folder)
+
+
+def save_scheduler(scheduler, folder: str) -> None:
+    """Writes the schedule of the learning rate where Trainer looks for it."""
+    torch.save(scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
+
+
+def load_scheduler(scheduler, folder: str) -> None:
+    """Reads what `save_scheduler` wrote."""
+    scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_NAME, weights_only=True))
 
 
 def load_engine(engine: nn.Module, folder: str, student: nn.Module) -> None:

@@ -20,11 +20,13 @@ from modxfer_fast.engine import (
     checkpoint,
     deepspeed,
     evaluation,
+    fsdp,
     nonfinite,
     saving,
     watchdog,
 )
 from modxfer_fast.engine.config import DistillConfig
+from modxfer_fast.engine.early_stopping import EarlyStopping
 from modxfer_fast.engine.features.projections import group_projections, load_projections
 from modxfer_fast.engine.guard import StepGuard
 from modxfer_fast.engine.memory import CHECKPOINT, EVALUATION, PHASES, PeakMemory
@@ -148,6 +150,10 @@ class DistillTrainer(Trainer):
             args.ignore_data_skip = True  # a stream is resumed by its place
             self.add_callback(StreamProgress())
         self.add_callback(watchdog.ProgressMarks())
+        if args.early_stopping_patience is not None:
+            self.add_callback(
+                EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
+            )
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
         self._batches: list[dict[str, Any]] = []  # of the step at hand
@@ -188,6 +194,12 @@ class DistillTrainer(Trainer):
         plugin = self.accelerator.state.deepspeed_plugin
         return None if plugin is None else plugin.zero_stage
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            fsdp.settle(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
@@ -221,7 +233,11 @@ class DistillTrainer(Trainer):
             if not isinstance(resume_from_checkpoint, checkpoint.WholeCheckpoint):
                 self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
             saving.check_resumable(
-                self._resumed, self.args.world_size, self.zero_stage, self.student
+                self._resumed,
+                self.args.world_size,
+                self.zero_stage,
+                self.student,
+                fsdp=self.is_fsdp_enabled,
             )
             self._tell_other_ranks(self._resumed)
             self._num_tokens = self._resumed.num_tokens
@@ -281,8 +297,8 @@ class DistillTrainer(Trainer):
         return value
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # Trainer looks at max_steps after an update, and so does one more than asked for
-        if self.state.global_step >= self.state.max_steps:
+        # Trainer looks at both after an update, and so does one more than asked for
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -315,11 +331,16 @@ class DistillTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # resumed below: Trainer loads a DeepSpeed checkpoint strictly unless `self.model` is a
         # PeftModel
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with fsdp.wrapping(self.model):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 self._load_engine(resume_from_checkpoint)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            if self.is_fsdp_enabled:
+                self._load_sharded(resume_from_checkpoint)
+                saving.load_scheduler(self.lr_scheduler, resume_from_checkpoint)
+            else:
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
             if self._stream is not None:
                 self._stream.restore(resume_from_checkpoint)
@@ -503,7 +524,7 @@ class DistillTrainer(Trainer):
         """Writes the student as its Auto class or PeftModel reads it. All ranks must call."""
         output_dir = output_dir or self.args.output_dir
         states: tuple[saving.State, saving.State] = (None, None)
-        if self.zero_stage == 3:
+        if self.zero_stage == 3 or fsdp.is_sharded(self.model):
             states = saving.gathered_states(self.model, self.args.should_save)
         if self.args.should_save:
             # a checkpoint that it is part of gets its marker when it is whole
@@ -531,6 +552,7 @@ class DistillTrainer(Trainer):
             self.clock.since_begin() + (self._resumed.seconds if self._resumed else 0.0),
             self.guard.skipped,
             self._rows_per_step,
+            self.is_fsdp_enabled,
         )
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         # older checkpoints go only once this one is whole
@@ -556,12 +578,32 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # whoever ends now leaves a whole checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and isinstance(self.student, PeftModel):
+        if self.is_fsdp_enabled:
+            fsdp.save_state(
+                output_dir,
+                self.model,
+                self.optimizer.optimizer,
+                whole=self.args.fsdp_plugin_args["state_dict_type"] == fsdp.STATE_DICTS[0],
+                only_trainable=isinstance(self.student, PeftModel),
+                is_writer=self.args.should_save,
+            )
+            if self.args.should_save:
+                saving.save_scheduler(self.lr_scheduler, output_dir)
+        elif self.is_deepspeed_enabled and isinstance(self.student, PeftModel):
             # Trainer would write the frozen base model too, since `self.model` is no PeftModel
             engine, scheduler = self.model_wrapped, self.lr_scheduler
             saving.save_engine(engine, scheduler, output_dir, self.args.should_save)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_sharded(self, folder: str) -> None:
+        fsdp.load_state(
+            folder,
+            self.model,
+            self.optimizer.optimizer,
+            only_trainable=isinstance(self.student, PeftModel),
+            is_writer=self.args.should_save,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model or self.student)
@@ -572,6 +614,8 @@ class DistillTrainer(Trainer):
         if self.is_deepspeed_enabled:
             folder = self.state.best_model_checkpoint
             saving.load_engine(self.model_wrapped, folder, self.student)
+        elif self.is_fsdp_enabled:
+            self._load_sharded(self.state.best_model_checkpoint)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.errors import ModelError
+from modxfer_fast.kernels.common.gathered import is_dtensor
 from modxfer_fast.models.architecture import max_tokens
 
 
@@ -92,7 +93,12 @@ def _check_rows(rows: int, tokenizer: PreTrainedTokenizerBase, role: str) -> Non
 @torch.no_grad()
 def nonfinite_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters with a NaN or an infinity."""
-    return [name for name, param in model.named_parameters() if not param.isfinite().all()]
+    return [name for name, param in model.named_parameters() if not _is_finite(param)]
+
+
+def _is_finite(param: Any) -> bool:
+    finite: Any = param.isfinite().all()
+    return bool(finite.full_tensor() if is_dtensor(finite) else finite)
 
 
 def listed(names: list[str]) -> str:

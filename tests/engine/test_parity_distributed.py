@@ -1,10 +1,14 @@
-"""After a few steps on two ranks the saved student equals a dense single-process reference.
+"""After a few steps the saved student equals a dense single-process reference, whatever shards it.
 
-All cells run on the same ranks, because starting two interpreters costs more than training.
+Of the whole matrix (what shards the student, where the teacher is, accumulation, packing, tied
+heads, LoRA, checkpointing, ranks) those cells run in which any two values meet; any three, marked
+slow. All cells run on the same ranks, because starting two interpreters costs more than training.
+A step has the same documents in every cell, whose numbers of labels differ from rank to rank.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -12,21 +16,39 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, Teacher
+from modxfer_fast.engine import (
+    CachedTeacher,
+    DistillConfig,
+    DistillTrainer,
+    Objective,
+    ShardedTeacher,
+    Teacher,
+)
 from modxfer_fast.engine.deepspeed import zero_config
-from tests.support.models import TokenDataset, align_collate, tiny_llama
+from modxfer_fast.jobs.cache.capture import capture
+from modxfer_fast.teacher_cache import Payload, TeacherCache, documents_of
+from modxfer_fast.testing import run_distributed
+from tests.pairs import pairwise
+from tests.support.models import (
+    VOCAB_SIZE,
+    TokenDataset,
+    align_collate,
+    pack_collate,
+    tiny_llama,
+)
 from tests.support.reference import evaluate_dense, train_dense
 
-STEPS, ACCUMULATION, BATCH, RANKS = 3, 4, 2, 2
+STEPS, DOCUMENTS = 3, 16  # of each step
 LEARNING_RATE = 0.5
 OBJECTIVE = {"kd_weight": 0.7, "ce_weight": 0.4, "temperature": 1.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    stage: int | None  # None: plain DDP
+    stage: int | str | None  # of ZeRO; None: plain DDP; "fsdp": FSDP2
     lora: bool = False
     tied: bool = False
     max_grad_norm: float = 0.0
@@ -35,37 +57,74 @@ class Cell:
     teacher_first: bool = False
     persistence: int = 0
     objective: tuple = tuple(OBJECTIVE.items())
+    teacher: str = "replica"
+    accumulation: int = 4
+    packing: bool = False
+    ranks: int = 2
+    evaluates: bool = True  # before and after
+
+    @property
+    def zero_stage(self) -> int | None:
+        return self.stage if isinstance(self.stage, int) else None
 
     @property
     def name(self) -> str:
-        stage = "ddp" if self.stage is None else f"zero{self.stage}"
+        names = {None: "ddp", "fsdp": "fsdp"}
+        stage = names.get(self.stage) or f"zero{self.stage}"
         parts = [stage, "lora" if self.lora else "full", "tied" if self.tied else "untied"]
         parts += ["clip"] * bool(self.max_grad_norm) + [self.checkpointing or ""]
         parts += ["built"] * (not self.student_on_disk) + ["teacherfirst"] * self.teacher_first
+        parts += ["packed"] * self.packing + [self.teacher] * (self.teacher != "replica")
+        parts += [f"gas{self.accumulation}"] * (self.accumulation != 4)
+        parts += ["1rank"] * (self.ranks == 1)
         parts.append(dict(self.objective).get("divergence", ""))
         return "-".join(part for part in parts if part)
 
 
+MATRIX = {
+    "stage": [None, 0, 1, 2, 3, "fsdp"],
+    "teacher": ["replica", "zero3", "cached"],
+    "accumulation": [1, 4],
+    "packing": [False, True],
+    "tied": [False, True],
+    "lora": [False, True],
+    "checkpointing": [None, "nonreentrant"],
+    "ranks": [1, 2],
+}
+
+
+def matrix() -> list[tuple[Cell, bool]]:
+    """The cells of the matrix, and whether they are slow."""
+    values = [dict(zip(MATRIX, cell, strict=True)) for cell in itertools.product(*MATRIX.values())]
+    values = [cell for cell in values if can_run(**cell)]
+    held = [{name: repr(value) for name, value in cell.items()} for cell in values]
+    quick, slow = set(pairwise(held)), set(pairwise(held, 3))
+    return [(Cell(**values[i], evaluates=False), i not in quick) for i in sorted(quick | slow)]
+
+
+def can_run(stage, ranks, **others) -> bool:
+    """On a CPU several processes shard by FSDP2."""
+    return not (stage == "fsdp" and ranks == 1)
+
+
 CELLS = [
-    Cell(stage, lora, tied)
-    for stage in (None, 2, 3)
-    for lora in (False, True)
-    for tied in (False, True)
-]
-CELLS += [
+    Cell(None),
     Cell(0, tied=True),  # DDP inside DeepSpeed
-    Cell(0, lora=True),
+    Cell(3, lora=True),
+    Cell("fsdp", tied=True),
+    Cell("fsdp", max_grad_norm=0.05),
     Cell(3, teacher_first=True, max_grad_norm=0.05),
     Cell(3, student_on_disk=False, persistence=100_000),
     Cell(2, max_grad_norm=0.05, objective=(("divergence", "jsd"), ("beta", 0.3))),
     Cell(None, max_grad_norm=0.05, objective=(("divergence", "reverse_kl"),)),
-    Cell(None, checkpointing="nonreentrant"),
     Cell(2, checkpointing="reentrant"),
     Cell(2, lora=True, checkpointing="reentrant"),
     Cell(3, checkpointing="reentrant"),
-    Cell(3, checkpointing="nonreentrant"),
-    Cell(3, lora=True, checkpointing="nonreentrant"),
+    Cell("fsdp", lora=True, checkpointing="reentrant"),
 ]
+PAIRS = [cell for cell, is_slow in matrix() if not is_slow]
+TRIPLES = [cell for cell, is_slow in matrix() if is_slow]
+ALL = [*CELLS, *PAIRS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in TRIPLES)]
 
 
 def add_lora(model):
@@ -83,9 +142,7 @@ def run_cells(cells: list[Cell], folder: str) -> list[dict]:
 
 
 def run_cell(cell: Cell, folder: Path) -> dict:
-    teacher = None
-    if cell.teacher_first:
-        teacher = Teacher(AutoModelForCausalLM.from_pretrained(folder / "teacher"))
+    teacher = make_teacher(cell.teacher, folder) if cell.teacher_first else None
     checkpointing = {}
     if cell.checkpointing:
         kwargs = {"use_reentrant": cell.checkpointing == "reentrant"}
@@ -94,18 +151,19 @@ def run_cell(cell: Cell, folder: Path) -> dict:
             "activation_checkpointing_kwargs": kwargs,
         }
     deepspeed = None
-    if cell.stage is not None:
+    if isinstance(cell.stage, int):
         deepspeed = zero_config(cell.stage)
         # by default parameters as small as these are gathered once and stay
         deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
     args = DistillConfig(
         output_dir=str(folder / cell.name),
-        zero_stage=cell.stage,
+        zero_stage=cell.zero_stage,
+        fsdp=cell.stage == "fsdp" or None,
         deepspeed=deepspeed,
         max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
+        per_device_train_batch_size=DOCUMENTS // cell.accumulation // cell.ranks,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=cell.accumulation,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="sgd",
@@ -124,22 +182,21 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     else:
         student = tiny_llama(tied=cell.tied)
     student = add_lora(student) if cell.lora else student
-    if teacher is None:
-        teacher = Teacher(AutoModelForCausalLM.from_pretrained(folder / "teacher"))
-    teacher_before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
+    teacher = teacher or make_teacher(cell.teacher, folder)
+    teacher_before = state_of(teacher)
     trainer = DistillTrainer(
         student,
         args,
         teacher,
-        train_dataset=TokenDataset(STEPS * ACCUMULATION * BATCH * RANKS),
+        train_dataset=TokenDataset(STEPS * DOCUMENTS),
         eval_dataset=TokenDataset(9, seed=7),  # does not divide among the ranks
-        data_collator=align_collate,
+        data_collator=pack_collate if cell.packing else align_collate,
     )
-    before = trainer.evaluate()
+    before = trainer.evaluate() if cell.evaluates else {}
     trainer.train()
-    after = trainer.evaluate()
+    after = trainer.evaluate() if cell.evaluates else {}
     trainer.save_model(str(folder / cell.name))
-    teacher_after = teacher.model.state_dict()
+    teacher_after = state_of(teacher)
     return {
         "distributed_type": trainer.accelerator.distributed_type,
         "engine": type(trainer.deepspeed).__name__,
@@ -151,9 +208,37 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         "teacher_untouched": all(
             torch.equal(teacher_after[k], v) for k, v in teacher_before.items()
         ),
-        "teacher_training": teacher.model.training,
+        "teacher_training": cell.teacher != "cached" and teacher.model.training,
+        "sharded": any(isinstance(p, DTensor) for p in trainer.student.parameters()),
         "partitioned": any(hasattr(p, "ds_id") for p in trainer.student.parameters()),
     }
+
+
+def make_teacher(plan: str, folder: Path):
+    if plan == "cached":
+        return CachedTeacher(folder / "cache")
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    return ShardedTeacher(model) if plan == "zero3" else Teacher(model)
+
+
+def state_of(teacher) -> dict[str, torch.Tensor]:
+    """Of a teacher's model, of a divided one the parts of this rank."""
+    if isinstance(teacher, CachedTeacher):
+        return {}
+    params = teacher.model.named_parameters()
+    return {name: getattr(param, "ds_tensor", param).clone() for name, param in params}
+
+
+def make_cache(folder: Path) -> None:
+    model = tiny_llama(48, 3, seed=1)
+    facts = {"classes": VOCAB_SIZE, "logit_scale": 1.0, "softcap": None}
+    payload = Payload("float32", 48)
+    weight = {"weight": model.lm_head.weight.detach()}
+    cache = TeacherCache.create(folder / "cache", payload, facts, weight)
+    rows = [align_collate([row]) for row in TokenDataset(STEPS * DOCUMENTS)]
+    found = (documents_of(row["input_ids"], row["attention_mask"]) for row in rows)
+    texts = [text for texts in found for text in texts]
+    capture(cache, texts, Teacher(model), batch_tokens=64, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +247,30 @@ def folder(tmp_path_factory):
     tiny_llama(tied=False).save_pretrained(folder / "untied")
     tiny_llama(tied=True).save_pretrained(folder / "tied")
     tiny_llama(48, 3, seed=1).save_pretrained(folder / "teacher")
+    make_cache(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(ranks, folder):
-    results = ranks.run(run_cells, CELLS, str(folder), timeout=900)
-    return {cell: [rank[i] for rank in results] for i, cell in enumerate(CELLS)}
+    """Of the cells that are asked for, those of a kind together."""
+
+    @functools.cache
+    def of_kind(cells: tuple[Cell, ...], number: int) -> dict[Cell, list[dict]]:
+        mine = [cell for cell in cells if cell.ranks == number]
+        args = run_cells, mine, str(folder)
+        told = (
+            ranks.run(*args, timeout=900)
+            if number == 2
+            else run_distributed(*args, world_size=number, timeout=900)
+        )
+        return {cell: [rank[i] for rank in told] for i, cell in enumerate(mine)}
+
+    def of(cell: Cell) -> list[dict]:
+        cells = next(tuple(kind) for kind in (CELLS, PAIRS, TRIPLES) if cell in kind)
+        return of_kind(cells, cell.ranks)[cell]
+
+    return of
 
 
 def starting_student(lora: bool, tied: bool, folder: Path):
@@ -177,10 +279,8 @@ def starting_student(lora: bool, tied: bool, folder: Path):
 
 
 def step_batches() -> list[list[dict]]:
-    data = TokenDataset(STEPS * ACCUMULATION * BATCH * RANKS)
-    per_step = len(data) // STEPS
-    rows = [data[i] for i in range(len(data))]
-    return [[align_collate(rows[s * per_step : (s + 1) * per_step])] for s in range(STEPS)]
+    rows = list(TokenDataset(STEPS * DOCUMENTS))
+    return [[align_collate(rows[s * DOCUMENTS : (s + 1) * DOCUMENTS])] for s in range(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +308,9 @@ def reference(folder):
     return lambda cell: train(cell.lora, cell.tied, cell.max_grad_norm, cell.objective)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
 def test_weights_equal_the_dense_reference(cell, folder, results, reference):
+    results(cell)
     student, truth, yardstick, _ = reference(cell)
     if cell.lora:
         base = AutoModelForCausalLM.from_pretrained(folder / ("tied" if cell.tied else "untied"))
@@ -233,40 +334,42 @@ def test_weights_equal_the_dense_reference(cell, folder, results, reference):
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_deepspeed_is_what_ran(cell, results):
-    for rank in results[cell]:
-        assert rank["zero_stage"] == cell.stage
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
+def test_what_was_asked_for_is_what_ran(cell, results):
+    for rank in results(cell):
+        assert rank["zero_stage"] == cell.zero_stage
         assert rank["partitioned"] == (cell.stage == 3)
-        if cell.stage is None:
-            assert rank["distributed_type"] == DistributedType.MULTI_CPU
+        if cell.zero_stage is None:
+            several = DistributedType.FSDP if cell.stage == "fsdp" else DistributedType.MULTI_CPU
+            assert rank["distributed_type"] == several
+            assert rank["sharded"] == (cell.stage == "fsdp")
             assert rank["engine"] == "NoneType"
         else:
             assert rank["distributed_type"] == DistributedType.DEEPSPEED
             assert rank["engine"] == "DeepSpeedEngine"
-            expected = {0: "SGD", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
-            assert rank["optimizer"] == expected[cell.stage]
+            expected = {0: "SGD", 3: "DeepSpeedZeroOptimizer_Stage3"}
+            assert rank["optimizer"] == expected.get(cell.stage, "DeepSpeedZeroOptimizer")
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_evaluation_is_token_weighted_before_and_after_training(cell, results, reference):
     for key, expected in reference(cell)[-1].items():
         perplexity = math.exp(expected["ce"])
-        for rank in results[cell]:
+        for rank in results(cell):
             for name, value in (*expected.items(), ("perplexity", perplexity)):
                 assert rank[key][f"eval_{name}"] == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
 def test_teacher_is_untouched(cell, results):
-    for rank in results[cell]:
+    for rank in results(cell):
         assert rank["teacher_untouched"]
         assert not rank["teacher_training"]
 
 
 def test_logged_losses_and_tokens_agree_with_the_reference(folder, results):
     cell = CELLS[0]
-    logs = [entry for entry in results[cell][0]["log"] if "loss" in entry]
+    logs = [entry for entry in results(cell)[0]["log"] if "loss" in entry]
     objective = Objective(**OBJECTIVE)
     student = starting_student(cell.lora, cell.tied, folder)
     teacher = tiny_llama(48, 3, seed=1)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from transformers.integrations import integration_utils
 
 from modxfer_fast.config import ConfigError, LossSection, OnPolicySection, check_fields
@@ -11,12 +10,14 @@ from modxfer_fast.config.errors import nearest
 from modxfer_fast.config.fields import built
 from modxfer_fast.engine import DistillConfig, deepspeed
 from modxfer_fast.engine.tasks.trainer import FOR_EVALUATION
+from modxfer_fast.jobs.distill.hub import check_hub
 
 _OWNED = {
     "output_dir": "output_dir",
     "seed": "seeds",
     "kind": "kind",
     "on_policy": "the on_policy section",
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), "the job, which sends what is finished"),
     **dict.fromkeys((*LossSection.model_fields, "loss_impl"), "the loss section"),
 }
 _SHARDING = ("deepspeed", "zero_stage")
@@ -29,6 +30,8 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
         section: fields of DistillConfig. pretrain: whether `seed` is among what it may hold.
     """
     owned = {key: by for key, by in _OWNED.items() if not (pretrain and key == "seed")}
+    if pretrain:
+        owned["push_to_hub"] = "training"
     check_fields(DistillConfig, section, where, owned)
     plain = {key: value for key, value in section.items() if key not in _SHARDING}
     args = built(DistillConfig, where, output_dir="unused", **plain)
@@ -37,7 +40,7 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
     if "report_to" in section:
         _check_loggers(args.report_to, f"{where}.report_to")
     if args.push_to_hub:
-        _check_hub(args.hub_token, f"{where}.push_to_hub")
+        check_hub(args.hub_token, f"{where}.push_to_hub")
 
 
 def _check_deepspeed(section: dict[str, Any], where: str) -> None:
@@ -61,13 +64,6 @@ def _check_loggers(names: list[str], where: str) -> None:
             raise ConfigError(f"{where}: {name} is not installed; pip install {name}")
 
 
-def _check_hub(token: str | None, where: str) -> None:
-    try:
-        HfApi().whoami(token=token)
-    except Exception as error:  # refused, unreachable, or no token: each library has its own class
-        raise ConfigError(f"{where}: the hub cannot be used ({error})") from error
-
-
 def training_args(
     section: dict[str, Any],
     where: str,
@@ -81,7 +77,8 @@ def training_args(
     quiet = {"report_to": "none", "disable_tqdm": True, "seed": seed}
     of_loss = loss.model_dump()
     of_loss["loss_impl"] = of_loss.pop("impl")
-    fields = {**quiet, **section, **of_loss, "output_dir": str(output_dir), "kind": kind}
+    of_job = {"output_dir": str(output_dir), "kind": kind, "push_to_hub": False}
+    fields = {**quiet, **section, **of_loss, **of_job}
     if on_policy is not None:
         fields["on_policy"] = on_policy.model_dump()
     return built(DistillConfig, where, **fields)

@@ -17,6 +17,8 @@ from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherP
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, of_processes
+from modxfer_fast.jobs.distill.card import write_card
+from modxfer_fast.jobs.distill.hub import send
 from modxfer_fast.jobs.distill.material import Evaluation, Material
 from modxfer_fast.jobs.distill.models import (
     ModelSource,
@@ -63,6 +65,11 @@ class DistillJob(Job):
         for role, section in (("teacher", config.teacher), ("student", config.student)):
             if section.pretrain is not None:
                 check_training(section.pretrain, f"{role}.pretrain", pretrain=True)
+        if config.training.get("push_to_hub") and len(config.seeds) > 1:
+            raise ConfigError(
+                "training.push_to_hub: expected one seed, whose student is sent, got "
+                f"{len(config.seeds)}"
+            )
         if config.student.peft is not None:
             check_peft(config.student.peft, "student.peft")
         if config.teacher.plan == "served" and config.teacher.served is not None:
@@ -101,6 +108,10 @@ class DistillJob(Job):
             raise
         if is_main():
             folder.finish()
+            if config.training.get("push_to_hub"):
+                student = folder.output / f"seed-{config.seeds[0]}" / "student"
+                address = send(student, config.training, folder.output.name)
+                self.console.say(f"sent to {address}")
         return report
 
     def open_process_group(self) -> torch.device:
@@ -162,6 +173,8 @@ class DistillJob(Job):
         plot_curves(report, folder / "curves.png")
         for model in self.runs.root.glob(f"*/*/{MODEL}"):
             link_tree(model, folder / model.parent.relative_to(self.runs.root))
+        for run in report["runs"]:
+            write_card(folder / f"seed-{run['seed']}" / "student", self.config, report, run)
 
     def summarise(self, report: dict[str, Any], output: Path) -> None:
         print_summary(self.console, report, output)

@@ -40,6 +40,8 @@ class Sharding:
         stage = training.get("zero_stage")
         if stage is None and given:
             stage = zero.get("stage", 0)
+        if training.get("fsdp"):
+            stage = 3  # what FSDP2 divides
         keys = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         offloads = tuple(
             name for name, key in keys.items() if zero.get(key, {}).get("device", "none") != "none"
