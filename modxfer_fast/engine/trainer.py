@@ -239,6 +239,11 @@ class DistillTrainer(Trainer):
                 self.student,
                 fsdp=self.is_fsdp_enabled,
             )
+            if self._is_of_other_ranks and isinstance(self.train_dataset, RowStream):
+                raise ValueError(
+                    f"resume_from_checkpoint: expected {self._resumed.world_size} ranks, each of "
+                    f"which has a place of its own in the stream, got {self.args.world_size}"
+                )
             self._tell_other_ranks(self._resumed)
             self._num_tokens = self._resumed.num_tokens
         self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)

@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from modxfer_fast.config.data import DataSection
+from modxfer_fast.data.row_stream import RowStream
 from modxfer_fast.engine import (
     DistillConfig,
     DistillTrainer,
@@ -465,6 +467,18 @@ def test_resume_refuses_another_stage(tmp_path):
     with pytest.raises(
         ValueError, match="written by 8 ranks with zero_stage=2, this run has 1 ranks"
     ):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_a_stream_goes_on_with_as_many_ranks_as_it_began_with(tmp_path):
+    """Each has a place of its own in it."""
+    trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model()).train()
+    marker = tmp_path / "checkpoint-6" / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"world_size": 8}))
+    stream = RowStream([], DataSection(source="s"), None)
+    args = config(tmp_path, **RESUMABLE)
+    run = trainer(tiny_llama(), args, teacher_model(), train_dataset=stream)
+    with pytest.raises(ValueError, match=r"expected 8 ranks, .* place of its own .*, got 1"):
         run.train(resume_from_checkpoint=True)
 
 
