@@ -77,7 +77,9 @@ class JobConfig(Section):
     def _consistent(self):
         if self.kind == "encoder":
             self._check_encoder()
-        if self.tokenizer is None and self.teacher.path is None:
+        if self.teacher.is_student:
+            self._check_self()
+        elif self.tokenizer is None and self.teacher.path is None:
             raise ValueError(
                 "tokenizer: expected a section, because the teacher is not loaded from a path"
             )
@@ -148,18 +150,49 @@ class JobConfig(Section):
                 )
 
     def _check_answered(self) -> None:
-        for name, given in (
-            ("kind", self.kind != "causal_lm"),
-            ("loss.hidden_states", self.loss.hidden_states is not None),
-            ("loss.relations", self.loss.relations is not None),
-            ("compare.parts", self.compare.parts),
-            ("compare.loss_rows", self.compare.loss_rows is not None),
-        ):
-            if given:
-                raise ValueError(
-                    f"{name}: expected nothing with teacher.plan: {self.teacher.plan}, which has "
-                    "last hidden states or listed classes of a causal language model alone"
-                )
+        self._refuse(
+            f"with teacher.plan: {self.teacher.plan}, which has last hidden states or listed "
+            "classes of a causal language model alone",
+            {
+                "kind": self.kind != "causal_lm",
+                "loss.hidden_states": self.loss.hidden_states is not None,
+                "loss.relations": self.loss.relations is not None,
+                **self._timed,
+            },
+        )
+
+    def _check_self(self) -> None:
+        if self.student.peft is None:
+            raise ValueError(
+                "student.peft: expected adapters with teacher.plan: self; the start of a student "
+                "that trains whole is a teacher with plan: replica"
+            )
+        if self.tokenizer is None and self.student.path is None:
+            raise ValueError(
+                "tokenizer: expected a section, because no model is loaded from a path"
+            )
+        self._refuse(
+            "with teacher.plan: self, which has no model of its own",
+            {
+                "kind": self.kind != "causal_lm",
+                "student.from_teacher": self.student.from_teacher is not None,
+                **self._timed,
+            },
+        )
+
+    @property
+    def _timed(self) -> dict[str, bool]:
+        """What takes turns with other models on one batch."""
+        compare = self.compare
+        return {
+            "compare.parts": compare.parts,
+            "compare.loss_rows": compare.loss_rows is not None,
+        }
+
+    def _refuse(self, reason: str, given: dict[str, bool]) -> None:
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(f"{name}: expected nothing {reason}")
 
     def _check_encoder(self) -> None:
         loss = self.loss

@@ -9,10 +9,12 @@ from modxfer_fast.kernels.names import TAILS
 
 EMBEDDINGS = ("copy", "pca", "none")
 # where a teacher's parameters, or its answers, are kept
-PLANS = ("replica", "zero3", "zero3_offload", "cached", "served")
+PLANS = ("replica", "zero3", "zero3_offload", "cached", "served", "self")
 SERVED_APIS = ("vllm", "sglang")
 # keys of a served teacher that say where it is and how it is reached, not what it answers
 SERVED_WAYS = ("url", "max_in_flight", "request_tokens", "timeout_s", "retries", "api_key_env")
+# what a student that teaches itself learns from
+SOURCES = ("base", "ema", "start")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 SIGNALS = ("hidden", "topk")
 
@@ -70,12 +72,25 @@ class ModelSection(CheckpointSection):
         return self.config is not None
 
     @property
+    def is_student(self) -> bool:
+        """Whether this is no model of its own."""
+        return False
+
+    @property
     def inherits(self) -> bool:
         """Whether fields that `config` leaves out come from another model."""
         return False
 
     @model_validator(mode="after")
     def _one_way(self):
+        if self.is_student:
+            for name, field in ModelSection.model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(
+                        f"{name}: expected nothing with plan: self, which is the student's own "
+                        "network"
+                    )
+            return self
         if (self.path is None) != self.is_built:
             raise ValueError("expected exactly one of path and config")
         named = self.inherits or isinstance((self.config or {}).get("model_type"), str)
@@ -154,13 +169,19 @@ class TeacherModelSection(ModelSection):
     """plan: `replica` keeps the whole teacher in every process; `zero3` divides it over them, and
         `zero3_offload` keeps the parts in the memory of the host, whatever the student's
         zero_stage; `cached` loads none of it, and answers from the folder that `modxfer cache`
-        filled; `served` asks a server.
+        filled; `served` asks a server; `self` is the network of the student, whose `peft` is
+        trained, and takes no path.
+    source: with `plan: self`, what of the student teaches: `base` without its adapters, `start`
+        with those it began with, `ema` with a moving average of them.
+    ema_decay: share of that average that an optimiser step keeps.
     cache: what is kept, and where; used with `plan: cached` and by `modxfer cache`.
     served: where the server is, and what is asked; `modxfer cache` then asks it too, and keeps its
         `top_k` classes.
     """
 
     plan: Annotated[str, OneOf(PLANS)] = "replica"
+    source: Annotated[str, OneOf(SOURCES)] = "base"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     cache: CacheSection = CacheSection()
     served: ServedSection | None = None
 
@@ -185,6 +206,11 @@ class TeacherModelSection(ModelSection):
                     "classes are kept"
                 )
         return self
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the student's own network teaches."""
+        return self.plan == "self"
 
     @property
     def is_divided(self) -> bool:

@@ -12,6 +12,7 @@ from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_tas
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
 from modxfer_fast.engine.teachers.served import ServedTeacher
 from modxfer_fast.engine.teachers.sharded import ShardedTeacher
 from modxfer_fast.engine.trainer import DistillTrainer
@@ -25,6 +26,7 @@ __all__ = [
     "Objective",
     "Rollouts",
     "Sampling",
+    "SelfDistillation",
     "ServedTeacher",
     "ShardedTeacher",
     "TaskHiddenOptions",

@@ -66,6 +66,12 @@ class Batch(NamedTuple):
     teacher_rows: Tensor | None = None
     answered: Mapping[str, Tensor] | Pending | None = None
 
+    @property
+    def for_teacher(self) -> tuple[Mapping[str, Any], Tensor | None]:
+        """Inputs of the teacher's model, and its rows."""
+        inputs = self.inputs if self.teacher_inputs is None else self.teacher_inputs
+        return inputs, self.rows if self.teacher_rows is None else self.teacher_rows
+
 
 class Answer(NamedTuple):
     """What a model answers to a micro-batch.

@@ -18,6 +18,7 @@ _WEIGHTS = (
     "adapter_model.*",
     "adapter_config.json",
     "projections.*",
+    "self_teacher.*",
 )
 
 

@@ -23,6 +23,7 @@ from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
 from modxfer_fast.engine.teachers.served import ServedTeacher
 from modxfer_fast.models.architecture import without_peft
 
@@ -32,7 +33,7 @@ class DistillModule(nn.Module):
 
     Args:
         student: PreTrainedModel or PeftModel; registered, like `features` and nothing else.
-        teacher: frozen teacher, or None for cross entropy alone.
+        teacher: frozen teacher, `SelfDistillation` of the student, or None for cross entropy alone.
         objective: weights and options of the loss of the logits. None for encoders: the losses
             inside the networks are then all there is, no model needs a head, and the student's
             parameters that they do not reach, such as a pooler, are frozen.
@@ -56,7 +57,7 @@ class DistillModule(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: TeacherProtocol | None,
+        teacher: TeacherProtocol | SelfDistillation | None,
         objective: Objective | None,
         hidden_states: HiddenStatesSection | None = None,
         relations: RelationsSection | None = None,
@@ -71,6 +72,8 @@ class DistillModule(nn.Module):
             )
         if objective is None and hidden_states is None:
             raise ValueError("hidden_states: expected options, because there is no other loss")
+        if isinstance(teacher, SelfDistillation):
+            teacher = teacher.of(student, parts.kind)
         if teacher is not None and getattr(teacher, "model", None) is student:
             raise ValueError(
                 "teacher: expected a model of its own, got the student, frozen by that"
@@ -130,7 +133,10 @@ class DistillModule(nn.Module):
 
     def gathered_head(self) -> contextlib.AbstractContextManager:
         """Keeps the head whole, which `forward` reads but does not call. Collective."""
-        return gathered(self.parts.uncalled_parameters())
+        read = [*self.parts.uncalled_parameters()]
+        if isinstance(self.teacher, SelfTeacher):
+            read += self.teacher.uncalled_parameters()
+        return gathered(read)
 
     def tie_weights(self) -> None:
         without_peft(self.student).tie_weights()

@@ -16,6 +16,7 @@ from transformers.trainer import SCHEDULER_NAME
 from modxfer_fast.engine import checkpoint, checksums, deepspeed, universal
 from modxfer_fast.engine.features.projections import save_projections
 from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.teachers.self_teacher import SelfTeacher
 from modxfer_fast.files import scratch_folder
 from modxfer_fast.models.checks import listed
 
@@ -41,7 +42,8 @@ def write_student(
     processing_class: PreTrainedTokenizerBase | None,
     states: tuple[State, State] = (None, None),
 ) -> None:
-    """Writes the student as its Auto class or PeftModel reads it, its projections and tokenizer.
+    """Writes the student as its Auto class or PeftModel reads it, its projections and tokenizer,
+    and of a student that teaches itself what teaches.
 
     Raises:
         RuntimeError: a gathered state is not what the files hold then.
@@ -54,6 +56,8 @@ def write_student(
         checksums.check_written(folder, written)
     if module.features is not None:
         save_projections(folder, module.features, projections)
+    if isinstance(module.teacher, SelfTeacher):
+        module.teacher.save(folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
 

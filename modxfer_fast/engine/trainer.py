@@ -40,6 +40,7 @@ from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
 logger = logging.get_logger(__name__)
@@ -73,8 +74,8 @@ class DistillTrainer(Trainer):
         model: student, PreTrainedModel or PeftModel.
         args: configuration; under ZeRO-3 made before `model` was loaded.
         teacher: frozen model, or a Teacher, or what answers as one does
-            (teachers/protocol.py), or None for cross entropy alone. With kd_weight=0 it takes part
-            in evaluation only.
+            (teachers/protocol.py), or `SelfDistillation` for the student's own network, or None for
+            cross entropy alone. With kd_weight=0 it takes part in evaluation only.
         data_collator: see above.
         train_dataset: rows that `data_collator` reads; also a `RowStream`.
         processing_class: tokenizer, saved with the student. It lets vocabularies of the two models
@@ -90,7 +91,7 @@ class DistillTrainer(Trainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: DistillConfig,
-        teacher: PreTrainedModel | PeftModel | TeacherProtocol | None = None,
+        teacher: PreTrainedModel | PeftModel | TeacherProtocol | SelfDistillation | None = None,
         train_dataset=None,
         eval_dataset=None,
         data_collator=None,
@@ -116,6 +117,11 @@ class DistillTrainer(Trainer):
             seed=args.seed,
             kind=args.kind,
         )
+        if args.fsdp and isinstance(module.teacher, SelfTeacher):
+            raise ValueError(
+                "fsdp: expected nothing with a student that teaches itself, whose modules it "
+                "divides in place; use zero_stage"
+            )
         with deepspeed.contained_launch_flag():
             super().__init__(
                 model=module,
@@ -131,14 +137,14 @@ class DistillTrainer(Trainer):
             raise RuntimeError(
                 f"deepspeed: asked for, but Accelerate set up {self.accelerator.distributed_type}"
             )
-        if teacher is not None:
-            teacher.to(args.device)
+        if module.teacher is not None:
+            module.teacher.to(args.device)
         self.clock, self.memory = TrainingClock(), PeakMemory(args.device)
         self.guard = StepGuard(
             args.max_skipped_steps,
             module,
             self._sum_over_ranks,
-            self._count_loss,
+            self._count_step,
             self._explain_skipped,
         )
         self.add_callback(self.clock)
@@ -350,6 +356,7 @@ class DistillTrainer(Trainer):
             if self._stream is not None:
                 self._stream.restore(resume_from_checkpoint)
             saving.follow_schedule(self.lr_scheduler)
+            self.load_teacher(resume_from_checkpoint)
             if self.on_policy is not None and not self._is_of_other_ranks:
                 self.on_policy.load(resume_from_checkpoint)
         self.guard.engine = self.deepspeed
@@ -428,8 +435,11 @@ class DistillTrainer(Trainer):
                 lambda student: self.save_model(str(student), _internal_call=True),
             )
 
-    def _count_loss(self, loss: Tensor) -> None:
+    def _count_step(self, loss: Tensor) -> None:
+        """A step was taken."""
         self._tr_loss += loss
+        if isinstance(self.model.teacher, SelfTeacher):
+            self.model.teacher.follow()
 
     def peak_mib_by_phase(self) -> dict[str, float]:
         """The largest peak of any rank in each phase so far, see `PeakMemory`. Collective."""
@@ -615,7 +625,13 @@ class DistillTrainer(Trainer):
         if self.model.features is not None:
             load_projections(resume_from_checkpoint, self.model.features)
 
+    def load_teacher(self, folder: str | Path) -> None:
+        """Of a student that teaches itself, what teaches it, from where `save_model` wrote it."""
+        if isinstance(self.model.teacher, SelfTeacher):
+            self.model.teacher.load(folder)
+
     def _load_best_model(self) -> None:
+        self.load_teacher(self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled:
             folder = self.state.best_model_checkpoint
             saving.load_engine(self.model_wrapped, folder, self.student)

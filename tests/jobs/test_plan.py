@@ -162,3 +162,16 @@ def test_alternatives_are_those_that_change_something():
 def test_machines_that_are_none_are_refused(gpus, gpu, told):
     with pytest.raises(ConfigError, match=told):
         make_plan(job(), gpus, gpu)
+
+
+def test_a_student_that_teaches_itself_costs_its_adapters():
+    peft = {"type": "lora", "r": 8, "target_modules": ["q_proj"]}
+    plans = {}
+    for source in ("base", "ema"):
+        raw = {**JOB, "teacher": {"plan": "self", "source": source}}
+        raw["student"] = {**JOB["student"], "peft": peft}
+        plans[source] = make_plan(validate(raw, JobConfig, "job"), 8, "h200")
+    of = {s: {p.name: p.bytes for p in plan.parts} for s, plan in plans.items()}
+    assert of["base"]["teacher"] == 0
+    assert of["ema"]["teacher"] == 4 * 2 * 8 * (1024 + 1024)
+    assert all(plan.compute_s > 0 for plan in plans.values())

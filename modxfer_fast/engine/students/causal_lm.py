@@ -205,7 +205,8 @@ def base_model(model: nn.Module, role: str) -> PreTrainedModel:
 def _linear_head(base: PreTrainedModel, role: str) -> nn.Linear:
     head = base.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapters[0]]
+        is_off = head.disable_adapters
+        head = head.original_module if is_off else head.modules_to_save[head.active_adapters[0]]
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ValueError(
             f"{role}: expected an output head without an adapter, whose update is not in its "

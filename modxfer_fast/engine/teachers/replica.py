@@ -10,6 +10,7 @@ from modxfer_fast.engine.deepspeed import materialise
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
 from modxfer_fast.models.checks import nonfinite_parameters
 
 
@@ -47,14 +48,16 @@ class Teacher:
         materialise(model)
 
     @classmethod
-    def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> TeacherProtocol | None:
+    def of(cls, teacher: Any, kind: str, num_tokens: int | None) -> Any:
         """A Teacher from a model, or as it is, told the number of tokens where it knows none.
+
+        `SelfDistillation` is left as it is: `DistillModule` has the student that it is of.
 
         Raises:
             TypeError: neither a model nor a Teacher.
         """
-        if teacher is None:
-            return None
+        if teacher is None or isinstance(teacher, SelfDistillation):
+            return teacher
         if not isinstance(teacher, nn.Module) and isinstance(teacher, TeacherProtocol):
             if teacher.num_tokens is None:
                 teacher.num_tokens = num_tokens
@@ -87,6 +90,4 @@ class Teacher:
         """Runs the model; the answer's head holds its own tensors."""
         if self.model.training:
             self.model.eval()
-        inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
-        return self._parts.answer(inputs, rows, taps)
+        return self._parts.answer(*batch.for_teacher, taps)

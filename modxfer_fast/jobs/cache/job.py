@@ -37,6 +37,11 @@ class CacheJob(DistillJob):
             )
         if self.config.data.streaming:
             raise ConfigError("data.streaming: expected false, because a cache is filled before")
+        if self.config.teacher.is_student:
+            raise ConfigError(
+                "teacher.plan: expected a teacher that stays as it is, got self, whose student "
+                "changes"
+            )
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """Fills the cache.

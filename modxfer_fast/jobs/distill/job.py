@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from transformers import PreTrainedModel
 from modxfer_fast.config import ConfigError, JobConfig, OnPolicySection
 from modxfer_fast.config.model import SERVED_WAYS
 from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
-from modxfer_fast.engine import DistillModule, ShardedTeacher, Teacher, TeacherProtocol, deepspeed
+from modxfer_fast.engine import (
+    DistillModule,
+    SelfDistillation,
+    ShardedTeacher,
+    Teacher,
+    TeacherProtocol,
+    deepspeed,
+)
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, of_processes
@@ -253,6 +261,11 @@ class DistillJob(Job):
     def _prepare_teacher(self) -> tuple[Live, dict[str, Any]]:
         """The teacher, told by where its weights come from, with its facts and figures."""
         config, num_tokens = self.config, len(self.material.tokenizer)
+        if config.teacher.is_student:
+            itself = SelfDistillation(config.teacher.source, config.teacher.ema_decay)
+            self.console.say(f"the student's own network, source {itself.source}")
+            facts = {"plan": config.teacher.plan, **asdict(itself)}
+            return Live(itself, facts), facts
         source = self.teacher_source()
         facts = {
             "path": source.path,
@@ -324,7 +337,7 @@ class DistillJob(Job):
             console.say(_figures(run[role]))
         return student, run
 
-    def _start(self, seed: int, teacher: TeacherProtocol) -> tuple[Student, dict[str, Any]]:
+    def _start(self, seed: int, teacher: Any) -> tuple[Student, dict[str, Any]]:
         """The student before training; its weights, its size, its distance from the teacher."""
         config = self.config
         stage = model_stage(
@@ -332,7 +345,7 @@ class DistillJob(Job):
             "student",
             self.material,
             seed=seed,
-            vocab_size=teacher.classes,
+            vocab_size=None if config.teacher.is_student else teacher.classes,
             teacher=self._teacher_model(teacher),
         )
         source = ModelSource.of(config.student, stage, self.store, self.console)
@@ -363,7 +376,7 @@ class DistillJob(Job):
             with new_folder(folder, keep_existing=True) as scratch:
                 shutil.copytree(path, scratch, dirs_exist_ok=True)
 
-    def _check_features(self, student: PreTrainedModel, teacher: TeacherProtocol) -> None:
+    def _check_features(self, student: PreTrainedModel, teacher: Any) -> None:
         """Raise a ConfigError unless the losses inside the networks fit the two models."""
         args = self.evaluation.args(self.config.loss)
         options = args.hidden_state_options(), args.relation_options()

@@ -47,7 +47,7 @@ class Material:
         self,
         model: PreTrainedModel,
         args: engine.DistillConfig,
-        teacher: engine.TeacherProtocol | None = None,
+        teacher: engine.TeacherProtocol | engine.SelfDistillation | None = None,
         *,
         learns: bool = True,
     ) -> engine.DistillTrainer:
@@ -105,7 +105,7 @@ class Evaluation:
     def figures(
         self,
         model: PreTrainedModel,
-        teacher: engine.TeacherProtocol | None,
+        teacher: engine.TeacherProtocol | engine.SelfDistillation | None,
         *,
         seed: int = 0,
         projections: Path | None = None,
@@ -117,12 +117,15 @@ class Evaluation:
         the same in "sources", by its label.
 
         Args:
-            seed: that projections start from. projections: folder of trained ones, for encoders.
+            seed: that projections start from. projections: folder of trained ones, for encoders,
+                and of what teaches a student that teaches itself.
         """
         args = self.args(CROSS_ENTROPY if teacher is None else None, seed)
         trainer = self.material.trainer(model, args, teacher, learns=False)
         if projections is not None and not self.has_logits:
             engine.load_projections(projections, trainer.model.features)
+        if projections is not None:
+            trainer.load_teacher(projections)
         wanted = ("eval_perplexity", "eval_kd") if self.has_logits else _INSIDE
 
         def measured(rows: Dataset) -> dict[str, Any]:

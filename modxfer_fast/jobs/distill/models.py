@@ -74,7 +74,8 @@ def prepare_tokenizer(config: JobConfig, documents: data.Corpus) -> PreTrainedTo
     elif section is not None and section.path is not None:
         tokenizer = data.load_tokenizer(section.path, kind=config.kind)
     else:
-        tokenizer = _tokenizer_of(config.teacher, config.kind)
+        loaded = config.student if config.teacher.is_student else config.teacher
+        tokenizer = _tokenizer_of(loaded, config.kind)
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.path is None:
             continue
@@ -104,6 +105,8 @@ def check_configs(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> None
     """
     planned: dict[str, PreTrainedConfig] = {}
     for role, section in (("teacher", config.teacher), ("student", config.student)):
+        if section.is_student:
+            continue
         if section.path is not None:
             planned[role] = models.load_model_config(section.path, section)
         else:

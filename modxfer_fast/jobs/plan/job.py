@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.engine import SelfDistillation
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.errors import UserError
@@ -83,10 +84,15 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     accumulation = training.get("gradient_accumulation_steps", 1)
     length = config.data.max_length
     with without_values():
-        teacher = model_without_values(of_teacher, config.teacher, kind)
         student = student_without_values(of_student, config.student, kind, half)
+        teacher: Any = SelfDistillation(config.teacher.source)
+        if not config.teacher.is_student:
+            teacher = model_without_values(of_teacher, config.teacher, kind)
         parts = parts_of_student(student, training, sharding)
-        parts += _parts_of_teacher(teacher, config, gpus)
+        if config.teacher.is_student:
+            parts.append(_kept_of_student(student, config.teacher.source))
+        else:
+            parts += _parts_of_teacher(teacher, config, gpus)
         answered = config.teacher.plan in ("cached", "served")
         models = student, teacher
         step = planned_step(*models, config.loss, training, rows, length, answered=answered)
@@ -104,6 +110,13 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         accumulation * step.flops / (PRODUCTS * machine.tflops * 1e12),
         exchanged / (link * 1e9),
     )
+
+
+def _kept_of_student(student: Any, source: str) -> Part:
+    if source == "base":
+        return Part("teacher", 0, "the student without its adapters")
+    trained = sum(param.numel() for param in student.parameters() if param.requires_grad)
+    return Part("teacher", 4 * trained, f"adapters of source {source}, whole on every rank")
 
 
 def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,6 +51,9 @@ def configurations(config: JobConfig) -> tuple[PreTrainedConfig, PreTrainedConfi
     Raises:
         UserError: a vocabulary that nothing tells before the tokenizer is loaded.
     """
+    if config.teacher.is_student:
+        student = _configuration(config.student, "student", config, None)
+        return student, student
     teacher = _configuration(config.teacher, "teacher", config, None)
     return teacher, _configuration(config.student, "student", config, teacher)
 
@@ -107,4 +111,18 @@ def student_without_values(
 ) -> PreTrainedModel:
     """The student with its adapters; inside `without_values`."""
     model = model_without_values(config, section, kind, dtype)
-    return model if section.peft is None else apply_peft(model, section.peft, seed=0)
+    if section.peft is None:
+        return model
+    with _adapters_stay():
+        return apply_peft(model, section.peft, seed=0)
+
+
+@contextmanager
+def _adapters_stay() -> Iterator[None]:
+    """PEFT moves adapters to the device of their base, which tensors without values refuse."""
+    before = nn.Module.to
+    nn.Module.to = lambda module, *args, **kwargs: module
+    try:
+        yield
+    finally:
+        nn.Module.to = before

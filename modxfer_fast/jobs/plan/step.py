@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import LossSection
-from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine import DistillModule, Objective, SelfDistillation, Teacher
 from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.plan.memory import half_dtype
@@ -36,7 +36,7 @@ class PlannedStep(NamedTuple):
 
 def planned_step(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | SelfDistillation,
     loss: LossSection,
     training: Mapping[str, Any],
     rows: int,
@@ -48,11 +48,15 @@ def planned_step(
     """A forward and backward of `rows` sequences of `length` tokens, all of them labelled.
 
     Args:
-        student, teacher: without values.
+        student, teacher: without values, or how the student teaches itself.
         loss, training: sections of the job.
         answered: whether the teacher's hidden states come with the batch.
     """
-    answering: Any = Answered(teacher) if answered else Teacher(teacher)
+    is_student = isinstance(teacher, SelfDistillation)
+    with_head: Any = student if is_student else teacher
+    answering: Any = teacher
+    if not is_student:
+        answering = Answered(with_head) if answered else Teacher(with_head)
     module = DistillModule(student, answering, Objective(**loss.of_logits())).train()
     if training.get("gradient_checkpointing") or training.get("activation_checkpointing"):
         options = training.get("gradient_checkpointing_kwargs")
@@ -68,7 +72,7 @@ def planned_step(
         found["loss"].backward()
 
     with unset_fake_temporarily():
-        heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+        heads = student.get_output_embeddings().weight, with_head.get_output_embeddings().weight
         workspace, products = _loss_of_logits(heads, loss, number, half, on_gpu)
 
     def inside(operator: Any) -> int:
