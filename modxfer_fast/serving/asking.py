@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -166,6 +167,10 @@ class Pending:
         self, asked: list[tuple[list[Document], Future]], shape: tuple[int, int], top_k: int
     ):
         self._asked, self._shape, self._top_k = asked, shape, top_k
+        self._listed: Listed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # of a step that is kept: with what was answered
+        return {**self.__dict__, "_asked": [], "_listed": self.result()}
 
     def result(self) -> Listed:
         """[rows, tokens, K]: id -1 where nothing is known, beside and at the end of documents.
@@ -173,6 +178,8 @@ class Pending:
         Raises:
             ServerError: see `Server`, or a reply that is no answer to them.
         """
+        if self._listed is not None:
+            return self._listed
         ids = torch.full((*self._shape, self._top_k), -1, dtype=torch.int32)
         log_probs = torch.zeros(*self._shape, self._top_k)
         for group, future in self._asked:

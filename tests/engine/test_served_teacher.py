@@ -115,6 +115,16 @@ def test_batches_that_came_without_answers_are_asked_about(own, url):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_batch_that_is_kept_has_what_was_answered(own, url, tmp_path):
+    student = DistillModule(tiny_llama(), ServedTeacher(asking(url)), Objective())
+    batch = student.collator(CausalCollator(0))(PACKED)
+    torch.save(batch, tmp_path / "batch.pt")
+    asked = len(own.requests)
+    again = torch.load(tmp_path / "batch.pt", weights_only=False)
+    assert torch.equal(student(**again)["loss"], student(**batch)["loss"])
+    assert len(own.requests) == asked
+
+
 def test_a_failure_reaches_the_step(own, url):
     own.faults = [400]
     student = DistillModule(tiny_llama(), ServedTeacher(asking(url)), Objective())
