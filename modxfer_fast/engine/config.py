@@ -119,6 +119,12 @@ class DistillConfig(TrainingArguments):
     on_policy: dict | None = _option(
         None, "Fields of OnPolicySection: training on what the student writes."
     )
+    eval_samples: int = _option(
+        0,
+        "Held-out prompts that student and teacher complete at each evaluation, written to "
+        "samples.jsonl and shown.",
+    )
+    eval_sample_tokens: int = _option(64, "Tokens of such a completion, at most.")
     zero_stage: int | None = _option(None, "Run under DeepSpeed with this ZeRO stage, 0 to 3.")
     fsdp: Any = _option(
         None, "true: run under PyTorch's FSDP2 instead, `fully_shard`; see fsdp_config."
@@ -219,6 +225,8 @@ class DistillConfig(TrainingArguments):
         for name, least in (
             ("max_skipped_steps", 0),
             ("keep_nonfinite_steps", 0),
+            ("eval_samples", 0),
+            ("eval_sample_tokens", 1),
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
             ("gradient_accumulation_steps", 1),
@@ -226,6 +234,11 @@ class DistillConfig(TrainingArguments):
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+        if self.eval_samples and self.kind != "causal_lm":
+            raise ValueError(
+                f"eval_samples: expected 0 with kind {self.kind}, which writes no text, got "
+                f"{self.eval_samples}"
+            )
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices: expected True; without it a rank with few tokens "

@@ -36,6 +36,7 @@ from modxfer_fast.engine.on_policy.generation import StudentRollouts, sampling_o
 from modxfer_fast.engine.on_policy.mixing import OnPolicy
 from modxfer_fast.engine.on_policy.rollouts import Rollouts
 from modxfer_fast.engine.progress import here
+from modxfer_fast.engine.samples import SampleWriter
 from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
@@ -160,6 +161,8 @@ class DistillTrainer(Trainer):
             self.add_callback(
                 EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
             )
+        if args.eval_samples:
+            self.add_callback(self._sample_writer(tokenizer))
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
         self._batches: list[dict[str, Any]] = []  # of the step at hand
@@ -188,6 +191,26 @@ class DistillTrainer(Trainer):
             self.model.collator(CausalCollator(0 if pad is None else pad, packed=False)),
             self.args.seed,
             self.args.process_index,
+        )
+
+    def _sample_writer(self, tokenizer) -> SampleWriter:
+        if not hasattr(tokenizer, "decode"):
+            raise ValueError("processing_class: expected a tokenizer, with eval_samples, got none")
+        rows = self.eval_dataset
+        if isinstance(rows, dict):
+            rows = next(iter(rows.values()), None)
+        if rows is None or not has_length(rows):
+            raise ValueError("eval_dataset: expected one with a length, with eval_samples")
+        section = self.args.on_policy_options()
+        return SampleWriter(
+            self.model,
+            [self.data_collator([rows[i]]) for i in range(min(self.args.eval_samples, len(rows)))],
+            tokenizer,
+            self.args.eval_sample_tokens,
+            None if section is None else section.prompt_length,
+            lambda: self.callback_handler.callbacks,
+            self.clock.paused,
+            self.accelerator.autocast,
         )
 
     @property

@@ -24,6 +24,8 @@ _SHOWN = {
     "eval_relation_loss": "held-out relation",
     "eval_f1": "validation F1",
     "eval_accuracy": "validation accuracy",
+    "on_policy_share": "on-policy",
+    "completion_length": "completion tokens",
     "skipped_steps": "skipped steps",
     "tokens_per_s": "tokens/s",
     "peak_mem_mib": "peak MiB",
@@ -136,9 +138,23 @@ class ConsoleCallback(TrainerCallback):
         else:
             self._bar.update(self._task, numbers=text)
 
+    def on_samples(self, step: int, samples: Sequence[Any]) -> None:
+        """Draws what student and teacher wrote; only the first words of each."""
+        columns = [(name, "") for name in ("prompt", "student", "teacher")]
+        rows = [[_words(s.prompt, end=True), _words(s.student), _words(s.teacher)] for s in samples]
+        self._console.table(f"What the models write at step {step}", columns, rows)
+
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.stop()
         self._task = None
+
+
+def _words(text: str | None, *, end: bool = False, width: int = 36) -> str:
+    """The first characters of a text, or the last, on one line."""
+    line = escape(" ".join((text or "").split()))
+    if len(line) <= width:
+        return line
+    return f"…{line[1 - width :]}" if end else f"{line[: width - 1]}…"
 
 
 def _short(value: float) -> str:

@@ -178,13 +178,13 @@ def prompts_of(batch: Batch, prompt_length: int | None) -> list[Tokens]:
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    rows = zip(ids.tolist(), labels.tolist(), mask.tolist(), strict=True)
-    return [_prompt(tokens, targets, here, prompt_length) for tokens, targets, here in rows]
+    rows = zip(ids, labels, mask.bool(), strict=True)
+    return [prompt_of(i[m].tolist(), t[m].tolist(), prompt_length) for i, t, m in rows]
 
 
-def _prompt(ids: Tokens, labels: Tokens, mask: list[int], prompt_length: int | None) -> Tokens:
-    tokens = [token for token, present in zip(ids, mask, strict=True) if present]
-    learnt = [label != IGNORE_INDEX for label, here in zip(labels, mask, strict=True) if here]
+def prompt_of(tokens: Tokens, labels: list[int], prompt_length: int | None) -> Tokens:
+    """The same of one document, without padding."""
+    learnt = [label != IGNORE_INDEX for label in labels]
     end = max((t for t, target in enumerate(learnt) if target), default=len(learnt) - 1)
     start = end
     while start and learnt[start - 1]:

@@ -1,6 +1,7 @@
 """The student of a seed, and its training runs as stages: from its start to what they measure."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import JobConfig, LossSection, OnPolicySection, StudentSection
+from modxfer_fast.engine.samples import SAMPLES_FILE
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.distill.arguments import of_processes, training_args
 from modxfer_fast.jobs.distill.material import Evaluation
@@ -132,6 +134,9 @@ def _train(context: StageContext) -> None:
     trainer = material.trainer(student.load(), args, teacher)
     seconds = material.train(trainer)
     trainer.save_model(str(model))
+    samples = context.checkpoints / SAMPLES_FILE
+    if is_main() and samples.is_file():
+        shutil.copy(samples, model)
     barrier()  # the main process writes, every process reads it below
     history = trainer.state.log_history
     peaks = trainer.peak_mib_by_phase()
