@@ -72,7 +72,7 @@ def test_killed_and_resumed(write):
     ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=300)
     assert ended.returncode == -9
     checkpoints = out.with_name("out.partial") / "checkpoints/seed-0/student"
-    assert [folder.name for folder in checkpoints.iterdir()] == ["checkpoint-5"]
+    assert [folder.name for folder in checkpoints.glob("checkpoint-*")] == ["checkpoint-5"]
     assert (checkpoints / "checkpoint-5" / "stream-0.json").stat().st_size < 2000
     assert main(["distill", str(path), "--resume"]) == 0
 
@@ -95,3 +95,5 @@ def test_killed_and_resumed(write):
     assert [entry["epoch"] for entry in logs[0]] == [step / 10 for step in range(1, 11)]
     assert runs[0]["sources"] == runs[1]["sources"]
     assert reports[0]["data"]["documents"] is reports[0]["data"]["train_tokens"] is None
+    card = (out / "seed-0" / "student" / "README.md").read_text()
+    assert "- text: a stream, read while it trained\n" in card

@@ -61,7 +61,7 @@ A student that modxfer_fast {report["modxfer_fast"]} distilled.
 - teacher: {_named(config.teacher.path)}, plan {config.teacher.plan}
 - student before: {_named(config.student.path)}, {run["start"]["parameters"]:,} parameters, \
 {run["start"]["trainable_parameters"]:,} of them trained
-- text: {facts["train_tokens"]:,} tokens of {facts["documents"]:,} documents
+- text: {_learnt(facts)}
 - seed: {run["seed"]}
 
 ## On held-out text
@@ -88,6 +88,12 @@ with {versions}, and as `job.yaml`:
 {yaml.safe_dump(report["config"], sort_keys=False).strip()}
 ```
 """
+
+
+def _learnt(facts: dict[str, Any]) -> str:
+    if facts["train_tokens"] is None:
+        return "a stream, read while it trained"
+    return f"{facts['train_tokens']:,} tokens of {facts['documents']:,} documents"
 
 
 def _table(teacher: dict[str, Any], run: dict[str, Any]) -> str:
