@@ -200,7 +200,7 @@ class TeacherModelSection(ModelSection):
                 "path: missing; expected the configuration and tokenizer of the served model"
             )
         for name in ("hidden", "dtype", "top_k"):
-            if name in self.cache.model_fields_set:
+            if getattr(self.cache, name) != CacheSection.model_fields[name].default:
                 raise ValueError(
                     f"cache.{name}: expected nothing beside a section served, of which top_k "
                     "classes are kept"

@@ -147,6 +147,7 @@ def test_sections_that_contradict_themselves(write, capsys, given, told):
 def test_a_server_that_moved_is_no_other_job(write, tmp_path):
     config = load_config(write("job", served("http://here:8000"))[0])
     (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
     moved = {**served("http://there:8000", timeout_s=9.0), "path": config.teacher.path}
     again = config.model_copy(update={"teacher": type(config.teacher).model_validate(moved)})
     assert not changes(tmp_path / "config.yaml", again)
