@@ -37,6 +37,8 @@ def test_figures_are_against_what_taught(job, source):
     folder = out / "seed-0" / "student"
     assert (folder / "self_teacher.safetensors").is_file() == (source != "base")
     assert set(load_file(folder / "adapter_model.safetensors"))
+    card = (folder / "README.md").read_text()
+    assert f"- teacher: the student's own network, source {source}\n" in card
     last = [entry for entry in run["student"]["history"] if "eval_kd" in entry][-1]
     assert last["eval_kd"] == pytest.approx(run["student"]["eval_kd"], rel=0.02)
 

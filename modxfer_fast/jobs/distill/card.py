@@ -58,7 +58,7 @@ def _text(config: JobConfig, report: dict[str, Any], run: dict[str, Any]) -> str
 
 A student that modxfer_fast {report["modxfer_fast"]} distilled.
 
-- teacher: {_named(config.teacher.path)}, plan {config.teacher.plan}
+- teacher: {_teacher(config)}
 - student before: {_named(config.student.path)}, {run["start"]["parameters"]:,} parameters, \
 {run["start"]["trainable_parameters"]:,} of them trained
 - text: {_learnt(facts)}
@@ -88,6 +88,13 @@ with {versions}, and as `job.yaml`:
 {yaml.safe_dump(report["config"], sort_keys=False).strip()}
 ```
 """
+
+
+def _teacher(config: JobConfig) -> str:
+    teacher = config.teacher
+    if teacher.is_student:
+        return f"the student's own network, source {teacher.source}"
+    return f"{_named(teacher.path)}, plan {teacher.plan}"
 
 
 def _learnt(facts: dict[str, Any]) -> str:
