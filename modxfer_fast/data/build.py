@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -131,6 +132,13 @@ def load_corpus(section: DataSection) -> Corpus:
         trains = [part.train for part in parts if not isinstance(part.train, DocumentStream)]
         repeat = section.stopping_strategy == "all_exhausted"
         counts = shares([len(train) for train in trains], weights, repeat=repeat)
+        for source, weight, count in zip(sources, weights, counts, strict=True):
+            if weight and not count:
+                raise DataError(
+                    f"data.sources: expected a weight of {source.label} that is at least one "
+                    f"document of {sum(counts):,}, got {weight:g}; or all_exhausted as "
+                    "stopping_strategy"
+                )
         parts = [
             replace(part, train=train.select(chosen(len(train), count, section.split_seed)))
             for part, train, count in zip(parts, trains, counts, strict=True)
@@ -173,11 +181,16 @@ def _documents(source: SourceSection, section: DataSection) -> Documents:
 
 
 def _held_out(source: SourceSection, eval_source: str) -> tuple[Dataset, str]:
-    if (eval_source, source.eval_split) == (source.source, source.split):
-        raise DataError(
-            f"data.eval_source: expected other documents than {source.source}, split "
-            f"{source.split}, which the student trains on; name another eval_split"
-        )
+    learnt = {Path(file).expanduser().absolute() for file in files_of(source.source)}
+    for file in files_of(eval_source):
+        path = Path(file).expanduser()
+        same_split = source.eval_split == source.split or path.is_file()  # which has one
+        if same_split and path.absolute() in learnt:
+            raise DataError(
+                f"data.eval_source: expected other documents than {file}, split {source.split}, "
+                "which the student trains on; name another file, or another eval_split of a "
+                "dataset"
+            )
     return _load(source, eval_source, source.eval_split)
 
 
@@ -187,6 +200,8 @@ def _load(section: SourceSection, source: str, split: str) -> tuple[Dataset, str
     files = []
     for path in files_of(source):
         documents = load_source(path, name=section.name, split=split, lines=section.lines)
+        if not len(documents):
+            raise DataError(f"data source {path}: expected documents, got none")
         documents = with_columns(documents, columns, path)
         files.append((path, documents, detect_format(documents, section.format, path)))
     path, documents, fmt = files[0]

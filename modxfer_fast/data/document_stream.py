@@ -133,7 +133,12 @@ class DocumentReader:
             self._begin_anew()
             return
         stream = self._stream
-        columns = {stream.renames.get(name, name): values for name, values in chunk.items()}
+        renames = stream.renames
+        columns = {
+            renames.get(name, name): values
+            for name, values in chunk.items()
+            if name in renames or name not in renames.values()  # whose name is another's now
+        }
         self._size = len(next(iter(chunk.values())))
         self._own = [
             {name: values[i] for name, values in columns.items() if name in READ}

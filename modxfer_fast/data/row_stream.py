@@ -99,12 +99,13 @@ class RowStream(IterableDataset):
             taken[next_one] += 1
             documents[next_one].append(readers[next_one].next())
         pieces: list[Row] = []
-        for own, encode in zip(documents, encoders, strict=True):
+        for (stream, _), own, encode in zip(self._streams, documents, encoders, strict=True):
             if own:
                 names = {name: None for document in own for name in document}
                 columns = {name: [document.get(name) for document in own] for name in names}
-                pieces += _as_rows(encode(columns))
-        self._tell(pieces)
+                found = _as_rows(encode(columns))
+                self._tell(found, stream.source.label)
+                pieces += found
         pieces = [piece for piece in pieces if piece["input_ids"]]
         if not pieces:
             raise DataError(
@@ -119,14 +120,18 @@ class RowStream(IterableDataset):
         rows = _as_rows(pack(_as_columns(pieces)))
         return [rows[i] for i in rng.permutation(len(rows))]
 
-    def _tell(self, pieces: list[Row]) -> None:
-        """Says once of each of the first problems that documents with it are left out."""
+    def _tell(self, pieces: list[Row], source: str) -> None:
+        """Says once of each of the first problems that documents of a source have it."""
         for piece in pieces:
             problem = piece.get("problem")
-            if problem and problem not in self._told and len(self._told) < _MAX_PROBLEMS:
-                self._told.add(problem)
+            done = "left out"
+            if piece.get("is_cut"):
+                done, problem = "cut", "at max_length, with targets behind it"
+            told = f"{source}: {problem}"
+            if problem and told not in self._told and len(self._told) < _MAX_PROBLEMS:
+                self._told.add(told)
                 logger.warning(
-                    f"data: documents are left out (first: row {piece['row']}): {problem}"
+                    f"data: {source}: documents are {done} (first: row {piece['row']}): {problem}"
                 )
 
 

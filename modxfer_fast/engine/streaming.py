@@ -1,7 +1,7 @@
 """Batches of a stream of rows, and the place in it that a checkpoint keeps."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class StreamLoader:
             multiprocessing_context=args.dataloader_multiprocessing_context,
             generator=torch.Generator(),  # else a resumed run would draw one number more
         )
-        for worker, place, batch in loader:
+        for worker, place, batch in _one_ahead(loader):
             self._places[worker] = place
             self._num_batches += 1
             yield batch
@@ -72,6 +72,16 @@ class StreamLoader:
 
     def _file(self, folder: str | Path) -> Path:
         return Path(folder) / f"stream-{self._args.process_index}.json"
+
+
+def _one_ahead(batches: Iterable[Any]) -> Iterator[Any]:
+    """Makes each before the one in front of it is given, as accelerate's loaders do: a server is
+    asked about it while that one is learnt from."""
+    remaining = iter(batches)
+    ahead = next(remaining)  # there is no end
+    while True:
+        batch, ahead = ahead, next(remaining)
+        yield batch
 
 
 class _Parts(IterableDataset):

@@ -94,6 +94,15 @@ def test_a_source_of_weight_0_is_only_measured(tmp_path):
     assert "bee" in tokenizer.decode(rows.held_out_of[b]["input_ids"][0])
 
 
+def test_a_weight_that_no_document_comes_to_is_named(tmp_path):
+    a, b = texts(tmp_path / "a.jsonl", 20), texts(tmp_path / "b.jsonl", 20)
+    sources = {"source": a, "weight": 1.0}, {"source": b, "weight": 0.01}
+    with pytest.raises(DataError, match=r"a weight of .*b\.jsonl that is at least one document"):
+        load_corpus(mixed(*sources))
+    corpus = load_corpus(mixed(*sources, stopping_strategy="all_exhausted"))
+    assert [len(part.train) for part in corpus.parts] == [1900, 19]
+
+
 def test_tokens_carry_the_loss_weight_of_their_source(tmp_path):
     a, b = texts(tmp_path / "a.jsonl", 30, "ant"), texts(tmp_path / "b.jsonl", 30, "bee")
     section = mixed({"source": a, "loss_weight": 0.25}, {"source": b})

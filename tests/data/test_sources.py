@@ -127,6 +127,28 @@ def test_training_documents_are_not_held_out(tmp_path):
     path.write_text("alone")
     with pytest.raises(DataError, match="expected other documents"):
         load_corpus(DataSection(source=str(path), eval_source=str(path)))
+    with pytest.raises(DataError, match="expected other documents"):
+        load_corpus(DataSection(source=str(path), eval_source=str(path), eval_split="test"))
+    (tmp_path / "other.txt").write_text("apart")
+    for streaming in (False, True):
+        section = DataSection(
+            source=str(tmp_path / "*.txt"), eval_source=str(path), streaming=streaming
+        )
+        with pytest.raises(DataError, match=r"expected other documents than .*d\.txt"):
+            load_corpus(section)
+
+
+def test_a_source_without_documents_is_named(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_text("alone")
+    empty = str(tmp_path / "empty")
+    Dataset.from_dict({"text": ["a"]}).filter(lambda row: False).save_to_disk(empty)
+    for section in (
+        DataSection(source=empty, eval_source=str(path)),
+        DataSection(source=str(path), eval_source=empty),
+    ):
+        with pytest.raises(DataError, match="empty: expected documents, got none"):
+            load_corpus(section)
 
 
 def test_rows_hold_every_token(tmp_path):

@@ -133,6 +133,18 @@ def test_every_kind_of_source(tmp_path):
         assert sorted(d for d, _, _ in taken(stream.rows(), 35)) == list(range(5, 40)), name
 
 
+@pytest.mark.parametrize("names", [("body", "text"), ("text", "body")])
+def test_a_column_takes_the_name_of_another(tmp_path, names):
+    values = {"body": "(1)", "text": "(2)"}
+    path = write(tmp_path / "d.jsonl", [{name: values[name] for name in names}] * 20)
+    section = DataSection(
+        source=path, streaming=True, columns={"text": "body"}, eval_documents=5, shuffle_buffer=5
+    )
+    rows = build_rows(load_corpus(section), section, TOKENIZER)
+    assert {d for d, _, _ in taken(rows.train.rows(), 10)} == {1}
+    assert {d for row in rows.held_out for d in documents(row)} == {1}
+
+
 def test_held_out_documents_of_a_source_of_their_own(tmp_path):
     other = write(tmp_path / "held-out" / "x.jsonl", [{"text": "(7)"}] * 3)
     rows = stream_of(tmp_path, eval_source=other, eval_documents=None)
@@ -174,6 +186,19 @@ def test_a_loader_is_restored_behind_the_batch_that_was_taken_last(tmp_path, wor
         resumed.restore(tmp_path / "none")
 
 
+def test_a_batch_is_made_before_the_one_in_front_of_it_is_given(tmp_path):
+    made = []
+
+    def collate(rows):
+        made.append(rows)
+        return rows
+
+    batches = iter(StreamLoader(stream_of(tmp_path).train, collate, args(tmp_path, 0)))
+    for number in range(1, 4):
+        assert next(batches) == made[number - 1]
+        assert len(made) == number + 1
+
+
 def test_workers_share_the_documents(tmp_path):
     loader = StreamLoader(stream_of(tmp_path).train, list, args(tmp_path, 2))
     seen = []
@@ -197,6 +222,19 @@ def test_documents_that_cannot_be_learnt_from_are_told_once(tmp_path, caplog):
     stream = build_rows(load_corpus(section), section, TOKENIZER).train
     taken(stream.rows(), 100)
     assert caplog.text.count("column text: expected text, got null") == 1
+    assert f"{path}: documents are left out (first: row " in caplog.text
+
+
+def test_documents_that_are_cut_are_told_once(tmp_path, caplog):
+    pairs = [{"prompt": "a", "completion": "b c " * (1 + i)} for i in range(40)]
+    path = write(tmp_path / "d.jsonl", pairs)
+    section = DataSection(
+        source=path, streaming=True, eval_documents=10, shuffle_buffer=10, max_length=16
+    )
+    rows = build_rows(load_corpus(section), section, TOKENIZER).train.rows()
+    for _ in range(60):
+        next(rows)
+    assert caplog.text.count(f"{path}: documents are cut (first: row 1") == 1
 
 
 @pytest.mark.parametrize(
@@ -204,7 +242,10 @@ def test_documents_that_cannot_be_learnt_from_are_told_once(tmp_path, caplog):
     [
         ([{"text": "a"}] * 10, "expected more than the 10 documents at its head"),
         ([{"text": "a"}] * 12, r"at least 3 documents .* one for each rank and worker .* got 2"),
-        ([{"text": "a"}] * 10 + [{"text": None}] * 20, r"got none; column text: .*got null"),
+        (
+            [{"text": "a"}] * 10 + [{"text": None}] * 20,
+            r"got none; .*d\.jsonl: column text: .*got null",
+        ),
         ([{"words": "a"}] * 20, "expected columns .* got words"),
     ],
 )
