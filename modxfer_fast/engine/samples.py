@@ -123,7 +123,11 @@ class SampleWriter(TrainerCallback):
             self._of_teacher = self._taught(teacher, keep)
         theirs: list[Any] = self._of_teacher or [None] * len(written)
         rows = zip(self._prompts, self._references, written, theirs, strict=True) if keep else ()
-        return [Sample(*map(self._text, row)) for row in rows]
+        text = self._text
+        return [
+            Sample(text(prompt), text(reference), text(own), None if its is None else text(its))
+            for prompt, reference, own, its in rows
+        ]
 
     def _taught(self, teacher: TeacherProtocol, keep: bool) -> list[Tokens]:
         if isinstance(teacher, ShardedTeacher):
@@ -133,9 +137,7 @@ class SampleWriter(TrainerCallback):
             return complete(teacher.model, self._prompts, self._sampling)
         return []
 
-    def _text(self, tokens: Tokens | None) -> str | None:
-        if tokens is None:
-            return None
+    def _text(self, tokens: Tokens) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
