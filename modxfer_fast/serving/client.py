@@ -7,6 +7,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -46,7 +47,8 @@ class Server:
         timeout_s: of one try, from the connection to the last byte of the reply.
         retries: tries beside the first of a request that met a passing fault: no connection, one
             that broke, a timeout, a reply cut short, or a status that may pass. Pauses between
-            them double, from half a second to half a minute, or are what the server asks for.
+            them double, from half a second to half a minute, or are what the server asks for, at
+            most `timeout_s`.
         max_in_flight: requests at a time of this process; others wait here.
         api_key: sent as a bearer token.
 
@@ -91,6 +93,7 @@ class Server:
         if self._threads is None or self._threads.pid != os.getpid():  # a forked one has no threads
             number = max(self.max_in_flight // self.processes, 1)
             self._threads = _Threads(number, lambda: _Connection(self._parts))
+            weakref.finalize(self, self._threads.end).atexit = False
         return self._threads.submit(lambda connection: read(self._answer(connection, request)))
 
     def fault(self, request: Request, what: str) -> ServerError:
@@ -121,7 +124,8 @@ class Server:
                     if status not in _PASSING:
                         raise self.fault(request, f"it refused with {came}")
             if left:
-                time.sleep(wait if wait is not None else pause * jitter.uniform(0.5, 1.0))
+                drawn = pause * jitter.uniform(0.5, 1.0)
+                time.sleep(drawn if wait is None else min(wait, self.timeout_s))
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
         tries = self.retries + 1
         raise self.fault(
@@ -155,17 +159,17 @@ class _Connection:
         try:
             return self._exchange(method, path, data, headers, deadline)
         except (http.client.RemoteDisconnected, ConnectionError):
-            self._close()
+            self.close()
             if not was_open:
                 raise
         except BaseException:
-            self._close()
+            self.close()
             raise
         # a server closes what nothing came over for a while
         try:
             return self._exchange(method, path, data, headers, deadline)
         except BaseException:
-            self._close()
+            self.close()
             raise
 
     def _exchange(
@@ -194,11 +198,11 @@ class _Connection:
             raise http.client.IncompleteRead(bytes(body), reply.length)
         reply.close()  # else the connection takes no other request
         if reply.will_close:
-            self._close()
+            self.close()
         wait = reply.getheader("Retry-After")
         return reply.status, float(wait) if wait and wait.isdigit() else None, bytes(body)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -213,11 +217,12 @@ def _left(deadline: float) -> float:
 
 class _Threads:
     """Workers that end with the process, whatever they wait for: a pool of `concurrent.futures`
-    would keep a job that failed from ending until its server answers."""
+    would keep a job that failed from ending until its server answers. `end` ends them before."""
 
     def __init__(self, number: int, connect: Callable[[], _Connection]):
         self.pid = os.getpid()
         self._waiting: queue.SimpleQueue = queue.SimpleQueue()
+        self._number = number
         for index in range(number):
             work = threading.Thread(
                 target=self._work, args=(connect(),), name=f"server-{index}", daemon=True
@@ -229,12 +234,18 @@ class _Threads:
         self._waiting.put((future, act))
         return future
 
+    def end(self) -> None:
+        """Each ends, and closes its connection, when nothing waits."""
+        for _ in range(self._number):
+            self._waiting.put(None)
+
     def _work(self, connection: _Connection) -> None:
-        while True:
-            future, act = self._waiting.get()
+        while (item := self._waiting.get()) is not None:
+            future, act = item
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(act(connection))
                 except BaseException as error:
                     future.set_exception(error)
-            del future, act
+            del item, future, act
+        connection.close()

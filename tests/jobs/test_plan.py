@@ -149,6 +149,14 @@ def test_a_job_that_cannot_fit_is_refused_with_what_would(tmp_path, capsys):
     )
 
 
+def test_alternatives_are_jobs_that_there_are():
+    config = validate({**JOB, "on_policy": {"prompt_length": 8}}, JobConfig, "job")
+    said = [text for text, _ in alternatives(config)]
+    assert "teacher.plan=zero3" in said
+    assert not any("cached" in text for text in said)
+    assert said[-1].endswith("teacher.plan=zero3")
+
+
 def test_alternatives_are_those_that_change_something():
     said = [text for text, _ in alternatives(job(gradient_checkpointing=True, zero_stage=3))]
     assert not any("zero_stage" in text for text in said)

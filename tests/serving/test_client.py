@@ -1,5 +1,6 @@
 """Requests to a server: tried again where a fault may pass, told where not, bounded, in order."""
 
+import gc
 import pickle
 import socket
 import threading
@@ -93,10 +94,10 @@ def test_nobody_there():
 def test_a_pause_that_the_server_asks_for_is_kept(monkeypatch, own, url):
     paused = []
     monkeypatch.setattr(module.time, "sleep", paused.append)
-    answers = iter([(503, 7.0, b"later"), (200, None, b"{}")])
+    answers = iter([(503, 7.0, b"later"), (503, 86400.0, b"tomorrow"), (200, None, b"{}")])
     monkeypatch.setattr(module._Connection, "exchange", lambda *_: next(answers))
-    assert Server(url, retries=1).ask(request()) == {}
-    assert paused == [7.0]
+    assert Server(url, retries=2, timeout_s=9.0).ask(request()) == {}
+    assert paused == [7.0, 9.0]
 
 
 def test_pauses_grow_and_end(monkeypatch):
@@ -163,3 +164,21 @@ def test_another_process_gets_threads_of_its_own(url):
     again = pickle.loads(pickle.dumps(server))
     assert again.ask(request())["choices"]
     assert sum("server-" in thread.name for thread in threading.enumerate()) >= 16
+
+
+def test_threads_and_connections_end_with_their_server(own, url, monkeypatch):
+    closed = []
+    close = module._Connection.close
+    monkeypatch.setattr(module._Connection, "close", lambda c: (closed.append(c), close(c)))
+    before = set(threading.enumerate())
+    server = Server(url, max_in_flight=3)
+    server.ask(request())
+    threads = set(threading.enumerate()) - before
+    ours = [thread for thread in threads if "server-" in thread.name]
+    assert len(ours) == 3
+    del server
+    gc.collect()
+    for thread in ours:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in ours)
+    assert len(closed) == 3

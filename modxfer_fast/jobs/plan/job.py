@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.engine import SelfDistillation
 from modxfer_fast.engine.features.taps import LayerTaps
@@ -171,17 +173,27 @@ def alternatives(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
         changes += [{"training.zero_stage": s} for s in (2, 3) if s > (stage or 0)]
     if config.teacher.plan == "replica":
         changes += [{"teacher.plan": plan} for plan in ("zero3", "cached")]
-    everything = {key: value for change in changes for key, value in change.items()}
-    for change in [*changes, everything]:
-        changed = copy.deepcopy(raw)
-        for path, value in change.items():
-            *outer, name = path.split(".")
-            section = changed
-            for key in outer:
-                section = section.setdefault(key, {})
-            section[name] = value
+    possible = [change for change in changes if _changed(raw, change) is not None]
+    everything = {key: value for change in possible for key, value in change.items()}
+    for change in [*possible, everything]:
         said = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-        yield said, JobConfig.model_validate(changed)
+        if (changed := _changed(raw, change)) is not None:
+            yield said, changed
+
+
+def _changed(raw: dict[str, Any], change: dict[str, Any]) -> JobConfig | None:
+    """None where it does not go with the rest, as a cache with on_policy."""
+    changed = copy.deepcopy(raw)
+    for path, value in change.items():
+        *outer, name = path.split(".")
+        section = changed
+        for key in outer:
+            section = section.setdefault(key, {})
+        section[name] = value
+    try:
+        return JobConfig.model_validate(changed)
+    except ValidationError:
+        return None
 
 
 def run_plan(config: JobConfig, gpus: int, gpu: str, console: JobConsole) -> Plan:
