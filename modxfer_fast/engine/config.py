@@ -284,6 +284,11 @@ class DistillConfig(TrainingArguments):
                 "on_policy: expected nothing beside fsdp, whose groups generation has not been "
                 "tried with; use zero_stage"
             )
+        if self.eval_samples:
+            raise ValueError(
+                "eval_samples: expected 0 beside fsdp, because one process alone writes them, got "
+                f"{self.eval_samples}"
+            )
         if self.fp16:
             raise ValueError("fp16: expected bf16 beside fsdp, whose sums no loss scaler looks at")
         config = self.fsdp_config or {}
@@ -292,6 +297,7 @@ class DistillConfig(TrainingArguments):
         fsdp.check_config(config)
         self.fsdp_config: Any = dict(config)  # transformers writes into it
         fsdp.check_environment()
+        fsdp.take_launcher_switch()
 
     def _prepare_deepspeed(self) -> None:
         unset_hf_deepspeed_config()  # an earlier trainer of this process may have left one

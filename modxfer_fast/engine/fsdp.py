@@ -90,6 +90,15 @@ def launcher_asks() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def take_launcher_switch() -> None:
+    """Takes it back once a configuration has FSDP itself.
+
+    Left alone it makes one that only evaluates ask for it too, and transformers load models on the
+    first rank alone.
+    """
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+
 def settle(accelerator: Accelerator, plugin_args: dict[str, Any]) -> None:
     """Makes an accelerator what `plugin_args` ask for.
 

@@ -39,6 +39,7 @@ class Place:
         collective: the last one begun, of those that Python sees; those of DDP's backward are not
             among them.
         is_inside: whether it has not returned yet.
+        moves: inside of phases, of which ranks may make any number.
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class Place:
     marks: int = 0
     collective: str = "none"
     is_inside: bool = False
+    moves: int = 0
 
     def __post_init__(self) -> None:
         self._outer = ""
@@ -56,6 +58,10 @@ class Place:
             return
         self.phase = self._outer + phase
         self.marks += 1
+
+    def move(self) -> None:
+        """The rank goes on inside a phase, as by one more token of a text."""
+        self.moves += 1
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:

@@ -46,6 +46,8 @@ from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
 logger = logging.get_logger(__name__)
 
+READING = f"{CHECKPOINT}, reading it"  # a phase in which, as while it is written, bytes count
+
 
 class DistillTrainer(Trainer):
     """Distils `teacher` into `model`.
@@ -368,24 +370,28 @@ class DistillTrainer(Trainer):
         with fsdp.wrapping(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
-            if self.is_deepspeed_enabled:
-                self._load_engine(resume_from_checkpoint)
-            if self.is_fsdp_enabled:
-                self._load_sharded(resume_from_checkpoint)
-                saving.load_scheduler(self.lr_scheduler, resume_from_checkpoint)
-            else:
-                self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
-            if self._stream is not None:
-                self._stream.restore(resume_from_checkpoint)
-            saving.follow_schedule(self.lr_scheduler)
-            self.load_teacher(resume_from_checkpoint)
-            if self.on_policy is not None and not self._is_of_other_ranks:
-                self.on_policy.load(resume_from_checkpoint)
+            with here.within(READING):
+                self._read_checkpoint(resume_from_checkpoint)
         self.guard.engine = self.deepspeed
         if not self.zero_stage:
             self.guard.watch(self.optimizer)
         return prepared
+
+    def _read_checkpoint(self, folder: str) -> None:
+        if self.is_deepspeed_enabled:
+            self._load_engine(folder)
+        if self.is_fsdp_enabled:
+            self._load_sharded(folder)
+            saving.load_scheduler(self.lr_scheduler, folder)
+        else:
+            self._load_optimizer_and_scheduler(folder)
+        self._load_scaler(folder)
+        if self._stream is not None:
+            self._stream.restore(folder)
+        saving.follow_schedule(self.lr_scheduler)
+        self.load_teacher(folder)
+        if self.on_policy is not None and not self._is_of_other_ranks:
+            self.on_policy.load(folder)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         here.mark("data")
@@ -654,14 +660,15 @@ class DistillTrainer(Trainer):
             self.model.teacher.load(folder)
 
     def _load_best_model(self) -> None:
-        self.load_teacher(self.state.best_model_checkpoint)
-        if self.is_deepspeed_enabled:
-            folder = self.state.best_model_checkpoint
-            saving.load_engine(self.model_wrapped, folder, self.student)
-        elif self.is_fsdp_enabled:
-            self._load_sharded(self.state.best_model_checkpoint)
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        folder = self.state.best_model_checkpoint
+        with here.within(READING):
+            self.load_teacher(folder)
+            if self.is_deepspeed_enabled:
+                saving.load_engine(self.model_wrapped, folder, self.student)
+            elif self.is_fsdp_enabled:
+                self._load_sharded(folder)
+            else:
+                self._load_from_checkpoint(folder)
 
 
 def _of_module(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,9 @@ _MAX_INTERVAL_S = 15.0
 class ProgressMarks(TrainerCallback):
     """Marks what Trainer does between the calls of ours."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        here.step = state.global_step
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         here.mark("optimiser")
 
@@ -115,6 +118,10 @@ class Watchdog:
             file.with_suffix(".new").write_text(json.dumps(beat))
             file.with_suffix(".new").replace(file)
         now = time.monotonic()
+        if now - self._ranks[self.rank].beat_at > self.timeout_s / 2:
+            # a process that was itself suspended, by its queue, knows nothing of that time
+            for seen in self._ranks:
+                seen.moved_at = now
         self._note(self.rank, self._beats, own, now)
         for rank in range(len(self._ranks)):
             if rank != self.rank and (heard := _read(self._file(rank))):

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modxfer_fast.config import ConfigError
 from modxfer_fast.engine import (
@@ -248,6 +248,7 @@ def test_a_later_trainer_of_the_process_is_plain(told):
         ({"fsdp_config": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
         ({"zero_stage": 2}, "zero_stage: expected nothing beside fsdp, got 2"),
         ({"fp16": True}, "fp16: expected bf16 beside fsdp"),
+        ({"eval_samples": 2}, "eval_samples: expected 0 beside fsdp"),
         ({"fsdp": None, "fsdp_config": {"version": 2}}, "fsdp: expected true beside fsdp_config"),
     ],
 )
@@ -267,6 +268,20 @@ def test_without_a_launcher_or_with_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="training: fsdp: expected several processes on a CPU"):
         check_training({"fsdp": True}, "training")
+
+
+def test_a_launcher_that_asks_for_it_does_not_ask_evaluation_too(tmp_path, monkeypatch):
+    def accepted(args):
+        raise StopIteration
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with monkeypatch.context() as launched:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+            launched.setenv(name, value)
+        launched.setattr(TrainingArguments, "__post_init__", accepted)
+        with pytest.raises(StopIteration):
+            DistillConfig(output_dir=str(tmp_path), fsdp=True)
+    assert not DistillConfig(output_dir=str(tmp_path)).fsdp  # of the same process
 
 
 def test_a_launcher_that_asks_for_it_is_not_passed_over(tmp_path, monkeypatch):

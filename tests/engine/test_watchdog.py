@@ -1,13 +1,17 @@
 """Who is told to be behind when nobody moves, and who is left alone."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from modxfer_fast.engine import DistillConfig, watchdog
-from modxfer_fast.engine.progress import Place, collectives_noted
-from modxfer_fast.engine.watchdog import Watchdog
+from modxfer_fast.engine import DistillConfig, DistillTrainer, watchdog
+from modxfer_fast.engine.on_policy.generation import complete
+from modxfer_fast.engine.on_policy.rollouts import Sampling
+from modxfer_fast.engine.progress import Place, collectives_noted, here
+from modxfer_fast.engine.watchdog import ProgressMarks, Watchdog
+from tests.support.models import TokenDataset, align_collate, tiny_llama
 
 
 class Job:
@@ -70,6 +74,47 @@ def test_ranks_wait_for_one_that_moves(job):
     for _ in range(5):
         job.places[2].mark("batch")
         assert job.pass_time(8) is None
+
+
+def test_a_job_that_was_suspended_goes_on(job):
+    job.pass_time(2)
+    job.now += 100.0  # nobody ran
+    assert job.pass_time(8) is None
+    assert job.pass_time(4).startswith("no rank has moved for 10 s")
+
+
+def test_a_text_that_is_long_in_the_writing_moves():
+    moves, marks = here.moves, here.marks
+    complete(tiny_llama().eval(), [[1, 2], [3]], Sampling(5, 32, temperature=0.0))
+    assert (here.moves - moves, here.marks) == (5, marks)
+
+
+def test_a_checkpoint_that_is_read_counts_as_one_that_is_written(tmp_path, monkeypatch):
+    def run():
+        args = DistillConfig(
+            str(tmp_path), max_steps=2, save_steps=1, report_to="none", disable_tqdm=True
+        )
+        data = TokenDataset(8)
+        return DistillTrainer(
+            tiny_llama(), args, tiny_llama(48), train_dataset=data, data_collator=align_collate
+        )
+
+    run().train()
+    phases = []
+    load = DistillTrainer._load_scaler
+
+    def noted(trainer, folder):
+        phases.append(here.phase)
+        load(trainer, folder)
+
+    monkeypatch.setattr(DistillTrainer, "_load_scaler", noted)
+    run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [phase.startswith(watchdog.CHECKPOINT) for phase in phases] == [True]
+
+
+def test_a_resumed_run_is_told_by_its_own_steps():
+    ProgressMarks().on_train_begin(None, SimpleNamespace(global_step=7), None)
+    assert here.step == 7
 
 
 def test_what_is_written_counts_while_a_checkpoint_is_written(tmp_path):

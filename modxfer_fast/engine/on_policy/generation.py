@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from modxfer_fast.config import OnPolicySection
 from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.on_policy.rollouts import Sampling, Tokens
+from modxfer_fast.engine.progress import here
 from modxfer_fast.models.architecture import max_tokens, without_peft
 
 
@@ -166,6 +167,7 @@ class _Full(StoppingCriteria):
         self.lengths = lengths
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        here.move()  # once a token
         return self.lengths <= input_ids.shape[1]
 
 
