@@ -95,7 +95,8 @@ class TaskSection(Section):
                 f"language: expected one of {source}'s {_listed(available)}, got {got}"
             )
         for name in ("format", "columns"):
-            if name in self.model_fields_set:
+            # one that says its default is what a job wrote down of itself
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: expected for local files only, got source {source}")
 
 

@@ -26,9 +26,16 @@ def broken_from(model, step, calls):
     model.model.layers[0].mlp.up_proj.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
-def test_a_step_that_broke_is_run_again(tmp_path, write_job, monkeypatch, capsys, peft):
-    path, out = write_job(tmp_path, **merged(SHORT, {"student": {"peft": peft}}))
+ITSELF = {"config": None, "pretrain": None, "plan": "self", "source": "ema"}
+
+
+@pytest.mark.parametrize(
+    "models",
+    [{}, {"student": {"peft": LORA}}, {"student": {"peft": LORA}, "teacher": ITSELF}],
+    ids=["full", "lora", "self"],
+)
+def test_a_step_that_broke_is_run_again(tmp_path, write_job, monkeypatch, capsys, models):
+    path, out = write_job(tmp_path, **merged(SHORT, models))
     of, calls = SplitCausalLM.of, []
 
     def patched(model, role):

@@ -1,6 +1,7 @@
 """Jobs whose teacher is behind an endpoint: as with the same classes told here, and told apart."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 from modxfer_fast.config import dump_config, load_config
+from modxfer_fast.engine import Objective
 from modxfer_fast.jobs.output import changes
 from modxfer_fast.jobs.plan.job import make_plan
 from modxfer_fast.serving import client as client_module
@@ -89,6 +91,25 @@ def test_online_cached_and_local_classes_teach_the_same(write, own, url, tmp_pat
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4)
     of_local, of_told = (report["runs"][0]["student"] for report in (local, told))
     assert of_told["eval_kd"] == pytest.approx(of_local["eval_kd"], rel=1e-4)
+
+
+def test_a_step_that_broke_is_run_again_without_the_server(write, own, url, monkeypatch, capsys):
+    path, out = write("broken", served(url), training={"max_skipped_steps": 0})
+    terms = Objective.terms
+
+    def broken(*args, **kwargs):
+        found = terms(*args, **kwargs)
+        return found._replace(loss=found.loss * math.inf) if torch.is_grad_enabled() else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "terms", broken)
+        assert main(["distill", str(path)]) == EXIT_USER_ERROR
+    assert "modxfer replay" in capsys.readouterr().err
+    (folder,) = out.with_name("out.partial").glob("checkpoints/seed-0/student/nonfinite/step-*")
+    asked = len(own.requests)
+    assert main(["replay", str(folder)]) == 1
+    assert "Now: nothing not finite" in capsys.readouterr().out
+    assert len(own.requests) == asked
 
 
 def test_other_weights_under_the_same_name_fill_no_cache(

@@ -295,6 +295,11 @@ def test_section_refuses(fields, message):
         TaskSection(kind="ner", **fields)
 
 
+def test_section_of_the_hub_is_read_again():
+    section = TaskSection(kind="ner", source="wikineural", language="en")
+    assert TaskSection(**section.model_dump()) == section
+
+
 # --- the hub
 
 

@@ -13,21 +13,22 @@ from modxfer_fast.engine import (
     CachedTeacher,
     DistillConfig,
     DistillModule,
+    SelfDistillation,
     Teacher,
     TeacherProtocol,
     load_projections,
     nonfinite,
 )
+from modxfer_fast.engine.teachers.self_teacher import SelfTeacher
 from modxfer_fast.jobs.cache.identity import cache_folder
 from modxfer_fast.jobs.distill.arguments import evaluation_args
 from modxfer_fast.jobs.distill.job import DistillJob
 from modxfer_fast.jobs.distill.runs import roles
+from modxfer_fast.jobs.distill.served import served_teacher
 from modxfer_fast.jobs.job import quieten_libraries
 from modxfer_fast.jobs.output import CONFIG_FILE
 from modxfer_fast.models import load_adapter, load_model, patch_peft_model
 from modxfer_fast.report import JobConsole
-
-_LOADED = ("replica", "zero3", "zero3_offload")  # plans of a teacher that one process can load
 
 
 def replay(folder: Path, rank: int | None) -> list[nonfinite.Finding]:
@@ -121,26 +122,34 @@ def _module(
         student = load_adapter(load_model(base, section, config.kind), weights, trainable=True)
         if section.fuses_lora:
             patch_peft_model(student)
-    if config.teacher.plan not in (*_LOADED, "cached"):
-        raise ConfigError(
-            f"teacher.plan: expected one of {', '.join(_LOADED)} or cached, got "
-            f"{config.teacher.plan}; what was not finite is in the warning"
-        )
-    teacher: TeacherProtocol
-    if config.teacher.plan == "cached":
-        cache = config.teacher.cache
-        teacher = CachedTeacher(cache_folder(config), cache.signal, cache.tail)
-        teacher.num_tokens = num_tokens
-    else:  # whatever its plan: here is one process
-        job = DistillJob(config, console)
-        path = config.teacher.path or job.teacher_source().path
-        model = load_model(path, config.teacher, config.kind)
-        teacher = Teacher(model, kind=config.kind, num_tokens=num_tokens)
     options = args.hidden_state_options(), args.relation_options()
+    teacher = _teacher(config, num_tokens, console)
     module = DistillModule(
         student, teacher, args.objective(), *options, seed=seed, kind=config.kind
     )
     if module.features is not None:
         load_projections(weights, module.features)
-    teacher.to(args.device)
-    return module.to(args.device).train(), args
+    if isinstance(module.teacher, SelfTeacher):
+        module.teacher.load(weights)
+    module.to(args.device)
+    assert module.teacher is not None
+    module.teacher.to(args.device)
+    return module.train(), args
+
+
+def _teacher(
+    config: JobConfig, num_tokens: int, console: JobConsole
+) -> TeacherProtocol | SelfDistillation:
+    section = config.teacher
+    if section.is_student:
+        return SelfDistillation(section.source, section.ema_decay)
+    if section.plan == "served":  # its answers were kept with the step
+        return served_teacher(config, num_tokens)
+    if section.plan == "cached":
+        teacher = CachedTeacher(cache_folder(config), section.cache.signal, section.cache.tail)
+        teacher.num_tokens = num_tokens
+        return teacher
+    # of any other plan, divided or not: here is one process
+    path = section.path or DistillJob(config, console).teacher_source().path
+    model = load_model(path, section, config.kind)
+    return Teacher(model, kind=config.kind, num_tokens=num_tokens)

@@ -20,6 +20,22 @@ def open_served(config: JobConfig, material: Material) -> ServedTeacher:
         ConfigError: no key in the variable that is to hold it.
         ServerError: it cannot be reached, or cannot teach this job.
     """
+    tokenizer = material.tokenizer
+    teacher = served_teacher(config, len(tokenizer))
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    last, longest = len(tokenizer) - 1, config.data.max_length
+    if config.on_policy is not None:
+        longest = max(longest, config.on_policy.max_length or 0)
+    on_main(lambda: teacher.source.check(_PROBE, ids, last, longest))
+    return teacher
+
+
+def served_teacher(config: JobConfig, num_tokens: int) -> ServedTeacher:
+    """The teacher, whose server was not asked yet.
+
+    Raises:
+        ConfigError: no key in the variable that is to hold it.
+    """
     section = config.teacher.served
     assert section is not None
     assert config.teacher.path is not None  # the section has seen to it
@@ -47,12 +63,6 @@ def open_served(config: JobConfig, material: Material) -> ServedTeacher:
         top_k=section.top_k,
         request_tokens=section.request_tokens,
     )
-    tokenizer = material.tokenizer
-    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    last, longest = len(tokenizer) - 1, config.data.max_length
-    if config.on_policy is not None:
-        longest = max(longest, config.on_policy.max_length or 0)
-    on_main(lambda: source.check(_PROBE, ids, last, longest))
     teacher = ServedTeacher(source, section.tail)
-    teacher.num_tokens = len(tokenizer)
+    teacher.num_tokens = num_tokens
     return teacher
