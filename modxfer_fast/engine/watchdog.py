@@ -109,7 +109,7 @@ class Watchdog:
                 return
 
     def beat(self) -> None:
-        """Writes where this rank is, and reads where the others are."""
+        """Writes where this rank is, and, while it stands still, reads where the others are."""
         self._beats += 1
         own = {**asdict(self._place), "bytes": _bytes_moved(self._place)}
         beat = {"beats": self._beats, "host": socket.gethostname(), "place": own}
@@ -123,6 +123,8 @@ class Watchdog:
             for seen in self._ranks:
                 seen.moved_at = now
         self._note(self.rank, self._beats, own, now)
+        if now - self._ranks[self.rank].moved_at < self.interval_s:
+            return  # no stall: many ranks that all read of all would be a load on the storage
         for rank in range(len(self._ranks)):
             if rank != self.rank and (heard := _read(self._file(rank))):
                 self._note(rank, heard["beats"], heard["place"], now)

@@ -76,6 +76,18 @@ def test_ranks_wait_for_one_that_moves(job):
         assert job.pass_time(8) is None
 
 
+def test_a_rank_that_moves_reads_of_no_other(job, monkeypatch):
+    read = []
+    monkeypatch.setattr(watchdog, "_read", read.append)
+    for _ in range(5):
+        job.places[0].mark("batch")
+        job.dogs[0].beat()
+        job.now += 1.0
+    assert not read
+    job.dogs[0].beat()
+    assert [path.name for path in read] == ["rank-1.json", "rank-2.json"]
+
+
 def test_a_job_that_was_suspended_goes_on(job):
     job.pass_time(2)
     job.now += 100.0  # nobody ran
