@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.sharded import ShardedTeacher
 from modxfer_fast.files import write_text
 from modxfer_fast.models.architecture import max_tokens, without_peft
+from modxfer_fast.teacher_cache import Document, documents_of
 
 SAMPLES_FILE = "samples.jsonl"
 PROMPT_LENGTH = 32  # of plain text, where nothing says how long its prompts are
@@ -143,18 +143,12 @@ class SampleWriter(TrainerCallback):
 
 def _first_documents(batch: dict[str, Any]) -> list[tuple[Tokens, list[int]]]:
     """Ids and labels of the first document of each row."""
-    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
-    positions = batch.get("position_ids")
-    documents = []
-    for row in range(len(ids)):
-        present = ids[row] == ids[row] if mask is None else mask[row].bool()
-        length = int(present.sum())
-        if positions is not None:
-            later = positions[row][present][1:].tolist()
-            length = min(length, 1 + sum(1 for _ in takewhile(bool, later)))
-        tokens, targets = (tensor[row][present][:length].tolist() for tensor in (ids, labels))
-        documents.append((tokens, targets))
-    return documents
+    first: dict[int, Document] = {}
+    inputs = (batch.get(name) for name in ("attention_mask", "position_ids"))
+    for document in documents_of(batch["input_ids"], *inputs):
+        first.setdefault(document.row, document)
+    labels = batch["labels"]
+    return [(d.ids.tolist(), labels[d.row, d.span].tolist()) for d in first.values()]
 
 
 def _markdown(samples: list[Sample]) -> str:
