@@ -318,6 +318,6 @@ class DistillConfig(TrainingArguments):
             if deepspeed.take_cpu_switch():
                 self.use_cpu = True
             deepspeed.check_environment()
-            deepspeed.start(self.use_cpu)
+            deepspeed.start(self.use_cpu, self.ddp_timeout)
         if self.deepspeed is not None:
             deepspeed.check_keys(config)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 # From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
 MIN_DEEPSPEED = Version("0.19.6")
 STAGES = (0, 1, 2, 3)
+_TIMEOUT_S = 1800  # as of TrainingArguments.ddp_timeout
 
 
 def zero_config(stage: int) -> dict:
@@ -148,8 +150,13 @@ def take_cpu_switch() -> bool:
     return os.environ.pop("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def start(use_cpu: bool) -> None:
-    """Opens the process group, which must exist before ZeRO-3 partitions a model that loads."""
+def start(use_cpu: bool, timeout_s: int = _TIMEOUT_S) -> None:
+    """Opens the process group, which must exist before ZeRO-3 partitions a model that loads.
+
+    Args:
+        timeout_s: how long a collective may wait; without one DeepSpeed takes 10 minutes, less than
+            what else is told of a rank that stands still.
+    """
     if use_cpu:
         _disable_shared_memory_op()
         # DeepSpeed picks its accelerator once, at import; Trainer's use_cpu alone does not reach it
@@ -158,7 +165,10 @@ def start(use_cpu: bool) -> None:
 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="gloo" if use_cpu else None, auto_mpi_discovery=False, verbose=False
+            dist_backend="gloo" if use_cpu else None,
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
         )
 
 

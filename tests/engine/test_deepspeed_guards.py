@@ -104,12 +104,21 @@ def test_the_cpu_switch_of_accelerate_drops_no_deepspeed(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(TrainingArguments, "__post_init__", without_a_device)
     started = []
-    monkeypatch.setattr(deepspeed, "start", lambda use_cpu: started.append(use_cpu))
+    monkeypatch.setattr(deepspeed, "start", lambda *given: started.append(given))
     monkeypatch.setattr(DistillConfig, "n_gpu", 0)
-    args = DistillConfig(output_dir=str(tmp_path), zero_stage=2)
+    args = DistillConfig(output_dir=str(tmp_path), zero_stage=2, ddp_timeout=77)
     assert "ACCELERATE_USE_CPU" not in os.environ
     assert args.use_cpu
-    assert started == [True]
+    assert started == [(True, 77)]
+
+
+def test_collectives_wait_as_long_as_asked(monkeypatch):
+    library, asked = pytest.importorskip("deepspeed"), []
+    monkeypatch.setattr(library.comm, "is_initialized", lambda: False)
+    monkeypatch.setattr(library, "init_distributed", lambda **given: asked.append(given["timeout"]))
+    deepspeed.start(use_cpu=False, timeout_s=77)
+    deepspeed.start(use_cpu=False)
+    assert [time.total_seconds() for time in asked] == [77, 1800]
 
 
 def test_a_launcher_is_asked_for(monkeypatch, tmp_path):
