@@ -9,10 +9,12 @@ from modxfer_fast.kernels.names import TAILS
 
 EMBEDDINGS = ("copy", "pca", "none")
 # where a teacher's parameters, or its answers, are kept
-PLANS = ("replica", "zero3", "zero3_offload", "cached", "served", "self")
+PLANS = ("replica", "zero3", "zero3_offload", "quantized", "cached", "served", "self")
 SERVED_APIS = ("vllm", "sglang")
 # keys of a served teacher that say where it is and how it is reached, not what it answers
 SERVED_WAYS = ("url", "max_in_flight", "request_tokens", "timeout_s", "retries", "api_key_env")
+# how the linears of a quantized teacher's blocks are stored
+QUANTIZATIONS = ("int8", "nf4")
 # what a student that teaches itself learns from
 SOURCES = ("base", "ema", "start")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
@@ -168,9 +170,11 @@ class ServedSection(Section):
 class TeacherModelSection(ModelSection):
     """plan: `replica` keeps the whole teacher in every process; `zero3` divides it over them, and
         `zero3_offload` keeps the parts in the memory of the host, whatever the student's
-        zero_stage; `cached` loads none of it, and answers from the folder that `modxfer cache`
-        filled; `served` asks a server; `self` is the network of the student, whose `peft` is
-        trained, and takes no path.
+        zero_stage; `quantized` keeps the linears of its blocks in fewer bits; `cached` loads none
+        of it, and answers from the folder that `modxfer cache` filled; `served` asks a server;
+        `self` is the network of the student, whose `peft` is trained, and takes no path.
+    quantization: with `plan: quantized`, `int8` (torchao; where not given) or `nf4` (4 bits of
+        bitsandbytes); with `plan: cached`, that of the teacher whose answers are kept.
     source: with `plan: self`, what of the student teaches: `base` without its adapters, `start`
         with those it began with, `ema` with a moving average of them.
     ema_decay: share of that average that an optimiser step keeps.
@@ -180,6 +184,7 @@ class TeacherModelSection(ModelSection):
     """
 
     plan: Annotated[str, OneOf(PLANS)] = "replica"
+    quantization: Annotated[str, OneOf(QUANTIZATIONS)] | None = None
     source: Annotated[str, OneOf(SOURCES)] = "base"
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     cache: CacheSection = CacheSection()
@@ -211,6 +216,24 @@ class TeacherModelSection(ModelSection):
     def is_student(self) -> bool:
         """Whether the student's own network teaches."""
         return self.plan == "self"
+
+    @property
+    def stored_as(self) -> str | None:
+        """The quantization of the teacher that answers, or has answered; None for its own dtype."""
+        if self.plan == "quantized":
+            return self.quantization or QUANTIZATIONS[0]
+        return self.quantization
+
+    @model_validator(mode="after")
+    def _is_quantized(self):
+        if self.quantization is None:
+            return self
+        if self.plan not in ("quantized", "cached") or self.served is not None:
+            where = "a section served" if self.served is not None else f"plan: {self.plan}"
+            raise ValueError(
+                f"quantization: expected nothing with {where}, got {self.quantization}"
+            )
+        return self
 
     @property
     def is_divided(self) -> bool:

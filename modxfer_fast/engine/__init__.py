@@ -11,6 +11,7 @@ from modxfer_fast.engine.on_policy.rollouts import Rollouts, Sampling
 from modxfer_fast.engine.tasks.distillation import TaskHiddenOptions, distil_task
 from modxfer_fast.engine.teachers.cached import CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
+from modxfer_fast.engine.teachers.quantized import QuantizedTeacher
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
 from modxfer_fast.engine.teachers.served import ServedTeacher
@@ -24,6 +25,7 @@ __all__ = [
     "DistillTrainer",
     "NonFiniteError",
     "Objective",
+    "QuantizedTeacher",
     "Rollouts",
     "Sampling",
     "SelfDistillation",

@@ -29,12 +29,17 @@ def broken_from(model, step, calls):
 ITSELF = {"config": None, "pretrain": None, "plan": "self", "source": "ema"}
 
 
+QUANTIZED = {"teacher": {"plan": "quantized"}}
+
+
 @pytest.mark.parametrize(
     "models",
-    [{}, {"student": {"peft": LORA}}, {"student": {"peft": LORA}, "teacher": ITSELF}],
-    ids=["full", "lora", "self"],
+    [{}, {"student": {"peft": LORA}}, {"student": {"peft": LORA}, "teacher": ITSELF}, QUANTIZED],
+    ids=["full", "lora", "self", "quantized"],
 )
 def test_a_step_that_broke_is_run_again(tmp_path, write_job, monkeypatch, capsys, models):
+    if models == QUANTIZED:
+        pytest.importorskip("torchao")
     path, out = write_job(tmp_path, **merged(SHORT, models))
     of, calls = SplitCausalLM.of, []
 

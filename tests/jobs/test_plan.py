@@ -183,3 +183,15 @@ def test_a_student_that_teaches_itself_costs_its_adapters():
     assert of["base"]["teacher"] == 0
     assert of["ema"]["teacher"] == 4 * 2 * 8 * (1024 + 1024)
     assert all(plan.compute_s > 0 for plan in plans.values())
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("nf4", 4)])
+def test_a_quantized_teacher_costs_its_bits(quantization, bits):
+    sizes = {}
+    for given in ({}, {"plan": "quantized", "quantization": quantization}):
+        raw = {**JOB, "teacher": {**JOB["teacher"], **given}}
+        plan = make_plan(validate(raw, JobConfig, "job"), 8, "h200")
+        sizes[bool(given)] = next(p.bytes for p in plan.parts if p.name == "teacher")
+    numbers = 4 * (4 * 2048 * 2048 + 3 * 2048 * 4096)  # in the blocks, 16 bits each
+    scales = 2 * 4 * (4 * 2048 + 2 * 4096 + 2048) if bits == 8 else 4 * numbers // 64
+    assert sizes[True] == sizes[False] - 2 * numbers + numbers * bits // 8 + scales

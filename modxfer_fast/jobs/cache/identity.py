@@ -34,6 +34,7 @@ def teacher_facts(
     if served is not None:  # a name is all that is known of its weights
         return {"weights": f"served as {served.model}", "api": served.api, **shared}
     return {
+        "quantization": config.teacher.stored_as,
         "weights": facts_of(source.identity),
         "dtype": config.teacher.dtype,
         "attn_implementation": config.teacher.attn_implementation,

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError
-from modxfer_fast.engine import ServedTeacher, ShardedTeacher, Teacher, deepspeed
+from modxfer_fast.engine import ServedTeacher, Teacher, deepspeed
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.cache.capture import capture, check_told
 from modxfer_fast.jobs.cache.identity import cache_folder, teacher_facts
@@ -92,8 +92,7 @@ class CacheJob(DistillJob):
     def _teacher(self, source: ModelSource) -> Teacher | ServedTeacher:
         if self.config.teacher.served is not None:
             return open_served(self.config, self.material)
-        make = ShardedTeacher if self.config.teacher.is_divided else Teacher
-        return make(self.load_teacher(source), num_tokens=len(self.material.tokenizer))
+        return self.make_teacher(self.load_teacher(source))
 
     def _create(
         self, source: ModelSource, teacher: Teacher | ServedTeacher, documents: list[Document]

@@ -16,12 +16,14 @@ from modxfer_fast.config.model import SERVED_WAYS
 from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
 from modxfer_fast.engine import (
     DistillModule,
+    QuantizedTeacher,
     SelfDistillation,
     ShardedTeacher,
     Teacher,
     TeacherProtocol,
     deepspeed,
 )
+from modxfer_fast.engine.teachers.quantized import quantizer_of, stored_bytes
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
 from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, of_processes
@@ -80,10 +82,19 @@ class DistillJob(Job):
             )
         if config.student.peft is not None:
             check_peft(config.student.peft, "student.peft")
+        if config.teacher.plan == "quantized":
+            self.check_quantizer()
         if config.teacher.plan == "served" and config.teacher.served is not None:
             check_listed_loss(
                 config, config.teacher.served.tail, "teacher.served.tail: renormalise"
             )
+
+    def check_quantizer(self) -> None:
+        """Raise a ConfigError where what stores the teacher in fewer bits is not installed."""
+        try:
+            quantizer_of(self.config.teacher.stored_as or "")
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """As of every job, but a part of this one is of no use alone: `until` names no stage.
@@ -250,17 +261,19 @@ class DistillJob(Job):
     def load_teacher(self, source: ModelSource) -> PreTrainedModel:
         """The teacher's model, looked at; of a divided one this process has its part."""
         section = self.config.teacher
+        if section.stored_as is not None:
+            self.check_quantizer()
         loading: Any = nullcontext()
         if section.is_divided:
             loading = deepspeed.loading_in_parts(offload=section.plan.endswith("offload"))
         with loading:
             model = load_model(source.path, section, self.config.kind)
-        self._check_model(model, "teacher")
+        self._check_model(model, "teacher", packing=section.stored_as is None)
         return model
 
     def _prepare_teacher(self) -> tuple[Live, dict[str, Any]]:
         """The teacher, told by where its weights come from, with its facts and figures."""
-        config, num_tokens = self.config, len(self.material.tokenizer)
+        config = self.config
         if config.teacher.is_student:
             itself = SelfDistillation(config.teacher.source, config.teacher.ema_decay)
             self.console.say(f"the student's own network, source {itself.source}")
@@ -293,31 +306,51 @@ class DistillJob(Job):
             facts |= {"documents": len(cache), "tokens": cache.num_tokens, "signal": cached.signal}
             return Live(cached, [source, facts_of(config.teacher.cache)]), facts
         model = self.load_teacher(source)
+        parameters, stored_as = num_elements(model), config.teacher.stored_as
+        quantized = None if stored_as is None else self.make_teacher(model)
         # without logits there are no figures without a student
         metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
-        parameters = num_elements(model)
         facts |= {"parameters": parameters, **metrics}
         self.console.say(
             f"{parameters / 1e6:.2f} M parameters"
             + (" (from the cache)" if source.cached else "")
             + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
-        make = ShardedTeacher if config.teacher.is_divided else Teacher
-        return Live(make(model, kind=config.kind, num_tokens=num_tokens), source), facts
+        if quantized is not None:
+            facts |= {"quantization": stored_as, "parameter_bytes": stored_bytes(model)}
+            self.console.say(
+                f"blocks in {stored_as}: {facts['parameter_bytes'] / 2**20:,.1f} MiB of parameters"
+            )
+            return Live(quantized, [source, stored_as]), facts
+        return Live(self.make_teacher(model), source), facts
+
+    def make_teacher(self, model: PreTrainedModel) -> Teacher:
+        """The teacher of a loaded model, as the plan of the job has it."""
+        section = self.config.teacher
+        make: Any = ShardedTeacher if section.is_divided else Teacher
+        if section.stored_as is not None:
+            make = partial(QuantizedTeacher, quantization=section.stored_as)
+        teacher = make(model, kind=self.config.kind, num_tokens=len(self.material.tokenizer))
+        if section.stored_as is not None:  # which, whole, may be too large for the device
+            self._check_packing(model, "teacher")
+        return teacher
 
     def _teacher_model(self, teacher: TeacherProtocol) -> PreTrainedModel | None:
         """What a student's `from_teacher` takes from, None where there is no such section."""
         if self.config.student.from_teacher is None:
             return None
-        if isinstance(teacher, Teacher) and not isinstance(teacher, ShardedTeacher):
+        if type(teacher) is Teacher:
             return teacher.model
         return load_model(self.teacher_source().path, self.config.teacher, self.config.kind)
 
-    def _check_model(self, model: PreTrainedModel, role: str) -> None:
-        data = self.config.data
+    def _check_model(self, model: PreTrainedModel, role: str, *, packing: bool = True) -> None:
         check_finite(model, role)
-        check_rows_fit(model, self.material.tokenizer, data.max_length, role)
-        if data.packing:
+        check_rows_fit(model, self.material.tokenizer, self.config.data.max_length, role)
+        if packing:
+            self._check_packing(model, role)
+
+    def _check_packing(self, model: PreTrainedModel, role: str) -> None:
+        if self.config.data.packing:
             with deepspeed.gathered_on_call(model):
                 check_packing(model.to(self.evaluation.args().device), role)
 

@@ -13,6 +13,7 @@ from modxfer_fast.engine import (
     CachedTeacher,
     DistillConfig,
     DistillModule,
+    QuantizedTeacher,
     SelfDistillation,
     Teacher,
     TeacherProtocol,
@@ -150,6 +151,10 @@ def _teacher(
         teacher.num_tokens = num_tokens
         return teacher
     # of any other plan, divided or not: here is one process
-    path = section.path or DistillJob(config, console).teacher_source().path
-    model = load_model(path, section, config.kind)
+    job = DistillJob(config, console)
+    if section.stored_as is not None:
+        job.check_quantizer()
+    model = load_model(section.path or job.teacher_source().path, section, config.kind)
+    if section.stored_as is not None:
+        return QuantizedTeacher(model, config.kind, num_tokens, quantization=section.stored_as)
     return Teacher(model, kind=config.kind, num_tokens=num_tokens)

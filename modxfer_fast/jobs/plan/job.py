@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.engine import SelfDistillation
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.engine.teachers.quantized import stored_bytes_of
 from modxfer_fast.errors import UserError
 from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
 from modxfer_fast.jobs.plan.memory import Part, Sharding, bytes_of, half_dtype, parts_of_student
@@ -128,9 +130,15 @@ def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]
         return [Part("teacher", head, "its head; the rest is in the cache")]
     if config.teacher.plan == "served":
         return [Part("teacher", 0, "behind an endpoint")]
+    blocks = LayerTaps(parts.backbone, "teacher").blocks
+    stored_as = config.teacher.stored_as
+    if stored_as is not None:
+        linears = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
+        whole_bytes = sum(weight.numel() * weight.itemsize for weight in linears)
+        size += sum(stored_bytes_of(weight, stored_as) for weight in linears) - whole_bytes
+        return [Part("teacher", size, f"{stored_as} on every rank")]
     if not config.teacher.is_divided or ranks == 1:
         return [Part("teacher", size, "whole on every rank")]
-    blocks = LayerTaps(parts.backbone, "teacher").blocks
     whole = Part("gathered", 2 * max(map(bytes_of, blocks)) + head, "two of its blocks, its head")
     if config.teacher.plan == "zero3_offload":
         return [Part("teacher", 0, "in the memory of the host"), whole]
@@ -172,7 +180,7 @@ def alternatives(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
     if not training.get("deepspeed"):
         changes += [{"training.zero_stage": s} for s in (2, 3) if s > (stage or 0)]
     if config.teacher.plan == "replica":
-        changes += [{"teacher.plan": plan} for plan in ("zero3", "cached")]
+        changes += [{"teacher.plan": plan} for plan in ("quantized", "zero3", "cached")]
     possible = [change for change in changes if _changed(raw, change) is not None]
     everything = {key: value for change in possible for key, value in change.items()}
     for change in [*possible, everything]:
