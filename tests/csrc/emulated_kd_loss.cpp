@@ -1,16 +1,12 @@
 // The CUDA rows of the KD loss and of the cross entropy on the emulator, as a library with C names.
 #include "emulated.h"
 
-#include <atomic>
-#include <thread>
 #include <type_traits>
-#include <vector>
 
 #include "cross_entropy_rows.cuh"
 #include "kd_loss_plan.h"
 #include "kd_loss_rows.cuh"
 #include "kd_loss_stages.cuh"
-#include "known.h"
 
 namespace {
 
@@ -110,34 +106,6 @@ void planned_kd_loss(int rows, int classes, int logit_bytes, int most_shared, in
   const int bytes = bytes_of(plan.cluster, plan.is_resident);
   const int all[] = {plan.is_resident, plan.cluster, plan.blocks, plan.threads, bytes};
   for (int value : all) *found++ = value;
-}
-
-// How often keys 0 to `keys` - 1 were asked for by so many threads, each of which wants every key
-// twice and, the first time that a key is asked for, meets an error. Below 0: a wrong answer.
-int asked_by_threads(int threads, int keys) {
-  device::Known<int, int> known;
-  std::atomic<int> asked = 0, wrong = 0;
-  std::vector<std::atomic<bool>> failed(keys);
-  std::vector<std::thread> all;
-  for (int i = 0; i < threads; ++i) {
-    all.emplace_back([&] {
-      for (int key = 0; key < 2 * keys; ++key) {
-        const int own = key % keys;
-        int answer = 0;
-        const auto ask = [&](int& found) {
-          ++asked;
-          if (!failed[own].exchange(true)) return 1;
-          found = 10 * own;
-          return 0;
-        };
-        while (known.find(own, answer, ask) != 0) {
-        }
-        wrong += answer != 10 * own;
-      }
-    });
-  }
-  for (auto& thread : all) thread.join();
-  return wrong > 0 ? -1 : asked.load();
 }
 
 }  // extern "C"

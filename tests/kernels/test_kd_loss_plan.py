@@ -118,5 +118,5 @@ def test_a_device_that_runs_no_cluster_reads_rows_again():
 
 def test_what_is_known_is_asked_for_once():
     """By threads together; an error is not kept, so that each key is asked for twice here."""
-    kernels = library("emulated_kd_loss.cpp", checked=False)
+    kernels = library("known.cpp", checked=False)
     assert kernels.asked_by_threads(8, 50) == 2 * 50
