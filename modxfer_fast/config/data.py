@@ -15,6 +15,7 @@ class SourceKeys(Section):
     lines: bool = False
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
     columns: dict[Literal["text", "prompt", "completion", "messages", "tools"], str] = {}
+    teacher_column: str | None = None
     max_documents: PositiveInt | None = None
     eval_source: str | None = None
     eval_split: str = "train"
@@ -26,6 +27,7 @@ class SourceSection(SourceKeys):
 
     weight: share of the training documents, relative to those of the other sources; all have one
         or none has. 0: held-out documents of it are measured, none is learnt from.
+    teacher: name among `teachers` of the one that all its documents are learnt from.
     loss_weight: factor of the loss of each of its tokens, in training; what divides the sum over a
         step is the number of tokens that are learnt, whatever they weigh.
     """
@@ -33,6 +35,12 @@ class SourceSection(SourceKeys):
     source: str
     weight: NotNegative | None = None
     loss_weight: NotNegative = 1.0
+    teacher: str | None = None
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether each of its documents has a teacher of its own."""
+        return self.teacher is not None or self.teacher_column is not None
 
     @property
     def label(self) -> str:
@@ -56,6 +64,7 @@ class DataSection(SourceKeys):
     format: `auto` looks at the columns: `messages` (or ShareGPT's `conversations`), `prompt` +
         `completion`, texts or lists of messages, or `text`. A column `tools` goes to the template.
     columns: {our name: name in the source} where they differ.
+    teacher_column: the column that names the teacher of each document, among `teachers`.
     packing: several documents in one row of `max_length`; an encoder gets one text a row.
     streaming: read, tokenise and pack while training, without end, files that no memory holds. Each
         rank and worker of a loader reads all and keeps its share; sources have weights and begin
@@ -133,6 +142,11 @@ class DataSection(SourceKeys):
         for key, field in SourceKeys.model_fields.items():
             if getattr(self, key) != field.default:
                 raise ValueError(f"{key}: expected in each of sources, got it beside them")
+        for source in sources:
+            if source.teacher is not None and source.teacher_column is not None:
+                raise ValueError(
+                    f"sources: expected a teacher or a teacher_column, {source.label} has both"
+                )
         labels = [source.label for source in sources]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:

@@ -1,14 +1,21 @@
 """A `modxfer distill` job: a language model, or an encoder from unlabelled text."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from modxfer_fast.config.data import DataSection
 from modxfer_fast.config.loss import LossSection, check_encoder_loss
-from modxfer_fast.config.model import StudentSection, TeacherModelSection, TokenizerSection
+from modxfer_fast.config.model import (
+    MIXTURES,
+    OneOfTeachersSection,
+    StudentSection,
+    TeacherModelSection,
+    TokenizerSection,
+)
 from modxfer_fast.config.on_policy import OnPolicySection
-from modxfer_fast.config.section import PositiveInt, Section, Seeds, Training
+from modxfer_fast.config.section import OneOf, PositiveInt, Section, Seeds, Training
 
 
 class CompareSection(Section):
@@ -28,12 +35,21 @@ class CompareSection(Section):
     loss_repeats: PositiveInt = 5
 
 
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class JobConfig(Section):
     """A whole `modxfer distill` job.
 
     kind: `causal_lm`; or `encoder`, which learns from `loss.hidden_states` on plain text, one a
         row, without logits or labels: where not given, `kd_weight` is then 0, `packing` false and
         `max_length` 512.
+    teacher: what the student learns from; or several, as `teachers`.
+    teachers: {name: one}. Where `data.teacher_column`, or `teacher` in each of `data.sources`,
+        names the teacher of each document, it is learnt from that one; else from the mixture of
+        all, by their `weight`.
+    mixture_of: `probabilities`, which are averaged by weight, where not given; or `losses`, which
+        are summed, each times its weight.
     on_policy: also train on what the student itself writes; null does not. Where not given,
         `packing` is then false.
     """
@@ -44,7 +60,12 @@ class JobConfig(Section):
     seeds: Seeds = [0]
     tokenizer: TokenizerSection | None = None
     data: DataSection
-    teacher: TeacherModelSection
+    if TYPE_CHECKING:
+        teacher: TeacherModelSection  # None beside teachers, which few readers have to know
+    else:
+        teacher: TeacherModelSection | None = None
+    teachers: Annotated[dict[TeacherName, OneOfTeachersSection], Field(min_length=1)] | None = None
+    mixture_of: Annotated[str, OneOf(MIXTURES)] | None = None
     student: StudentSection
     loss: LossSection = LossSection()
     on_policy: OnPolicySection | None = None
@@ -75,17 +96,18 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        self._check_teachers()
         if self.kind == "encoder":
             self._check_encoder()
-        if self.teacher.is_student:
+        if self._plans == {"self"}:
             self._check_self()
-        elif self.tokenizer is None and self.teacher.path is None:
+        elif self.tokenizer is None and all(t.path is None for t in self.teacher_sections.values()):
             raise ValueError(
                 "tokenizer: expected a section, because the teacher is not loaded from a path"
             )
         if self.data.streaming:
             self._check_streaming()
-        if self.teacher.plan in ("cached", "served"):
+        if self._plans & {"cached", "served"}:
             self._check_answered()
         weighs = any(source.loss_weight != 1.0 for source in self.data.sources or ())
         if weighs and self.loss.has_features:
@@ -101,9 +123,72 @@ class JobConfig(Section):
             )
         return self
 
+    @property
+    def teacher_sections(self) -> Mapping[str, TeacherModelSection]:
+        """Of each teacher, by the path of its section."""
+        if self.teachers is None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{name}": section for name, section in self.teachers.items()}
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the data names the teacher of each document."""
+        return self.teachers is not None and self.data.parts[0].names_teachers
+
+    @property
+    def _plans(self) -> set[str]:
+        return {section.plan for section in self.teacher_sections.values()}
+
+    def _check_teachers(self) -> None:
+        if (self.teacher is None) == (self.teachers is None):
+            got = "neither" if self.teachers is None else "both"
+            raise ValueError(f"teacher: expected exactly one of teacher and teachers, got {got}")
+        named = [source.label for source in self.data.parts if source.names_teachers]
+        if self.teachers is None:
+            self._refuse(
+                "without teachers",
+                {"data.teacher_column": bool(named), "mixture_of": self.mixture_of is not None},
+            )
+            return
+        self._refuse(
+            "with teachers, which learn from logits of causal language models alone",
+            {
+                "kind": self.kind != "causal_lm",
+                "loss.hidden_states": self.loss.hidden_states is not None,
+                "loss.relations": self.loss.relations is not None,
+                "student.from_teacher": self.student.from_teacher is not None,
+                **self._timed,
+            },
+        )
+        if self.loss.impl == "dense":
+            raise ValueError("loss.impl: expected fused with teachers, got dense")
+        if named:
+            self._check_routed(self.teachers, named)
+        elif self.mixture_of != "losses" and self.loss.is_of_logits:
+            raise ValueError(
+                "mixture_of: expected losses with a divergence of logits, which a mixture of "
+                f"probabilities does not have, got {self.mixture_of or MIXTURES[0]}"
+            )
+
+    def _check_routed(self, teachers: Mapping[str, OneOfTeachersSection], named: list[str]) -> None:
+        weighs = any(section.weight is not None for section in teachers.values())
+        given = {"teachers.weight": weighs, "mixture_of": self.mixture_of is not None}
+        self._refuse("where the data names the teacher of each document", given)
+        for source in self.data.parts:
+            if source.label not in named:
+                raise ValueError(
+                    f"data.sources: expected a teacher or a teacher_column for each or for none, "
+                    f"{source.label} has none"
+                )
+            if source.teacher is not None and source.teacher not in teachers:
+                raise ValueError(
+                    f"data.sources: {source.label}: teacher: expected one of "
+                    f"{', '.join(teachers)}, got {source.teacher}"
+                )
+
     def _check_on_policy(self, section: OnPolicySection) -> None:
         length = self.data.max_length
-        if self.teacher.plan == "cached":
+        if "cached" in self._plans:
             raise ValueError(
                 "teacher.plan: expected one that answers now, with on_policy: what the student "
                 "will write is in no cache; got cached"
@@ -131,7 +216,7 @@ class JobConfig(Section):
     def _check_streaming(self) -> None:
         trained = {
             "training": self.training,
-            "teacher.pretrain": self.teacher.pretrain,
+            **{f"{role}.pretrain": one.pretrain for role, one in self.teacher_sections.items()},
             "student.pretrain": self.student.pretrain,
         }
         for where, section in trained.items():
@@ -142,7 +227,7 @@ class JobConfig(Section):
                 )
         for name, given in (
             ("tokenizer.vocab_size", self.tokenizer is not None and self.tokenizer.vocab_size),
-            ("teacher.plan: cached", self.teacher.plan == "cached"),
+            ("teacher.plan: cached", "cached" in self._plans),
         ):
             if given:
                 raise ValueError(

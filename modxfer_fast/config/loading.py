@@ -11,7 +11,7 @@ import yaml
 
 from modxfer_fast.config.distill import JobConfig
 from modxfer_fast.config.errors import ConfigError, nearest
-from modxfer_fast.config.section import section_of
+from modxfer_fast.config.section import holds, section_of
 from modxfer_fast.files import without_secrets
 
 Job = TypeVar("Job", bound=pydantic.BaseModel)
@@ -138,9 +138,13 @@ def _explain(error: pydantic.ValidationError, schema: type[Job]) -> list[str]:
 def _keys_at(loc: tuple, schema: type[Job]) -> list[str]:
     """Valid keys of the section that holds the last element of `loc`."""
     section: type[pydantic.BaseModel] | None = schema
+    is_name = False  # of a section in a mapping of them
     for part in loc[:-1]:
-        if isinstance(part, str):  # else a place in a list of sections
-            section = section and section_of(section.model_fields[part].annotation)
+        if is_name or not isinstance(part, str):  # or a place in a list of them
+            is_name = False
+        elif section is not None:
+            annotation = section.model_fields[part].annotation
+            section, is_name = section_of(annotation), holds(dict, annotation)
     return list(section.model_fields) if section else []
 
 

@@ -185,6 +185,12 @@ class LossSection(LogitsSection):
         return self.model_dump(exclude={"impl", "hidden_states", "relations"})
 
     @property
+    def is_of_logits(self) -> bool:
+        """Whether the divergence is one of logits themselves, not of probabilities."""
+        record = DIVERGENCES.get(str(self.divergence))  # none of several by weight
+        return record is not None and record.row_sums == "of_logits"
+
+    @property
     def has_features(self) -> bool:
         """Whether there is a loss inside the networks."""
         return self.hidden_states is not None or self.relations is not None

@@ -15,6 +15,9 @@ SERVED_APIS = ("vllm", "sglang")
 SERVED_WAYS = ("url", "max_in_flight", "request_tokens", "timeout_s", "retries", "api_key_env")
 # how the linears of a quantized teacher's blocks are stored
 QUANTIZATIONS = ("int8", "nf4")
+# plans of which a job has several teachers: those whose weights it holds
+PLANS_OF_SEVERAL = ("replica", "zero3", "zero3_offload", "quantized")
+MIXTURES = ("probabilities", "losses")
 # what a student that teaches itself learns from
 SOURCES = ("base", "ema", "start")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
@@ -239,6 +242,26 @@ class TeacherModelSection(ModelSection):
     def is_divided(self) -> bool:
         """Whether no process has the whole teacher."""
         return self.plan.startswith("zero3")
+
+
+class OneOfTeachersSection(TeacherModelSection):
+    """One of several teachers, with the keys of `teacher`; its plan is one that holds weights:
+    `replica`, `zero3`, `zero3_offload` or `quantized`.
+
+    weight: its part in the mixture of all, 1 where not given; none where the data names the
+        teacher of each document.
+    """
+
+    weight: Positive | None = None
+
+    @model_validator(mode="after")
+    def _holds_weights(self):
+        if self.plan not in PLANS_OF_SEVERAL:
+            raise ValueError(
+                f"plan: expected one of {', '.join(PLANS_OF_SEVERAL)} of several teachers, got "
+                f"{self.plan}"
+            )
+        return self
 
 
 class FromTeacherSection(Section):

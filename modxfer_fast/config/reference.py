@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modxfer_fast.config.distill import JobConfig
-from modxfer_fast.config.section import OneOf, OneOfOrWeights, Section, holds_list, section_of
+from modxfer_fast.config.section import OneOf, OneOfOrWeights, Section, holds, section_of
 from modxfer_fast.config.task_distill import TaskDistillConfig
 from modxfer_fast.config.transfer import TransferConfig
 
@@ -33,7 +33,8 @@ def sections(
             kind = _kind(field.rebuild_annotation())
         else:
             inner.append((f"{path}.{name}".removeprefix("."), section))
-            kind = "list of sections" if holds_list(field.annotation) else "section"
+            kinds = {"list of sections": list, "sections by name": dict}
+            kind = next((k for k, of in kinds.items() if holds(of, field.annotation)), "section")
         keys.append((name, kind, _default(field, section)))
     yield path, schema, keys
     for inner_path, section in inner:

@@ -34,17 +34,18 @@ class Section(BaseModel):
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field of this type holds, also an optional one, or one of a list."""
+    """The section that a field of this type holds, also an optional one, or one of a container."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inner = map(section_of, typing.get_args(annotation))
     return next((section for section in inner if section is not None), None)
 
 
-def holds_list(annotation: Any) -> bool:
-    """Whether a field of sections is a list of them."""
+def holds(container: type, annotation: Any) -> bool:
+    """Whether a field of sections is a list, or a dict, of them."""
     arguments = typing.get_args(annotation)
-    return typing.get_origin(annotation) is list or any(map(holds_list, arguments))
+    inner = (holds(container, argument) for argument in arguments)
+    return typing.get_origin(annotation) is container or any(inner)
 
 
 class OneOf:

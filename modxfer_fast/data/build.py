@@ -16,7 +16,7 @@ from modxfer_fast.config import DataSection, SourceSection
 from modxfer_fast.data.collator import CausalCollator, EncoderCollator
 from modxfer_fast.data.document_stream import DocumentStream
 from modxfer_fast.data.encoding import ROW, tokenise_documents, tokenise_texts
-from modxfer_fast.data.facts import LOSS_WEIGHT
+from modxfer_fast.data.facts import LOSS_WEIGHT, TEACHER, TeacherColumn
 from modxfer_fast.data.mixing import chosen, shares
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
@@ -88,6 +88,9 @@ class Corpus:
             for text in [repr(document)] if is_chat else document.texts():
                 digest.update(text.encode("utf-8", "surrogatepass"))
                 digest.update(b"\0")
+        for part in self.parts:
+            if isinstance(part.train, Dataset) and TEACHER in part.train.column_names:
+                digest.update(repr(part.train[TEACHER][:]).encode())
         return digest.hexdigest()[:16]
 
 
@@ -115,13 +118,17 @@ class Rows:
         return [rows[i % len(rows)] for i in range(number)]
 
 
-def load_corpus(section: DataSection) -> Corpus:
-    """Load, split and mix; DataError for a missing source or columns, or too few documents."""
+def load_corpus(section: DataSection, teachers: Sequence[str] = ()) -> Corpus:
+    """Load, split and mix; DataError for a missing source or columns, or too few documents.
+
+    Args:
+        teachers: names that a `teacher_column` may hold, or `teacher` of a source.
+    """
     sources = section.parts
     weighs = any(source.loss_weight != 1.0 for source in sources)
     if section.streaming:
-        return Corpus(tuple(_streamed(source, section, weighs) for source in sources))
-    parts = [_documents(source, section) for source in sources]
+        return Corpus(tuple(_streamed(source, section, weighs, teachers) for source in sources))
+    parts = [_documents(source, section, teachers) for source in sources]
     if weighs:
         parts = [
             replace(part, train=_with_fact(part.train, LOSS_WEIGHT, part.source.loss_weight))
@@ -146,27 +153,48 @@ def load_corpus(section: DataSection) -> Corpus:
     return Corpus(tuple(parts))
 
 
-def _streamed(source: SourceSection, section: DataSection, weighs: bool) -> Documents:
-    facts = {LOSS_WEIGHT: source.loss_weight} if weighs else {}
+def _streamed(
+    source: SourceSection, section: DataSection, weighs: bool, teachers: Sequence[str]
+) -> Documents:
+    facts: dict[str, float | int] = {LOSS_WEIGHT: source.loss_weight} if weighs else {}
+    column = None
+    if source.teacher is not None:
+        facts[TEACHER] = teachers.index(source.teacher)
+    if source.teacher_column is not None:
+        column = TeacherColumn(source.teacher_column, tuple(teachers))
     if source.eval_source is None:
-        stream, held_out = DocumentStream.of(source, section.num_eval_documents, facts)
+        stream, held_out = DocumentStream.of(source, section.num_eval_documents, facts, column)
         return Documents(source, stream, held_out, stream.format, stream.format)
-    held_out, held_out_format = _held_out(source, source.eval_source)
-    stream, _ = DocumentStream.of(source, 0, facts)
+    held_out, held_out_format = _held_out(source, source.eval_source, teachers)
+    stream, _ = DocumentStream.of(source, 0, facts, column)
     return Documents(source, stream, held_out, stream.format, held_out_format)
 
 
-def _with_fact(documents: Dataset, fact: str, value: float) -> Dataset:
+def _with_fact(documents: Dataset, fact: str, value: float | int) -> Dataset:
     """The same value for all documents of a source."""
     return documents.add_column(fact, [value] * len(documents))
 
 
-def _documents(source: SourceSection, section: DataSection) -> Documents:
-    train, train_format = _load(source, source.source, source.split)
+def _with_teachers(
+    documents: Dataset, section: SourceSection, teachers: Sequence[str], source: str
+) -> Dataset:
+    """The number of each document's teacher beside it, where the section says one."""
+    if section.teacher is not None:
+        return _with_fact(documents, TEACHER, teachers.index(section.teacher))
+    if section.teacher_column is None:
+        return documents
+    column = TeacherColumn(section.teacher_column, tuple(teachers))
+    column.check(documents.column_names, source)
+    rows = enumerate(documents[column.column], start=1)
+    return documents.add_column(TEACHER, [column.number(name, row, source) for row, name in rows])
+
+
+def _documents(source: SourceSection, section: DataSection, teachers: Sequence[str]) -> Documents:
+    train, train_format = _load(source, source.source, source.split, teachers)
     if source.max_documents is not None and len(train) > source.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(source.max_documents))
     if source.eval_source is not None:
-        held_out, held_out_format = _held_out(source, source.eval_source)
+        held_out, held_out_format = _held_out(source, source.eval_source, teachers)
     else:
         if len(train) < 2:
             raise DataError(
@@ -180,7 +208,9 @@ def _documents(source: SourceSection, section: DataSection) -> Documents:
     return Documents(source, train, held_out, train_format, held_out_format)
 
 
-def _held_out(source: SourceSection, eval_source: str) -> tuple[Dataset, str]:
+def _held_out(
+    source: SourceSection, eval_source: str, teachers: Sequence[str]
+) -> tuple[Dataset, str]:
     learnt = {Path(file).expanduser().absolute() for file in files_of(source.source)}
     for file in files_of(eval_source):
         path = Path(file).expanduser()
@@ -191,10 +221,12 @@ def _held_out(source: SourceSection, eval_source: str) -> tuple[Dataset, str]:
                 "which the student trains on; name another file, or another eval_split of a "
                 "dataset"
             )
-    return _load(source, eval_source, source.eval_split)
+    return _load(source, eval_source, source.eval_split, teachers)
 
 
-def _load(section: SourceSection, source: str, split: str) -> tuple[Dataset, str]:
+def _load(
+    section: SourceSection, source: str, split: str, teachers: Sequence[str]
+) -> tuple[Dataset, str]:
     """The documents of `source`, of all files where it is a pattern, and their format."""
     columns = {str(ours): theirs for ours, theirs in section.columns.items()}
     files = []
@@ -202,6 +234,7 @@ def _load(section: SourceSection, source: str, split: str) -> tuple[Dataset, str
         documents = load_source(path, name=section.name, split=split, lines=section.lines)
         if not len(documents):
             raise DataError(f"data source {path}: expected documents, got none")
+        documents = _with_teachers(documents, section, teachers, path)
         documents = with_columns(documents, columns, path)
         files.append((path, documents, detect_format(documents, section.format, path)))
     path, documents, fmt = files[0]

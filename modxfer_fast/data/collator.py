@@ -23,6 +23,7 @@ class CausalCollator:
                        the same document; -100 where there is none
         num_valid      int, number of labels that are not -100
         token_weights  [B, T] float32, the factor of each token's loss; of rows that have it
+        teacher_index  [B, T] int64, the number of each token's teacher; of rows that have it
 
     Of a packed batch the engine hands a model the positions and not the mask: transformers keeps
     documents apart by their positions only when it gets no mask, and no token sees the padding on

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from modxfer_fast.config import SourceSection
 from modxfer_fast.data.encoding import ROW
+from modxfer_fast.data.facts import TEACHER, TeacherColumn
 from modxfer_fast.data.sources import (
     READ,
     detect_format,
@@ -29,7 +30,8 @@ class DocumentStream:
     """How a source is read.
 
     format: of its documents. renames: {name in the source: ours}. num_skipped: documents at its
-        head that are held out. facts: of each of its documents, by column.
+        head that are held out. facts: of each of its documents, by column. teachers: which column
+        says whose each of them is.
     """
 
     source: SourceSection
@@ -37,10 +39,15 @@ class DocumentStream:
     renames: Mapping[str, str]
     num_skipped: int
     facts: Mapping[str, Any]
+    teachers: TeacherColumn | None = None
 
     @classmethod
     def of(
-        cls, source: SourceSection, num_held_out: int, facts: Mapping[str, Any]
+        cls,
+        source: SourceSection,
+        num_held_out: int,
+        facts: Mapping[str, Any],
+        teachers: TeacherColumn | None = None,
     ) -> tuple["DocumentStream", Dataset]:
         """The stream, and documents at its head, under our names of columns.
 
@@ -60,12 +67,30 @@ class DocumentStream:
                 f"its head that are held out (data.eval_documents), got {len(head)}"
             )
         documents = Dataset.from_list(head[:needed])
+        if teachers is not None:
+            teachers.check(documents.column_names, source.source)
         columns = {str(ours): theirs for ours, theirs in source.columns.items()}
         renames = renames_of(documents.column_names, columns, source.source)
         documents = with_columns(documents, columns, source.source)
         fmt = detect_format(documents, source.format, source.source)
+        stream = cls(source, fmt, renames, num_held_out, facts, teachers)
+        told = [stream.facts_of(document, i) for i, document in enumerate(head[:needed], start=1)]
+        if TEACHER in told[0]:
+            documents = documents.add_column(TEACHER, [each[TEACHER] for each in told])
         documents = documents.add_column(ROW, list(range(1, needed + 1)))
-        return cls(source, fmt, renames, num_held_out, facts), documents
+        return stream, documents
+
+    def facts_of(self, document: Mapping[str, Any], row: int) -> dict[str, Any]:
+        """The facts of a document as it is in the source, the row counted from 1.
+
+        Raises:
+            DataError: an unknown teacher.
+        """
+        if self.teachers is None:
+            return dict(self.facts)
+        name = document[self.teachers.column]
+        number = self.teachers.number(name, row, self.source.source)
+        return {**self.facts, TEACHER: number}
 
     def identity(self) -> list[Any]:
         """What tells this source from another one, without reading it: its files and their sizes.
@@ -142,7 +167,7 @@ class DocumentReader:
         self._size = len(next(iter(chunk.values())))
         self._own = [
             {name: values[i] for name, values in columns.items() if name in READ}
-            | {ROW: number + 1, **stream.facts}
+            | {ROW: number + 1, **stream.facts_of({k: v[i] for k, v in chunk.items()}, number + 1)}
             for i, number in enumerate(range(self._number, self._number + self._size))
             if number >= stream.num_skipped
             and (number - stream.num_skipped) % self._num_parts == self._part

@@ -7,7 +7,7 @@ and a list with one value a document of each fact (facts.py).
 from collections.abc import Callable
 from itertools import chain
 
-from modxfer_fast.data.facts import FACTS
+from modxfer_fast.data.facts import FACTS, TEACHER
 
 Columns = dict[str, list]  # a batch of `Dataset.map(batched=True)`
 
@@ -31,14 +31,24 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def packer(max_length: int, *, packing: bool) -> Callable[[Columns], Columns]:
-    """A function for `Dataset.map(batched=True)` that turns pieces that have tokens into rows."""
+    """A function for `Dataset.map(batched=True)` that turns pieces that have tokens into rows.
+
+    Pieces that different teachers are asked about come into different rows, so that each teacher
+    reads its own alone.
+    """
 
     def pack_batch(pieces: Columns) -> Columns:
         lengths = [len(ids) for ids in pieces["input_ids"]]
         filled = [i for i, length in enumerate(lengths) if length]
         if packing:
-            fitted = best_fit([lengths[i] for i in filled], max_length)
-            rows = [[filled[k] for k in row] for row in fitted]
+            groups: dict[int, list[int]] = {}
+            for i in filled:
+                groups.setdefault(pieces[TEACHER][i] if TEACHER in pieces else 0, []).append(i)
+            rows = [
+                [own[k] for k in row]
+                for _, own in sorted(groups.items())
+                for row in best_fit([lengths[i] for i in own], max_length)
+            ]
         else:
             rows = [[i] for i in filled]
         return {

@@ -15,6 +15,7 @@ from modxfer_fast.engine.teachers.quantized import QuantizedTeacher
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
 from modxfer_fast.engine.teachers.served import ServedTeacher
+from modxfer_fast.engine.teachers.several import SeveralTeachers
 from modxfer_fast.engine.teachers.sharded import ShardedTeacher
 from modxfer_fast.engine.trainer import DistillTrainer
 
@@ -30,6 +31,7 @@ __all__ = [
     "Sampling",
     "SelfDistillation",
     "ServedTeacher",
+    "SeveralTeachers",
     "ShardedTeacher",
     "TaskHiddenOptions",
     "TaskTextCollator",

@@ -4,7 +4,8 @@ A kind of student (students/) reads what a collator made into a `Batch`; student
 turn it into an `Answer`; the losses turn two answers into `Terms`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from modxfer_fast.engine.features.taps import LayerStates
 from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.linear_kd_loss.mixture import TeacherMixture
 from modxfer_fast.serving import Pending
 
 
@@ -38,6 +40,18 @@ class TokenSet(NamedTuple):
         return torch.full((), self.num_valid or 0, dtype=torch.float64, device=device)
 
 
+class Route(NamedTuple):
+    """Which of several teachers each token is learnt from.
+
+    Attributes:
+        numbers: [B, T] int64, of the teacher; of tokens that count.
+        rows: of each teacher, [n] int64: the rows that hold such a token.
+    """
+
+    numbers: Tensor
+    rows: Sequence[Tensor]
+
+
 class Batch(NamedTuple):
     """A micro-batch, as a kind of student reads it.
 
@@ -53,6 +67,7 @@ class Batch(NamedTuple):
             all, and those of the student where the teacher has none of its own.
         answered: what a teacher that answered before said to these inputs, by name, or what one
             was asked that has not answered yet.
+        route: to the teachers, where the data names them.
     """
 
     inputs: Mapping[str, Any]
@@ -65,6 +80,7 @@ class Batch(NamedTuple):
     rows: Tensor | None = None
     teacher_rows: Tensor | None = None
     answered: Mapping[str, Tensor] | Pending | None = None
+    route: Route | None = None
 
     @property
     def for_teacher(self) -> tuple[Mapping[str, Any], Tensor | None]:
@@ -78,11 +94,13 @@ class Answer(NamedTuple):
 
     Attributes:
         output: last hidden states [B, T, D], or the logits [n, C] of a classifier; of a teacher of
-            listed classes their log-probabilities [B, T, K].
+            listed classes their log-probabilities [B, T, K]; of several teachers that of the first.
         head: weight [V, D] and bias [V] or None, which make logits of hidden states; None where
             there is no head, or where `output` is logits already.
         bend: what the model does to those logits.
         states: of the layers that were asked for.
+        listed: what a teacher of listed classes says.
+        mixture: hidden states [B, T, D] and heads of several teachers.
     """
 
     output: Tensor
@@ -90,6 +108,16 @@ class Answer(NamedTuple):
     states: LayerStates = LayerStates()
     bend: Bend = Bend()
     listed: TeacherTopK | None = None
+    mixture: TeacherMixture | None = None
+
+    def is_finite(self) -> Tensor:
+        """[B, T] bool; of several teachers whether those are that a token is learnt from."""
+        if self.mixture is None:
+            return self.output.isfinite().all(-1)
+        each = torch.stack([one.hidden.isfinite().all(-1) for one in self.mixture.teachers])
+        if self.mixture.route is None:
+            return each.all(0)
+        return each.gather(0, self.mixture.route[None])[0]
 
     def leading(self, num_classes: int | None) -> "Answer":
         """With a head of the first classes, views, where the others' gradient is then zero; of
@@ -98,12 +126,20 @@ class Answer(NamedTuple):
             ids = self.listed.ids
             listed = self.listed._replace(ids=ids.masked_fill(ids >= num_classes, -1))
             return self._replace(listed=listed)
+        if self.mixture is not None and num_classes is not None:
+            teachers = [
+                replace(one, weight=one.weight[:num_classes], bias=_leading(one.bias, num_classes))
+                for one in self.mixture.teachers
+            ]
+            return self._replace(mixture=replace(self.mixture, teachers=teachers))
         if self.head is None or num_classes is None or num_classes >= len(self.head[0]):
             return self
         weight, bias = self.head
-        return self._replace(
-            head=(weight[:num_classes], None if bias is None else bias[:num_classes])
-        )
+        return self._replace(head=(weight[:num_classes], _leading(bias, num_classes)))
+
+
+def _leading(bias: Tensor | None, num_classes: int) -> Tensor | None:
+    return None if bias is None else bias[:num_classes]
 
 
 class Terms(NamedTuple):

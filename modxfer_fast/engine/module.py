@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.config import HiddenStatesSection, RelationsSection
-from modxfer_fast.engine.batch import Answer, Batch, Terms
+from modxfer_fast.engine.batch import Answer, Batch, Route, Terms
 from modxfer_fast.engine.deepspeed import gathered
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.features.terms import FeatureLosses
@@ -25,6 +25,7 @@ from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
 from modxfer_fast.engine.teachers.served import ServedTeacher
+from modxfer_fast.engine.teachers.several import INDEX, ROWS, SeveralTeachers, models_of
 from modxfer_fast.models.architecture import without_peft
 
 
@@ -74,7 +75,7 @@ class DistillModule(nn.Module):
             raise ValueError("hidden_states: expected options, because there is no other loss")
         if isinstance(teacher, SelfDistillation):
             teacher = teacher.of(student, parts.kind)
-        if teacher is not None and getattr(teacher, "model", None) is student:
+        if student in models_of(teacher).values():
             raise ValueError(
                 "teacher: expected a model of its own, got the student, frozen by that"
             )
@@ -85,7 +86,11 @@ class DistillModule(nn.Module):
         self.objective = objective
         self.parts = parts.of(student, "student")
         # a head padded further than the other one has classes that no token is
-        self._num_classes = None if teacher is None else self.parts.common_classes(teacher)
+        self._num_classes = None
+        if isinstance(teacher, SeveralTeachers):
+            self._num_classes = teacher.common_classes(self.parts)
+        elif teacher is not None:
+            self._num_classes = self.parts.common_classes(teacher)
         self.features = self._student_taps = self._teacher_taps = None
         if hidden_states is not None or relations is not None:
             if teacher is None:
@@ -183,7 +188,7 @@ class DistillModule(nn.Module):
     def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
         """A user's collator, made to give on the host what `forward` wants."""
         collator = self.parts.collator(collator, self._needs_all_tokens)
-        if isinstance(self.teacher, CachedTeacher) or (
+        if isinstance(self.teacher, CachedTeacher | SeveralTeachers) or (
             # one that is asked when it is needed is not asked for what training does not read
             isinstance(self.teacher, ServedTeacher) and self._learns_logits
         ):
@@ -219,13 +224,16 @@ class DistillModule(nn.Module):
                     the sum is the number of labels all the same.
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
+                teacher_index, rows_of_teachers: the `Route` to `SeveralTeachers`.
                 teacher_answers: what a `CachedTeacher` or `ServedTeacher` answered, or will.
                 on_policy: whether the student wrote the labels, on which cross entropy then has no
                     weight.
         """
         answered, is_written = inputs.pop(ANSWERS, None), inputs.pop(ON_POLICY, False)
+        index, rows = inputs.pop(INDEX, None), inputs.pop(ROWS, None)
+        route = None if index is None or rows is None else Route(index, rows)
         batch, objective = self.parts.read(**inputs), self.objective
-        batch = batch._replace(answered=answered)
+        batch = batch._replace(answered=answered, route=route)
         if not self.training:  # figures say what each token is worth
             batch = batch._replace(compared=batch.compared._replace(weights=None))
         if objective is not None and not self.training:
@@ -277,5 +285,5 @@ def _is_finite(target: Answer | None, batch: Batch) -> Tensor | None:
     """Whether a teacher's output is finite where it counts: padding may hold anything."""
     if target is None:
         return None
-    broken, counted = ~target.output.isfinite().all(-1), batch.compared.mask
+    broken, counted = ~target.is_finite(), batch.compared.mask
     return ~(broken if counted is None else broken & counted).any()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map
 
 from modxfer_fast.engine.module import DistillModule
+from modxfer_fast.engine.teachers.several import models_of as models_of_teacher
 from modxfer_fast.models.architecture import without_peft
 
 FOLDER, STUDENT = "nonfinite", "student"
@@ -234,7 +235,5 @@ def explain(
 def models_of(module: DistillModule) -> dict[str, nn.Module]:
     """The models whose tensors can be named, by the names that findings begin with."""
     models: dict[str, nn.Module] = {"student": without_peft(module.student)}
-    teacher = getattr(module.teacher, "model", None)
-    if isinstance(teacher, nn.Module):
-        models["teacher"] = without_peft(teacher)
-    return models
+    of_teacher = models_of_teacher(module.teacher).items()
+    return models | {role: without_peft(model) for role, model in of_teacher}

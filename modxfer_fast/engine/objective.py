@@ -14,6 +14,7 @@ from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.common.rows import Launch, Tokens
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss import loss_of_heads
+from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Objective(KDSpec):
     def terms(
         self,
         student: Head,
-        teacher: Head | TeacherTopK,
+        teacher: Head | TeacherTopK | Mixture,
         labels: Tensor,
         normalizer: Tensor | float | None,
         num_valid: int | None,
@@ -78,7 +79,8 @@ class Objective(KDSpec):
         token_weights: Tensor | None = None,
         bends: tuple[Bend, Bend] = (Bend(), Bend()),
     ) -> KDTerms:
-        """Of hidden states [B, T, D] and heads, or classes [B, T, K] of a teacher that lists them.
+        """Of hidden states [B, T, D] and heads, or classes [B, T, K] of a teacher that lists them,
+        or several teachers.
 
         Args:
             labels: [B, T].
@@ -87,14 +89,15 @@ class Objective(KDSpec):
             bends: what student and teacher do to the logits of their heads.
 
         Raises:
-            ValueError: impl "dense" of a teacher that lists classes.
+            ValueError: impl "dense" of a teacher that lists classes, or of several.
         """
         of_student, of_teacher = bends
         spec = replace(self, **of_student.options("student"), **of_teacher.options("teacher"))
         if self.impl == "dense":
             if not isinstance(teacher, Head):
                 raise ValueError(
-                    "loss_impl: expected fused with a teacher of listed classes, got dense"
+                    "loss_impl: expected fused with a teacher of listed classes or several "
+                    "teachers, got dense"
                 )
             return spec._dense(student, teacher, labels, normalizer, token_weights)
         tokens = Tokens(labels, token_weights, normalizer, num_valid=num_valid)

@@ -76,9 +76,9 @@ class DistillTrainer(Trainer):
     Args:
         model: student, PreTrainedModel or PeftModel.
         args: configuration; under ZeRO-3 made before `model` was loaded.
-        teacher: frozen model, or a Teacher, or what answers as one does
-            (teachers/protocol.py), or `SelfDistillation` for the student's own network, or None for
-            cross entropy alone. With kd_weight=0 it takes part in evaluation only.
+        teacher: frozen model, or a Teacher, or several as `SeveralTeachers`, or what answers as one
+            does (teachers/protocol.py), or `SelfDistillation` for the student's own network, or
+            None for cross entropy alone. With kd_weight=0 it takes part in evaluation only.
         data_collator: see above.
         train_dataset: rows that `data_collator` reads; also a `RowStream`.
         processing_class: tokenizer, saved with the student. It lets vocabularies of the two models

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from modxfer_fast.report.teachers import teachers_of
+
 _LINES = {  # colour and label by whose line it is
     "teacher": ("#555555", "teacher"),
     "ce_only": ("#d1702c", "student, cross entropy alone"),
@@ -42,8 +44,10 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
             start = run["start"] if from_start else {}
             _lines(axis, {**run, "start": start}, key, labelled=number == 0)
         if key == "eval_perplexity":
-            colour, label = _LINES["teacher"]
-            axis.axhline(report["teacher"][key], color=colour, linestyle="--", label=label)
+            colour, _ = _LINES["teacher"]
+            for i, (label, teacher) in enumerate(teachers_of(report).items()):
+                style = ("--", ":", "-.")[i % 3]
+                axis.axhline(teacher[key], color=colour, linestyle=style, label=label)
         drawn = (value for line in axis.lines for value in line.get_ydata())
         if logarithmic and any(value > 0 for value in drawn):
             axis.set_yscale("log")
@@ -61,7 +65,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
 
 def _panels(report: dict[str, Any]) -> list[tuple[str, str, bool, bool]]:
     """Key of what is drawn, title, whether on a logarithmic axis and from before training on."""
-    if "eval_perplexity" not in report["teacher"]:
+    if not any("eval_perplexity" in teacher for teacher in teachers_of(report).values()):
         return [
             ("eval_hidden_loss", "held-out loss of hidden states", True, True),
             (_PAIR, "held-out cosine of hidden states, by layer", False, True),

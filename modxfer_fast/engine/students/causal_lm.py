@@ -32,6 +32,7 @@ from modxfer_fast.engine.students.text import TextModel, read_tokens
 from modxfer_fast.kernels.common import Bend
 from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.linear_kd_loss.mixture import Mixture
 from modxfer_fast.models.architecture import without_peft
 from modxfer_fast.models.checks import has_values, true_shape
 from modxfer_fast.models.logits import bends_of, entries_of
@@ -109,11 +110,14 @@ class SplitCausalLM(TextModel):
             target = Answer(answer.output.detach()[..., :0], nothing)  # no bend: logits of 0
         assert target is not None
         assert batch.labels is not None
-        if target.listed is None:
-            assert target.head is not None
-            teacher: Head | TeacherTopK = Head(target.output, *target.head)
-        else:
+        teacher: Head | TeacherTopK | Mixture
+        if target.mixture is not None:
+            teacher = target.mixture.kind()
+        elif target.listed is not None:
             teacher = target.listed
+        else:
+            assert target.head is not None
+            teacher = Head(target.output, *target.head)
         terms = objective.terms(
             Head(answer.output, *answer.head),
             teacher,

@@ -28,7 +28,12 @@ class Teacher:
         kind: of its answers, among the kinds of students.
         num_tokens: of the tokenizer that it shares with its student, where known. Vocabularies may
             then be padded to different sizes: the classes that both have count, the others do not.
+
+    Attributes:
+        is_collective: whether ranks answer together, and so equally often.
     """
+
+    is_collective = False
 
     def __init__(
         self,

@@ -32,6 +32,8 @@ class ShardedTeacher(Teacher):
         offload: keep the parts in the memory of the host.
     """
 
+    is_collective = True
+
     def __init__(
         self,
         model: nn.Module,

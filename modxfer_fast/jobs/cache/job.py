@@ -35,6 +35,8 @@ class CacheJob(DistillJob):
                 f"kind: expected causal_lm, whose last hidden states a cache keeps, "
                 f"got {self.config.kind}"
             )
+        if self.config.teachers is not None:
+            raise ConfigError("teachers: expected one teacher, whose answers a cache keeps")
         if self.config.data.streaming:
             raise ConfigError("data.streaming: expected false, because a cache is filled before")
         if self.config.teacher.is_student:

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modxfer_fast.config import JobConfig
 from modxfer_fast.files import write_text
+from modxfer_fast.report.teachers import teachers_of
 
 CARD = "README.md"
 _TAGS = ("modxfer_fast", "knowledge-distillation")
@@ -58,7 +59,7 @@ def _text(config: JobConfig, report: dict[str, Any], run: dict[str, Any]) -> str
 
 A student that modxfer_fast {report["modxfer_fast"]} distilled.
 
-- teacher: {_teacher(config)}
+{_teachers(config)}
 - student before: {_named(config.student.path)}, {run["start"]["parameters"]:,} parameters, \
 {run["start"]["trainable_parameters"]:,} of them trained
 - text: {_learnt(facts)}
@@ -66,7 +67,7 @@ A student that modxfer_fast {report["modxfer_fast"]} distilled.
 
 ## On held-out text
 
-{_table(report["teacher"], run)}
+{_table(teachers_of(report), run)}
 
 {facts["held_out_tokens"]:,} tokens of {facts["held_out_documents"]:,} documents. Trained in \
 {run["student"]["seconds"]:.0f} s on {ranks} process{"es" if ranks > 1 else ""} \
@@ -90,11 +91,16 @@ with {versions}, and as `job.yaml`:
 """
 
 
-def _teacher(config: JobConfig) -> str:
-    teacher = config.teacher
-    if teacher.is_student:
-        return f"the student's own network, source {teacher.source}"
-    return f"{_named(teacher.path)}, plan {teacher.plan}"
+def _teachers(config: JobConfig) -> str:
+    """A line for each."""
+    together = "the one that each document names" if config.is_routed else "a mixture of all"
+    lines = []
+    for role, teacher in config.teacher_sections.items():
+        said = f"{_named(teacher.path)}, plan {teacher.plan}"
+        if teacher.is_student:
+            said = f"the student's own network, source {teacher.source}"
+        lines.append(f"- {role.replace('teachers.', 'teacher ')}: {said}")
+    return "\n".join([*lines, *([f"- learnt from: {together}"] if config.teachers else [])])
 
 
 def _learnt(facts: dict[str, Any]) -> str:
@@ -103,8 +109,8 @@ def _learnt(facts: dict[str, Any]) -> str:
     return f"{facts['train_tokens']:,} tokens of {facts['documents']:,} documents"
 
 
-def _table(teacher: dict[str, Any], run: dict[str, Any]) -> str:
-    rows = {"teacher": teacher, "student before": run["start"], "student": run["student"]}
+def _table(teachers: dict[str, dict[str, Any]], run: dict[str, Any]) -> str:
+    rows = {**teachers, "student before": run["start"], "student": run["student"]}
     names = [name for name in _FIGURES if name in run["student"]]
     lines = [["model", *(_FIGURES[name] for name in names)], ["---"] * (1 + len(names))]
     for label, figures in rows.items():

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import ConfigError, JobConfig, OnPolicySection
-from modxfer_fast.config.model import SERVED_WAYS
+from modxfer_fast.config.model import MIXTURES, SERVED_WAYS, TeacherModelSection
 from modxfer_fast.data import Corpus, build_rows, load_corpus, tokenizer_digest
 from modxfer_fast.engine import (
     DistillModule,
     QuantizedTeacher,
     SelfDistillation,
+    SeveralTeachers,
     ShardedTeacher,
     Teacher,
     TeacherProtocol,
@@ -72,7 +73,7 @@ class DistillJob(Job):
     def check(self) -> None:
         config = self.config
         check_training(config.training, "training")
-        for role, section in (("teacher", config.teacher), ("student", config.student)):
+        for role, section in (*config.teacher_sections.items(), ("student", config.student)):
             if section.pretrain is not None:
                 check_training(section.pretrain, f"{role}.pretrain", pretrain=True)
         if config.training.get("push_to_hub") and len(config.seeds) > 1:
@@ -82,19 +83,11 @@ class DistillJob(Job):
             )
         if config.student.peft is not None:
             check_peft(config.student.peft, "student.peft")
-        if config.teacher.plan == "quantized":
-            self.check_quantizer()
-        if config.teacher.plan == "served" and config.teacher.served is not None:
-            check_listed_loss(
-                config, config.teacher.served.tail, "teacher.served.tail: renormalise"
-            )
-
-    def check_quantizer(self) -> None:
-        """Raise a ConfigError where what stores the teacher in fewer bits is not installed."""
-        try:
-            quantizer_of(self.config.teacher.stored_as or "")
-        except ImportError as error:
-            raise ConfigError(str(error)) from error
+        for section in config.teacher_sections.values():
+            if section.plan == "quantized":
+                check_quantizer(section)
+            if section.plan == "served" and section.served is not None:
+                check_listed_loss(config, section.served.tail, "teacher.served.tail: renormalise")
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """As of every job, but a part of this one is of no use alone: `until` names no stage.
@@ -140,8 +133,9 @@ class DistillJob(Job):
         return evaluation_args(config.training, path, config.loss, kind=config.kind).device
 
     def stages(self) -> Mapping[str, Callable[[], Stage | None]]:
-        """The teacher; what follows depends on it."""
-        return {"teacher": self._teacher_stage}
+        """Each teacher; what follows depends on them."""
+        sections = self.config.teacher_sections.items()
+        return {role: partial(self._teacher_stage, role, one) for role, one in sections}
 
     def report(self) -> dict[str, Any]:
         config, console = self.config, self.console
@@ -202,7 +196,8 @@ class DistillJob(Job):
 
     @cached_property
     def documents(self) -> Corpus:
-        documents, section = load_corpus(self.config.data), self.config.on_policy
+        documents = load_corpus(self.config.data, tuple(self.config.teachers or ()))
+        section = self.config.on_policy
         has_prompts = all(part.train_format != "text" for part in documents.parts)
         if section is not None and section.prompt_length is None and not has_prompts:
             raise ConfigError(
@@ -250,42 +245,57 @@ class DistillJob(Job):
     def evaluation(self) -> Evaluation:
         return Evaluation(self.material, self.config.training, self.config.loss)
 
-    def _teacher_stage(self) -> Stage | None:
-        return model_stage(self.config.teacher, "teacher", self.material, seed=0)
+    def _teacher_stage(self, role: str, section: TeacherModelSection) -> Stage | None:
+        return model_stage(section, role, self.material, seed=0)
 
-    def teacher_source(self) -> ModelSource:
-        """Where the teacher's weights come from, made if its stage was not run before."""
-        stage = self._teacher_stage()
-        return ModelSource.of(self.config.teacher, stage, self.store, self.console)
+    def teacher_source(
+        self, role: str = "teacher", section: TeacherModelSection | None = None
+    ) -> ModelSource:
+        """Where the weights of a teacher, the only one where none is named, come from, made if its
+        stage was not run before."""
+        section = section or self.config.teacher
+        stage = self._teacher_stage(role, section)
+        return ModelSource.of(section, stage, self.store, self.console)
 
-    def load_teacher(self, source: ModelSource) -> PreTrainedModel:
-        """The teacher's model, looked at; of a divided one this process has its part."""
-        section = self.config.teacher
+    def load_teacher(self, source: ModelSource, role: str = "teacher") -> PreTrainedModel:
+        """A teacher's model, looked at; of a divided one this process has its part."""
+        section = self.config.teacher_sections[role]
         if section.stored_as is not None:
-            self.check_quantizer()
+            check_quantizer(section)
         loading: Any = nullcontext()
         if section.is_divided:
             loading = deepspeed.loading_in_parts(offload=section.plan.endswith("offload"))
         with loading:
             model = load_model(source.path, section, self.config.kind)
-        self._check_model(model, "teacher", packing=section.stored_as is None)
+        self._check_model(model, role, packing=section.stored_as is None)
         return model
 
     def _prepare_teacher(self) -> tuple[Live, dict[str, Any]]:
-        """The teacher, told by where its weights come from, with its facts and figures."""
+        """What the student learns from, told by where its weights come from, with facts and
+        figures."""
+        config = self.config
+        if config.teachers is None:
+            return self._prepare_one()
+        found = {name: self._prepare_loaded(f"teachers.{name}") for name in config.teachers}
+        several = several_teachers(config, {name: live.value for name, (live, _) in found.items()})
+        told: dict[str, Any] = {"of": several.of}
+        if several.of != "route":
+            told["weights"] = dict(zip(several.teachers, several.weights, strict=True))
+        identity = [[name, live.identity] for name, (live, _) in found.items()]
+        facts = {**told, "teachers": {name: facts for name, (_, facts) in found.items()}}
+        return Live(several, [told, identity]), facts
+
+    def _prepare_one(self) -> tuple[Live, dict[str, Any]]:
         config = self.config
         if config.teacher.is_student:
             itself = SelfDistillation(config.teacher.source, config.teacher.ema_decay)
             self.console.say(f"the student's own network, source {itself.source}")
             facts = {"plan": config.teacher.plan, **asdict(itself)}
             return Live(itself, facts), facts
+        if config.teacher.plan not in ("served", "cached"):
+            return self._prepare_loaded("teacher")
         source = self.teacher_source()
-        facts = {
-            "path": source.path,
-            "from_cache": source.cached,
-            "plan": config.teacher.plan,
-            "pretrain": source.pretrain,
-        }
+        facts = _facts_of(source, config.teacher)
         if config.teacher.served is not None and config.teacher.plan == "served":
             served = open_served(config, self.material)
             section = config.teacher.served
@@ -296,23 +306,29 @@ class DistillJob(Job):
             answers = section.model_dump(exclude=set(SERVED_WAYS))
             told = teacher_facts(source, config, self.material.tokenizer)
             return Live(served, [told, answers]), facts
-        if config.teacher.plan == "cached":
-            cached = open_cached(config, source, self.material)
-            cache = cached.cache
-            self.console.say(
-                f"answers to {len(cache):,} documents, {cache.num_tokens:,} tokens, by "
-                f"{cached.signal}, in {cache.folder}"
-            )
-            facts |= {"documents": len(cache), "tokens": cache.num_tokens, "signal": cached.signal}
-            return Live(cached, [source, facts_of(config.teacher.cache)]), facts
-        model = self.load_teacher(source)
-        parameters, stored_as = num_elements(model), config.teacher.stored_as
-        quantized = None if stored_as is None else self.make_teacher(model)
+        cached = open_cached(config, source, self.material)
+        cache = cached.cache
+        self.console.say(
+            f"answers to {len(cache):,} documents, {cache.num_tokens:,} tokens, by "
+            f"{cached.signal}, in {cache.folder}"
+        )
+        facts |= {"documents": len(cache), "tokens": cache.num_tokens, "signal": cached.signal}
+        return Live(cached, [source, facts_of(config.teacher.cache)]), facts
+
+    def _prepare_loaded(self, role: str) -> tuple[Live, dict[str, Any]]:
+        """A teacher whose weights this job holds."""
+        section = self.config.teacher_sections[role]
+        source = self.teacher_source(role, section)
+        facts = _facts_of(source, section)
+        model = self.load_teacher(source, role)
+        parameters, stored_as = num_elements(model), section.stored_as
+        quantized = None if stored_as is None else self.make_teacher(model, role)
         # without logits there are no figures without a student
         metrics = self.evaluation.figures(model, None) if self.evaluation.has_logits else {}
         facts |= {"parameters": parameters, **metrics}
         self.console.say(
-            f"{parameters / 1e6:.2f} M parameters"
+            ("" if role == "teacher" else f"{role}: ")
+            + f"{parameters / 1e6:.2f} M parameters"
             + (" (from the cache)" if source.cached else "")
             + (f", held-out perplexity {metrics['eval_perplexity']:.2f}" if metrics else "")
         )
@@ -322,17 +338,17 @@ class DistillJob(Job):
                 f"blocks in {stored_as}: {facts['parameter_bytes'] / 2**20:,.1f} MiB of parameters"
             )
             return Live(quantized, [source, stored_as]), facts
-        return Live(self.make_teacher(model), source), facts
+        return Live(self.make_teacher(model, role), source), facts
 
-    def make_teacher(self, model: PreTrainedModel) -> Teacher:
-        """The teacher of a loaded model, as the plan of the job has it."""
-        section = self.config.teacher
+    def make_teacher(self, model: PreTrainedModel, role: str = "teacher") -> Teacher:
+        """The teacher of a loaded model, as the plan of its section has it."""
+        section = self.config.teacher_sections[role]
         make: Any = ShardedTeacher if section.is_divided else Teacher
         if section.stored_as is not None:
             make = partial(QuantizedTeacher, quantization=section.stored_as)
         teacher = make(model, kind=self.config.kind, num_tokens=len(self.material.tokenizer))
         if section.stored_as is not None:  # which, whole, may be too large for the device
-            self._check_packing(model, "teacher")
+            self._check_packing(model, role)
         return teacher
 
     def _teacher_model(self, teacher: TeacherProtocol) -> PreTrainedModel | None:
@@ -378,7 +394,7 @@ class DistillJob(Job):
             "student",
             self.material,
             seed=seed,
-            vocab_size=None if config.teacher.is_student else teacher.classes,
+            vocab_size=None if isinstance(teacher, SelfDistillation) else teacher.classes,
             teacher=self._teacher_model(teacher),
         )
         source = ModelSource.of(config.student, stage, self.store, self.console)
@@ -432,6 +448,32 @@ class DistillJob(Job):
         timer = Timer(compare.loss_repeats, args.device, autocast)
         teacher.to(args.device)
         return measure(student.load(), teacher, batch, self.config.loss, timer)
+
+
+def several_teachers(config: JobConfig, teachers: Mapping[str, Teacher]) -> SeveralTeachers:
+    """The teachers of a job together, as it says."""
+    assert config.teachers is not None
+    given = {name: one.weight for name, one in config.teachers.items()}
+    weights = {name: weight for name, weight in given.items() if weight is not None}
+    of = "route" if config.is_routed else config.mixture_of or MIXTURES[0]
+    return SeveralTeachers(teachers, weights, of)
+
+
+def check_quantizer(section: TeacherModelSection) -> None:
+    """Raise a ConfigError where what stores the teacher in fewer bits is not installed."""
+    try:
+        quantizer_of(section.stored_as or "")
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _facts_of(source: ModelSource, section: TeacherModelSection) -> dict[str, Any]:
+    return {
+        "path": source.path,
+        "from_cache": source.cached,
+        "plan": section.plan,
+        "pretrain": source.pretrain,
+    }
 
 
 def _figures(run: dict[str, Any]) -> str:

@@ -74,9 +74,9 @@ def prepare_tokenizer(config: JobConfig, documents: data.Corpus) -> PreTrainedTo
     elif section is not None and section.path is not None:
         tokenizer = data.load_tokenizer(section.path, kind=config.kind)
     else:
-        loaded = config.student if config.teacher.is_student else config.teacher
-        tokenizer = _tokenizer_of(loaded, config.kind)
-    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        of_teachers = (one for one in config.teacher_sections.values() if one.path is not None)
+        tokenizer = _tokenizer_of(next(of_teachers, config.student), config.kind)
+    for role, model in (*config.teacher_sections.items(), ("student", config.student)):
         if model.path is None:
             continue
         try:
@@ -96,7 +96,7 @@ def _tokenizer_of(model: ModelSection, kind: str) -> PreTrainedTokenizerBase:
 
 
 def check_configs(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """See the mistakes in both models' configurations before either has weights.
+    """See the mistakes in the models' configurations before any has weights.
 
     Raises:
         ConfigError: unknown field. ModelError: nothing there, values that the architecture refuses,
@@ -104,7 +104,7 @@ def check_configs(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> None
             `student.peft` that the student does not have.
     """
     planned: dict[str, PreTrainedConfig] = {}
-    for role, section in (("teacher", config.teacher), ("student", config.student)):
+    for role, section in (*config.teacher_sections.items(), ("student", config.student)):
         if section.is_student:
             continue
         if section.path is not None:

@@ -23,7 +23,7 @@ from modxfer_fast.engine import (
 from modxfer_fast.engine.teachers.self_teacher import SelfTeacher
 from modxfer_fast.jobs.cache.identity import cache_folder
 from modxfer_fast.jobs.distill.arguments import evaluation_args
-from modxfer_fast.jobs.distill.job import DistillJob
+from modxfer_fast.jobs.distill.job import DistillJob, check_quantizer, several_teachers
 from modxfer_fast.jobs.distill.runs import roles
 from modxfer_fast.jobs.distill.served import served_teacher
 from modxfer_fast.jobs.job import quieten_libraries
@@ -141,6 +141,11 @@ def _module(
 def _teacher(
     config: JobConfig, num_tokens: int, console: JobConsole
 ) -> TeacherProtocol | SelfDistillation:
+    if config.teachers is not None:
+        job = DistillJob(config, console)
+        return several_teachers(
+            config, {n: _loaded(job, f"teachers.{n}", num_tokens) for n in config.teachers}
+        )
     section = config.teacher
     if section.is_student:
         return SelfDistillation(section.source, section.ema_decay)
@@ -150,11 +155,15 @@ def _teacher(
         teacher = CachedTeacher(cache_folder(config), section.cache.signal, section.cache.tail)
         teacher.num_tokens = num_tokens
         return teacher
-    # of any other plan, divided or not: here is one process
-    job = DistillJob(config, console)
+    return _loaded(DistillJob(config, console), "teacher", num_tokens)
+
+
+def _loaded(job: DistillJob, role: str, num_tokens: int) -> Teacher:
+    """A teacher that holds weights, divided or not: here is one process."""
+    section, kind = job.config.teacher_sections[role], job.config.kind
     if section.stored_as is not None:
-        job.check_quantizer()
-    model = load_model(section.path or job.teacher_source().path, section, config.kind)
+        check_quantizer(section)
+    model = load_model(section.path or job.teacher_source(role, section).path, section, kind)
     if section.stored_as is not None:
-        return QuantizedTeacher(model, config.kind, num_tokens, quantization=section.stored_as)
-    return Teacher(model, kind=config.kind, num_tokens=num_tokens)
+        return QuantizedTeacher(model, kind, num_tokens, quantization=section.stored_as)
+    return Teacher(model, kind=kind, num_tokens=num_tokens)

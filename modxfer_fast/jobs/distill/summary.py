@@ -6,6 +6,7 @@ from typing import Any
 
 from modxfer_fast.config import JobConfig, LossSection
 from modxfer_fast.report import STEP_LABELS, JobConsole
+from modxfer_fast.report.teachers import teachers_of
 
 # Keys of held-out figures, their columns and formats in the table, where a job has them.
 _OF_LOGITS = ("eval_perplexity", "eval_kd")
@@ -76,11 +77,12 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def print_summary(console: JobConsole, report: dict[str, Any], output: Path) -> None:
-    runs, summary, teacher = report["runs"], report["summary"], report["teacher"]
+    runs, summary = report["runs"], report["summary"]
     figures = [figure for figure in _FIGURES if figure[0] in summary["start"]]
     rows: list[list[Any]] = []
-    if "eval_perplexity" in teacher:
-        rows.append(["teacher", teacher["eval_perplexity"], None, None])
+    for label, teacher in teachers_of(report).items():
+        if "eval_perplexity" in teacher:
+            rows.append([label, teacher["eval_perplexity"], None, None])
     for role, label in _ROLES.items():
         if role in summary:
             cells = [_cell(summary[role][key], fmt) for key, _, fmt in figures]

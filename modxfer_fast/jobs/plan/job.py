@@ -76,6 +76,8 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     """
     if config.kind != "causal_lm":
         raise ConfigError(f"kind: expected causal_lm, got {config.kind}")
+    if config.teachers is not None:
+        raise ConfigError(f"teachers: expected one teacher, got {len(config.teachers)}")
     if gpu not in MACHINES:
         raise ConfigError(f"--gpu: expected one of {', '.join(MACHINES)}, got {gpu}")
     if gpus < 1:

@@ -1,0 +1,221 @@
+"""Several frozen teachers of one student: the mixture of all, or for each document the one that the
+data names.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.data.facts import FACTS, TEACHER
+from modxfer_fast.engine.batch import Answer, Batch
+from modxfer_fast.engine.features.taps import LayerTaps
+from modxfer_fast.engine.students.protocol import ModelParts
+from modxfer_fast.engine.teachers.replica import Teacher
+from modxfer_fast.kernels.linear_kd_loss.mixture import OF, TeacherHead, TeacherMixture
+
+INDEX = FACTS[TEACHER].key  # keys of a batch
+ROWS = "rows_of_teachers"
+
+
+class SeveralTeachers:
+    """Teachers that hold a model each: `Teacher` and those made of it, in any mixture of plans.
+
+    Args:
+        teachers: by name. A model becomes a `Teacher`.
+        weights: of each in the mixture, by name; those that are not there have 1.
+        of: "probabilities" for the mixture of the teachers' probabilities, by weights that are
+            divided by their sum; "losses" for the sum of the losses, each times its weight; "route"
+            for the one teacher that each token names, by its number in the order of `teachers`:
+            batches then have "teacher_index" [B, T] int64, which counts where there is a label.
+
+    A teacher of a route reads the rows that hold a token of its own. One whose parameters are
+    divided over ranks reads a row of each batch on each rank.
+
+    Raises:
+        TypeError: a teacher that holds no model. ValueError: no teacher, or a wrong weight.
+    """
+
+    kind = "causal_lm"
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher | nn.Module],
+        weights: Mapping[str, float] | None = None,
+        of: str = "probabilities",
+    ):
+        if not teachers:
+            raise ValueError("teachers: expected at least one, got none")
+        if of not in (*OF, "route"):
+            raise ValueError(f"of: expected one of {', '.join((*OF, 'route'))}, got {of!r}")
+        weights = dict(weights or {})
+        if of == "route" and weights:
+            raise ValueError("weights: expected none with of='route', got some")
+        for name, weight in weights.items():
+            if name not in teachers:
+                raise ValueError(f"weights: expected names of {', '.join(teachers)}, got {name!r}")
+            if not weight > 0:
+                raise ValueError(f"weights: expected more than 0 of {name}, got {weight}")
+        self.teachers: dict[str, Teacher] = {}
+        for name, given in teachers.items():
+            teacher = Teacher.of(given, self.kind, None)
+            if not isinstance(teacher, Teacher) or teacher.kind != self.kind:
+                raise TypeError(
+                    f"teachers: expected causal language models, or a Teacher of one, got "
+                    f"{type(given).__name__} for {name}"
+                )
+            self.teachers[name] = teacher
+        self.of = of
+        self.weights = [float(weights.get(name, 1.0)) for name in self.teachers]
+
+    @property
+    def num_tokens(self) -> int | None:
+        return next(iter(self.teachers.values())).num_tokens
+
+    @num_tokens.setter
+    def num_tokens(self, number: int | None) -> None:
+        for teacher in self.teachers.values():
+            teacher.num_tokens = number
+
+    @property
+    def classes(self) -> int:
+        """That all have."""
+        return min(teacher.classes for teacher in self.teachers.values())
+
+    def common_classes(self, student: ModelParts) -> int | None:
+        """Leading classes that the student and all teachers have.
+
+        Raises:
+            ValueError: a teacher's are others.
+        """
+        common: list[int | None] = []
+        for name, teacher in self.teachers.items():
+            try:
+                common.append(student.common_classes(teacher))
+            except ValueError as error:
+                raise ValueError(f"teachers.{name}: {error}") from error
+        return min((number for number in common if number is not None), default=None)
+
+    def to(self, device: torch.device) -> "SeveralTeachers":
+        for teacher in self.teachers.values():
+            teacher.to(device)
+        return self
+
+    def nonfinite_parameters(self) -> list[str]:
+        return [
+            f"{name}.{broken}"
+            for name, teacher in self.teachers.items()
+            for broken in teacher.nonfinite_parameters()
+        ]
+
+    def taps(self) -> LayerTaps:
+        raise ValueError(
+            "teacher: expected one with hidden_states or relations, whose layers are mapped on "
+            f"those of the student, got {len(self.teachers)}"
+        )
+
+    def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+        """The batches of a collator, with the rows of each teacher where the data names them."""
+        return _Routing(collator, tuple(self.teachers)) if self.of == "route" else collator
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
+        """Their answers as one mixture, or that of the only teacher of a batch."""
+        if self.of != "route":
+            return self._mixed([each.answer(batch) for each in self.teachers.values()])
+        if batch.route is None:
+            raise ValueError(
+                f"teacher: expected batches with {INDEX}, the number of each token's teacher; make "
+                "them by `SeveralTeachers.collator`, as DistillTrainer does"
+            )
+        asked = []
+        for number, (teacher, rows) in enumerate(
+            zip(self.teachers.values(), batch.route.rows, strict=True)
+        ):
+            if len(rows):
+                asked.append((number, _answer_to_rows(teacher, batch, rows)))
+            elif teacher.is_collective:  # other ranks may ask it
+                teacher.answer(_of_rows(batch, slice(1)))
+        numbers, answers = zip(*asked, strict=True)
+        if len(answers) == 1:
+            return answers[0]
+        route = torch.zeros_like(batch.route.numbers)  # also of what does not count
+        for place, number in enumerate(numbers):
+            route.masked_fill_(batch.route.numbers == number, place)
+        return self._mixed(answers, route)
+
+    def _mixed(self, answers: Iterable[Answer], route: Tensor | None = None) -> Answer:
+        heads = []
+        for answer in answers:
+            assert answer.head is not None  # a causal language model has one
+            scale, cap, _ = answer.bend
+            heads.append(TeacherHead(answer.output, *answer.head, scale, cap))
+        if route is not None:
+            return Answer(heads[0].hidden, mixture=TeacherMixture(heads, route=route))
+        return Answer(heads[0].hidden, mixture=TeacherMixture(heads, self.weights, self.of))
+
+
+def models_of(teacher: Any) -> dict[str, nn.Module]:
+    """The models that a teacher holds, by what they are called in messages."""
+    if isinstance(teacher, SeveralTeachers):
+        return {f"teacher.{name}": one.model for name, one in teacher.teachers.items()}
+    model = getattr(teacher, "model", None)
+    return {"teacher": model} if isinstance(model, nn.Module) else {}
+
+
+class _Routing:
+    """A collator around another one, whose batches tell the rows of each teacher.
+
+    They are found on the host, where the batch is made: a step on a GPU waits for no number.
+    """
+
+    def __init__(self, collator: Callable[[list], dict], names: tuple[str, ...]):
+        self.collator, self.names = collator, names
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        batch = self.collator(features)
+        if INDEX not in batch:
+            raise ValueError(
+                f"data_collator: expected {INDEX} [B, T] in its batches, the number of each "
+                f"token's teacher among {', '.join(self.names)}; got {', '.join(batch)}"
+            )
+        index, counts = batch[INDEX], batch["labels"] != IGNORE_INDEX
+        wrong = counts & ((index < 0) | (index >= len(self.names)))
+        if wrong.any():
+            raise ValueError(
+                f"{INDEX}: expected numbers in [0, {len(self.names)}), of teachers "
+                f"{', '.join(self.names)}; got {index[wrong][0].item()}"
+            )
+        rows = [
+            (counts & (index == number)).any(-1).nonzero().flatten()
+            for number in range(len(self.names))
+        ]
+        if not any(map(len, rows)):  # nothing to learn: one answers all the same
+            rows[0] = torch.zeros(1, dtype=torch.int64)
+        return {**batch, ROWS: rows}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+def _of_rows(batch: Batch, rows: Tensor | slice) -> Batch:
+    """What a teacher reads of some rows."""
+    inputs = {
+        name: value[rows] if isinstance(value, Tensor) else value
+        for name, value in batch.inputs.items()
+    }
+    return Batch(inputs)
+
+
+def _answer_to_rows(teacher: Teacher, batch: Batch, rows: Tensor) -> Answer:
+    """The answer to a batch, 0 in the rows that the teacher is not asked about."""
+    size = len(batch.inputs["input_ids"])
+    if len(rows) == size:
+        return teacher.answer(batch)
+    answer = teacher.answer(_of_rows(batch, rows))
+    whole = answer.output.new_zeros(size, *answer.output.shape[1:])
+    return answer._replace(output=whole.index_copy_(0, rows, answer.output))

@@ -1,0 +1,88 @@
+"""A route to teachers, one of them divided, on two ranks under ZeRO-3: the weights by hand."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from modxfer_fast.data import CausalCollator
+from modxfer_fast.engine import DistillConfig, DistillTrainer, SeveralTeachers, ShardedTeacher
+from tests.support.models import tiny_llama
+from tests.support.several_teachers import (
+    CE_WEIGHT,
+    KD_WEIGHT,
+    TEMPERATURE,
+    RoutedRows,
+    teacher_models,
+    train_by_hand,
+)
+
+STEPS, ACCUMULATION, BATCH = 2, 2, 1
+
+
+def train(folder: str) -> tuple[dict[str, int], float]:
+    """How often each teacher was asked on this rank, and the held-out divergence before."""
+    args = DistillConfig(
+        output_dir=folder,
+        zero_stage=3,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        kd_weight=KD_WEIGHT,
+        ce_weight=CE_WEIGHT,
+        temperature=TEMPERATURE,
+    )
+    models: dict = teacher_models()
+    models["rare"] = ShardedTeacher(models["rare"])
+    teachers = SeveralTeachers(models, of="route")
+    asked = dict.fromkeys(models, 0)
+    for name, teacher in teachers.teachers.items():
+
+        def count(*_, name=name):
+            asked[name] += 1
+
+        teacher.model.model.register_forward_pre_hook(count)
+    trainer = DistillTrainer(
+        tiny_llama(),
+        args,
+        teachers,
+        RoutedRows(STEPS * ACCUMULATION * BATCH * args.world_size),
+        RoutedRows(6),
+        data_collator=CausalCollator(0),
+    )
+    before = trainer.evaluate()["eval_kd"]
+    asked.update(dict.fromkeys(asked, 0))
+    trainer.train()
+    trainer.save_model(folder)
+    return asked, before
+
+
+def test_weights_are_those_of_the_loss_by_hand(ranks, tmp_path):
+    told = ranks.run(train, str(tmp_path), timeout=300)
+    per_step = ACCUMULATION * BATCH * len(told)
+    rows = RoutedRows(STEPS * per_step)
+    truth, yardstick = (
+        train_by_hand(rows, per_step, "route", 0.5, dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    got = AutoModelForCausalLM.from_pretrained(Path(tmp_path)).state_dict()
+    start = tiny_llama().state_dict()
+    moved = torch.cat([(truth[k] - start[k]).flatten() for k in truth]).norm()
+
+    def distance(state):
+        return torch.cat([(truth[k] - state[k].double()).flatten() for k in truth]).norm() / moved
+
+    assert distance(got) <= 2 * distance(yardstick) + 1e-6
+    counts, held_out = [asked for asked, _ in told], {before for _, before in told}
+    assert len(held_out) == 1
+    # the divided one is asked in each micro-batch on each rank, the others about their rows alone
+    assert [count["rare"] for count in counts] == [STEPS * ACCUMULATION] * len(told)
+    assert sum(c["code"] + c["chat"] for c in counts) < 2 * STEPS * ACCUMULATION * len(told)
