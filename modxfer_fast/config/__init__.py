@@ -12,7 +12,8 @@ from modxfer_fast.config.model import (
     StudentSection,
     TokenizerSection,
 )
-from modxfer_fast.config.on_policy import OnPolicySection
+from modxfer_fast.config.on_policy import OnPolicySection, VLLMSection
+from modxfer_fast.config.server import ServerSection
 from modxfer_fast.config.task import TaskSection
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "ModelSection",
     "OnPolicySection",
     "RelationsSection",
+    "ServerSection",
     "SourceSection",
     "StudentSection",
     "TaskSection",
     "TokenizerSection",
+    "VLLMSection",
     "as_dict",
     "check_fields",
     "check_keys",

@@ -202,6 +202,8 @@ class JobConfig(Section):
                 "loss.kd_weight: expected more than 0 with on_policy, because the teacher alone "
                 f"says what is right in a text of the student, got {self.loss.kd_weight}"
             )
+        if section.vllm is not None:
+            self._check_vllm()
         if section.prompt_length is not None and section.prompt_length >= length:
             raise ValueError(
                 f"on_policy.prompt_length: expected less than data.max_length, {length}, got "
@@ -211,6 +213,20 @@ class JobConfig(Section):
             raise ValueError(
                 f"on_policy.max_length: expected at least data.max_length, {length}, whose "
                 f"prompts have to fit, got {section.max_length}"
+            )
+
+    def _check_vllm(self) -> None:
+        """The server has the base of the student before the job begins, and takes LoRA alone."""
+        peft = self.student.peft
+        if peft is None or peft.get("type", "lora") != "lora":
+            raise ValueError(
+                "student.peft: expected LoRA with on_policy.vllm, whose weights follow a LoRA "
+                f"alone, got {'a student that trains whole' if peft is None else peft['type']}"
+            )
+        if self.student.is_built:
+            raise ValueError(
+                "student: expected a path with on_policy.vllm, of the model that is served, got "
+                "one that the job builds"
             )
 
     def _check_streaming(self) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from modxfer_fast.config.section import OneOf, Positive, PositiveInt, Section
+from modxfer_fast.config.server import REACHING, WAYS, ServerSection
 from modxfer_fast.kernels.names import TAILS
 
 EMBEDDINGS = ("copy", "pca", "none")
@@ -12,7 +13,7 @@ EMBEDDINGS = ("copy", "pca", "none")
 PLANS = ("replica", "zero3", "zero3_offload", "quantized", "cached", "served", "self")
 SERVED_APIS = ("vllm", "sglang")
 # keys of a served teacher that say where it is and how it is reached, not what it answers
-SERVED_WAYS = ("url", "max_in_flight", "request_tokens", "timeout_s", "retries", "api_key_env")
+SERVED_WAYS = (*REACHING, "request_tokens")
 # how the linears of a quantized teacher's blocks are stored
 QUANTIZATIONS = ("int8", "nf4")
 # plans of which a job has several teachers: those whose weights it holds
@@ -135,39 +136,25 @@ class CacheSection(Section):
         return self
 
 
-class ServedSection(Section):
-    """A teacher behind an endpoint, asked over HTTP for the likeliest classes of each token. The
-    `path` of the teacher then names its configuration and tokenizer; no weights of it are read.
+class ServedSection(ServerSection):
+    __doc__ = f"""A teacher behind an endpoint, asked over HTTP for the likeliest classes of each
+    token. The `path` of the teacher then names its configuration and tokenizer; no weights of it
+    are read.
 
     url: of the server, such as http://HOST:8000.
     model: the name that it is served under.
+    {WAYS}
     api: `vllm` asks /v1/completions for prompt_logprobs, `sglang` /generate for
         top_logprobs_num.
     top_k: classes that are told of each token, with their log-probabilities.
     tail: what becomes of the classes that are not told; as of `modxfer_fast.TeacherTopK`.
-    max_in_flight: requests at a time, of each process of the job.
     request_tokens: most tokens of a request; a longer document is one by itself.
-    timeout_s: of one try of a request.
-    retries: of a request, after the first try, where a fault may pass.
-    api_key_env: name of the environment variable that holds the key; null sends none.
     """
 
-    url: str
-    model: str
     api: Annotated[str, OneOf(SERVED_APIS)] = "vllm"
     top_k: PositiveInt = 20
     tail: Annotated[str, OneOf(TAILS)] = "bucket"
-    max_in_flight: PositiveInt = 8
     request_tokens: PositiveInt = 8192
-    timeout_s: Positive = 120.0
-    retries: Annotated[int, Field(ge=0)] = 5
-    api_key_env: str | None = None
-
-    @model_validator(mode="after")
-    def _is_an_address(self):
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url: expected http://HOST:PORT or https://HOST, got {self.url}")
-        return self
 
 
 class TeacherModelSection(ModelSection):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 from transformers.utils import logging
 
+from modxfer_fast.config import OnPolicySection
 from modxfer_fast.data.collator import CausalCollator
 from modxfer_fast.data.row_stream import RowStream
 from modxfer_fast.engine import (
@@ -35,6 +36,7 @@ from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.on_policy.generation import StudentRollouts, sampling_of
 from modxfer_fast.engine.on_policy.mixing import OnPolicy
 from modxfer_fast.engine.on_policy.rollouts import Rollouts
+from modxfer_fast.engine.on_policy.vllm import VLLMRollouts
 from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.samples import SampleWriter
 from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
@@ -84,7 +86,7 @@ class DistillTrainer(Trainer):
         processing_class: tokenizer, saved with the student. It lets vocabularies of the two models
             be padded to different sizes: the classes that both have count.
         rollouts: with args.on_policy, who writes the completions; None for the student itself, in
-            this process.
+            this process or in the vLLM that `args.on_policy` names.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -188,11 +190,23 @@ class DistillTrainer(Trainer):
         return OnPolicy(
             section,
             sampling,
-            rollouts
-            or StudentRollouts(self.student, self.accelerator.autocast, section.batch_size),
+            rollouts or self._rollouts(section),
             self.model.collator(CausalCollator(0 if pad is None else pad, packed=False)),
             self.args.seed,
             self.args.process_index,
+        )
+
+    def _rollouts(self, section: OnPolicySection) -> Rollouts:
+        autocast = self.accelerator.autocast
+        if section.vllm is None:
+            return StudentRollouts(self.student, autocast, section.batch_size)
+        return VLLMRollouts(
+            self.student,
+            section.vllm,
+            self.args.output_dir,
+            is_main=self.args.process_index == 0,
+            on_main=self._on_main,
+            autocast=autocast,
         )
 
     def _sample_writer(self, tokenizer) -> SampleWriter:
@@ -282,6 +296,8 @@ class DistillTrainer(Trainer):
         check_finite(self.student, "student")
         with watchdog.watched(self.args):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if self.on_policy is not None:
+                self.on_policy.end()
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def get_train_dataloader(self):

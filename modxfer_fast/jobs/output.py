@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from modxfer_fast import files
 from modxfer_fast.config import ConfigError, JobConfig, dump_config
 from modxfer_fast.config.model import SERVED_WAYS
+from modxfer_fast.config.on_policy import VLLM_WAYS
 from modxfer_fast.jobs.ranks import on_main, world_size
 from modxfer_fast.jobs.stage import Stage
 from modxfer_fast.jobs.store import Store
@@ -23,7 +24,11 @@ DATA_FILE, PROCESSES_FILE = "data.txt", "processes.txt"  # of the start, in that
 _STAGES = "stages"
 _LOCK_FILE = "job.lock"
 # nothing that is computed depends on them
-_IMMATERIAL = ("output_dir", "overwrite", *(f"teacher.served.{key}" for key in SERVED_WAYS))
+_IMMATERIAL = (
+    *("output_dir", "overwrite"),
+    *(f"teacher.served.{key}" for key in SERVED_WAYS),
+    *(f"on_policy.vllm.{key}" for key in VLLM_WAYS),
+)
 _LENGTHS = ("training.max_steps", "training.num_train_epochs")
 _ABSENT = "nothing"
 Changes = dict[str, tuple[Any, Any]]  # {dotted path: (before, now)}

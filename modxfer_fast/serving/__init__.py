@@ -3,5 +3,18 @@
 from modxfer_fast.serving.answers import FORMATS, Listed
 from modxfer_fast.serving.asking import ListedAnswers, Pending
 from modxfer_fast.serving.client import Server, ServerError
+from modxfer_fast.serving.lora import ServedLoRA, Written
+from modxfer_fast.serving.opening import check_served, open_server
 
-__all__ = ["FORMATS", "Listed", "ListedAnswers", "Pending", "Server", "ServerError"]
+__all__ = [
+    "FORMATS",
+    "Listed",
+    "ListedAnswers",
+    "Pending",
+    "ServedLoRA",
+    "Server",
+    "ServerError",
+    "Written",
+    "check_served",
+    "open_server",
+]

@@ -9,6 +9,7 @@ import torch
 from modxfer_fast.kernels.kd_loss.topk import ROUNDING
 from modxfer_fast.serving.answers import Listed, WireFormat
 from modxfer_fast.serving.client import Request, Server, ServerError
+from modxfer_fast.serving.opening import check_served
 from modxfer_fast.teacher_cache import Document
 
 
@@ -58,9 +59,9 @@ class ListedAnswers:
         Raises:
             ServerError: another model or tokenizer, texts too long for it, or too few classes told.
         """
-        self._check_model(max_length)
+        check_served(self.server, self.model, max_length + 1, "a document and one more")
         request = self.wire.tokenised(self.model, text)
-        theirs = self._decoded(request, self.server.ask(request), self.wire.tokens)
+        theirs = self.server.decoded(request, self.server.ask(request), self.wire.tokens)
         added = max(len(theirs) - len(ids), 0)  # a start token, where it cannot be left out
         if theirs[added:] != list(ids) or added > 1:
             raise self.server.fault(
@@ -79,25 +80,6 @@ class ListedAnswers:
                 ) from error
             raise
         self._read(request, reply, [[*ids, last]])
-
-    def _check_model(self, max_length: int) -> None:
-        request = Request("/v1/models", None, "the models that it serves")
-        served = self._decoded(
-            request,
-            self.server.ask(request),
-            lambda reply: {each["id"]: each.get("max_model_len") for each in reply["data"]},
-        )
-        if self.model not in served:
-            raise self.server.fault(
-                request, f"expected {self.model} among them, got {', '.join(served)}"
-            )
-        longest = served[self.model]
-        if longest is not None and longest < max_length + 1:
-            raise self.server.fault(
-                request,
-                f"expected room for {max_length + 1:,} tokens, those of a document and one more, "
-                f"got a max_model_len of {longest:,} of {self.model}",
-            )
 
     def _groups(self, documents: Iterable[Document]) -> Iterator[list[Document]]:
         group: list[Document] = []
@@ -123,14 +105,7 @@ class ListedAnswers:
                 check_listed(each, self.classes)
             return found
 
-        return self._decoded(request, reply, read)
-
-    def _decoded(self, request: Request, reply, read):
-        try:
-            return read(reply)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            said = str(error) if isinstance(error, ValueError) else repr(error)
-            raise self.server.fault(request, f"another reply came: {said}") from error
+        return self.server.decoded(request, reply, read)
 
 
 def check_listed(listed: Listed, classes: int) -> None:

@@ -10,11 +10,12 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from modxfer_fast.errors import UserError
 
+T = TypeVar("T")
 # too many requests, and what a server or a proxy says that may be up again soon
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
@@ -22,7 +23,13 @@ _SHOWN = 400  # characters of a reply in a message
 
 
 class ServerError(UserError):
-    """A server that cannot be reached, refuses, or answers something else than was asked."""
+    """A server that cannot be reached, refuses, or answers something else than was asked.
+
+    Attributes:
+        status: with which it refused, at once or in the last try; None where it did not.
+    """
+
+    status: int | None = None
 
 
 class Request(NamedTuple):
@@ -32,11 +39,13 @@ class Request(NamedTuple):
         path: below the server's address.
         body: sent as JSON by POST; None for a GET.
         asked: what it asks for, for messages.
+        decode: of the text of the reply; raises ValueError of one that is not whole.
     """
 
     path: str
     body: dict[str, Any] | None
     asked: str
+    decode: Callable[[str], Any] = json.loads
 
 
 class Server:
@@ -96,40 +105,55 @@ class Server:
             weakref.finalize(self, self._threads.end).atexit = False
         return self._threads.submit(lambda connection: read(self._answer(connection, request)))
 
-    def fault(self, request: Request, what: str) -> ServerError:
+    def fault(self, request: Request, what: str, status: int | None = None) -> ServerError:
         """An error that says where, what was asked, and what came."""
-        return ServerError(f"{self.url}{request.path}: asked for {request.asked}; {what}")
+        error = ServerError(f"{self.url}{request.path}: asked for {request.asked}; {what}")
+        error.status = status
+        return error
+
+    def decoded(self, request: Request, reply: Any, read: Callable[[Any], T]) -> T:
+        """What `read` makes of a reply.
+
+        Raises:
+            ServerError: it is another reply than was asked for, of which `read` can make nothing.
+        """
+        try:
+            return read(reply)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            said = str(error) if isinstance(error, ValueError) else repr(error)
+            raise self.fault(request, f"another reply came: {said}") from error
 
     def _answer(self, connection: "_Connection", request: Request) -> Any:
         data = None if request.body is None else json.dumps(request.body).encode()
         method = "GET" if data is None else "POST"
         jitter = random.Random()  # not the one that training draws from
-        pause = _FIRST_PAUSE_S
+        pause, status = _FIRST_PAUSE_S, None
         for left in range(self.retries, -1, -1):
             try:
                 status, wait, reply = connection.exchange(
                     method, request.path, data, self._headers, self.timeout_s
                 )
             except (OSError, http.client.HTTPException) as error:
-                wait, came = None, f"{type(error).__name__}: {error}".rstrip(": ")
+                status, wait = None, None
+                came = f"{type(error).__name__}: {error}".rstrip(": ")
             else:
                 text = reply.decode(errors="replace")
                 if status == 200:
                     try:
-                        return json.loads(text)
+                        return request.decode(text)
                     except ValueError as error:
                         came = f"a reply that is no whole JSON ({error}): {_short(text)}"
                 else:
                     came = f"status {status}: {_short(text)}"
                     if status not in _PASSING:
-                        raise self.fault(request, f"it refused with {came}")
+                        raise self.fault(request, f"it refused with {came}", status)
             if left:
                 drawn = pause * jitter.uniform(0.5, 1.0)
                 time.sleep(drawn if wait is None else min(wait, self.timeout_s))
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
         tries = self.retries + 1
         raise self.fault(
-            request, f"no answer in {tries} {'try' if tries == 1 else 'tries'}: {came}"
+            request, f"no answer in {tries} {'try' if tries == 1 else 'tries'}: {came}", status
         )
 
 

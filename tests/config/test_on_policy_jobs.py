@@ -15,6 +15,7 @@ JOB = {
     "student": {"path": "some/student"},
     "on_policy": {"fraction": 0.5, "prompt_length": 16},
 }
+VLLM = {"url": "http://gpu-7:8000", "model": "student"}
 
 
 @pytest.fixture
@@ -58,6 +59,14 @@ def test_rows_are_not_packed(load, tmp_path):
             {"on_policy": {"max_length": 1023}},
             "expected at least data.max_length",
         ),
+        ({"on_policy": {"vllm": VLLM, "batch_size": 8}}, "on_policy: batch_size: expected nothing"),
+        ({"on_policy": {"vllm": {"url": "gpu-7"}}}, "on_policy.vllm.model: missing"),
+        (
+            {"on_policy": {"vllm": {**VLLM, "url": "gpu-7:8000"}}},
+            "on_policy.vllm: url: expected http://HOST:PORT or https://HOST, got gpu-7:8000",
+        ),
+        ({"on_policy": {"vllm": {**VLLM, "sync_frequency": 0}}}, "on_policy.vllm.sync_frequency: "),
+        ({"on_policy": {"vllm": VLLM}}, "student.peft: expected LoRA with on_policy.vllm"),
         ({"training": {"on_policy": {}}}, "training.on_policy: set by the on_policy section"),
     ],
 )

@@ -3,25 +3,16 @@
 MODXFER_VLLM names a Python that has vLLM (docs/cluster.md says how one is made).
 """
 
-import os
-import socket
-import subprocess
-import time
-
 import pytest
 import torch
 
 from modxfer_fast.serving import FORMATS, ListedAnswers, Server, ServerError
 from modxfer_fast.teacher_cache import documents_of
+from tests.support.real_vllm import marks, real_vllm
 from tests.support.servable import MAX_LENGTH, save_servable, servable_tokenizer
 
-PYTHON = os.environ.get("MODXFER_VLLM")
 TOP_K = 20
-START_S = 900.0
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="MODXFER_VLLM names no Python that has vLLM"),
-]
+pytestmark = marks
 
 
 @pytest.fixture(scope="module")
@@ -29,45 +20,8 @@ def vllm(tmp_path_factory):
     """Address of a server, and the model that it serves."""
     folder = tmp_path_factory.mktemp("vllm")
     model = save_servable(folder / "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {
-        "--model": folder / "tiny",
-        "--served-model-name": "tiny",
-        "--dtype": "float32",
-        "--max-model-len": MAX_LENGTH,
-        "--port": port,
-        "--host": "127.0.0.1",
-    }
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += [str(part) for pair in options.items() for part in pair]
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    url, log = f"http://127.0.0.1:{port}", folder / "log"
-    with log.open("wb") as file:
-        server = subprocess.Popen(
-            command, env={**os.environ, **variables}, stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        wait_for(url, server, log)
+    with real_vllm(folder) as url:
         yield url, model
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def wait_for(url, server, log):
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            asking(url, 1)._check_model(MAX_LENGTH - 1)
-            return
-        except ServerError:
-            time.sleep(1.0)
-    pytest.fail(f"vLLM did not start: {log.read_text()[-3000:]}")
 
 
 def asking(url, top_k, classes=400):

@@ -1,9 +1,12 @@
 """A stand-in of vLLM's OpenAI server, and of SGLang's, around a small model of transformers.
 
+Adapters are read by PEFT from the files that a client names, when it has them loaded.
+
 What it sends has the shape of what they send, to the key: tests/engine/test_served_teacher.py holds
 it against replies of vLLM 0.32 that were recorded (tests/support/vllm_replies.json).
 """
 
+import copy
 import json
 import socket
 import struct
@@ -11,17 +14,21 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 
 class ModelServer:
     """Answers of a model, and faults on demand.
 
     Attributes:
+        adapters: {name: (path, model)} of those that are loaded.
         faults: what becomes of the next requests to generate, first one first: a status, or
             "reset", "hang", "truncated", "cut" (a whole reply of half a JSON) or "drip".
         requests: bodies that came, in order.
+        changes: ("load" or "unload", name) of adapters, in order.
         most_at_once: requests that were in work together.
     """
 
@@ -35,10 +42,13 @@ class ModelServer:
         max_model_len=128,
         delay_s=0.0,
         key=None,
+        max_lora_rank=8,
     ):
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
-        self.delay_s, self.key = delay_s, key
+        self.delay_s, self.key, self.max_lora_rank = delay_s, key, max_lora_rank
+        self.adapters: dict = {}
+        self.changes: list[tuple[str, str]] = []
         self.faults: list = []
         self.requests: list[dict] = []
         self.most_at_once = self._now = 0
@@ -62,28 +72,70 @@ class ModelServer:
 
     # --- what they answer
 
-    def models(self):
-        card = {
-            "id": self.name,
-            "object": "model",
-            "created": 1,
-            "owned_by": "vllm",
-            "root": self.name,
-            "parent": None,
-            "max_model_len": self.max_model_len,
-            "permission": [_PERMISSION],
+    def answered(self, path, body):
+        ways = {
+            "/v1/completions": self.completions,
+            "/v1/load_lora_adapter": self.load,
+            "/v1/unload_lora_adapter": self.unload,
+            "/generate": self.generate,
         }
-        return 200, {"object": "list", "data": [card]}
+        return ways[path](body)
+
+    def models(self):
+        cards = [card(self.name, self.name, None, self.max_model_len)]
+        cards += [card(name, path, self.name, None) for name, (path, _) in self.adapters.items()]
+        return 200, {"object": "list", "data": cards}
+
+    def load(self, body):
+        name, path = body["lora_name"], body["lora_path"]
+        if name in self.adapters and not body.get("load_inplace"):
+            told = (
+                f"The lora adapter '{name}' has already been loaded. If you want to load the "
+                "adapter in place, set 'load_inplace' to True."
+            )
+            return 400, refusal(told, "InvalidUserInput", None, 400)
+        if not Path(path, "adapter_config.json").is_file():
+            told = f"Loading lora {name} failed: No adapter found for <path>"
+            return 404, refusal(told, "NotFoundError", None, 404)
+        rank = json.loads(Path(path, "adapter_config.json").read_text())["r"]
+        fault = None
+        if self.max_lora_rank is None:
+            fault = "LoRA is not enabled. Use --enable-lora to enable LoRA."
+        elif rank > self.max_lora_rank:
+            fault = f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}."
+        if fault is not None:
+            told = (
+                f"Call to add_lora method failed: Worker failed with error '{fault}', please "
+                "check the stack trace above for the root cause"
+            )
+            return 500, refusal(told, "InternalServerError", None, 500)
+        model = PeftModel.from_pretrained(copy.deepcopy(self.model), path).eval()
+        self.adapters[name] = path, model
+        self.changes.append(("load", name))
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body):
+        name = body["lora_name"]
+        if not name:
+            told = "'lora_name' needs to be provided to unload a LoRA adapter."
+            return 400, refusal(told, "InvalidUserInput", None, 400)
+        if name not in self.adapters:
+            told = f"The lora adapter '{name}' cannot be found."
+            return 404, refusal(told, "NotFoundError", None, 404)
+        del self.adapters[name]
+        self.changes.append(("unload", name))
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
 
     @torch.no_grad()
-    def log_probs(self, ids):
-        return self.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    def log_probs(self, ids, name=None):
+        model = self.adapters[name][1] if name in self.adapters else self.model
+        return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
     def token(self, index):
         return "" if self.tokenizer is None else self.tokenizer.decode([index])
 
     def completions(self, body):
-        if body["model"] != self.name:
+        if body["model"] != self.name and body["model"] not in self.adapters:
             told = f"The model `{body['model']}` does not exist. Valid aliases: {self.name}."
             return 404, refusal(told, "NotFoundError", "model", 404)
         number = body.get("prompt_logprobs")
@@ -96,6 +148,8 @@ class ModelServer:
         prompts = body["prompt"]
         if isinstance(prompts, str):
             prompts = [self.tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+        elif isinstance(prompts[0], int):
+            prompts = [prompts]
         for ids in prompts:
             if max(ids) >= self.model.config.vocab_size:
                 told = f"Token id {max(ids)} is out of vocabulary"
@@ -103,13 +157,16 @@ class ModelServer:
             if len(ids) >= self.max_model_len:
                 told = "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"
                 return 400, refusal(told, "BadRequestError", "max_tokens", 400)
+            if len(ids) + body.get("max_tokens", 16) > self.max_model_len:
+                told = "max_tokens is too large"
+                return 400, refusal(told, "BadRequestError", "max_tokens", 400)
         choices = [self.choice(index, ids, body) for index, ids in enumerate(prompts)]
         lengths = sum(map(len, prompts)), sum(len(choice.pop("new")) for choice in choices)
         return 200, {
             "id": "cmpl-0",
             "object": "text_completion",
             "created": 1,
-            "model": self.name,
+            "model": body["model"],
             "choices": choices,
             "service_tier": None,
             "system_fingerprint": "vllm-0.32.0-e241e89e",
@@ -126,10 +183,9 @@ class ModelServer:
         }
 
     def choice(self, index, ids, body):
-        log_probs = self.log_probs(ids)
         told = None
         if body.get("prompt_logprobs") is not None:
-            told = [None]
+            log_probs, told = self.log_probs(ids), [None]
             for place, token in enumerate(ids[1:]):
                 told.append(self.entry(log_probs[place], token, body["prompt_logprobs"]))
         new, rows = self.generated(ids, body)
@@ -138,7 +194,7 @@ class ModelServer:
             "index": index,
             "text": "" if self.tokenizer is None else self.tokenizer.decode(new),
             "logprobs": self.logprobs(new, rows, body),
-            "finish_reason": "stop" if new[-1] == self.model.config.eos_token_id else "length",
+            "finish_reason": "stop" if new[-1] in self.stops(body) else "length",
             "stop_reason": None,
             "token_ids": new if wants_ids else None,
             "prompt_logprobs": told,
@@ -147,13 +203,23 @@ class ModelServer:
             "new": new,
         }
 
+    def stops(self, body):
+        end = set() if body.get("ignore_eos") else {self.model.config.eos_token_id}
+        return end | set(body.get("stop_token_ids") or ())
+
     def generated(self, ids, body):
-        """Tokens, the end of the text among them, and the log-probabilities [n, V] behind each."""
+        """Tokens, the one that ended the text among them, and the log-probabilities [n, V] behind
+        each, before what was asked for changed them."""
         seed, temperature = body.get("seed"), body.get("temperature", 1.0)
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
-        new, rows = [], []
+        bias = {int(token): value for token, value in (body.get("logit_bias") or {}).items()}
+        stop, new, rows = self.stops(body), [], []
         while len(new) < body.get("max_tokens", 16):
-            row = self.log_probs([*ids, *new])[-1]
+            row = self.log_probs([*ids, *new], body["model"])[-1]
+            rows.append(row)
+            row = row.clone()
+            for token, value in bias.items():
+                row[token] += value
             if temperature == 0:
                 token = int(row.argmax())
             else:
@@ -161,8 +227,7 @@ class ModelServer:
                     torch.multinomial((row / temperature).softmax(-1), 1, generator=generator)
                 )
             new.append(token)
-            rows.append(row)
-            if token == self.model.config.eos_token_id and not body.get("ignore_eos"):
+            if token in stop:
                 break
         return new, rows
 
@@ -217,6 +282,19 @@ class ModelServer:
         return 200, replies[0] if "text" in body else replies
 
 
+def card(name, root, parent, max_model_len):
+    return {
+        "id": name,
+        "object": "model",
+        "created": 1,
+        "owned_by": "vllm",
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
+        "permission": [_PERMISSION],
+    }
+
+
 _PERMISSION = {
     "id": "modelperm-0",
     "object": "model_permission",
@@ -269,10 +347,9 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, int):
             self.send(fault, {"error": {"message": "engine is not ready"}})
         else:
-            ways = {"/v1/completions": self.own.completions, "/generate": self.own.generate}
             with self.own.working():
                 time.sleep(self.own.delay_s)
-                status, reply = ways[self.path](body)
+                status, reply = self.own.answered(self.path, body)
             self.send(status, reply, fault)
 
     def refused(self) -> bool:
@@ -282,7 +359,7 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def send(self, status, reply, fault=None):
-        data = json.dumps(reply).encode()
+        data = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
         if fault == "cut":
             data = data[: len(data) // 2]
         self.send_response(status)

@@ -1,6 +1,7 @@
 """A small model with its tokenizer, as vLLM runs one on a CPU: heads of 32, fixed values."""
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modxfer_fast.data import train_tokenizer
@@ -49,3 +50,20 @@ def save_servable(folder, seed: int = 0) -> LlamaForCausalLM:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def servable_lora(base: LlamaForCausalLM, rank: int = 4) -> PeftModel:
+    """A student of that base; see `move`."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=rank, target_modules=targets, lora_alpha=2 * rank, task_type="CAUSAL_LM")
+    return move(get_peft_model(base, config))
+
+
+@torch.no_grad()
+def move(student: PeftModel, seed: int = 0) -> PeftModel:
+    """The student with other values in its adapter, from torch's generator alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(student.named_parameters()):
+        if parameter.requires_grad:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return student

@@ -17,7 +17,7 @@ from torch import Tensor
 from modxfer_fast.config import OnPolicySection
 from modxfer_fast.data.collator import IGNORE_INDEX
 from modxfer_fast.data.facts import FACTS
-from modxfer_fast.engine.on_policy.rollouts import Rollouts, Sampling, Tokens
+from modxfer_fast.engine.on_policy.rollouts import Rollouts, Sampling, StatefulRollouts, Tokens
 from modxfer_fast.engine.teachers.cached import ANSWERS
 
 ON_POLICY = "on_policy"  # key of a batch, whose texts the student wrote
@@ -117,7 +117,8 @@ class OnPolicy:
     # ---- checkpoints ----
 
     def save(self, folder: str | Path) -> None:
-        """Writes the completions that the next step uses again, where there are any."""
+        """Writes the completions that the next step uses again, where there are any, and what
+        `rollouts` keeps."""
         if self._written:
             # a server that was asked about them is asked again
             written = {
@@ -126,6 +127,8 @@ class OnPolicy:
             }
             kept = {"window": self._window, "written": written}
             torch.save(kept, _file(folder, self._rank))
+        if isinstance(self.rollouts, StatefulRollouts):
+            self.rollouts.save(folder)
 
     def load(self, folder: str | Path) -> None:
         """Reads what `save` wrote; without it the next step writes anew."""
@@ -134,6 +137,13 @@ class OnPolicy:
         if file.is_file():
             kept = torch.load(file, map_location="cpu", weights_only=True)
             self._window, self._written = kept["window"], kept["written"]
+        if isinstance(self.rollouts, StatefulRollouts):
+            self.rollouts.load(folder)
+
+    def end(self) -> None:
+        """Training has ended. Collective."""
+        if isinstance(self.rollouts, StatefulRollouts):
+            self.rollouts.end()
 
 
 def _file(folder: str | Path, rank: int) -> Path:

@@ -1,6 +1,7 @@
 """Where completions come from: the student in this process, or whoever has its weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 Tokens = list[int]
@@ -60,3 +61,17 @@ class Rollouts(Protocol):
             seed: another one for every rank and step, the same when a step is repeated.
             step: updates that the student has had.
         """
+
+
+@runtime_checkable
+class StatefulRollouts(Rollouts, Protocol):
+    """Rollouts with something to keep between steps, and to give back. All ranks call together."""
+
+    def save(self, folder: str | Path) -> None:
+        """Keeps in a checkpoint what steps to come need."""
+
+    def load(self, folder: str | Path) -> None:
+        """Takes up what `save` kept there, if anything."""
+
+    def end(self) -> None:
+        """Training has ended; it may begin again."""

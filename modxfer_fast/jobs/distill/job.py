@@ -24,6 +24,7 @@ from modxfer_fast.engine import (
     TeacherProtocol,
     deepspeed,
 )
+from modxfer_fast.engine.on_policy.vllm import check_servable, served_lora
 from modxfer_fast.engine.teachers.quantized import quantizer_of, stored_bytes
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
@@ -82,7 +83,9 @@ class DistillJob(Job):
                 f"{len(config.seeds)}"
             )
         if config.student.peft is not None:
-            check_peft(config.student.peft, "student.peft")
+            peft, fields = check_peft(config.student.peft, "student.peft")
+            if config.on_policy is not None and config.on_policy.vllm is not None:
+                check_servable(peft(**fields), "student.peft")
         for section in config.teacher_sections.values():
             if section.plan == "quantized":
                 check_quantizer(section)
@@ -140,6 +143,7 @@ class DistillJob(Job):
     def report(self) -> dict[str, Any]:
         config, console = self.config, self.console
         self._settle_processes()
+        self._check_vllm()
         with console.phase("Data"):
             material = self.material
         on_main(lambda: self.folder.check_data(material.digest))
@@ -169,6 +173,14 @@ class DistillJob(Job):
         report["summary"] = summarise(config, report)
         report["phases"] = console.phase_seconds
         return report
+
+    def _check_vllm(self) -> None:
+        """See that the server that is to write completions can, before anything long begins."""
+        section = self._on_policy
+        if section is not None and section.vllm is not None:
+            served, length = served_lora(section.vllm), section.max_length
+            assert length is not None  # it is that of the job
+            on_main(lambda: served.check(length))
 
     def _settle_processes(self) -> None:
         self.processes, now = on_main(self.folder.processes), world_size()

@@ -1,13 +1,11 @@
 """The teacher of a job with `plan: served`: looked at before anything long begins."""
 
-import os
-
-from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.config import JobConfig
 from modxfer_fast.engine import ServedTeacher
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.models import load_model_config
-from modxfer_fast.serving import FORMATS, ListedAnswers, Server
+from modxfer_fast.serving import FORMATS, ListedAnswers, open_server
 
 # what tokenizers cut differently: case, code, digits, accents, other scripts, white space
 _PROBE = "def Area(r):  return 3.14159 * r**2\n\tNaïve Größe, 東京, Привет: 1,024 tokens' worth."
@@ -39,21 +37,7 @@ def served_teacher(config: JobConfig, num_tokens: int) -> ServedTeacher:
     section = config.teacher.served
     assert section is not None
     assert config.teacher.path is not None  # the section has seen to it
-    key = None
-    if section.api_key_env is not None:
-        key = os.environ.get(section.api_key_env)
-        if not key:
-            raise ConfigError(
-                f"teacher.served.api_key_env: expected the key in {section.api_key_env}, "
-                "got nothing there"
-            )
-    server = Server(
-        section.url,
-        timeout_s=section.timeout_s,
-        retries=section.retries,
-        max_in_flight=section.max_in_flight,
-        api_key=key,
-    )
+    server = open_server(section, "teacher.served")
     teacher_config = load_model_config(config.teacher.path, config.teacher)
     source = ListedAnswers(
         server,
