@@ -10,7 +10,7 @@ from modxfer_fast.jobs.distill import replay
 from modxfer_fast.report import JobConsole
 from tests.cli.conftest import TINY, WORDS, merged
 
-SMALL = merged(TINY["teacher"], {"pretrain": {"max_steps": 5}})
+SMALL = merged(TINY["teacher"], {"pretrain": None})
 WIDE = merged(SMALL, {"config": {"hidden_size": 48, "intermediate_size": 96}})
 
 

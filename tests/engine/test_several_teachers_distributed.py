@@ -17,7 +17,7 @@ from tests.support.several_teachers import (
     train_by_hand,
 )
 
-STEPS, ACCUMULATION, BATCH = 2, 2, 1
+STEPS, ACCUMULATION, BATCH = 1, 4, 1
 
 
 def train(folder: str) -> tuple[dict[str, int], float]:
@@ -55,7 +55,7 @@ def train(folder: str) -> tuple[dict[str, int], float]:
         args,
         teachers,
         RoutedRows(STEPS * ACCUMULATION * BATCH * args.world_size),
-        RoutedRows(6),
+        RoutedRows(4),
         data_collator=CausalCollator(0),
     )
     before = trainer.evaluate()["eval_kd"]
