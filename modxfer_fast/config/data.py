@@ -16,6 +16,7 @@ class SourceKeys(Section):
     format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
     columns: dict[Literal["text", "prompt", "completion", "messages", "tools"], str] = {}
     teacher_column: str | None = None
+    teacher_prompt: str | None = None
     max_documents: PositiveInt | None = None
     eval_source: str | None = None
     eval_split: str = "train"
@@ -65,6 +66,8 @@ class DataSection(SourceKeys):
         `completion`, texts or lists of messages, or `text`. A column `tools` goes to the template.
     columns: {our name: name in the source} where they differ.
     teacher_column: the column that names the teacher of each document, among `teachers`.
+    teacher_prompt: the column with what the teacher reads in place of `prompt`, text or messages as
+        that is; the completion is the same, and compared token by token.
     packing: several documents in one row of `max_length`; an encoder gets one text a row.
     streaming: read, tokenise and pack while training, without end, files that no memory holds. Each
         rank and worker of a loader reads all and keeps its share; sources have weights and begin
@@ -147,6 +150,11 @@ class DataSection(SourceKeys):
                 raise ValueError(
                     f"sources: expected a teacher or a teacher_column, {source.label} has both"
                 )
+        without = [source.label for source in sources if source.teacher_prompt is None]
+        if 0 < len(without) < len(sources):
+            raise ValueError(
+                f"sources: expected a teacher_prompt for each or for none, {without[0]} has none"
+            )
         labels = [source.label for source in sources]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:

@@ -115,6 +115,8 @@ class JobConfig(Section):
                 "data.sources: expected no loss_weight with loss.hidden_states or loss.relations, "
                 "whose tokens count alike"
             )
+        if self.data.parts[0].teacher_prompt is not None:
+            self._check_teacher_prompt()
         if self.on_policy is not None:
             self._check_on_policy(self.on_policy)
         if self.loss.relations is not None and self.data.packing:
@@ -122,6 +124,21 @@ class JobConfig(Section):
                 "loss.relations: expected data.packing: false, because a relation spans a row"
             )
         return self
+
+    def _check_teacher_prompt(self) -> None:
+        self._refuse(
+            "with data.teacher_prompt, whose completions are compared by logits, and whose prompts "
+            "only a teacher at hand reads",
+            {
+                "kind": self.kind != "causal_lm",
+                "on_policy": self.on_policy is not None,
+                "loss.hidden_states": self.loss.hidden_states is not None,
+                "loss.relations": self.loss.relations is not None,
+                "data.teacher_column": self.is_routed,
+                **{f"teacher.plan: {plan}": plan in self._plans for plan in ("cached", "served")},
+                **self._timed,
+            },
+        )
 
     @property
     def teacher_sections(self) -> Mapping[str, TeacherModelSection]:

@@ -21,7 +21,14 @@ from modxfer_fast.data.mixing import chosen, shares
 from modxfer_fast.data.packing import packer
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 from modxfer_fast.data.row_stream import RowStream
-from modxfer_fast.data.sources import READ, detect_format, files_of, load_source, with_columns
+from modxfer_fast.data.sources import (
+    READ,
+    columns_of,
+    detect_format,
+    files_of,
+    load_source,
+    with_columns,
+)
 from modxfer_fast.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -228,7 +235,7 @@ def _load(
     section: SourceSection, source: str, split: str, teachers: Sequence[str]
 ) -> tuple[Dataset, str]:
     """The documents of `source`, of all files where it is a pattern, and their format."""
-    columns = {str(ours): theirs for ours, theirs in section.columns.items()}
+    columns = columns_of(section)
     files = []
     for path in files_of(source):
         documents = load_source(path, name=section.name, split=split, lines=section.lines)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from modxfer_fast.data.facts import facts_of_tokens
+from modxfer_fast.data.facts import OF_TEACHER, facts_of_tokens
 
 IGNORE_INDEX = -100
 
@@ -23,6 +23,9 @@ class CausalCollator:
                        the same document; -100 where there is none
         num_valid      int, number of labels that are not -100
         token_weights  [B, T] float32, the factor of each token's loss; of rows that have it
+        teacher_inputs, teacher_rows: of rows whose teacher reads prompts of its own: the inputs
+                       [B, T'] of its model, and [B, T] int64, b * T' + t of the teacher's position
+                       that predicts the same target; 0 where there is none
         teacher_index  [B, T] int64, the number of each token's teacher; of rows that have it
 
     Of a packed batch the engine hands a model the positions and not the mask: transformers keeps
@@ -42,7 +45,24 @@ class CausalCollator:
                 f"{self.pad_token_id!r}"
             )
 
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        batch = self._laid_out(rows)
+        labels = batch["labels"]
+        batch |= {"num_valid": int((labels != IGNORE_INDEX).sum()), **facts_of_tokens(rows)}
+        if OF_TEACHER[0] not in rows[0]:
+            return batch
+        theirs = self._laid_out([_of_teacher(row) for row in rows])
+        counts, counts_there = (labels != IGNORE_INDEX), (theirs["labels"] != IGNORE_INDEX)
+        if not torch.equal(labels[counts], theirs["labels"][counts_there]):
+            raise ValueError(f"{OF_TEACHER[0]}: expected the targets of input_ids, got others")
+        teacher_rows = torch.zeros_like(labels)
+        teacher_rows[counts] = counts_there.flatten().nonzero().flatten()
+        inputs = ("input_ids", "attention_mask", "position_ids")
+        of_teacher = {name: theirs[name] for name in inputs if name in theirs}
+        return {**batch, "teacher_inputs": of_teacher, "teacher_rows": teacher_rows}
+
+    def _laid_out(self, rows: list[dict]) -> dict[str, Any]:
+        """Inputs and labels."""
         T = max(len(row["input_ids"]) for row in rows)
         targets, positions = [], []
         for row in rows:
@@ -55,10 +75,14 @@ class CausalCollator:
             runs = (*lengths, last + T - len(ids))
             positions.append(torch.cat([torch.arange(run) for run in runs]))
         labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
-        batch = EncoderCollator(self.pad_token_id)(rows)
-        batch |= {"labels": labels, "num_valid": int((labels != IGNORE_INDEX).sum())}
-        batch |= facts_of_tokens(rows)
+        batch = {**EncoderCollator(self.pad_token_id)(rows), "labels": labels}
         return {**batch, "position_ids": torch.stack(positions)} if self.packed else batch
+
+
+def _of_teacher(row: dict) -> dict:
+    """What the teacher reads of a row, as a row."""
+    ids, is_target = (row[name] for name in OF_TEACHER)
+    return {"input_ids": ids, "is_target": is_target, "lengths": row["teacher_lengths"]}
 
 
 @dataclass(frozen=True)

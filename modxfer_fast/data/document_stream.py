@@ -13,6 +13,7 @@ from modxfer_fast.data.encoding import ROW
 from modxfer_fast.data.facts import TEACHER, TeacherColumn
 from modxfer_fast.data.sources import (
     READ,
+    columns_of,
     detect_format,
     files_of,
     naming,
@@ -69,7 +70,7 @@ class DocumentStream:
         documents = Dataset.from_list(head[:needed])
         if teachers is not None:
             teachers.check(documents.column_names, source.source)
-        columns = {str(ours): theirs for ours, theirs in source.columns.items()}
+        columns = columns_of(source)
         renames = renames_of(documents.column_names, columns, source.source)
         documents = with_columns(documents, columns, source.source)
         fmt = detect_format(documents, source.format, source.source)

@@ -3,20 +3,25 @@
 A piece is `{"input_ids": [n], "is_target": [n], "problem", "row", "is_cut"}`; `is_target[i]`: token
 i is to be predicted. A document that cannot be learnt from leaves one piece without tokens that
 says why (`problem`) and where it came from (`row`, counted from 1, 0 where not known). `is_cut`:
-the document had further targets behind the piece. Facts of the document (facts.py) are beside them.
+the document had further targets behind the piece. Facts of the document (facts.py) are beside them,
+and where the teacher reads a prompt of its own `{"teacher_input_ids", "teacher_is_target"}`, which
+has the same targets in the same order.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from modxfer_fast.data.chat import ChatEncoder
-from modxfer_fast.data.facts import FACTS
+from modxfer_fast.data.facts import FACTS, OF_TEACHER, TEACHER_PROMPT
 from modxfer_fast.data.packing import Columns
 from modxfer_fast.data.records import Completion, Conversation, RecordError, Text, normalise
 
 ROW = "__row__"  # column with the number of a document in its source
 PIECE = ("input_ids", "is_target", "problem", "row", "is_cut")
+
+Encoded = tuple[list[int], list[bool]]  # ids, and which are targets
 
 
 def tokenise_documents(
@@ -25,17 +30,24 @@ def tokenise_documents(
     """A function for `Dataset.map(batched=True)`: documents of format `fmt` -> pieces."""
     chats = None  # only once there is one: a tokenizer for other formats needs no template
 
-    def encode(document, ids_of_text) -> Iterator[tuple[list[int], list[bool], bool]]:
-        nonlocal chats
+    def encode(document, ids_of_text) -> Iterator[tuple[Any, ...]]:
         if isinstance(document, RecordError):
             raise document
-        if isinstance(document, Conversation):
-            chats = chats or ChatEncoder(tokenizer)
-            yield _cut(*chats.encode(document), max_length)
-        elif isinstance(document, Completion):
-            yield _cut(*_completion(document, tokenizer), max_length)
-        else:
+        if isinstance(document, Text):
             yield from _pieces(_ended(next(ids_of_text), tokenizer), max_length)
+        elif document.for_teacher is None:
+            yield _cut(*encode_answered(document), max_length)
+        else:
+            yield _cut_both(
+                encode_answered(document), encode_answered(document.for_teacher), max_length
+            )
+
+    def encode_answered(document: Completion | Conversation) -> Encoded:
+        nonlocal chats
+        if isinstance(document, Completion):
+            return _completion(document, tokenizer)
+        chats = chats or ChatEncoder(tokenizer)
+        return chats.encode(document)
 
     def encode_batch(rows: Columns) -> Columns:
         documents = [
@@ -46,15 +58,21 @@ def tokenise_documents(
         ids_of_text = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
         numbers = rows.get(ROW, [0] * len(documents))
         facts = [fact for fact in FACTS if fact in rows]
+        of_teacher = OF_TEACHER if TEACHER_PROMPT in rows else ()
         pieces = []
         for i, (document, row) in enumerate(zip(documents, numbers, strict=True)):
             own = [rows[fact][i] for fact in facts]
             try:
                 encoded = list(encode(document, ids_of_text))
-                pieces += [(ids, mask, "", row, is_cut, *own) for ids, mask, is_cut in encoded]
+                pieces += [
+                    (ids, mask, "", row, is_cut, *theirs, *own)
+                    for ids, mask, is_cut, *theirs in encoded
+                ]
             except RecordError as error:
-                pieces.append(([], [], str(error), row, False, *own))
-        return {name: [p[i] for p in pieces] for i, name in enumerate((*PIECE, *facts))}
+                nothing: list[Any] = [[] for _ in of_teacher]
+                pieces.append(([], [], str(error), row, False, *nothing, *own))
+        names = (*PIECE, *of_teacher, *facts)
+        return {name: [p[i] for p in pieces] for i, name in enumerate(names)}
 
     return encode_batch
 
@@ -118,6 +136,35 @@ def _cut(ids: list[int], mask: list[bool], max_length: int) -> tuple[list[int], 
             raise RecordError(f"nothing to learn within max_length={max_length} tokens")
         raise RecordError("nothing to learn: no token of the assistant's or of the completion")
     return ids[:max_length], kept, any(mask[max_length:])
+
+
+def _cut_both(
+    own: Encoded, theirs: Encoded, max_length: int
+) -> tuple[list[int], list[bool], bool, list[int], list[bool]]:
+    """`_cut` of what student and teacher read, behind the same target."""
+    (ids, mask), (teacher_ids, teacher_mask) = own, theirs
+    places = [i for i, target in enumerate(mask) if target]
+    teacher_places = [i for i, target in enumerate(teacher_mask) if target]
+    if [ids[i] for i in places] != [teacher_ids[i] for i in teacher_places]:
+        raise RecordError(
+            "column of data.teacher_prompt: expected the tokens of the completion behind it, "
+            "got others"
+        )
+    # the first token of a document is no target
+    pairs = [(i, j) for i, j in zip(places, teacher_places, strict=True) if i and j]
+    kept = [(i, j) for i, j in pairs if i < max_length and j < max_length]
+    if not kept:
+        raise RecordError(f"nothing to learn within max_length={max_length} tokens")
+
+    def cut(ids: list[int], targets: list[int]) -> Encoded:
+        known = set(targets)
+        return ids[: targets[-1] + 1], [i in known for i in range(targets[-1] + 1)]
+
+    (ids, mask), (teacher_ids, teacher_mask) = (
+        cut(*each)
+        for each in zip((ids, teacher_ids), map(list, zip(*kept, strict=True)), strict=True)
+    )
+    return ids, mask, len(kept) < len(pairs), teacher_ids, teacher_mask
 
 
 def _ended(ids: list[int], tokenizer) -> list[int]:

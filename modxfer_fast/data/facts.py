@@ -16,6 +16,8 @@ from modxfer_fast.errors import DataError
 
 LOSS_WEIGHT = "__loss_weight__"
 TEACHER = "__teacher__"  # number of the teacher that the document is learnt from
+TEACHER_PROMPT = "__teacher_prompt__"  # what it reads in place of the prompt: no fact of a token
+OF_TEACHER = ("teacher_input_ids", "teacher_is_target")  # what becomes of that, in a piece
 
 
 class Fact(NamedTuple):

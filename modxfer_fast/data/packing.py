@@ -1,13 +1,15 @@
 """Best-fit packing: several pieces in one row, each still a document of its own.
 
 A row is `{"input_ids", "is_target", "lengths"}`, sum(lengths) == len(input_ids) <= max_length,
-and a list with one value a document of each fact (facts.py).
+and a list with one value a document of each fact (facts.py). Where the teacher reads prompts of its
+own there are `{"teacher_input_ids", "teacher_is_target", "teacher_lengths"}` of it, within the same
+bound.
 """
 
 from collections.abc import Callable
 from itertools import chain
 
-from modxfer_fast.data.facts import FACTS, TEACHER
+from modxfer_fast.data.facts import FACTS, OF_TEACHER, TEACHER
 
 Columns = dict[str, list]  # a batch of `Dataset.map(batched=True)`
 
@@ -39,6 +41,11 @@ def packer(max_length: int, *, packing: bool) -> Callable[[Columns], Columns]:
 
     def pack_batch(pieces: Columns) -> Columns:
         lengths = [len(ids) for ids in pieces["input_ids"]]
+        of_teacher = [name for name in OF_TEACHER if name in pieces]
+        sizes, teacher_lengths = lengths, []
+        if of_teacher:
+            teacher_lengths = [len(ids) for ids in pieces[of_teacher[0]]]
+            sizes = list(map(max, lengths, teacher_lengths))
         filled = [i for i, length in enumerate(lengths) if length]
         if packing:
             groups: dict[int, list[int]] = {}
@@ -47,14 +54,20 @@ def packer(max_length: int, *, packing: bool) -> Callable[[Columns], Columns]:
             rows = [
                 [own[k] for k in row]
                 for _, own in sorted(groups.items())
-                for row in best_fit([lengths[i] for i in own], max_length)
+                for row in best_fit([sizes[i] for i in own], max_length)
             ]
         else:
             rows = [[i] for i in filled]
+        joined = ("input_ids", "is_target", *of_teacher)
+        counted = {"lengths": lengths} | (
+            {"teacher_lengths": teacher_lengths} if of_teacher else {}
+        )
         return {
-            "input_ids": [list(chain(*(pieces["input_ids"][i] for i in row))) for row in rows],
-            "is_target": [list(chain(*(pieces["is_target"][i] for i in row))) for row in rows],
-            "lengths": [[lengths[i] for i in row] for row in rows],
+            **{
+                name: [list(chain(*(pieces[name][i] for i in row))) for row in rows]
+                for name in joined
+            },
+            **{name: [[of[i] for i in row] for row in rows] for name, of in counted.items()},
             **{
                 fact: [[pieces[fact][i] for i in row] for row in rows]
                 for fact in FACTS

@@ -3,12 +3,16 @@
 text                                    learn every token
 prompt, completion                      texts, or lists of messages as TRL has them
 messages [, tools]                      messages {role, content}, or ShareGPT's {from, value}
+
+Beside a prompt there may be another one, of the same layout, for the teacher.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from modxfer_fast.data.facts import TEACHER_PROMPT
 
 # ShareGPT's speakers -> roles of chat templates.
 _SPEAKERS = {
@@ -41,14 +45,20 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """The completion is learnt."""
+    """The completion is learnt.
+
+    for_teacher: what the teacher reads, with a prompt of its own; None where it is the same.
+    """
 
     prompt: str
     completion: str
+    for_teacher: "Completion | None" = None
 
     def texts(self) -> Iterator[str]:
         yield self.prompt
         yield self.completion
+        if self.for_teacher is not None:
+            yield self.for_teacher.prompt
 
 
 @dataclass(frozen=True)
@@ -56,18 +66,22 @@ class Conversation:
     """The assistant's turns are learnt, from message `first_target` on.
 
     messages: {"role", "content", ...}, content always a text; tool_calls with arguments as objects.
-    tools: JSON schemas, or None.
+    tools: JSON schemas, or None. for_teacher: as of `Completion`.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     first_target: int = 0
+    for_teacher: "Conversation | None" = None
 
     def texts(self) -> Iterator[str]:
         for message in self.messages:
             yield message["content"]
             if "tool_calls" in message:
                 yield json.dumps(message["tool_calls"], ensure_ascii=False)
+        if self.for_teacher is not None:
+            for message in self.for_teacher.messages[: self.for_teacher.first_target]:
+                yield message["content"]
 
 
 def normalise(record: dict[str, Any], fmt: str) -> Text | Completion | Conversation:
@@ -79,11 +93,23 @@ def normalise(record: dict[str, Any], fmt: str) -> Text | Completion | Conversat
         messages = _messages(record["messages"], "column messages")
         return _conversation(messages, tools, 0, "column messages")
     prompt, completion = record["prompt"], record["completion"]
+    document = _answered(prompt, completion, tools, "column prompt")
+    if TEACHER_PROMPT not in record:
+        return document
+    other, where = record[TEACHER_PROMPT], "column of data.teacher_prompt"
+    if isinstance(other, list) != isinstance(prompt, list):
+        kinds = ["messages" if isinstance(p, list) else "text" for p in (prompt, other)]
+        raise RecordError(f"{where}: expected {kinds[0]}, as the prompt is, got {kinds[1]}")
+    return replace(document, for_teacher=_answered(other, completion, tools, where))
+
+
+def _answered(prompt: Any, completion: Any, tools: list[dict[str, Any]] | None, where: str) -> Any:
+    """A Completion, or a Conversation where the prompt is messages."""
     if not isinstance(prompt, list):
         if not isinstance(prompt, str):  # an empty prompt is one
-            raise RecordError(f"column prompt: expected text or messages, got {_kind(prompt)}")
+            raise RecordError(f"{where}: expected text or messages, got {_kind(prompt)}")
         return Completion(prompt, _text(completion, "column completion"))
-    context = _messages(prompt, "column prompt")
+    context = _messages(prompt, where)
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     answer = _messages(completion, "column completion")

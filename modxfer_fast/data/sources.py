@@ -8,7 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from modxfer_fast.data.facts import FACTS
+from modxfer_fast.config import SourceSection
+from modxfer_fast.data.facts import FACTS, TEACHER_PROMPT
 from modxfer_fast.data.python_docs import python_docs
 from modxfer_fast.errors import DataError
 
@@ -17,7 +18,12 @@ COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-READ = {*(column for needed in COLUMNS.values() for column in needed), "tools", *FACTS}
+READ = {
+    *(column for needed in COLUMNS.values() for column in needed),
+    "tools",
+    TEACHER_PROMPT,
+    *FACTS,
+}
 _READERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -178,6 +184,14 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
+def columns_of(section: SourceSection) -> dict[str, str]:
+    """{our name: name in the source} of the columns that a section names."""
+    columns = {str(ours): theirs for ours, theirs in section.columns.items()}
+    if section.teacher_prompt is not None:
+        columns[TEACHER_PROMPT] = section.teacher_prompt
+    return columns
+
+
 def with_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
     """The dataset with its columns under our names.
 
@@ -200,9 +214,9 @@ def renames_of(names: list[str], columns: Mapping[str, str], source: str) -> dic
         renames["messages"] = "conversations"
     for ours, theirs in renames.items():
         if theirs not in names:
+            key = "teacher_prompt" if ours == TEACHER_PROMPT else f"columns.{ours}"
             raise DataError(
-                f"data.columns.{ours}: expected a column of {source} ({', '.join(names)}), "
-                f"got {theirs}"
+                f"data.{key}: expected a column of {source} ({', '.join(names)}), got {theirs}"
             )
     return {theirs: ours for ours, theirs in renames.items() if ours != theirs}
 
@@ -211,9 +225,14 @@ def detect_format(dataset: Dataset, wanted: str, source: str) -> str:
     """The format `wanted`, or with `auto` the first whose columns are there; DataError if none."""
     columns = set(dataset.column_names)
     candidates = COLUMNS if wanted == "auto" else {wanted: COLUMNS[wanted]}
-    for name, needed in candidates.items():
-        if columns.issuperset(needed):
-            return name
+    found = next((n for n, needed in candidates.items() if columns.issuperset(needed)), None)
+    if TEACHER_PROMPT in columns and found != "prompt_completion":
+        raise DataError(
+            f"data.teacher_prompt: expected columns prompt and completion beside it in {source}, "
+            f"got {', '.join(sorted(columns - {TEACHER_PROMPT}))}"
+        )
+    if found is not None:
+        return found
     expected = " or ".join(" + ".join(needed) for needed in candidates.values())
     raise DataError(
         f"data source {source}: expected columns {expected}, got {', '.join(sorted(columns))}"

@@ -64,7 +64,8 @@ class Batch(NamedTuple):
         num_tokens: tokens that are no padding.
         teacher_inputs: of the teacher's model; None where they are the student's.
         rows, teacher_rows: [n] int64 indices b * T + t of the tokens that are compared; None for
-            all, and those of the student where the teacher has none of its own.
+            all, and those of the student where the teacher has none of its own. Of a causal
+            language model whose teacher reads other prompts [B, T], for each position.
         answered: what a teacher that answered before said to these inputs, by name, or what one
             was asked that has not answered yet.
         route: to the teachers, where the data names them.

@@ -224,6 +224,8 @@ class DistillModule(nn.Module):
                     the sum is the number of labels all the same.
                 token_mask, num_tokens, num_tokens_in_batch: the same of the tokens that hidden
                     states and relations are compared on, by default those that are no padding.
+                teacher_inputs, teacher_rows: what the teacher reads where its prompts are others,
+                    and where it predicts the same labels.
                 teacher_index, rows_of_teachers: the `Route` to `SeveralTeachers`.
                 teacher_answers: what a `CachedTeacher` or `ServedTeacher` answered, or will.
                 on_policy: whether the student wrote the labels, on which cross entropy then has no
@@ -273,6 +275,11 @@ class DistillModule(nn.Module):
             raise ValueError(
                 "relations: expected rows of one document each, because a relation spans a "
                 "row; use a collator that neither packs nor emits position_ids"
+            )
+        if batch.teacher_inputs is not None and self.parts.is_causal:
+            raise ValueError(
+                "teacher_inputs: expected none with hidden_states or relations of a causal "
+                "language model, whose tokens are compared one by one"
             )
         if batch.teacher_inputs is not None and batch.teacher_rows is None:
             raise ValueError(

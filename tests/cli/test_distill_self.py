@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
+from tests.cli.conftest import WORDS
 
 PEFT = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -65,3 +66,28 @@ def test_nothing_is_cached_of_it(job, capsys):
     path, _ = job()
     assert main(["cache", str(path)]) == EXIT_USER_ERROR
     assert "teacher.plan: expected a teacher that stays as it is" in capsys.readouterr().err
+
+
+def test_what_a_prompt_says_is_learnt_without_it(tmp_path, job):
+    """The teacher reads the prompt of another column, and no second model."""
+    source = tmp_path / "asked.jsonl"
+    rows = [
+        {"prompt": f"{WORDS[i % 10]} ", "hint": "pass " * 6, "completion": " ".join(WORDS[:4])}
+        for i in range(30)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path, out = job()
+    changes = {
+        "data.source": source,
+        "data.teacher_prompt": "hint",
+        "data.max_length": 64,
+        "student.pretrain": "null",
+        "student.config.initializer_range": 0.3,  # so that a token's context tells
+        "training.max_steps": 20,
+        "training.learning_rate": 0.05,
+    }
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    assert main(["distill", str(path), *sets]) == 0
+    run = json.loads((out / "report.json").read_text())["runs"][0]
+    assert run["start"]["eval_kd"] > 0.05  # the prompts alone tell them apart
+    assert run["student"]["eval_kd"] < 0.7 * run["start"]["eval_kd"]

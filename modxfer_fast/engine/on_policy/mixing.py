@@ -185,6 +185,10 @@ def prompts_of(batch: Batch, prompt_length: int | None) -> list[Tokens]:
             "on_policy: expected rows of one document each, got position_ids; use a collator that "
             "does not pack"
         )
+    if "teacher_inputs" in batch:
+        raise ValueError(
+            "on_policy: expected one prompt for student and teacher, got teacher_inputs"
+        )
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask

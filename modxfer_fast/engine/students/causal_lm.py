@@ -83,6 +83,8 @@ class SplitCausalLM(TextModel):
         num_valid: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         token_weights: Tensor | None = None,
+        teacher_inputs: Mapping[str, Tensor] | None = None,
+        teacher_rows: Tensor | None = None,
         **tokens: Any,
     ) -> Batch:
         """Labels [B, T] beside what `read_tokens` takes; labels[t] is the target of position t.
@@ -90,11 +92,19 @@ class SplitCausalLM(TextModel):
         Args:
             num_valid: number of labels other than -100, known on the host.
             token_weights: [B, T], the factor of the loss at each position.
+            teacher_inputs: [B, T'] of the teacher's model, where it reads other prompts.
+            teacher_rows: [B, T] int64, b * T' + t of the teacher's position with the same label.
         """
         labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
         batch = read_tokens(**tokens)
         compared = labelled._replace(weights=token_weights)
-        return batch._replace(compared=compared, labelled=labelled, labels=labels)
+        return batch._replace(
+            compared=compared,
+            labelled=labelled,
+            labels=labels,
+            teacher_inputs=teacher_inputs,
+            teacher_rows=teacher_rows,
+        )
 
     @cached_property
     def classes(self) -> int:
@@ -134,7 +144,10 @@ class SplitCausalLM(TextModel):
     def answer(
         self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None
     ) -> Answer:
-        return super().answer(inputs, rows, taps)._replace(bend=self.bend)
+        answer = super().answer(inputs, rows, taps)._replace(bend=self.bend)
+        if rows is None:
+            return answer
+        return answer._replace(output=answer.output.flatten(0, 1)[rows])
 
     def uncalled_parameters(self) -> Iterable[nn.Parameter]:
         return self.head.parameters(recurse=False)

@@ -109,6 +109,10 @@ class Answering:
 
     def __call__(self, features: list) -> dict[str, Any]:
         batch = self.collator(features)
+        if "teacher_inputs" in batch:
+            raise ValueError(
+                "teacher_inputs: expected none with a teacher that answers elsewhere, got some"
+            )
         documents = documents_of(
             batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
         )

@@ -130,6 +130,8 @@ class SeveralTeachers:
                 f"teacher: expected batches with {INDEX}, the number of each token's teacher; make "
                 "them by `SeveralTeachers.collator`, as DistillTrainer does"
             )
+        if batch.teacher_inputs is not None:
+            raise ValueError("teacher_inputs: expected none with of='route', got some")
         asked = []
         for number, (teacher, rows) in enumerate(
             zip(self.teachers.values(), batch.route.rows, strict=True)
