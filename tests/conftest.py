@@ -9,6 +9,7 @@ cases in which any two values meet (`pairs.py`). Native backends run the whole p
 a GPU. The marker `pairs` asks for the same where a test is dear for another reason.
 """
 
+import gc
 import os
 from collections import defaultdict
 
@@ -46,6 +47,11 @@ def four_ranks():
 
     with Ranks(4) as ranks:
         yield ranks
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported, half a second for each collection of garbage that looks at it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -21,7 +22,12 @@ def main() -> None:
     lines = os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_listen, args=(lines, jobs), daemon=True).start()
+    modules = 0
     while (job := jobs.get()) is not None:
+        _forget_the_last_job(job["environment"])
+        if len(sys.modules) > modules:
+            gc.freeze()  # what was imported; half a second for each collection that looks at it
+            modules = len(sys.modules)
         _run(**job)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -38,13 +44,7 @@ def _listen(lines, jobs: queue.SimpleQueue) -> None:
 
 
 def _run(file: str, function: str, folder: str, environment: dict[str, str]) -> None:
-    _forget_the_last_job(environment)
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file}: expected a file of Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = _imported(file)
     args = torch.load(Path(folder) / "args.pt", weights_only=False)
     result = getattr(module, function)(*args)
     if torch.distributed.is_initialized():
@@ -52,6 +52,24 @@ def _run(file: str, function: str, folder: str, environment: dict[str, str]) -> 
     path = Path(folder) / f"result{environment['RANK']}.pt"
     torch.save(result, path.with_suffix(".partial"))
     path.with_suffix(".partial").rename(path)  # its name says that it is whole
+
+
+def _imported(file: str) -> ModuleType:
+    name = Path(file).stem
+    known = sys.modules.get(name)
+    if known is not None and known.__file__ == file:
+        return known
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file}: expected a file of Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _forget_the_last_job(environment: dict[str, str]) -> None:

@@ -1,14 +1,11 @@
-"""The sums of products of csrc/cuda/hopper: their main loop played on a CPU, their machine code."""
+"""The sums of products of csrc/cuda/hopper: their main loop played on a CPU."""
 
 import importlib.util
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-from tests.csrc.test_nvcc import machine_code, resources, run_nvcc
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -37,20 +34,3 @@ def test_every_tile_is_loaded_once_and_multiplied_where_it_lies(cutlass, tmp_pat
     run = subprocess.run([program, "40", "0"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("ok 40 products")
-
-
-@pytest.mark.parametrize("instance", ["y", "dx"])
-def test_instances_multiply_by_warp_groups_what_tma_brings(instance, cutlass, tmp_path):
-    source, cubin = ROOT / f"csrc/cuda/hopper/lora_product_{instance}.cu", tmp_path / "cubin"
-    told = run_nvcc(source, "sm_90a", cubin, f"-I{cutlass}", "-DNDEBUG")
-    # else each multiplication waits for the one before it
-    assert "serialized" not in told
-    ((name, used),) = resources(told).items()
-    (played,) = re.findall(r"kBuffers = (\d+)", DRIVER.read_text())
-    assert f"WarpSpecializedILi{played}E" in name  # as many buffers as are played
-    assert used["stack"] == used["spills"] == 0
-    assert used["registers"] <= 168  # of 384 threads
-    code = machine_code(cubin)[name]
-    assert not re.search(r"\b(LDL|STL)\b", code)
-    for wanted in ("HGMMA.64x256x16", "UTMALDG", "UTMALDG.3D.MULTICAST", "UTMASTG", "SYNCS"):
-        assert wanted in code, wanted
