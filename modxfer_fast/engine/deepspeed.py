@@ -346,3 +346,23 @@ def gathered_on_call(module: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def gathered_as(stand_in: nn.Module, module: nn.Module) -> None:
+    """While `stand_in` is called, what gathers the parameters of `module` for a call does so."""
+
+    def before(_, inputs):
+        for hook in _gathering(module._forward_pre_hooks):
+            hook(module, inputs)
+
+    def after(_, inputs, output):
+        for hook in _gathering(module._forward_hooks):
+            hook(module, inputs, output)
+
+    stand_in.register_forward_pre_hook(before)
+    stand_in.register_forward_hook(after)
+
+
+def _gathering(hooks: dict[int, Any]) -> list[Any]:
+    """Those of DeepSpeed and of `gathered_on_call`."""
+    return [h for h in hooks.values() if is_deepspeed_hook(h) or h.__module__ == __name__]

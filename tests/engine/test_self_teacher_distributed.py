@@ -29,13 +29,14 @@ class Cell:
     checkpointing: bool = False
     fused: bool = False
     head: bool = False  # trained whole, beside the adapters
+    biases: bool = False  # trained beside them, of modules whose weights are frozen
     persistence: int = 0
 
     @property
     def name(self) -> str:
         stage = "ddp" if self.stage is None else f"zero{self.stage}"
         more = (self.checkpointing, "checkpointed"), (self.fused, "fused"), (self.head, "head")
-        more += ((self.persistence > 0, "persistent"),)
+        more += (self.biases, "biases"), (self.persistence > 0, "persistent")
         return "-".join([stage, self.source, *(name for there, name in more if there)])
 
 
@@ -44,6 +45,7 @@ CELLS = [
     Cell(2, "ema", checkpointing=True, fused=True),
     Cell(3, "base"),
     Cell(3, "ema", fused=True),
+    Cell(3, "ema", fused=True, biases=True),
 ]
 SLOW = [
     Cell(None, "base", checkpointing=True),
@@ -57,7 +59,7 @@ RESUMED = [Cell(2, "ema", checkpointing=True, fused=True), Cell(3, "ema", fused=
 ALL = [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW)]
 
 
-def starting_student(folder: Path, head: bool):
+def starting_student(folder: Path, head: bool, biases: bool):
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -66,6 +68,7 @@ def starting_student(folder: Path, head: bool):
             target_modules=["q_proj", "v_proj", "down_proj"],
             init_lora_weights=False,
             modules_to_save=["lm_head"] if head else None,
+            bias="all" if biases else "none",
         )
         return get_peft_model(model, config)
 
@@ -103,7 +106,7 @@ def run_cell(cell: Cell, place: str, resume: bool) -> dict:
         **checkpointing,
         **OBJECTIVE,
     )
-    student = starting_student(folder, cell.head)
+    student = starting_student(folder, cell.head, cell.biases)
     if cell.fused:
         patch_peft_model(student)
     trainer = DistillTrainer(
@@ -128,7 +131,7 @@ def run_cell(cell: Cell, place: str, resume: bool) -> dict:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("self")
-    tiny_llama().save_pretrained(folder / "student")
+    tiny_llama(attention_bias=True).save_pretrained(folder / "student")
     return folder
 
 
@@ -139,11 +142,11 @@ def result(ranks, folder):
 
 
 @functools.cache
-def dense(source: str, head: bool, folder: Path, dtype: torch.dtype):
+def dense(source: str, head: bool, biases: bool, folder: Path, dtype: torch.dtype):
     """Start, student and teacher behind all steps, of a teacher that is a model of its own."""
     data = TokenDataset(STEPS * ACCUMULATION * BATCH * RANKS)
     per_step = len(data) // STEPS
-    start = starting_student(folder, head)
+    start = starting_student(folder, head, biases)
     student, objective = start, Objective(**OBJECTIVE)
     teacher: torch.nn.Module = copy.deepcopy(start).to(dtype)
     if source == "base":
@@ -161,8 +164,8 @@ def dense(source: str, head: bool, folder: Path, dtype: torch.dtype):
 @pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
 def test_student_and_teacher_equal_the_dense_reference(cell, folder, result):
     result(cell)
-    start, *truth = dense(cell.source, cell.head, folder, torch.float64)
-    _, *yardstick = dense(cell.source, cell.head, folder, torch.float32)
+    start, *truth = dense(cell.source, cell.head, cell.biases, folder, torch.float64)
+    _, *yardstick = dense(cell.source, cell.head, cell.biases, folder, torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder / "student")
     saved = dict(PeftModel.from_pretrained(base, folder / cell.name).named_parameters())
     trained = {name: param for name, param in start.named_parameters() if param.requires_grad}

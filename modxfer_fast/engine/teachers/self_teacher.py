@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.config.model import SOURCES
 from modxfer_fast.engine.batch import Answer, Batch
-from modxfer_fast.engine.deepspeed import gathered
+from modxfer_fast.engine.deepspeed import gathered, gathered_as
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.models.checks import listed
@@ -242,6 +242,8 @@ def _copy_with(module: nn.Module, own: dict[str, nn.Parameter]) -> nn.Module:
             made.__dict__[name] = copy.copy(value)
     made.__dict__["_parameters"] = {**module._parameters, **own}
     made.training = False
+    if any(param is not None and name not in own for name, param in module._parameters.items()):
+        gathered_as(made, module)  # which ZeRO-3 divides with the rest of the student
     return made
 
 
