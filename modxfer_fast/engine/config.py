@@ -246,6 +246,12 @@ class DistillConfig(TrainingArguments):
             )
         if self.stall_timeout_s is not None and not self.stall_timeout_s > 0:
             raise ValueError(f"stall_timeout_s: expected > 0, got {self.stall_timeout_s}")
+        if self.stall_timeout_s is not None and self.stall_timeout_s >= self.ddp_timeout:
+            raise ValueError(
+                f"stall_timeout_s: expected less than ddp_timeout, {self.ddp_timeout}, after which "
+                "torch ends ranks without a word about the others, or null, got "
+                f"{self.stall_timeout_s:g}"
+            )
         for name, reason in _UNSUPPORTED.items():
             if value := getattr(self, name):
                 raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")

@@ -58,7 +58,7 @@ class StepGuard(TrainerCallback):
         self.skipped, self.consecutive = skipped, 0
         self._why = ""  # of the first of the steps that were skipped in a row
         self._loss: Tensor | None = None  # of the step so far
-        self._steps = self._taken = 0  # since the last report
+        self.unreported = 0, 0  # steps, and those taken, since the last report
 
     def add_loss(self, loss: Tensor) -> None:
         """Adds the loss of a micro-batch to that of its step."""
@@ -66,14 +66,13 @@ class StepGuard(TrainerCallback):
 
     def steps_per_taken(self) -> float:
         """Steps per step that was not skipped, since the last call; NaN where all were."""
-        steps, taken = self._steps, self._taken
-        self._steps = self._taken = 0
+        steps, taken = self.unreported
+        self.unreported = 0, 0
         return steps / taken if taken else math.nan
 
     def _end_step(self, *, taken: bool) -> None:
         loss, self._loss = self._loss, None
-        self._steps += 1
-        self._taken += taken
+        self.unreported = self.unreported[0] + 1, self.unreported[1] + taken
         if taken and loss is not None:
             # once in Trainer's sum, a NaN would never leave it
             self._count_loss(torch.where(loss.isfinite(), loss, 0.0))

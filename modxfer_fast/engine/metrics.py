@@ -69,8 +69,14 @@ class LossMeter:
             sums = torch.zeros(len(self.fields), dtype=torch.float64, device=device)
         return dict(zip(self.fields, reduce(sums.clone()).tolist(), strict=True))
 
-    def restart(self) -> None:
-        self._sums = None
+    def restart(self, sums: Tensor | None = None) -> None:
+        """Begins anew, or with what `state` was."""
+        self._sums = sums
+
+    @property
+    def state(self) -> Tensor | None:
+        """The sums of this rank since the last `restart`, None where nothing was added."""
+        return self._sums
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -98,6 +104,14 @@ class TrainingClock(TrainerCallback):
     def since_begin(self) -> float:
         """Seconds since training began, evaluation and saving among them."""
         return time.perf_counter() - self._begin
+
+    def since_lap(self) -> float:
+        """Seconds since the last lap, which goes on."""
+        return time.perf_counter() - self._start
+
+    def resume_lap(self, seconds: float) -> None:
+        """The lap began so many seconds earlier, in a run that this one goes on from."""
+        self._start -= seconds
 
     def lap(self) -> float:
         """Seconds since the last lap."""

@@ -134,14 +134,15 @@ def load_engine(engine: nn.Module, folder: str, student: nn.Module) -> None:
 
 
 def load_engine_of_other_ranks(
-    engine: nn.Module, folder: str, scratch: Path, on_main: Callable[[Callable[[], str]], str]
+    engine: nn.Module, folder: str, scratch: Path, on_main: Callable[..., str]
 ) -> None:
     """Reads what another number of ranks wrote under ZeRO. Collective.
 
     Args:
         scratch: a path in a folder that all ranks see; beside it the checkpoint is for the time
             being once more, in the form that any number can read.
-        on_main: what a function returns on the main rank, on every rank.
+        on_main: what a function returns on the main rank, on every rank, which wait for the file
+            `ended` where it is given.
     """
     with contextlib.ExitStack() as stack:
 
@@ -150,7 +151,8 @@ def load_engine_of_other_ranks(
             universal.convert(folder, made)
             return str(made)
 
-        universal.load(engine, on_main(convert))
+        ended = scratch.with_name(f"{scratch.name}.ended")
+        universal.load(engine, on_main(convert, ended=ended))
         on_main(str)  # nobody reads it any more
 
 

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 from transformers.utils import logging
 
@@ -40,14 +42,16 @@ from modxfer_fast.engine.on_policy.vllm import VLLMRollouts
 from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.samples import SampleWriter
 from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
-from modxfer_fast.engine.teachers.cached import CachedTeacher
+from modxfer_fast.engine.teachers.cached import Answering, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
+from modxfer_fast.engine.unreported import Unreported
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
 logger = logging.get_logger(__name__)
 
+_POLL_S = 1.0  # between two looks at whether the main process has done
 READING = f"{CHECKPOINT}, reading it"  # a phase in which, as while it is written, bytes count
 
 
@@ -87,6 +91,9 @@ class DistillTrainer(Trainer):
             be padded to different sizes: the classes that both have count.
         rollouts: with args.on_policy, who writes the completions; None for the student itself, in
             this process or in the vLLM that `args.on_policy` names.
+
+    Attributes:
+        nonfinite_folder: where steps that were not finite are kept, in output_dir at first.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -155,6 +162,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self.clock)
         self.add_callback(self.memory)
         self.add_callback(self.guard)
+        self.add_callback(_AtBegin(self._resume_report))
         self.on_policy = self._on_policy(tokenizer, num_tokens, rollouts)
         self._stream: StreamLoader | None = None
         if isinstance(train_dataset, RowStream):
@@ -167,11 +175,13 @@ class DistillTrainer(Trainer):
             )
         if args.eval_samples:
             self.add_callback(self._sample_writer(tokenizer))
+        self.nonfinite_folder = Path(args.output_dir) / nonfinite.FOLDER
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
         self._batches: list[dict[str, Any]] = []  # of the step at hand
         self._random: dict[str, Tensor] = {}  # before it
         self._resumed: checkpoint.CheckpointInfo | None = None
+        self._checkpoint = ""  # that it is of
         self._teacher_is_checked = False
 
     def _on_policy(self, tokenizer, num_tokens: int | None, rollouts) -> OnPolicy | None:
@@ -187,13 +197,16 @@ class DistillTrainer(Trainer):
             section, self.student, tokenizer, self.model.common_classes(num_tokens)
         )
         pad = getattr(tokenizer, "pad_token_id", None)
+        collator = self.model.collator(CausalCollator(0 if pad is None else pad, packed=False))
+        asks = isinstance(collator, Answering)
         return OnPolicy(
             section,
             sampling,
             rollouts or self._rollouts(section),
-            self.model.collator(CausalCollator(0 if pad is None else pad, packed=False)),
+            collator.collator if asks else collator,
             self.args.seed,
             self.args.process_index,
+            collator.answered if asks else lambda batch: batch,
         )
 
     def _rollouts(self, section: OnPolicySection) -> Rollouts:
@@ -274,6 +287,7 @@ class DistillTrainer(Trainer):
                     f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}"
                 )
         if resume_from_checkpoint:
+            self._checkpoint = resume_from_checkpoint
             self._resumed = checkpoint.read_marker(resume_from_checkpoint)
             if not isinstance(resume_from_checkpoint, checkpoint.WholeCheckpoint):
                 self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
@@ -301,10 +315,16 @@ class DistillTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def get_train_dataloader(self):
-        if not isinstance(self.train_dataset, RowStream):
-            return super().get_train_dataloader()
-        self._stream = StreamLoader(self.train_dataset, self.data_collator, self.args)
-        return self._stream
+        whole = self.data_collator
+        if self.on_policy is not None and isinstance(whole, Answering):
+            self.data_collator = whole.collator  # `mixed` asks about those that are not replaced
+        try:
+            if not isinstance(self.train_dataset, RowStream):
+                return super().get_train_dataloader()
+            self._stream = StreamLoader(self.train_dataset, self.data_collator, self.args)
+            return self._stream
+        finally:
+            self.data_collator = whole
 
     @property
     def _is_of_other_ranks(self) -> bool:
@@ -334,16 +354,32 @@ class DistillTrainer(Trainer):
             refuse_nonfinite(self.model.teacher.nonfinite_parameters(), "teacher")
             self._teacher_is_checked = True
 
-    def _on_main(self, compute: Callable[[], Any]) -> Any:
+    def _on_main(self, compute: Callable[[], Any], ended: Path | None = None) -> Any:
         """What `compute` returns on the main process, on every process; its ValueError, or one of
-        the disk, too."""
+        the disk, too.
+
+        Args:
+            ended: a path that all ranks see, of what may take longer than a collective waits: they
+                then wait for the file that the main process makes there, and not in a collective.
+        """
         outcome: list[Any] = [None, None]
-        if self.args.process_index == 0:
+        is_main = self.args.process_index == 0
+        if ended is not None:
+            if is_main:  # of an interrupted run
+                ended.unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+        if is_main:
             try:
                 outcome[0] = compute()
             except (ValueError, OSError) as error:
                 outcome[1] = error
+            if ended is not None:
+                ended.touch()
+        while ended is not None and not ended.exists():
+            sleep(_POLL_S)
         value, refusal = broadcast_object_list(outcome)
+        if is_main and ended is not None:
+            ended.unlink()
         if refusal is not None:
             raise refusal
         return value
@@ -360,6 +396,38 @@ class DistillTrainer(Trainer):
         pending = self._sum_over_ranks(self._tr_loss) / self.args.world_size
         before = 0.0 if self._resumed is None else self._resumed.loss_sum
         return before + self._total_loss_scalar + pending.item()
+
+    def _resume_report(self) -> None:
+        """The next report also tells of the steps behind the last one before the interruption."""
+        if self._resumed is None:
+            return
+        args = self.args
+        kept = Unreported.load(
+            self._checkpoint, args.process_index, args.world_size, self._resumed.world_size
+        )
+        if kept is None:
+            return
+        self._globalstep_last_logged, self._num_tokens = kept.step, kept.num_tokens
+        self._tr_loss += kept.loss.to(args.device)
+        self._resumed = replace(self._resumed, loss_sum=kept.loss_sum)
+        self.model.meter.restart(None if kept.sums is None else kept.sums.to(args.device))
+        self.guard.unreported = kept.steps, kept.taken
+        self.clock.resume_lap(kept.seconds)
+        if self.on_policy is not None and kept.written:
+            self.on_policy.restart(kept.written)
+
+    def _unreported(self) -> Unreported:
+        before = 0.0 if self._resumed is None else self._resumed.loss_sum
+        return Unreported(
+            self._globalstep_last_logged,
+            self._tr_loss.detach(),
+            self.model.meter.state,
+            *self.guard.unreported,
+            self._num_tokens,
+            before + self._total_loss_scalar,
+            self.clock.since_lap(),
+            () if self.on_policy is None else self.on_policy.counted,
+        )
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         if self._resumed is not None:  # means and times of the whole run
@@ -462,7 +530,7 @@ class DistillTrainer(Trainer):
 
     def _explain_skipped(self, step: int) -> str:
         """The first tensors that were not finite, and where the step is kept. Collective."""
-        folder = Path(self.args.output_dir) / nonfinite.FOLDER
+        folder = self.nonfinite_folder
         kept_already = self._on_main(lambda: len(list(folder.glob("step-*"))))
         if kept_already >= self.args.keep_nonfinite_steps:
             return ""
@@ -622,6 +690,7 @@ class DistillTrainer(Trainer):
                 folder, info, self.args.should_save, self.accelerator.wait_for_everyone
             ):
                 super()._save_checkpoint(model, trial)
+                self._unreported().save(folder, self.args.process_index)
                 if self.on_policy is not None:
                     self.on_policy.save(folder)
                 if self._stream is not None:
@@ -685,6 +754,16 @@ class DistillTrainer(Trainer):
                 self._load_sharded(folder)
             else:
                 self._load_from_checkpoint(folder)
+
+
+class _AtBegin(TrainerCallback):
+    """Acts when training begins, behind what Trainer and the callbacks before this one set."""
+
+    def __init__(self, act: Callable[[], None]):
+        self._act = act
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._act()
 
 
 def _of_module(inputs: dict[str, Any]) -> dict[str, Any]:

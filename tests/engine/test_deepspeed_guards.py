@@ -106,7 +106,7 @@ def test_the_cpu_switch_of_accelerate_drops_no_deepspeed(monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(deepspeed, "start", lambda *given: started.append(given))
     monkeypatch.setattr(DistillConfig, "n_gpu", 0)
-    args = DistillConfig(output_dir=str(tmp_path), zero_stage=2, ddp_timeout=77)
+    args = DistillConfig(output_dir=str(tmp_path), zero_stage=2, ddp_timeout=77, stall_timeout_s=60)
     assert "ACCELERATE_USE_CPU" not in os.environ
     assert args.use_cpu
     assert started == [(True, 77)]

@@ -1,7 +1,10 @@
 """Two ranks begin, one goes on, two end: equal within rounding to two that were never stopped."""
 
+import contextlib
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modxfer_fast.engine import DistillConfig, DistillTrainer
+from modxfer_fast.engine import DistillConfig, DistillTrainer, universal
+from modxfer_fast.engine import trainer as engine_trainer
 from modxfer_fast.engine.checkpoint import marked_checkpoints
+from modxfer_fast.engine.progress import here
 from modxfer_fast.testing import run_distributed
 from tests.support.models import TokenDataset, align_collate, tiny_llama
 
@@ -53,11 +58,36 @@ def make_trainer(cell: tuple, folder: Path, world_size: int, max_steps: int) -> 
     )
 
 
+@contextlib.contextmanager
+def conversion_outlasts_collectives(folder: Path):
+    """A checkpoint is converted only while another rank is seen to wait outside of them."""
+    waits, convert, others = folder / "waits", universal.convert, int(os.environ["WORLD_SIZE"]) - 1
+
+    def late(*args):
+        waits.unlink(missing_ok=True)
+        until = time.monotonic() + 60
+        while others and not waits.exists():
+            assert time.monotonic() < until, "the other rank waits inside of a collective"
+            time.sleep(0.01)
+        convert(*args)
+
+    def poll(seconds):
+        assert not here.is_inside
+        waits.touch()
+        time.sleep(0.01)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(universal, "convert", late)
+        patch.setattr(engine_trainer, "sleep", poll)
+        yield
+
+
 def train(cells: list, folder: str, world_size: int, max_steps: int) -> None:
     """From the last checkpoint, where there is one."""
     for cell in cells:
         trainer = make_trainer(cell, Path(folder), world_size, max_steps)
-        trainer.train(resume_from_checkpoint=bool(marked_checkpoints(trainer.args.output_dir)))
+        with conversion_outlasts_collectives(Path(folder)):
+            trainer.train(resume_from_checkpoint=bool(marked_checkpoints(trainer.args.output_dir)))
 
 
 @pytest.fixture(scope="module")

@@ -198,26 +198,43 @@ def test_training_on_labels_alone_asks_for_nothing(own, url, tmp_path):
     assert own.requests
 
 
-def test_what_a_student_writes_is_asked_about_also_when_resumed(own, url, tmp_path):
-    section = {"fraction": 1.0, "prompt_length": 2, "max_new_tokens": 4, "reuse": 2}
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_what_is_learnt_is_asked_about_once_also_when_resumed(own, url, tmp_path, fraction):
+    section = {"fraction": fraction, "prompt_length": 2, "max_new_tokens": 4, "reuse": 2}
     options = {"on_policy": section, "learning_rate": 1e-2, "disable_tqdm": True}
 
-    def trainer(**more):
-        args = arguments(tmp_path, **{**options, **more})
-        teacher = ServedTeacher(asking(url))
-        return DistillTrainer(
-            tiny_llama(), args, teacher, TokenDataset(6), data_collator=align_collate
+    def trained(checkpoint=None, **more):
+        """The student's weights, what was asked, and what was learnt of each window."""
+        args = arguments(tmp_path, gradient_accumulation_steps=2, **{**options, **more})
+        trainer = DistillTrainer(
+            tiny_llama(),
+            args,
+            ServedTeacher(asking(url)),
+            TokenDataset(12),
+            data_collator=align_collate,
         )
+        mixed, learnt = trainer.on_policy.mixed, set()
 
-    whole = trainer(save_strategy="steps", save_steps=1)
-    whole.train()
-    resumed = trainer()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # inside a window
-    expected, got = whole.student.state_dict(), resumed.student.state_dict()
+        def noted(batches, step):
+            found = mixed(batches, step)
+            for place, batch in enumerate(found):
+                # a text of the data is one of its step, one of the student of its window
+                when = step // 2 if batch.get("on_policy") else f"step {step}"
+                for document in documents_of(batch["input_ids"], batch["attention_mask"]):
+                    learnt.add((when, place, document.row, tuple(document.ids.tolist())))
+            return found
+
+        trainer.on_policy.mixed = noted
+        before = len(own.requests)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        asked = [tuple(text) for body in own.requests[before:] for text in body["prompt"]]
+        return trainer.student.state_dict(), sorted(asked), sorted(text for *_, text in learnt)
+
+    expected, asked, learnt = trained(save_strategy="steps", save_steps=1)
+    assert asked == learnt
+    got, asked, learnt = trained(str(tmp_path / "checkpoint-1"))  # inside a window
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
-    asked = {tuple(text) for body in own.requests for text in body["prompt"]}
-    data = {tuple(TokenDataset(6)[i]["input_ids"].tolist()) for i in range(6)}
-    assert asked - data
+    assert asked == learnt
 
 
 def test_answers_come_in_order_whatever_comes_first(own, url):

@@ -364,6 +364,26 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make):
     assert speed == pytest.approx(RESUMABLE["max_steps"], rel=0.05)
 
 
+def test_a_report_behind_an_interruption_tells_of_the_steps_before_it_too(tmp_path):
+    options = {**RESUMABLE, "save_steps": 1, "logging_steps": 3, "max_steps": 8}
+
+    def run(checkpoint=None):
+        made = trainer(tiny_llama(), config(tmp_path, **options), teacher_model())
+        made.train(resume_from_checkpoint=checkpoint)
+        kept = ("step", "loss", "kd_loss", "num_tokens", "learning_rate")
+        logs = [{k: e[k] for k in kept if k in e} for e in made.state.log_history]
+        return logs, made.state.log_history[-1]["train_loss"]
+
+    whole, mean = run()
+    assert [entry["step"] for entry in whole] == [3, 6, 8]
+    # from one report on, right behind it, right before the next, and twice between two
+    for begun in ((3,), (4,), (5,), (4, 5)):
+        for step in begun:
+            again, mean_again = run(str(tmp_path / f"checkpoint-{step}"))
+        assert again == whole, begun
+        assert mean_again == pytest.approx(mean, rel=1e-6)
+
+
 def test_a_finished_run_is_loaded_and_not_trained_on(tmp_path):
     first = trainer(tiny_llama(), config(tmp_path, **RESUMABLE), teacher_model())
     first.train()

@@ -168,3 +168,6 @@ def test_collectives_are_noted_inside_the_block_alone(tmp_path):
 def test_no_time_at_all_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stall_timeout_s: expected > 0, got 0"):
         DistillConfig(output_dir=str(tmp_path), stall_timeout_s=0)
+    with pytest.raises(ValueError, match=r"stall_timeout_s: expected less than ddp_timeout, 600, "):
+        DistillConfig(output_dir=str(tmp_path), ddp_timeout=600)
+    DistillConfig(output_dir=str(tmp_path), ddp_timeout=600, stall_timeout_s=500)

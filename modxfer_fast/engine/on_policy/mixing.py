@@ -33,6 +33,7 @@ class OnPolicy:
         rollouts: who writes them.
         collate: makes a batch of rows {"input_ids", "is_target", "lengths"}, one document each.
         seed, rank: of the run, of this process.
+        answered: asks a teacher that is asked ahead about a batch; one that was asked about stays.
     """
 
     def __init__(
@@ -43,17 +44,24 @@ class OnPolicy:
         collate: Callable[[list[dict]], Batch],
         seed: int,
         rank: int,
+        answered: Callable[[Batch], Batch],
     ):
         self.section, self.sampling, self.rollouts = section, sampling, rollouts
         self._collate, self._seed, self._rank = collate, seed, rank
+        self._answered = answered
         self._window: int | None = None  # whose completions are at hand
         self._written: dict[int, Batch] = {}  # by the place of their micro-batch in a step
         self.restart()
 
-    def restart(self) -> None:
-        """Begins new measurements."""
-        self._batches = self._replaced = self._completions = self._tokens = 0
-        self.seconds = 0.0  # of generation
+    def restart(self, counted: tuple[float, ...] = (0, 0, 0, 0, 0.0)) -> None:
+        """Begins new measurements, or goes on from what was `counted`."""
+        self._batches, self._replaced, self._completions, self._tokens, self.seconds = counted
+
+    @property
+    def counted(self) -> tuple[float, ...]:
+        """Since `restart`: micro-batches, those replaced, completions, their tokens, and seconds of
+        generation."""
+        return self._batches, self._replaced, self._completions, self._tokens, self.seconds
 
     def mixed(self, batches: list[Batch], step: int) -> list[Batch]:
         """The micro-batches of a step, some of them replaced. Collective.
@@ -68,12 +76,15 @@ class OnPolicy:
         places = [i for i in range(len(batches)) if self._is_replaced(window, i)]
         if window != self._window:
             self._window, self._written = window, {}
+        # of the data only what is learnt is asked about, and that while the student writes
+        learnt = {i: self._answered(b) for i, b in enumerate(batches) if i not in places}
         missing = [i for i in places if i not in self._written]
         if missing:  # the first step of a window, or one that has more micro-batches than that
             self._written |= self._write({i: batches[i] for i in missing}, step)
+        self._written = {i: self._answered(b) for i, b in self._written.items()}
         self._batches += len(batches)
         self._replaced += len(places)
-        mixed = [self._written[i] if i in places else b for i, b in enumerate(batches)]
+        mixed = [learnt[i] if i in learnt else self._written[i] for i in range(len(batches))]
         if (step + 1) % self.section.reuse == 0:
             self._window, self._written = None, {}
         return mixed

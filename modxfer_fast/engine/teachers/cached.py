@@ -108,15 +108,21 @@ class Answering:
         self.teacher, self.collator = teacher, collator
 
     def __call__(self, features: list) -> dict[str, Any]:
-        batch = self.collator(features)
+        return self.answered(self.collator(features))
+
+    def answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its answers; one that has them as it is."""
+        if ANSWERS in batch:
+            return batch
         if "teacher_inputs" in batch:
             raise ValueError(
                 "teacher_inputs: expected none with a teacher that answers elsewhere, got some"
             )
-        documents = documents_of(
-            batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+        ids, *others = (
+            None if batch.get(name) is None else batch[name].cpu()
+            for name in ("input_ids", "attention_mask", "position_ids")
         )
-        answers = self.teacher.answers(documents, *batch["input_ids"].shape)
+        answers = self.teacher.answers(documents_of(ids, *others), *ids.shape)
         return {**batch, ANSWERS: answers}
 
     def __getattr__(self, name: str) -> Any:
