@@ -278,6 +278,13 @@ class JobConfig(Section):
                 **self._timed,
             },
         )
+        self._refuse(
+            "with a section teacher.served, because no weights of the teacher are read",
+            {
+                "student.from_teacher": self.teacher.served is not None
+                and self.student.from_teacher is not None
+            },
+        )
 
     def _check_self(self) -> None:
         if self.student.peft is None:

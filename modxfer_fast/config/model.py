@@ -202,6 +202,18 @@ class TeacherModelSection(ModelSection):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _teaches_itself(self):
+        of_average = self.plan == "self" and self.source == "ema"
+        for name, is_read, where in (
+            ("source", self.plan == "self", "plan: self"),
+            ("ema_decay", of_average, "plan: self and source: ema"),
+        ):
+            value = getattr(self, name)
+            if not is_read and value != TeacherModelSection.model_fields[name].default:
+                raise ValueError(f"{name}: expected {where} beside it, got {value} without")
+        return self
+
     @property
     def is_student(self) -> bool:
         """Whether the student's own network teaches."""
@@ -224,6 +236,16 @@ class TeacherModelSection(ModelSection):
                 f"quantization: expected nothing with {where}, got {self.quantization}"
             )
         return self
+
+    @property
+    def listed_classes(self) -> int | None:
+        """How many classes of a token are all that is known of the teacher, None where more is."""
+        if self.plan not in ("served", "cached"):
+            return None
+        if self.served is not None:
+            return self.served.top_k
+        hidden = self.cache.hidden and self.cache.signal != "topk"
+        return None if hidden else self.cache.top_k
 
     @property
     def is_divided(self) -> bool:

@@ -132,6 +132,7 @@ def load_corpus(section: DataSection, teachers: Sequence[str] = ()) -> Corpus:
         teachers: names that a `teacher_column` may hold, or `teacher` of a source.
     """
     sources = section.parts
+    _check_held_out(sources)
     weighs = any(source.loss_weight != 1.0 for source in sources)
     if section.streaming:
         return Corpus(tuple(_streamed(source, section, weighs, teachers) for source in sources))
@@ -160,6 +161,37 @@ def load_corpus(section: DataSection, teachers: Sequence[str] = ()) -> Corpus:
     return Corpus(tuple(parts))
 
 
+def _check_held_out(sources: Sequence[SourceSection]) -> None:
+    """Raise a DataError where what one source holds out is what it, or another one, learns."""
+    for source in sources:
+        if source.eval_source is None:  # other documents of it than it learns
+            held_out = _places(source, source.source, source.split)
+        else:
+            held_out = _places(source, source.eval_source, source.eval_split)
+        for other in sources:
+            if other.weight == 0 or (other is source and source.eval_source is None):
+                continue
+            for place in _places(other, other.source, other.split) & held_out:
+                whose = "" if other is source else f" in the source {other.label}"
+                what = "data.eval_source: expected"
+                if source.eval_source is None:
+                    what = f"data.sources: expected an eval_source of {source.label}, with"
+                raise DataError(
+                    f"{what} other documents than {place[0]}, split {other.split}, which the "
+                    f"student trains on{whose}; name another file, or another eval_split of a "
+                    "dataset"
+                )
+
+
+def _places(source: SourceSection, documents: str, split: str) -> set[tuple[str, ...]]:
+    """Where documents are: a file, or a split of a dataset."""
+    paths = [Path(file).expanduser() for file in files_of(documents)]
+    return {
+        (str(path.absolute()), *(() if path.is_file() else (source.name or "", split)))
+        for path in paths
+    }
+
+
 def _streamed(
     source: SourceSection, section: DataSection, weighs: bool, teachers: Sequence[str]
 ) -> Documents:
@@ -172,7 +204,7 @@ def _streamed(
     if source.eval_source is None:
         stream, held_out = DocumentStream.of(source, section.num_eval_documents, facts, column)
         return Documents(source, stream, held_out, stream.format, stream.format)
-    held_out, held_out_format = _held_out(source, source.eval_source, teachers)
+    held_out, held_out_format = _load(source, source.eval_source, source.eval_split, teachers)
     stream, _ = DocumentStream.of(source, 0, facts, column)
     return Documents(source, stream, held_out, stream.format, held_out_format)
 
@@ -201,7 +233,7 @@ def _documents(source: SourceSection, section: DataSection, teachers: Sequence[s
     if source.max_documents is not None and len(train) > source.max_documents:
         train = train.shuffle(seed=section.split_seed).select(range(source.max_documents))
     if source.eval_source is not None:
-        held_out, held_out_format = _held_out(source, source.eval_source, teachers)
+        held_out, held_out_format = _load(source, source.eval_source, source.eval_split, teachers)
     else:
         if len(train) < 2:
             raise DataError(
@@ -213,22 +245,6 @@ def _documents(source: SourceSection, section: DataSection, teachers: Sequence[s
         )
         train, held_out, held_out_format = halves["train"], halves["test"], train_format
     return Documents(source, train, held_out, train_format, held_out_format)
-
-
-def _held_out(
-    source: SourceSection, eval_source: str, teachers: Sequence[str]
-) -> tuple[Dataset, str]:
-    learnt = {Path(file).expanduser().absolute() for file in files_of(source.source)}
-    for file in files_of(eval_source):
-        path = Path(file).expanduser()
-        same_split = source.eval_split == source.split or path.is_file()  # which has one
-        if same_split and path.absolute() in learnt:
-            raise DataError(
-                f"data.eval_source: expected other documents than {file}, split {source.split}, "
-                "which the student trains on; name another file, or another eval_split of a "
-                "dataset"
-            )
-    return _load(source, eval_source, source.eval_split, teachers)
 
 
 def _load(

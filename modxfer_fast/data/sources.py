@@ -94,7 +94,12 @@ def stream_source(
             )
         [reader] = readers
         options = {"sample_by": "line" if lines else "document"} if reader == "text" else {}
-        return load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+        dataset = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+        return dataset.filter(_has_text) if lines else dataset
+
+
+def _has_text(row: dict) -> bool:
+    return bool(row["text"].strip())
 
 
 def _check_lines(source: str, lines: bool) -> None:
@@ -143,7 +148,7 @@ def _load_file(path: Path, source: str, lines: bool) -> Dataset:
             _check_json(path, source)
         raise
     if lines:
-        dataset = dataset.filter(lambda row: bool(row["text"].strip()))
+        dataset = dataset.filter(_has_text)
         if not len(dataset):
             raise DataError(f"data source {source}: expected lines of text, found none")
     return dataset

@@ -157,12 +157,20 @@ def test_a_wrong_server_ends_a_job_before_it_begins(write, url, capsys, options,
             served("http://h") | {"cache": {"top_k": 4}},
             "cache.top_k: expected nothing beside a section served",
         ),
+        ({"source": "ema"}, "source: expected plan: self beside it, got ema without"),
+        ({"ema_decay": 0.5}, "ema_decay: expected plan: self and source: ema beside it, got 0.5"),
     ],
 )
 def test_sections_that_contradict_themselves(write, capsys, given, told):
     path, _ = write("job", given)
     assert main(["distill", str(path)]) == EXIT_USER_ERROR
     assert told in capsys.readouterr().err
+
+
+def test_a_student_takes_no_weights_of_it(write, capsys):
+    path, _ = write("job", served("http://h"), student={"from_teacher": {"layers": [0]}})
+    assert main(["distill", str(path)]) == EXIT_USER_ERROR
+    assert "student.from_teacher: expected nothing with a section" in capsys.readouterr().err
 
 
 def test_a_server_that_moved_is_no_other_job(write, tmp_path):

@@ -138,6 +138,25 @@ def test_training_documents_are_not_held_out(tmp_path):
             load_corpus(section)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_documents_of_one_source_are_not_held_out_by_another(tmp_path, streaming):
+    for name in "abe":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(300)))
+    a, b, e = (str(tmp_path / f"{name}.txt") for name in "abe")
+    options = {"lines": True, "weight": 1.0}
+
+    def load(*sources):
+        each = [{**options, **source} for source in sources]
+        return load_corpus(DataSection(sources=each, streaming=streaming))
+
+    with pytest.raises(DataError, match=r"eval_source: .* than .*a\.txt, .* in the source .*a"):
+        load({"source": a, "eval_source": e}, {"source": b, "eval_source": a})
+    with pytest.raises(DataError, match=r"sources: expected an eval_source of .*a\.txt, with "):
+        load({"source": a}, {"source": a, "split": "more", "eval_source": e})
+    load({"source": a, "eval_source": e}, {"source": a, "split": "more", "eval_source": e})
+    load({"source": a, "eval_source": e, "weight": 0.0}, {"source": b, "eval_source": a})
+
+
 def test_a_source_without_documents_is_named(tmp_path):
     path = tmp_path / "d.txt"
     path.write_text("alone")

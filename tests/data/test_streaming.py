@@ -133,6 +133,23 @@ def test_every_kind_of_source(tmp_path):
         assert sorted(d for d, _, _ in taken(stream.rows(), 35)) == list(range(5, 40)), name
 
 
+def test_blank_lines_are_no_documents(tmp_path):
+    path = tmp_path / "d.txt"
+    lines = [f"({i})\n" + "\n  \n" * (i % 3) for i in range(700)]
+    path.write_text("".join(["\n", *lines]))
+    options = {"lines": True, "packing": False, "eval_documents": 5, "shuffle_buffer": 139}
+    section = DataSection(source=str(path), streaming=True, **options)
+    rows = build_rows(load_corpus(section), section, TOKENIZER)
+    assert [d for row in rows.held_out for d in documents(row)] == [0, 1, 2, 3, 4]
+    seen = taken(rows.train.rows(), 695)
+    assert sorted(d for d, _, _ in seen) == list(range(5, 700))
+    for index in (0, 300, 600):
+        place = json.loads(json.dumps(seen[index][2]))
+        resumed = rows.train.rows(0, 0, 1, place)
+        expected = seen[index + 1 : index + 50]
+        assert [documents(next(resumed)[0]) for _ in expected] == [[d] for d, _, _ in expected]
+
+
 @pytest.mark.parametrize("names", [("body", "text"), ("text", "body")])
 def test_a_column_takes_the_name_of_another(tmp_path, names):
     values = {"body": "(1)", "text": "(2)"}

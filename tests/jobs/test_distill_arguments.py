@@ -82,6 +82,8 @@ def test_a_hub_that_cannot_be_used_is_told_before_anything_is_loaded(monkeypatch
     monkeypatch.setattr(HfApi, "whoami", refuse)
     with pytest.raises(ConfigError, match=r"training.push_to_hub: .*no route for mine"):
         check_training({"push_to_hub": True, "hub_token": "mine"}, "training")
+    monkeypatch.setenv("RANK", "1")
+    check_training({"push_to_hub": True, "hub_token": "mine"}, "training")  # the first rank asks
 
 
 def test_pretraining_has_its_own_seed():

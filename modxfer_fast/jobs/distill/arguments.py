@@ -11,6 +11,7 @@ from modxfer_fast.config.fields import built
 from modxfer_fast.engine import DistillConfig, deepspeed
 from modxfer_fast.engine.tasks.trainer import FOR_EVALUATION
 from modxfer_fast.jobs.distill.hub import check_hub
+from modxfer_fast.jobs.ranks import is_main
 
 _OWNED = {
     "output_dir": "output_dir",
@@ -39,7 +40,7 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
         _check_deepspeed(section, where)
     if "report_to" in section:
         _check_loggers(args.report_to, f"{where}.report_to")
-    if args.push_to_hub:
+    if args.push_to_hub and is_main():  # a thousand ranks that ask at once are refused
         check_hub(args.hub_token, f"{where}.push_to_hub")
 
 
