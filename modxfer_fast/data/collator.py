@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from modxfer_fast.data.facts import OF_TEACHER, facts_of_tokens
 
 IGNORE_INDEX = -100
+# transformers' names of where packed documents begin and end
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,10 @@ class CausalCollator:
     """Pad rows on the right and lay out targets.
 
     Batch, beside that of `EncoderCollator`:
-        position_ids   [B, T] int64, restarting at every document of a row; only with `packed`
+        position_ids   [B, T] int64, restarting at every document of a row; only with `packed`, as
+        cu_seq_lens_q, cu_seq_lens_k: [n + 1] int32, where documents begin in the rows laid end to
+                       end, and B T behind them; max_length_q, max_length_k, ints, of the longest:
+                       what variable-length attention of transformers takes
         labels         [B, T] int64; labels[t] is the target of position t, that is token t + 1 of
                        the same document; -100 where there is none
         num_valid      int, number of labels that are not -100
@@ -64,7 +69,7 @@ class CausalCollator:
     def _laid_out(self, rows: list[dict]) -> dict[str, Any]:
         """Inputs and labels."""
         T = max(len(row["input_ids"]) for row in rows)
-        targets, positions = [], []
+        targets, positions, all_runs = [], [], []
         for row in rows:
             *lengths, last = row["lengths"]
             ids = torch.tensor(row["input_ids"])
@@ -73,10 +78,19 @@ class CausalCollator:
             targets.append(target.roll(-1))
             # padding goes on counting: it belongs to the last document and costs no mask of its own
             runs = (*lengths, last + T - len(ids))
+            all_runs += runs
             positions.append(torch.cat([torch.arange(run) for run in runs]))
         labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
         batch = {**EncoderCollator(self.pad_token_id)(rows), "labels": labels}
-        return {**batch, "position_ids": torch.stack(positions)} if self.packed else batch
+        if not self.packed:
+            return batch
+        starts = torch.tensor([0, *all_runs]).cumsum(0, dtype=torch.int32)
+        ends = (starts, starts, max(all_runs), max(all_runs))
+        return {
+            **batch,
+            "position_ids": torch.stack(positions),
+            **dict(zip(VARLEN, ends, strict=True)),
+        }
 
 
 def _of_teacher(row: dict) -> dict:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.data.collator import IGNORE_INDEX, VARLEN
 
 _CLAIM = "labels_are_aligned"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # What else collators emit: boundaries that position_ids tell as well, and what no decoder reads.
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_BOUNDARIES = (*VARLEN, "seq_idx")
 _UNREAD = ("token_type_ids", "special_tokens_mask", "length", "num_input_tokens_seen")
 # Of a batch whose claim is wrong nearly every label betrays it; of a right one a repeated token may
 _NEARLY_ALL = 0.95
@@ -70,7 +70,7 @@ class AlignedLabels:
                 "data_collator: expected padding on the right of rows with position_ids, got some "
                 "on the left; set padding_side='right' on the tokenizer"
             )
-        aligned = {key: batch[key] for key in _INPUTS if batch.get(key) is not None}
+        aligned = {key: batch[key] for key in (*_INPUTS, *VARLEN) if batch.get(key) is not None}
         present = input_ids.numel() if mask is None else mask.sum()
         aligned |= {
             "labels": labels,

@@ -3,6 +3,7 @@
 import torch
 
 from modxfer_fast.data import IGNORE_INDEX, CausalCollator
+from modxfer_fast.data.collator import VARLEN
 from modxfer_fast.data.facts import LOSS_WEIGHT
 
 _ = IGNORE_INDEX
@@ -51,10 +52,19 @@ def test_rows_of_one_document_need_no_positions():
 def test_types():
     batch = CausalCollator(0)([row([5, 6])])
     tensors = {"input_ids", "attention_mask", "position_ids", "labels"}
-    assert set(batch) == {*tensors, "num_valid", "num_tokens"}
-    assert isinstance(batch["num_valid"], int)
-    assert isinstance(batch["num_tokens"], int)
-    assert all(batch[k].dtype == torch.int64 for k in batch if not k.startswith("num_"))
+    starts, counts = set(VARLEN[:2]), {"num_valid", "num_tokens", *VARLEN[2:]}
+    assert set(batch) == {*tensors, *starts, *counts}
+    assert all(isinstance(batch[k], int) for k in counts)
+    assert all(batch[k].dtype == torch.int64 for k in tensors)
+    assert all(batch[k].dtype == torch.int32 for k in starts)
+
+
+def test_documents_are_told_to_variable_length_attention():
+    batch = CausalCollator(0)([row([5, 6], [7]), row([1] * 6)])
+    starts, again, *longest = (batch[name] for name in VARLEN)
+    # padding belongs to the last document of its row
+    assert starts.tolist() == again.tolist() == [0, 2, 6, 12]
+    assert longest == [6, 6]
 
 
 def test_facts_of_a_document_are_those_of_each_of_its_tokens():

@@ -1,10 +1,13 @@
 """Which models are split into backbone and head, and which are refused with the reason."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
@@ -22,9 +25,10 @@ from transformers import (
 )
 
 from modxfer_fast.data import CausalCollator
+from modxfer_fast.engine import DistillModule, Objective, Teacher
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.kernels.common import Bend
-from tests.support.models import tiny_llama
+from tests.support.models import TokenDataset, tiny_llama
 
 SMALL = {
     "vocab_size": 97,
@@ -260,3 +264,45 @@ def test_flattened_rows_for_variable_length_kernels_give_the_same_states(monkeyp
         flat = split.hidden(ids, None, positions)
     assert shapes == [(1, 24)]
     torch.testing.assert_close(flat, expected)
+
+
+def varlen(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """What flash_attn_varlen_func computes: each span of `cu_seq_lens` sees itself alone."""
+    starts = kwargs["cu_seq_lens_q"].tolist()
+    assert query.shape[0] == 1
+    assert attention_mask is None
+    assert kwargs["cu_seq_lens_q"].dtype == torch.int32
+    assert kwargs["max_length_q"] == max(end - start for start, end in pairwise(starts))
+    spans = [
+        F.scaled_dot_product_attention(
+            *(x[:, :, start:end] for x in (query, key, value)),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for start, end in pairwise(starts)
+    ]
+    return torch.cat(spans, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_varlen_of_test"])
+def test_packed_documents_learn_what_each_would_alone(attention):
+    AttentionInterface.register("flash_varlen_of_test", varlen)
+    texts = [row.tolist() for row in TokenDataset(7).rows]
+
+    def row(*texts):
+        ids = [token for text in texts for token in text]
+        lengths = [len(text) for text in texts]
+        return {"input_ids": ids, "is_target": [True] * len(ids), "lengths": lengths}
+
+    packed = CausalCollator(0)([row(*texts[:4]), row(*texts[4:])])
+    alone = CausalCollator(0, packed=False)([row(text) for text in texts])
+    gradients = []
+    for batch, used in ((packed, attention), (alone, "eager")):
+        student, teacher = tiny_llama(), tiny_llama(48, 2, seed=1)
+        for model in (student, teacher):
+            model.config._attn_implementation = used
+        module = DistillModule(student, Teacher(teacher), Objective(ce_weight=0.3)).train()
+        module(**batch)["loss"].backward()
+        gradients.append([param.grad for param in student.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

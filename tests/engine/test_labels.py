@@ -50,7 +50,9 @@ def test_flattened_documents_do_not_predict_one_another():
     batch = collate(features([5, 6, 7], [8], [9, 4]))
     assert batch["labels"].tolist() == [[6, 7, _, _, 4, _]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert "cu_seq_lens_q" not in batch
+    # for variable-length attention
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
 
 
 def test_packed_rows_whose_labels_are_all_their_tokens():

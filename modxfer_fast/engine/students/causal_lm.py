@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.data.collator import IGNORE_INDEX, VARLEN
 from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
 from modxfer_fast.engine.deepspeed import gathered
 from modxfer_fast.engine.features.taps import LayerTaps
@@ -88,6 +88,7 @@ class SplitCausalLM(TextModel):
         **tokens: Any,
     ) -> Batch:
         """Labels [B, T] beside what `read_tokens` takes; labels[t] is the target of position t.
+        Of packed rows also what `CausalCollator` tells variable-length attention.
 
         Args:
             num_valid: number of labels other than -100, known on the host.
@@ -96,7 +97,9 @@ class SplitCausalLM(TextModel):
             teacher_rows: [B, T] int64, b * T' + t of the teacher's position with the same label.
         """
         labelled = TokenSet(labels != IGNORE_INDEX, num_valid, num_items_in_batch)
+        documents = {name: tokens.pop(name) for name in VARLEN if name in tokens}
         batch = read_tokens(**tokens)
+        batch = batch._replace(inputs={**batch.inputs, **documents})
         compared = labelled._replace(weights=token_weights)
         return batch._replace(
             compared=compared,
@@ -157,6 +160,7 @@ class SplitCausalLM(TextModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        **documents: Any,
     ) -> Tensor:
         """Last hidden states [B, T, D].
 
@@ -169,16 +173,23 @@ class SplitCausalLM(TextModel):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
             return output[0]
-        if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
+        taken = inspect.signature(self.backbone.forward).parameters
+        if "position_ids" not in taken:
             raise ValueError(
                 f"position_ids: {type(self.backbone).__name__} takes none, so it cannot keep "
                 "packed documents apart; use a collator that neither packs nor emits them"
             )
         shape = input_ids.shape
-        if "flash" in (self.backbone.config._attn_implementation or ""):
+        is_flash = "flash" in (self.backbone.config._attn_implementation or "")
+        if is_flash:
             # the variable-length kernels recognise packed documents in a single row only
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        output = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        # without `documents` each layer finds them in the positions, and waits for the device
+        if not is_flash or not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            documents = {}
+        output = self.backbone(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents
+        )
         return output[0].reshape(*shape, -1)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
