@@ -30,12 +30,19 @@ ITSELF = {"config": None, "pretrain": None, "plan": "self", "source": "ema"}
 
 
 QUANTIZED = {"teacher": {"plan": "quantized"}}
+PRETRAINED = {"student": {"pretrain": {"max_steps": 4, "max_skipped_steps": 0}}}
 
 
 @pytest.mark.parametrize(
     "models",
-    [{}, {"student": {"peft": LORA}}, {"student": {"peft": LORA}, "teacher": ITSELF}, QUANTIZED],
-    ids=["full", "lora", "self", "quantized"],
+    [
+        {},
+        {"student": {"peft": LORA}},
+        {"student": {"peft": LORA}, "teacher": ITSELF},
+        QUANTIZED,
+        PRETRAINED,
+    ],
+    ids=["full", "lora", "self", "quantized", "pretrained"],
 )
 def test_a_step_that_broke_is_run_again(tmp_path, write_job, monkeypatch, capsys, models):
     if models == QUANTIZED:
@@ -57,7 +64,8 @@ def test_a_step_that_broke_is_run_again(tmp_path, write_job, monkeypatch, capsys
         assert main(["distill", str(path)]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "first not finite: rank 0: student.model.layers.0.mlp.up_proj output (" in message
-    (folder,) = out.with_name("out.partial").glob("checkpoints/seed-0/student/nonfinite/step-*")
+    run = "pretrain" if models == PRETRAINED else "seed-0"
+    (folder,) = out.with_name("out.partial").glob(f"checkpoints/{run}/student/nonfinite/step-*")
     assert f"modxfer replay {folder} runs it again" in message
     # the models of now are sound, and so is the step
     assert main(["replay", str(folder)]) == 1

@@ -12,6 +12,7 @@ from modxfer_fast.config import LossSection
 from modxfer_fast.data import Rows
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.jobs.distill.arguments import evaluation_args
+from modxfer_fast.jobs.distill.loggers import run_of_its_own
 from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.report import ConsoleCallback, JobConsole
@@ -75,7 +76,7 @@ class Material:
         """
         folder, say = trainer.args.output_dir, self.console.say
         last = on_main(lambda: engine.last_complete_checkpoint(folder, say))
-        with checkpoint_on_sigterm(trainer):
+        with checkpoint_on_sigterm(trainer), run_of_its_own():
             output = trainer.train(resume_from_checkpoint=last)
         return output.metrics["train_runtime"]
 

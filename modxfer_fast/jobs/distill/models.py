@@ -15,9 +15,11 @@ from modxfer_fast.config import (
     StudentSection,
 )
 from modxfer_fast.config.model import CheckpointSection
+from modxfer_fast.engine import nonfinite
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.distill.arguments import training_args
 from modxfer_fast.jobs.distill.material import CROSS_ENTROPY, Material
+from modxfer_fast.jobs.output import CHECKPOINTS, CONFIG_FILE
 from modxfer_fast.jobs.ranks import is_main, world_size
 from modxfer_fast.jobs.stage import Live, Stage, StageContext, weights_of
 from modxfer_fast.jobs.store import Store
@@ -25,6 +27,7 @@ from modxfer_fast.report import JobConsole
 
 _RECORD = "modxfer_pretrain.json"
 _TAKEN = "modxfer_from_teacher.json"
+PRETRAIN = "pretrain"  # beside the seeds among the checkpoints of a job
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,12 @@ def _make_model(context: StageContext) -> None:
             seed=options.seed,
         )
         trainer = options.material.trainer(model, args)
+        work = options.material.work
+        if (work / CONFIG_FILE).is_file():
+            # nothing stays in the cache of a training that diverged
+            trainer.nonfinite_folder = (
+                work / CHECKPOINTS / PRETRAIN / options.role / nonfinite.FOLDER
+            )
         seconds = options.material.train(trainer)
         records[_RECORD] = {"seconds": seconds, "history": trainer.state.log_history}
         trainer.save_model(str(context.folder))  # gathers from every process

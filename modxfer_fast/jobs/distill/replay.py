@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.config import ConfigError, JobConfig, ModelSection
 from modxfer_fast.config.task_distill import load_without_task
 from modxfer_fast.data import load_tokenizer
 from modxfer_fast.engine import (
@@ -24,6 +24,8 @@ from modxfer_fast.engine.teachers.self_teacher import SelfTeacher
 from modxfer_fast.jobs.cache.identity import cache_folder
 from modxfer_fast.jobs.distill.arguments import evaluation_args
 from modxfer_fast.jobs.distill.job import DistillJob, check_quantizer, several_teachers
+from modxfer_fast.jobs.distill.material import CROSS_ENTROPY
+from modxfer_fast.jobs.distill.models import PRETRAIN
 from modxfer_fast.jobs.distill.runs import roles
 from modxfer_fast.jobs.distill.served import served_teacher
 from modxfer_fast.jobs.job import quieten_libraries
@@ -109,12 +111,15 @@ def _module(
     config: JobConfig, output: Path, folder: Path, console: JobConsole
 ) -> tuple[DistillModule, DistillConfig]:
     """Teacher, and the student as it was, in train mode."""
-    run, seed = folder.absolute().parents[1], 0
+    run, weights = folder.absolute().parents[1], folder / nonfinite.STUDENT
+    if run.parent.name == PRETRAIN:
+        return _pretrained(config, run.name, folder)
+    seed = 0
     if match := re.fullmatch(r"seed-(\d+)", run.parent.name):
         seed = int(match[1])
     loss = next((loss for role, _, loss in roles(config) if role == run.name), config.loss)
     args = evaluation_args(config.training, folder, loss, seed=seed, kind=config.kind)
-    section, weights = config.student, folder / nonfinite.STUDENT
+    section = config.student
     num_tokens = len(load_tokenizer(str(weights), kind=config.kind))
     if section.peft is None:
         student = load_model(str(weights), section, config.kind)
@@ -136,6 +141,14 @@ def _module(
     assert module.teacher is not None
     module.teacher.to(args.device)
     return module.train(), args
+
+
+def _pretrained(config: JobConfig, role: str, folder: Path) -> tuple[DistillModule, DistillConfig]:
+    """A model of the job in its own training, which has no teacher."""
+    section: ModelSection = getattr(config, role)
+    args = evaluation_args(section.pretrain or {}, folder, CROSS_ENTROPY)
+    model = load_model(str(folder / nonfinite.STUDENT), section, config.kind)
+    return DistillModule(model, None, args.objective()).to(args.device).train(), args
 
 
 def _teacher(

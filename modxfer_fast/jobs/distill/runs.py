@@ -13,6 +13,7 @@ from modxfer_fast.config import JobConfig, LossSection, OnPolicySection, Student
 from modxfer_fast.engine.samples import SAMPLES_FILE
 from modxfer_fast.files import read_json, write_json
 from modxfer_fast.jobs.distill.arguments import of_processes, training_args
+from modxfer_fast.jobs.distill.loggers import run_name
 from modxfer_fast.jobs.distill.material import Evaluation
 from modxfer_fast.jobs.distill.models import ModelSource
 from modxfer_fast.jobs.ranks import barrier, is_main, world_size
@@ -121,8 +122,9 @@ def _train(context: StageContext) -> None:
     student, teacher, evaluation = run.student, run.teacher.value, run.evaluation
     section = of_processes(evaluation.training, evaluation.material.processes, world_size())
     # before the student: under ZeRO-3 it is partitioned while it is loaded
+    named = run_name(section, evaluation.material.work, context.checkpoints)
     args = training_args(
-        section,
+        {**section, "run_name": named},
         "training",
         context.checkpoints,
         run.loss,
