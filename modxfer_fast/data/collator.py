@@ -69,7 +69,8 @@ class CausalCollator:
     def _laid_out(self, rows: list[dict]) -> dict[str, Any]:
         """Inputs and labels."""
         T = max(len(row["input_ids"]) for row in rows)
-        targets, positions, all_runs = [], [], []
+        targets, positions = [], []
+        all_runs: list[int] = []
         for row in rows:
             *lengths, last = row["lengths"]
             ids = torch.tensor(row["input_ids"])

@@ -118,9 +118,10 @@ class Answering:
             raise ValueError(
                 "teacher_inputs: expected none with a teacher that answers elsewhere, got some"
             )
-        ids, *others = (
+        ids = batch["input_ids"].cpu()
+        others = (
             None if batch.get(name) is None else batch[name].cpu()
-            for name in ("input_ids", "attention_mask", "position_ids")
+            for name in ("attention_mask", "position_ids")
         )
         answers = self.teacher.answers(documents_of(ids, *others), *ids.shape)
         return {**batch, ANSWERS: answers}
