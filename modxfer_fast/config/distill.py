@@ -281,8 +281,8 @@ class JobConfig(Section):
         self._refuse(
             "with a section teacher.served, because no weights of the teacher are read",
             {
-                "student.from_teacher": self.teacher.served is not None
-                and self.student.from_teacher is not None
+                "student.from_teacher": self.student.from_teacher is not None
+                and any(one.served is not None for one in self.teacher_sections.values())
             },
         )
 

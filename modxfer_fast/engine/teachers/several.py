@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modxfer_fast.data.collator import IGNORE_INDEX
+from modxfer_fast.data.collator import IGNORE_INDEX, VARLEN
 from modxfer_fast.data.facts import FACTS, TEACHER
 from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.features.taps import LayerTaps
@@ -209,6 +209,7 @@ def _of_rows(batch: Batch, rows: Tensor | slice) -> Batch:
     inputs = {
         name: value[rows] if isinstance(value, Tensor) else value
         for name, value in batch.inputs.items()
+        if name not in VARLEN  # of documents of all rows; positions tell them too
     }
     return Batch(inputs)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modxfer_fast.config import ConfigError, JobConfig, ModelSection
+from modxfer_fast.config import ConfigError, JobConfig
 from modxfer_fast.config.task_distill import load_without_task
 from modxfer_fast.data import load_tokenizer
 from modxfer_fast.engine import (
@@ -145,7 +145,7 @@ def _module(
 
 def _pretrained(config: JobConfig, role: str, folder: Path) -> tuple[DistillModule, DistillConfig]:
     """A model of the job in its own training, which has no teacher."""
-    section: ModelSection = getattr(config, role)
+    section = {**config.teacher_sections, "student": config.student}[role]
     args = evaluation_args(section.pretrain or {}, folder, CROSS_ENTROPY)
     model = load_model(str(folder / nonfinite.STUDENT), section, config.kind)
     return DistillModule(model, None, args.objective()).to(args.device).train(), args
