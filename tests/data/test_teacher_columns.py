@@ -57,16 +57,16 @@ def test_of_a_column(tmp_path, streaming):
 
 
 def test_of_a_source(tmp_path):
-    for name in NAMES:
+    for name in (*NAMES, "apart"):
         write(tmp_path / f"{name}.jsonl", ["?"] * 6)
     sources = [
         {
             "source": str(tmp_path / f"{name}.jsonl"),
-            "eval_source": str(tmp_path / f"{NAMES[1 - i]}.jsonl"),
+            "eval_source": str(tmp_path / "apart.jsonl"),
             "teacher": name,
             "columns": {"text": "body"},
         }
-        for i, name in enumerate(NAMES)
+        for name in NAMES
     ]
     section = DataSection.model_validate({"sources": sources, "max_length": 64})
     corpus = load_corpus(section, NAMES)
