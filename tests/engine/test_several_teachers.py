@@ -41,7 +41,7 @@ def several(of: str) -> SeveralTeachers:
     return SeveralTeachers(teacher_models(), None if of == "route" else WEIGHTS, of)
 
 
-def trainer(folder, teacher, rows=ROUTED, **options) -> DistillTrainer:
+def trainer(folder, teacher, packed=True, rollouts=None, **options) -> DistillTrainer:
     args = DistillConfig(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -59,7 +59,13 @@ def trainer(folder, teacher, rows=ROUTED, **options) -> DistillTrainer:
         **{**OPTIONS, **options},
     )
     return DistillTrainer(
-        tiny_llama(), args, teacher, rows, RoutedRows(5), data_collator=CausalCollator(0)
+        tiny_llama(),
+        args,
+        teacher,
+        ROUTED,
+        RoutedRows(5),
+        data_collator=CausalCollator(0, packed=packed),
+        rollouts=rollouts,
     )
 
 
@@ -117,6 +123,25 @@ def test_a_teacher_reads_its_own_rows_alone():
     module(**batch)["loss"].backward()
     ids = batch["input_ids"].tolist()
     assert seen == {"code": [[ids[0], ids[1]]], "chat": [[ids[1], ids[2]]], "rare": [[ids[2]]]}
+
+
+class Fixed:
+    """Writes two tokens behind each prompt."""
+
+    def generate(self, prompts, sampling, *, seed, step):
+        return [[4, 5] for _ in prompts]
+
+
+def test_what_a_student_writes_has_the_teacher_of_its_prompt(tmp_path):
+    of_policy = trainer(tmp_path, several("route"), False, Fixed(), on_policy={"fraction": 1.0})
+    rows = [
+        {"input_ids": [6, 7, 8], "is_target": [False, False, True], "lengths": [3], TEACHER: [n]}
+        for n in (2, 0)
+    ]
+    (written,) = of_policy.on_policy.mixed([of_policy.data_collator(rows)], step=0)
+    assert written["input_ids"].tolist() == [[6, 7, 4, 5]] * 2
+    assert written[INDEX].tolist() == [[2] * 4, [0] * 4]
+    assert [found.tolist() for found in written[ROWS]] == [[1], [], [0]]
 
 
 def test_one_teacher_in_a_batch_is_as_that_teacher_alone():
