@@ -6,10 +6,15 @@ import pytest
 import torch
 import yaml
 
+from modxfer_fast import TeacherTopK
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
-from modxfer_fast.config import ConfigError, JobConfig, LossSection, ModelSection
+from modxfer_fast.config import ConfigError, JobConfig, LossSection, ModelSection, OnPolicySection
 from modxfer_fast.config.loading import validate
 from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine.batch import Answer
+from modxfer_fast.engine.on_policy.generation import complete
+from modxfer_fast.engine.on_policy.rollouts import Sampling
+from modxfer_fast.jobs.plan.generation import planned_generation
 from modxfer_fast.jobs.plan.job import alternatives, make_plan
 from modxfer_fast.jobs.plan.memory import Sharding, parts_of_student
 from modxfer_fast.jobs.plan.models import model_without_values, without_values
@@ -18,7 +23,7 @@ from modxfer_fast.measure.memory import peak_mib
 from tests.support.models import tiny_llama
 
 NO_SECTION = ModelSection(config={"model_type": "llama"})
-ROWS, LENGTH, CLASSES = 8, 128, 300
+ROWS, LENGTH, CLASSES, TOP_K = 8, 128, 300, 20
 JOB = {
     "output_dir": "out",
     "tokenizer": {"vocab_size": 32000},
@@ -78,6 +83,53 @@ def test_a_step_takes_what_was_planned(checkpointing):
 
     step()
     assert planned.bytes / 2**20 == pytest.approx(peak_mib(step, "cpu"), rel=0.03)
+
+
+def test_a_step_against_listed_classes_takes_what_was_planned():
+    loss = LossSection(workspace_mb=1)
+    with without_values():
+        student, teacher = planned_models()
+        planned = planned_step(student, teacher, loss, {}, ROWS, LENGTH, top_k=TOP_K, on_gpu=False)
+        hidden = planned_step(student, teacher, loss, {}, ROWS, LENGTH, answered=True, on_gpu=False)
+    student, teacher = models()
+    real = DistillModule(student, Listed(teacher), Objective(workspace_mb=1)).train()
+    ids = torch.randint(0, CLASSES, (ROWS, LENGTH))
+    number = ids.numel()
+
+    def step():
+        real(input_ids=ids, labels=ids, num_valid=number, num_tokens=number)["loss"].backward()
+
+    step()
+    assert planned.bytes / 2**20 == pytest.approx(peak_mib(step, "cpu"), rel=0.03)
+    assert planned.flops < hidden.flops
+
+
+class Listed(Teacher):
+    """Tells classes that came with the batch."""
+
+    def answer(self, batch, taps=None):
+        ids = torch.arange(TOP_K, dtype=torch.int32).expand(ROWS, LENGTH, TOP_K).contiguous()
+        log_probs = torch.full(ids.shape, -6.0)
+        return Answer(log_probs, listed=TeacherTopK(ids, log_probs))
+
+
+@pytest.mark.parametrize("new", [8, 56])
+def test_a_student_that_writes_takes_what_was_planned(new):
+    section, texts, length = OnPolicySection(max_new_tokens=new), 96, 64
+    few = section.model_copy(update={"batch_size": texts // 2})
+    with without_values():
+        student = planned_models()[0]
+        planned, half = (planned_generation(student, s, texts, 1, length) for s in (section, few))
+    student = models()[0].eval()
+    prompts = [torch.randint(3, CLASSES, (length - new,)).tolist()] * texts
+
+    def write():
+        complete(student, prompts, Sampling(max_new_tokens=new, max_length=length))
+
+    assert planned.bytes / 2**20 == pytest.approx(peak_mib(write, "cpu"), rel=0.1)
+    assert planned.texts == texts
+    assert half.bytes == pytest.approx(planned.bytes / 2, rel=0.01)
+    assert half.moved > planned.moved
 
 
 def test_what_stands_follows_the_stage():
@@ -147,6 +199,68 @@ def test_a_job_that_cannot_fit_is_refused_with_what_would(tmp_path, capsys):
         )
         == 0
     )
+
+
+def test_listed_classes_are_no_hidden_states():
+    served = {"url": "http://here:8000", "model": "t", "top_k": 20}
+    plans = {}
+    for name, teacher in (
+        ("hidden", {"plan": "cached"}),
+        ("listed", {"plan": "cached", "cache": {"top_k": 20, "signal": "topk"}}),
+        ("served", {"plan": "served", "served": served, "config": None, "path": "here"}),
+    ):
+        config = validate({**JOB, "teacher": {**JOB["teacher"], **teacher}}, JobConfig, "")
+        if name == "served":  # whose configuration would be read
+            section = config.teacher.model_copy(
+                update={"config": JOB["teacher"]["config"], "path": None}
+            )
+            config = config.model_copy(update={"teacher": section})
+        plans[name] = make_plan(config, 8, "h100")
+    of = {name: {part.name: part.bytes for part in plan.parts} for name, plan in plans.items()}
+    assert of["hidden"]["teacher"] == 2 * 32000 * 2048
+    assert of["listed"]["teacher"] == of["served"]["teacher"] == 0
+    assert of["listed"]["step"] == of["served"]["step"] < of["hidden"]["step"]
+    assert plans["listed"].compute_s == plans["served"].compute_s < plans["hidden"].compute_s
+
+
+def test_fsdp_has_fp32_weights_and_no_buckets():
+    student = tiny_llama()
+    number = sum(p.numel() for p in student.parameters())
+    training = {"bf16": True, "fsdp": True}
+    for given, sums in (
+        (training, None),
+        ({**training, "gradient_accumulation_steps": 2}, 4 * number),
+    ):
+        parts = parts_of_student(student.bfloat16(), given, Sharding.of(given, 4))
+        sizes = {part.name: part.bytes for part in parts}
+        assert set(sizes) == {"student", "gradients", "optimizer", "gathered", "sums"}
+        assert [sizes[n] for n in ("student", "gradients", "optimizer")] == [
+            number,
+            number,
+            2 * number,
+        ]
+        assert sizes["gathered"] < 2 * number + 1
+        assert sizes["sums"] == sums or (sums is None and sizes["sums"] < 4 * number)
+    alone = parts_of_student(student, training, Sharding.of(training, 1))
+    assert {part.name for part in alone} == {"student", "gradients", "optimizer"}
+
+
+def test_a_student_that_writes_takes_time_and_where_it_is_divided_memory():
+    section = {"prompt_length": 8, "max_length": 512, "max_new_tokens": 256}
+    plans = [
+        make_plan(
+            validate(
+                {**JOB, **more, "training": {**JOB["training"], "zero_stage": 3}}, JobConfig, ""
+            ),
+            8,
+            "h200",
+        )
+        for more in ({}, {"on_policy": section}, {"on_policy": {**section, "reuse": 4}})
+    ]
+    assert plans[0].generation_s == 0
+    assert plans[1].generation_s == pytest.approx(4 * plans[2].generation_s)
+    assert plans[0].tokens_per_s > plans[2].tokens_per_s > plans[1].tokens_per_s
+    assert plans[1].bytes >= plans[0].bytes
 
 
 def test_alternatives_are_jobs_that_there_are():

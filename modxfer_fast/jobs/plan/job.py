@@ -14,6 +14,7 @@ from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.engine.teachers.quantized import stored_bytes_of
 from modxfer_fast.errors import UserError
+from modxfer_fast.jobs.plan.generation import PlannedGeneration, planned_generation
 from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
 from modxfer_fast.jobs.plan.memory import Part, Sharding, bytes_of, half_dtype, parts_of_student
 from modxfer_fast.jobs.plan.models import (
@@ -40,6 +41,7 @@ class Plan:
         tokens: of an optimiser step, over all ranks.
         compute_s, exchange_s: seconds of a step, of its matrix products and of what goes between
             ranks, if nothing else took time.
+        generation_s: seconds in which the student writes before it, 0 without on_policy.
     """
 
     parts: list[Part]
@@ -48,6 +50,7 @@ class Plan:
     tokens: int
     compute_s: float
     exchange_s: float
+    generation_s: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -64,8 +67,8 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all ranks, at most: products and exchanges side by side, and nothing else."""
-        return self.tokens / max(self.compute_s, self.exchange_s)
+        """Of all ranks, at most: products and exchanges side by side, what is written before."""
+        return self.tokens / (max(self.compute_s, self.exchange_s) + self.generation_s)
 
 
 def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
@@ -88,7 +91,10 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     of_teacher, of_student = configurations(config)
     rows = training.get("per_device_train_batch_size", 8)
     accumulation = training.get("gradient_accumulation_steps", 1)
-    length = config.data.max_length
+    section, length = config.on_policy, config.data.max_length
+    if section is not None:
+        length = max(length, section.max_length or 0)
+    generation = None
     with without_values():
         student = student_without_values(of_student, config.student, kind, half)
         teacher: Any = SelfDistillation(config.teacher.source)
@@ -99,14 +105,25 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
             parts.append(_kept_of_student(student, config.teacher.source))
         else:
             parts += _parts_of_teacher(teacher, config, gpus)
-        answered = config.teacher.plan in ("cached", "served")
-        models = student, teacher
-        step = planned_step(*models, config.loss, training, rows, length, answered=answered)
+        step = planned_step(
+            student,
+            teacher,
+            config.loss,
+            training,
+            rows,
+            length,
+            answered=config.teacher.plan == "cached",
+            top_k=config.teacher.listed_classes,
+        )
+        if section is not None and section.vllm is None:
+            generation = planned_generation(student, section, rows, accumulation, length)
         exchanged = _exchanged(student, sharding, accumulation)
         if config.teacher.is_divided:  # whole once in each micro-batch
             exchanged += (gpus - 1) / gpus * bytes_of(teacher) * accumulation
     note = f"{rows} x {length} tokens, of which the loss of the logits {step.workspace / GIB:.1f}"
     parts.append(Part("step", step.bytes, note))
+    if generation is not None:
+        parts.append(_more_to_write(generation, step.bytes, student, parts, sharding))
     link = machine.node_gb_s if gpus <= machine.per_node else machine.net_gb_s
     return Plan(
         parts,
@@ -115,7 +132,23 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         rows * length * accumulation * gpus,
         accumulation * step.flops / (PRODUCTS * machine.tflops * 1e12),
         exchanged / (link * 1e9),
+        0.0 if generation is None else generation.moved / (machine.memory_gb_s * 1e9),
     )
+
+
+def _more_to_write(
+    generation: PlannedGeneration, of_step: int, student: Any, parts: list[Part], sharding: Sharding
+) -> Part:
+    """What the student needs to write beyond a step, before which it does."""
+    needed = generation.bytes
+    note = f"{generation.texts} texts of {generation.tokens} tokens that the student writes"
+    if sharding.over("parameters") > 1:
+        gathered = sum(part.bytes for part in parts if part.name == "gathered")
+        needed += max(bytes_of(student) - gathered, 0)
+        note += ", whole"
+    if needed <= of_step:
+        note += ", in the place of a step"
+    return Part("generation", max(needed - of_step, 0), note)
 
 
 def _kept_of_student(student: Any, source: str) -> Part:
@@ -128,10 +161,12 @@ def _kept_of_student(student: Any, source: str) -> Part:
 def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]:
     parts = SplitCausalLM.of(teacher, "teacher")
     head, size = bytes_of(parts.head), bytes_of(teacher)
-    if config.teacher.plan == "cached":
-        return [Part("teacher", head, "its head; the rest is in the cache")]
     if config.teacher.plan == "served":
         return [Part("teacher", 0, "behind an endpoint")]
+    if config.teacher.listed_classes is not None:
+        return [Part("teacher", 0, "listed classes, in the cache")]
+    if config.teacher.plan == "cached":
+        return [Part("teacher", head, "its head; the rest is in the cache")]
     blocks = LayerTaps(parts.backbone, "teacher").blocks
     stored_as = config.teacher.stored_as
     if stored_as is not None:
@@ -155,6 +190,9 @@ def _exchanged(student: Any, sharding: Sharding, accumulation: int) -> float:
     size = bytes_of(student)
     trained = sum(p.numel() * p.itemsize for p in student.parameters() if p.requires_grad)
     part = (ranks - 1) / ranks
+    if sharding.fsdp:  # gradients in fp32, once a step
+        number = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        return part * (2 * size * accumulation + 4 * number)
     if sharding.stage == 3:  # whole in forward and backward of each micro-batch
         return part * (2 * size + trained) * accumulation
     if sharding.stage == 2:  # reduced behind each backward
@@ -222,6 +260,7 @@ def run_plan(config: JobConfig, gpus: int, gpu: str, console: JobConsole) -> Pla
         f"{plan.tokens:,} tokens a step; at most {plan.tokens_per_s:,.0f} tokens/s: "
         f"{plan.compute_s:.3f} s of matrix products, {plan.exchange_s:.3f} s of exchange between "
         "ranks, side by side"
+        + (f", {plan.generation_s:.3f} s in which the student writes" if plan.generation_s else "")
     )
     if not plan.fits:
         fitting = [

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.engine import deepspeed
+from modxfer_fast.engine.features.taps import LayerTaps
+from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 
 # DeepSpeed's own defaults, elements
 _BUCKET, _LIVE = 500_000_000, 1_000_000_000
@@ -24,6 +26,7 @@ class Sharding:
         offloads: what stays in the memory of the host, of "optimizer" and "parameters".
         bucket: elements of DeepSpeed's bucket of gradients.
         live: elements of parameters that may be whole at once under ZeRO-3.
+        fsdp: whether FSDP2 divides it, which shares what stage 3 shares.
     """
 
     ranks: int
@@ -31,6 +34,7 @@ class Sharding:
     offloads: tuple[str, ...] = ()
     bucket: int = _BUCKET
     live: int = _LIVE
+    fsdp: bool = False
 
     @classmethod
     def of(cls, training: Mapping[str, Any], ranks: int) -> "Sharding":
@@ -41,7 +45,7 @@ class Sharding:
         if stage is None and given:
             stage = zero.get("stage", 0)
         if training.get("fsdp"):
-            stage = 3  # what FSDP2 divides
+            return cls(ranks, 3, fsdp=True)
         keys = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         offloads = tuple(
             name for name, key in keys.items() if zero.get(key, {}).get("device", "none") != "none"
@@ -80,14 +84,24 @@ def parts_of_student(
 ) -> list[Part]:
     """Parameters, gradients, the optimiser's state, and buffers between ranks.
 
-    Under DeepSpeed in half precision the optimiser has fp32 weights of its own.
+    Under DeepSpeed in half precision the optimiser has fp32 weights of its own; under FSDP2 those
+    that are divided are fp32, and what is gathered of them is not.
+
+    Args:
+        student: as it is computed, under DeepSpeed and FSDP2 in half precision where that is asked
+            for.
     """
     params, trained = _unique(student.parameters()), _unique(student.parameters(), trained=True)
     half = half_dtype(training) if sharding.stage is not None else None
     weights, gradients = _bytes(params, half), _bytes(trained, half)
     number = _count(trained)
     optimizer = str(training.get("optim", "adamw")).split("_")[0]
-    states = (_STATE_BYTES.get(optimizer, 8) + (0 if half is None else 4)) * number
+    states = _STATE_BYTES.get(optimizer, 8) * number
+    if half is not None and sharding.fsdp:
+        weights += 4 * number - gradients
+        gradients = 4 * number
+    elif half is not None:
+        states += 4 * number
     parts = []
     for name, part, size in (
         ("student", "parameters", weights),
@@ -100,6 +114,8 @@ def parts_of_student(
             parts.append(Part(name, 0, "in the memory of the host"))
         else:
             parts.append(Part(name, -(-size // ranks), note))
+    if sharding.fsdp:
+        return parts + (_groups_of_fsdp(student, training) if sharding.ranks > 1 else [])
     if sharding.ranks > 1:
         bucket = gradients if sharding.stage is None else 2 * min(sharding.bucket, number)
         parts.append(Part("buckets", bucket, "gradients on their way between ranks"))
@@ -107,6 +123,28 @@ def parts_of_student(
         whole = min(sharding.live, _count(params)) * weights // max(_count(params), 1)
         parts.append(Part("gathered", whole, "parameters that are whole at once"))
     return parts
+
+
+def _groups_of_fsdp(student: nn.Module, training: Mapping[str, Any]) -> list[Part]:
+    """What FSDP2 has whole at once: each block is a group, the rest, with the head, another one."""
+    parts = SplitCausalLM.of(student, "student")
+    blocks = [*LayerTaps(parts.backbone, "student").blocks]
+    everything = bytes_of(student)
+    rest = everything - sum(map(bytes_of, blocks))
+    stays = (training.get("fsdp_config") or {}).get("reshard_after_forward") is False
+    whole = everything if stays else rest + 2 * max(map(bytes_of, blocks))
+    trained = [_count(_unique(block.parameters(), trained=True)) for block in blocks]
+    number = _count(_unique(student.parameters(), trained=True))
+    if training.get("gradient_accumulation_steps", 1) > 1:
+        # accelerate sums them over ranks once a step, and each rank has all of them until then
+        sums, note = 4 * number, "gradients of the micro-batches so far, whole in fp32"
+    else:
+        sums = 4 * max(2 * max(trained), number - sum(trained))
+        note = "gradients of two groups on their way between ranks"
+    return [
+        Part("gathered", whole, "two blocks and the rest, or all that is not let go"),
+        Part("sums", sums, note),
+    ]
 
 
 def _unique(params: Iterable[nn.Parameter], trained: bool = False) -> list[nn.Parameter]:

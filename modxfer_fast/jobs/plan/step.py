@@ -15,6 +15,7 @@ from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.jobs.plan.memory import half_dtype
 from modxfer_fast.kernels.common.head import Head
+from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
 from modxfer_fast.kernels.linear_kd_loss.stream import plan_of
 from modxfer_fast.measure.claimed import OnGPU
 from modxfer_fast.measure.live import LiveBytes
@@ -43,6 +44,7 @@ def planned_step(
     length: int,
     *,
     answered: bool = False,
+    top_k: int | None = None,
     on_gpu: bool = True,
 ) -> PlannedStep:
     """A forward and backward of `rows` sequences of `length` tokens, all of them labelled.
@@ -51,11 +53,14 @@ def planned_step(
         student, teacher: without values, or how the student teaches itself.
         loss, training: sections of the job.
         answered: whether the teacher's hidden states come with the batch.
+        top_k: listed classes of each token, which come with the batch in their place.
     """
     is_student = isinstance(teacher, SelfDistillation)
     with_head: Any = student if is_student else teacher
     answering: Any = teacher
-    if not is_student:
+    if top_k is not None:
+        answering = Listing(with_head, top_k)
+    elif not is_student:
         answering = Answered(with_head) if answered else Teacher(with_head)
     module = DistillModule(student, answering, Objective(**loss.of_logits())).train()
     if training.get("gradient_checkpointing") or training.get("activation_checkpointing"):
@@ -73,11 +78,12 @@ def planned_step(
 
     with unset_fake_temporarily():
         heads = student.get_output_embeddings().weight, with_head.get_output_embeddings().weight
-        workspace, products = _loss_of_logits(heads, loss, number, half, on_gpu)
+        workspace, products = _loss_of_logits(heads, loss, number, half, on_gpu, top_k)
 
     def inside(operator: Any) -> int:
         # a CPU keeps it from one call to the next
-        return workspace if on_gpu and "linear_kd_loss" in str(operator) else 0
+        is_loss = "linear_kd_loss" in str(operator) or "linear_topk_kd_loss" in str(operator)
+        return workspace if on_gpu and is_loss else 0
 
     run()  # leaves the gradients, which stand
     live = LiveBytes(inside)
@@ -104,14 +110,33 @@ class Answered:
         return Answer(hidden, (weight.detach(), bias), bend=self._bend)
 
 
+class Listing(Answered):
+    """A teacher of whom the likeliest classes of each token are there."""
+
+    def __init__(self, model: PreTrainedModel, top_k: int):
+        super().__init__(model)
+        self._top_k = top_k
+
+    def answer(self, batch: Batch, taps: None = None) -> Answer:
+        shape = *batch.inputs["input_ids"].shape, self._top_k
+        ids = torch.zeros(shape, dtype=torch.int32)
+        log_probs = torch.zeros(shape)
+        return Answer(log_probs, listed=TeacherTopK(ids, log_probs))
+
+
 def _loss_of_logits(
     weights: tuple[Tensor, Tensor],
     loss: LossSection,
     number: int,
     half: torch.dtype | None,
     on_gpu: bool,
+    top_k: int | None,
 ) -> tuple[int, int]:
-    """Bytes and FLOPs of the fused loss of two heads, whose operator hides both."""
+    """Bytes and FLOPs of the fused loss of two heads, whose operator hides both.
+
+    Args:
+        top_k: listed classes of a token, in the place of the teacher's head.
+    """
     student, teacher = weights
 
     def claimed(*size: int, dtype: torch.dtype) -> Tensor:
@@ -129,10 +154,15 @@ def _loss_of_logits(
     wanted = {"hidden", "weight"} if student.requires_grad else {"hidden"}
     wide = torch.promote_types(heads[0].weight.dtype, torch.float32)
     budget = None if loss.workspace_mb is None else loss.workspace_mb * 2**20
-    plan = plan_of(heads[0], heads[1], number, wanted, wide, budget)
+    taught: Any = heads[1]
+    if top_k is not None:
+        ids = claimed(number, top_k, dtype=torch.int32)
+        taught = TeacherTopK(ids, claimed(number, top_k, dtype=torch.float32))
+    plan = plan_of(heads[0], taught, number, wanted, wide, budget)
     classes, own = student.shape
     sums = 0 if plan.is_single or "weight" not in wanted else wide.itemsize * student.numel()
-    pairs = 2 * wide.itemsize * plan.rows * classes
+    chunks = (1 + taught.num_buffers) * wide.itemsize * plan.rows * classes
     slab = heads[0].weight.itemsize * plan.slab * classes
-    flops = 2 * number * classes * (own * (1 + len(wanted)) + teacher.shape[1])
-    return pairs + slab + (sums if half is not None else 0), flops
+    of_teacher = 0 if top_k is not None else teacher.shape[1]
+    flops = 2 * number * classes * (own * (1 + len(wanted)) + of_teacher)
+    return chunks + slab + (sums if half is not None else 0), flops
