@@ -74,7 +74,7 @@ def _panels(report: dict[str, Any]) -> list[tuple[str, str, bool, bool]]:
     loss = report["config"]["loss"]
     divergence = loss["divergence"] if loss["temperature"] == 1.0 else "softened"
     is_kl = divergence == "forward_kl"  # as start is measured, whatever training minimises
-    distance = "KL" if is_kl else f"{divergence} divergence"
+    distance = "KL" if is_kl else divergence
     return [
         ("eval_perplexity", "held-out perplexity", True, True),
         ("eval_kd", f"held-out {distance} to the teacher [nats/token]", True, is_kl),
