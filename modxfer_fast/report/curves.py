@@ -47,7 +47,8 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
             colour, _ = _LINES["teacher"]
             for i, (label, teacher) in enumerate(teachers_of(report).items()):
                 style = ("--", ":", "-.")[i % 3]
-                axis.axhline(teacher[key], color=colour, linestyle=style, label=label)
+                if key in teacher:  # not of one that answers elsewhere, or is the student
+                    axis.axhline(teacher[key], color=colour, linestyle=style, label=label)
         drawn = (value for line in axis.lines for value in line.get_ydata())
         if logarithmic and any(value > 0 for value in drawn):
             axis.set_yscale("log")
@@ -65,7 +66,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
 
 def _panels(report: dict[str, Any]) -> list[tuple[str, str, bool, bool]]:
     """Key of what is drawn, title, whether on a logarithmic axis and from before training on."""
-    if not any("eval_perplexity" in teacher for teacher in teachers_of(report).values()):
+    if report["config"]["kind"] == "encoder":
         return [
             ("eval_hidden_loss", "held-out loss of hidden states", True, True),
             (_PAIR, "held-out cosine of hidden states, by layer", False, True),

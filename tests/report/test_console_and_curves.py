@@ -1,6 +1,7 @@
 """What the person sees."""
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -96,6 +97,27 @@ def test_plot(tmp_path, with_evaluations, with_parts):
         assert image.width == 600 * (5 if with_parts else 3)
         assert image.width > image.height > 300
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+@pytest.mark.parametrize("teacher", [{"eval_perplexity": 12.0}, {"plan": "served"}])
+def test_a_language_model_has_its_curves_whatever_teaches_it(tmp_path, monkeypatch, teacher):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
+    figures = {"eval_perplexity": 60.0, "eval_kd": 2.0}
+    report = {
+        "config": {
+            "kind": "causal_lm",
+            "loss": {"divergence": "forward_kl", "temperature": 1.0},
+        },
+        "teacher": teacher,
+        "runs": [{"start": figures, "student": {"history": [{"step": 2, "loss": 1.5, **figures}]}}],
+    }
+    plot_curves(report, tmp_path / "curves.png")
+    perplexity, distance, _ = saved[0].axes
+    assert perplexity.get_title(loc="left") == "held-out perplexity"
+    assert distance.get_title(loc="left").startswith("held-out KL")
+    labels = perplexity.get_legend_handles_labels()[1]
+    assert ("teacher" in labels) == ("eval_perplexity" in teacher)
 
 
 def test_plot_of_an_encoder(tmp_path):
