@@ -272,14 +272,17 @@ def test_isolated_builds_use_the_torch_that_is_installed(checkout, tmp_path):
 
 @pytest.fixture(scope="module")
 def broken_compiler(tmp_path_factory) -> str:
-    compiler = tmp_path_factory.mktemp("compiler") / "g++"
-    compiler.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    return str(compiler)
+    """g++, beside an nvcc that fails too."""
+    folder = tmp_path_factory.mktemp("compiler")
+    for name in ("g++", "nvcc"):
+        (folder / name).write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
+        (folder / name).chmod(0o755)
+    return str(folder / "g++")
 
 
-def test_auto_survives_a_compiler_that_fails(checkout, broken_compiler, tmp_path):
-    run = build(checkout, tmp_path / "out", MODXFER_BUILD="auto", CXX=broken_compiler)
+def test_auto_survives_compilers_that_fail(checkout, broken_compiler, tmp_path):
+    path = os.pathsep.join([str(Path(broken_compiler).parent), os.environ["PATH"]])
+    run = build(checkout, tmp_path / "out", MODXFER_BUILD="auto", CXX=broken_compiler, PATH=path)
     assert run.returncode == 0, run.stderr
     assert the_wheel(tmp_path / "out").name.endswith("-py3-none-any.whl")
     install(the_wheel(tmp_path / "out"), tmp_path / "target")
