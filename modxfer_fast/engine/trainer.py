@@ -373,8 +373,9 @@ class DistillTrainer(Trainer):
                 outcome[0] = compute()
             except (ValueError, OSError) as error:
                 outcome[1] = error
-            if ended is not None:
-                ended.touch()
+            finally:  # whatever the error: nobody waits for what will not come
+                if ended is not None:
+                    ended.touch()
         while ended is not None and not ended.exists():
             sleep(_POLL_S)
         value, refusal = broadcast_object_list(outcome)
