@@ -10,7 +10,7 @@ from modxfer_fast import TeacherTopK
 from modxfer_fast.cli.main import EXIT_USER_ERROR, main
 from modxfer_fast.config import ConfigError, JobConfig, LossSection, ModelSection, OnPolicySection
 from modxfer_fast.config.loading import validate
-from modxfer_fast.engine import DistillModule, Objective, Teacher
+from modxfer_fast.engine import DistillModule, Objective, SeveralTeachers, Teacher
 from modxfer_fast.engine.batch import Answer
 from modxfer_fast.engine.on_policy.generation import complete
 from modxfer_fast.engine.on_policy.rollouts import Sampling
@@ -18,7 +18,7 @@ from modxfer_fast.jobs.plan.generation import planned_generation
 from modxfer_fast.jobs.plan.job import alternatives, make_plan
 from modxfer_fast.jobs.plan.memory import Sharding, parts_of_student
 from modxfer_fast.jobs.plan.models import model_without_values, without_values
-from modxfer_fast.jobs.plan.step import planned_step
+from modxfer_fast.jobs.plan.step import Answered, Listing, planned_step
 from modxfer_fast.measure.memory import peak_mib
 from tests.support.models import tiny_llama
 
@@ -70,7 +70,10 @@ def test_a_step_takes_what_was_planned(checkpointing):
     training = {"gradient_checkpointing": checkpointing}
     loss = LossSection(workspace_mb=1)
     with without_values():
-        planned = planned_step(*planned_models(), loss, training, ROWS, LENGTH, on_gpu=False)
+        student, teacher = planned_models()
+        planned = planned_step(
+            student, Teacher(teacher), loss, training, ROWS, LENGTH, on_gpu=False
+        )
     student, teacher = models()
     real = DistillModule(student, Teacher(teacher), Objective(workspace_mb=1)).train()
     if checkpointing:
@@ -89,8 +92,10 @@ def test_a_step_against_listed_classes_takes_what_was_planned():
     loss = LossSection(workspace_mb=1)
     with without_values():
         student, teacher = planned_models()
-        planned = planned_step(student, teacher, loss, {}, ROWS, LENGTH, top_k=TOP_K, on_gpu=False)
-        hidden = planned_step(student, teacher, loss, {}, ROWS, LENGTH, answered=True, on_gpu=False)
+        planned, hidden = (
+            planned_step(student, answering, loss, {}, ROWS, LENGTH, on_gpu=False)
+            for answering in (Listing(teacher, TOP_K), Answered(teacher))
+        )
     student, teacher = models()
     real = DistillModule(student, Listed(teacher), Objective(workspace_mb=1)).train()
     ids = torch.randint(0, CLASSES, (ROWS, LENGTH))
@@ -309,3 +314,62 @@ def test_a_quantized_teacher_costs_its_bits(quantization, bits):
     numbers = 4 * (4 * 2048 * 2048 + 3 * 2048 * 4096)  # in the blocks, 16 bits each
     scales = 2 * 4 * (4 * 2048 + 2 * 4096 + 2048) if bits == 8 else 4 * numbers // 64
     assert sizes[True] == sizes[False] - 2 * numbers + numbers * bits // 8 + scales
+
+
+def several(plans, **more):
+    """A job whose teachers are alike but for their plans."""
+    teachers = {name: {**JOB["teacher"], "plan": plan} for name, plan in plans.items()}
+    return validate({**JOB, "teacher": None, "teachers": teachers, **more}, JobConfig, "job")
+
+
+def test_several_teachers_cost_what_each_costs_alone():
+    alone = {
+        plan: make_plan(
+            validate({**JOB, "teacher": {**JOB["teacher"], "plan": plan}}, JobConfig, ""), 8, "h100"
+        )
+        for plan in ("replica", "zero3", "quantized")
+    }
+    together = make_plan(
+        several({"a": "replica", "b": "zero3", "c": "quantized", "d": "zero3"}), 8, "h100"
+    )
+    of = {name: {p.name: p.bytes for p in plan.parts} for name, plan in alone.items()}
+    parts = {part.name: part.bytes for part in together.parts}
+    for name, plan in (("a", "replica"), ("b", "zero3"), ("c", "quantized"), ("d", "zero3")):
+        assert parts[f"teachers.{name}"] == of[plan]["teacher"]
+    head = 2 * 32000 * 2048  # of each, while blocks of one at a time are whole
+    assert parts["gathered"] == of["zero3"]["gathered"] + head
+    assert together.exchange_s - alone["replica"].exchange_s == pytest.approx(
+        2 * (alone["zero3"].exchange_s - alone["replica"].exchange_s)
+    )
+    own = {**JOB, "loss": {"kd_weight": 0.0}}
+    nothing = make_plan(validate(own, JobConfig, ""), 8, "h100").compute_s
+    assert together.compute_s > 3 * (alone["replica"].compute_s - nothing)
+    said = [text for text, _ in alternatives(several({"a": "replica", "b": "zero3"}))]
+    assert "teachers.a.plan=zero3" in said
+    assert not any("teachers.b" in text for text in said)
+
+
+@pytest.mark.parametrize("of", ["probabilities", "route"])
+def test_a_step_of_several_takes_what_was_planned(of):
+    loss = LossSection(workspace_mb=1)
+    with without_values():
+        student, first = planned_models()
+        teachers = SeveralTeachers({"a": first, "b": planned_models()[1]}, of=of)
+        planned = planned_step(student, teachers, loss, {}, ROWS, LENGTH, on_gpu=False)
+    student, first = models()
+    teachers = SeveralTeachers({"a": first, "b": models()[1]}, of=of)
+    real = DistillModule(student, teachers, Objective(workspace_mb=1)).train()
+    ids = torch.randint(0, CLASSES, (ROWS, LENGTH))
+    number = ids.numel()
+    routed = {}
+    if of == "route":
+        index = (torch.arange(ROWS) % 2)[:, None].expand(ROWS, LENGTH)
+        rows = [torch.arange(i, ROWS, 2) for i in range(2)]
+        routed = {"teacher_index": index, "rows_of_teachers": rows}
+
+    def step():
+        taken = {"input_ids": ids, "labels": ids, "num_valid": number, "num_tokens": number}
+        real(**taken, **routed)["loss"].backward()
+
+    step()
+    assert planned.bytes / 2**20 == pytest.approx(peak_mib(step, "cpu"), rel=0.05)

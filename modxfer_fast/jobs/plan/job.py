@@ -9,11 +9,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from modxfer_fast.config import ConfigError, JobConfig
-from modxfer_fast.engine import SelfDistillation
+from modxfer_fast.config.model import TeacherModelSection
+from modxfer_fast.engine import SelfDistillation, Teacher
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.engine.teachers.quantized import stored_bytes_of
 from modxfer_fast.errors import UserError
+from modxfer_fast.jobs.distill.job import several_teachers
 from modxfer_fast.jobs.plan.generation import PlannedGeneration, planned_generation
 from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
 from modxfer_fast.jobs.plan.memory import Part, Sharding, bytes_of, half_dtype, parts_of_student
@@ -23,7 +25,7 @@ from modxfer_fast.jobs.plan.models import (
     student_without_values,
     without_values,
 )
-from modxfer_fast.jobs.plan.step import planned_step
+from modxfer_fast.jobs.plan.step import Answered, Listing, planned_step
 from modxfer_fast.report import JobConsole
 
 GIB = 2**30
@@ -79,8 +81,6 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     """
     if config.kind != "causal_lm":
         raise ConfigError(f"kind: expected causal_lm, got {config.kind}")
-    if config.teachers is not None:
-        raise ConfigError(f"teachers: expected one teacher, got {len(config.teachers)}")
     if gpu not in MACHINES:
         raise ConfigError(f"--gpu: expected one of {', '.join(MACHINES)}, got {gpu}")
     if gpus < 1:
@@ -88,7 +88,7 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     machine, training, kind = MACHINES[gpu], config.training, config.kind
     sharding = Sharding.of(training, gpus)
     half = half_dtype(training) if sharding.stage is not None else None
-    of_teacher, of_student = configurations(config)
+    of_models = configurations(config)
     rows = training.get("per_device_train_batch_size", 8)
     accumulation = training.get("gradient_accumulation_steps", 1)
     section, length = config.on_policy, config.data.max_length
@@ -96,30 +96,29 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         length = max(length, section.max_length or 0)
     generation = None
     with without_values():
-        student = student_without_values(of_student, config.student, kind, half)
-        teacher: Any = SelfDistillation(config.teacher.source)
-        if not config.teacher.is_student:
-            teacher = model_without_values(of_teacher, config.teacher, kind)
+        student = student_without_values(of_models["student"], config.student, kind, half)
         parts = parts_of_student(student, training, sharding)
-        if config.teacher.is_student:
-            parts.append(_kept_of_student(student, config.teacher.source))
-        else:
-            parts += _parts_of_teacher(teacher, config, gpus)
+        teachers: dict[str, Any] = {}
+        for role, one in config.teacher_sections.items():
+            if one.is_student:
+                teachers[role] = SelfDistillation(one.source)
+                parts.append(_kept_of_student(student, role, one.source))
+            else:
+                teachers[role] = _answering(model_without_values(of_models[role], one, kind), one)
+                parts.append(_part_of_teacher(teachers[role], role, one, gpus))
+        divided = [
+            teachers[role].model for role, one in config.teacher_sections.items() if one.is_divided
+        ]
+        if divided and gpus > 1:
+            parts.append(_gathered_of_teachers(divided))
         step = planned_step(
-            student,
-            teacher,
-            config.loss,
-            training,
-            rows,
-            length,
-            answered=config.teacher.plan == "cached",
-            top_k=config.teacher.listed_classes,
+            student, _together(config, teachers), config.loss, training, rows, length
         )
         if section is not None and section.vllm is None:
             generation = planned_generation(student, section, rows, accumulation, length)
         exchanged = _exchanged(student, sharding, accumulation)
-        if config.teacher.is_divided:  # whole once in each micro-batch
-            exchanged += (gpus - 1) / gpus * bytes_of(teacher) * accumulation
+        # each whole once in each micro-batch
+        exchanged += (gpus - 1) / gpus * sum(map(bytes_of, divided)) * accumulation
     note = f"{rows} x {length} tokens, of which the loss of the logits {step.workspace / GIB:.1f}"
     parts.append(Part("step", step.bytes, note))
     if generation is not None:
@@ -151,35 +150,58 @@ def _more_to_write(
     return Part("generation", max(needed - of_step, 0), note)
 
 
-def _kept_of_student(student: Any, source: str) -> Part:
+def _answering(model: Any, section: TeacherModelSection) -> Any:
+    """What answers by the plan of a section, from a model without values."""
+    if section.listed_classes is not None:
+        return Listing(model, section.listed_classes)
+    return Answered(model) if section.plan == "cached" else Teacher(model)
+
+
+def _together(config: JobConfig, teachers: dict[str, Any]) -> Any:
+    """The only teacher, or several as the job has them."""
+    return (
+        next(iter(teachers.values()))
+        if config.teachers is None
+        else several_teachers(config, teachers)
+    )
+
+
+def _kept_of_student(student: Any, role: str, source: str) -> Part:
     if source == "base":
-        return Part("teacher", 0, "the student without its adapters")
+        return Part(role, 0, "the student without its adapters")
     trained = sum(param.numel() for param in student.parameters() if param.requires_grad)
-    return Part("teacher", 4 * trained, f"adapters of source {source}, whole on every rank")
+    return Part(role, 4 * trained, f"adapters of source {source}, whole on every rank")
 
 
-def _parts_of_teacher(teacher: Any, config: JobConfig, ranks: int) -> list[Part]:
-    parts = SplitCausalLM.of(teacher, "teacher")
-    head, size = bytes_of(parts.head), bytes_of(teacher)
-    if config.teacher.plan == "served":
-        return [Part("teacher", 0, "behind an endpoint")]
-    if config.teacher.listed_classes is not None:
-        return [Part("teacher", 0, "listed classes, in the cache")]
-    if config.teacher.plan == "cached":
-        return [Part("teacher", head, "its head; the rest is in the cache")]
-    blocks = LayerTaps(parts.backbone, "teacher").blocks
-    stored_as = config.teacher.stored_as
+def _part_of_teacher(teacher: Any, role: str, section: TeacherModelSection, ranks: int) -> Part:
+    if section.plan == "served":
+        return Part(role, 0, "behind an endpoint")
+    if section.listed_classes is not None:
+        return Part(role, 0, "listed classes, in the cache")
+    model = teacher.model
+    size, stored_as = bytes_of(model), section.stored_as
+    if section.plan == "cached":
+        head = bytes_of(model.get_output_embeddings())
+        return Part(role, head, "its head; the rest is in the cache")
     if stored_as is not None:
+        blocks = LayerTaps(SplitCausalLM.of(model, role).backbone, role).blocks
         linears = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
         whole_bytes = sum(weight.numel() * weight.itemsize for weight in linears)
         size += sum(stored_bytes_of(weight, stored_as) for weight in linears) - whole_bytes
-        return [Part("teacher", size, f"{stored_as} on every rank")]
-    if not config.teacher.is_divided or ranks == 1:
-        return [Part("teacher", size, "whole on every rank")]
-    whole = Part("gathered", 2 * max(map(bytes_of, blocks)) + head, "two of its blocks, its head")
-    if config.teacher.plan == "zero3_offload":
-        return [Part("teacher", 0, "in the memory of the host"), whole]
-    return [Part("teacher", -(-size // ranks), f"{size / GIB:.1f} GiB over {ranks} ranks"), whole]
+        return Part(role, size, f"{stored_as} on every rank")
+    if not section.is_divided or ranks == 1:
+        return Part(role, size, "whole on every rank")
+    if section.plan == "zero3_offload":
+        return Part(role, 0, "in the memory of the host")
+    return Part(role, -(-size // ranks), f"{size / GIB:.1f} GiB over {ranks} ranks")
+
+
+def _gathered_of_teachers(models: list[Any]) -> Part:
+    """What is whole at once of those that are divided, which answer one after the other."""
+    parts = [SplitCausalLM.of(model, "teacher") for model in models]
+    heads = sum(bytes_of(part.head) for part in parts)
+    blocks = (max(map(bytes_of, LayerTaps(part.backbone, "teacher").blocks)) for part in parts)
+    return Part("gathered", 2 * max(blocks) + heads, "two blocks of a divided teacher, the head")
 
 
 def _exchanged(student: Any, sharding: Sharding, accumulation: int) -> float:
@@ -219,8 +241,9 @@ def alternatives(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
     stage = Sharding.of(training, 1).stage
     if not training.get("deepspeed"):
         changes += [{"training.zero_stage": s} for s in (2, 3) if s > (stage or 0)]
-    if config.teacher.plan == "replica":
-        changes += [{"teacher.plan": plan} for plan in ("quantized", "zero3", "cached")]
+    for role, one in config.teacher_sections.items():
+        if one.plan == "replica":
+            changes += [{f"{role}.plan": plan} for plan in ("quantized", "zero3", "cached")]
     possible = [change for change in changes if _changed(raw, change) is not None]
     everything = {key: value for change in possible for key, value in change.items()}
     for change in [*possible, everything]:

@@ -45,17 +45,20 @@ def without_values() -> Iterator[None]:
         yield
 
 
-def configurations(config: JobConfig) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    """Those of the teacher and of the student.
+def configurations(config: JobConfig) -> dict[str, PreTrainedConfig]:
+    """Those of the teachers, by the paths of their sections, and of the "student". One whose
+    network is the student's has none.
 
     Raises:
         UserError: a vocabulary that nothing tells before the tokenizer is loaded.
     """
-    if config.teacher.is_student:
-        student = _configuration(config.student, "student", config, None)
-        return student, student
-    teacher = _configuration(config.teacher, "teacher", config, None)
-    return teacher, _configuration(config.student, "student", config, teacher)
+    sections = {**config.teacher_sections, "student": config.student}
+    found: dict[str, PreTrainedConfig] = {}
+    for role, section in sections.items():
+        if not section.is_student:
+            first = next(iter(found.values()), None)
+            found[role] = _configuration(section, role, config, first)
+    return found
 
 
 def _configuration(

@@ -1,7 +1,7 @@
 """What a step needs beside what stands, and how much it computes: it runs, on shapes alone."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from modxfer_fast.config import LossSection
-from modxfer_fast.engine import DistillModule, Objective, SelfDistillation, Teacher
-from modxfer_fast.engine.batch import Answer, Batch
+from modxfer_fast.engine import DistillModule, Objective, SeveralTeachers
+from modxfer_fast.engine.batch import Answer, Batch, Route
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
+from modxfer_fast.engine.teachers.several import INDEX, ROWS
 from modxfer_fast.jobs.plan.memory import half_dtype
-from modxfer_fast.kernels.common.head import Head
 from modxfer_fast.kernels.kd_loss.topk import TeacherTopK
+from modxfer_fast.kernels.linear_kd_loss.mixture import TeacherHead, TeacherMixture
 from modxfer_fast.kernels.linear_kd_loss.stream import plan_of
 from modxfer_fast.measure.claimed import OnGPU
 from modxfer_fast.measure.live import LiveBytes
@@ -37,32 +38,23 @@ class PlannedStep(NamedTuple):
 
 def planned_step(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | SelfDistillation,
+    teacher: Any,
     loss: LossSection,
     training: Mapping[str, Any],
     rows: int,
     length: int,
     *,
-    answered: bool = False,
-    top_k: int | None = None,
     on_gpu: bool = True,
 ) -> PlannedStep:
     """A forward and backward of `rows` sequences of `length` tokens, all of them labelled.
 
     Args:
-        student, teacher: without values, or how the student teaches itself.
+        student: without values.
+        teacher: as `DistillModule` takes it, without values too. Rows are shared out to several
+            that are routed.
         loss, training: sections of the job.
-        answered: whether the teacher's hidden states come with the batch.
-        top_k: listed classes of each token, which come with the batch in their place.
     """
-    is_student = isinstance(teacher, SelfDistillation)
-    with_head: Any = student if is_student else teacher
-    answering: Any = teacher
-    if top_k is not None:
-        answering = Listing(with_head, top_k)
-    elif not is_student:
-        answering = Answered(with_head) if answered else Teacher(with_head)
-    module = DistillModule(student, answering, Objective(**loss.of_logits())).train()
+    module = DistillModule(student, teacher, Objective(**loss.of_logits())).train()
     if training.get("gradient_checkpointing") or training.get("activation_checkpointing"):
         options = training.get("gradient_checkpointing_kwargs")
         module.gradient_checkpointing_enable(options or {"use_reentrant": False})
@@ -70,15 +62,22 @@ def planned_step(
     autocast = torch.autocast("cpu", half) if half is not None else contextlib.nullcontext()
     ids = torch.zeros(rows, length, dtype=torch.int64)
     number = rows * length
+    route = _route(teacher, rows, length)
+    inputs = {"input_ids": ids, "labels": ids, "num_valid": number, "num_tokens": number}
+    if route is not None:
+        inputs |= {INDEX: route.numbers, ROWS: route.rows}
 
     def run() -> None:
         with autocast:
-            found = module(input_ids=ids, labels=ids, num_valid=number, num_tokens=number)
+            found = module(**inputs)
         found["loss"].backward()
 
+    assert module.teacher is not None
+    answer = module.teacher.answer(Batch({"input_ids": ids}, route=route))
+    weight = student.get_output_embeddings().weight
     with unset_fake_temporarily():
-        heads = student.get_output_embeddings().weight, with_head.get_output_embeddings().weight
-        workspace, products = _loss_of_logits(heads, loss, number, half, on_gpu, top_k)
+        workspace, products = _loss_of_logits(weight, answer, loss, number, half, on_gpu)
+    del answer
 
     def inside(operator: Any) -> int:
         # a CPU keeps it from one call to the next
@@ -101,6 +100,7 @@ class Answered:
 
     def __init__(self, model: PreTrainedModel):
         parts = SplitCausalLM.of(model, "teacher")
+        self.model = model
         self.classes = parts.classes
         self._head, self._bend = parts.weight_and_bias(), parts.bend
 
@@ -124,45 +124,71 @@ class Listing(Answered):
         return Answer(log_probs, listed=TeacherTopK(ids, log_probs))
 
 
+def _route(teacher: Any, rows: int, length: int) -> Route | None:
+    """Whole rows in turn to each of several teachers, None to others."""
+    if not isinstance(teacher, SeveralTeachers) or teacher.of != "route":
+        return None
+    count = len(teacher.teachers)
+    numbers = (torch.arange(rows) % count)[:, None].expand(rows, length)
+    return Route(numbers, [torch.arange(first, rows, count) for first in range(count)])
+
+
 def _loss_of_logits(
-    weights: tuple[Tensor, Tensor],
+    weight: Tensor,
+    answer: Answer,
     loss: LossSection,
     number: int,
     half: torch.dtype | None,
     on_gpu: bool,
-    top_k: int | None,
 ) -> tuple[int, int]:
-    """Bytes and FLOPs of the fused loss of two heads, whose operator hides both.
+    """Bytes and FLOPs of the fused loss, whose operator hides both.
 
     Args:
-        top_k: listed classes of a token, in the place of the teacher's head.
+        weight: of the student's head.
+        answer: of the teacher, whose shapes count.
     """
-    student, teacher = weights
 
     def claimed(*size: int, dtype: torch.dtype) -> Tensor:
         if on_gpu:
             return OnGPU.make(*size, dtype=dtype)
         return torch.empty(size, dtype=dtype, device="meta")
 
-    heads = [
-        Head(
-            claimed(number, weight.shape[1], dtype=half or weight.dtype),
-            claimed(*weight.shape, dtype=half or weight.dtype),
+    def head_of(weight: Tensor) -> TeacherHead:
+        dtype = half or weight.dtype
+        return TeacherHead(
+            claimed(number, weight.shape[1], dtype=dtype), claimed(*weight.shape, dtype=dtype)
         )
-        for weight in (student, teacher)
-    ]
-    wanted = {"hidden", "weight"} if student.requires_grad else {"hidden"}
-    wide = torch.promote_types(heads[0].weight.dtype, torch.float32)
+
+    student: Any = head_of(weight).kind()
+    width, taught = _taught(answer, number, head_of, claimed)
+    wanted = {"hidden", "weight"} if weight.requires_grad else {"hidden"}
+    wide = torch.promote_types(student.weight.dtype, torch.float32)
     budget = None if loss.workspace_mb is None else loss.workspace_mb * 2**20
-    taught: Any = heads[1]
-    if top_k is not None:
-        ids = claimed(number, top_k, dtype=torch.int32)
-        taught = TeacherTopK(ids, claimed(number, top_k, dtype=torch.float32))
-    plan = plan_of(heads[0], taught, number, wanted, wide, budget)
-    classes, own = student.shape
-    sums = 0 if plan.is_single or "weight" not in wanted else wide.itemsize * student.numel()
+    plan = plan_of(student, taught, number, wanted, wide, budget)
+    classes, own = weight.shape
+    sums = 0 if plan.is_single or "weight" not in wanted else wide.itemsize * weight.numel()
     chunks = (1 + taught.num_buffers) * wide.itemsize * plan.rows * classes
-    slab = heads[0].weight.itemsize * plan.slab * classes
-    of_teacher = 0 if top_k is not None else teacher.shape[1]
-    flops = 2 * number * classes * (own * (1 + len(wanted)) + of_teacher)
+    slab = student.weight.itemsize * plan.slab * classes
+    flops = 2 * number * classes * (own * (1 + len(wanted)) + width)
     return chunks + slab + (sums if half is not None else 0), flops
+
+
+def _taught(
+    answer: Answer,
+    number: int,
+    head_of: Callable[[Tensor], TeacherHead],
+    claimed: Callable[..., Tensor],
+) -> tuple[int, Any]:
+    """Width of the products with a teacher's heads, and the teacher as the operator has it."""
+    if answer.listed is not None:
+        size = number, answer.listed.ids.shape[-1]
+        ids = claimed(*size, dtype=torch.int32)
+        return 0, TeacherTopK(ids, claimed(*size, dtype=torch.float32))
+    if answer.mixture is None:
+        assert answer.head is not None
+        return answer.head[0].shape[1], head_of(answer.head[0]).kind()
+    mixture = answer.mixture
+    heads = [head_of(each.weight) for each in mixture.teachers]
+    route = None if mixture.route is None else claimed(number, dtype=torch.int64)
+    kind = TeacherMixture(heads, mixture.weights, mixture.of, route).kind()
+    return sum(each.weight.shape[1] for each in mixture.teachers), kind
