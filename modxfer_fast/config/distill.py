@@ -99,7 +99,7 @@ class JobConfig(Section):
         self._check_teachers()
         if self.kind == "encoder":
             self._check_encoder()
-        if self._plans == {"self"}:
+        if "self" in self._plans:
             self._check_self()
         elif self.tokenizer is None and all(t.path is None for t in self.teacher_sections.values()):
             raise ValueError(
@@ -292,7 +292,8 @@ class JobConfig(Section):
                 "student.peft: expected adapters with teacher.plan: self; the start of a student "
                 "that trains whole is a teacher with plan: replica"
             )
-        if self.tokenizer is None and self.student.path is None:
+        sections = (*self.teacher_sections.values(), self.student)
+        if self.tokenizer is None and all(section.path is None for section in sections):
             raise ValueError(
                 "tokenizer: expected a section, because no model is loaded from a path"
             )

@@ -16,8 +16,8 @@ SERVED_APIS = ("vllm", "sglang")
 SERVED_WAYS = (*REACHING, "request_tokens")
 # how the linears of a quantized teacher's blocks are stored
 QUANTIZATIONS = ("int8", "nf4")
-# plans of which a job has several teachers: those whose weights it holds
-PLANS_OF_SEVERAL = ("replica", "zero3", "zero3_offload", "quantized")
+# plans of which a job has several teachers: those that run a model
+PLANS_OF_SEVERAL = ("replica", "zero3", "zero3_offload", "quantized", "self")
 MIXTURES = ("probabilities", "losses")
 # what a student that teaches itself learns from
 SOURCES = ("base", "ema", "start")
@@ -254,8 +254,8 @@ class TeacherModelSection(ModelSection):
 
 
 class OneOfTeachersSection(TeacherModelSection):
-    """One of several teachers, with the keys of `teacher`; its plan is one that holds weights:
-    `replica`, `zero3`, `zero3_offload` or `quantized`.
+    """One of several teachers, with the keys of `teacher`; its plan is one that runs a model:
+    `replica`, `zero3`, `zero3_offload`, `quantized` or `self`.
 
     weight: its part in the mixture of all, 1 where not given; none where the data names the
         teacher of each document.
@@ -264,7 +264,7 @@ class OneOfTeachersSection(TeacherModelSection):
     weight: Positive | None = None
 
     @model_validator(mode="after")
-    def _holds_weights(self):
+    def _runs_a_model(self):
         if self.plan not in PLANS_OF_SEVERAL:
             raise ValueError(
                 f"plan: expected one of {', '.join(PLANS_OF_SEVERAL)} of several teachers, got "

@@ -23,9 +23,15 @@ from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.engine.teachers.cached import ANSWERS, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
-from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
 from modxfer_fast.engine.teachers.served import ServedTeacher
-from modxfer_fast.engine.teachers.several import INDEX, ROWS, SeveralTeachers, models_of
+from modxfer_fast.engine.teachers.several import (
+    INDEX,
+    ROWS,
+    SeveralTeachers,
+    models_of,
+    self_teachers,
+)
 from modxfer_fast.models.architecture import without_peft
 
 
@@ -75,6 +81,8 @@ class DistillModule(nn.Module):
             raise ValueError("hidden_states: expected options, because there is no other loss")
         if isinstance(teacher, SelfDistillation):
             teacher = teacher.of(student, parts.kind)
+        if isinstance(teacher, SeveralTeachers):
+            teacher = teacher.of_student(student)
         if student in models_of(teacher).values():
             raise ValueError(
                 "teacher: expected a model of its own, got the student, frozen by that"
@@ -139,8 +147,8 @@ class DistillModule(nn.Module):
     def gathered_head(self) -> contextlib.AbstractContextManager:
         """Keeps the head whole, which `forward` reads but does not call. Collective."""
         read = [*self.parts.uncalled_parameters()]
-        if isinstance(self.teacher, SelfTeacher):
-            read += self.teacher.uncalled_parameters()
+        for teacher in self_teachers(self.teacher).values():
+            read += teacher.uncalled_parameters()
         return gathered(read)
 
     def tie_weights(self) -> None:

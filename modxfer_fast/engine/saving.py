@@ -16,7 +16,7 @@ from transformers.trainer import SCHEDULER_NAME
 from modxfer_fast.engine import checkpoint, checksums, deepspeed, universal
 from modxfer_fast.engine.features.projections import save_projections
 from modxfer_fast.engine.module import DistillModule
-from modxfer_fast.engine.teachers.self_teacher import SelfTeacher
+from modxfer_fast.engine.teachers.several import self_teachers
 from modxfer_fast.files import scratch_folder
 from modxfer_fast.models.checks import listed
 
@@ -56,8 +56,8 @@ def write_student(
         checksums.check_written(folder, written)
     if module.features is not None:
         save_projections(folder, module.features, projections)
-    if isinstance(module.teacher, SelfTeacher):
-        module.teacher.save(folder)
+    for file, teacher in self_teachers(module.teacher).items():
+        teacher.save(folder, file)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
 

@@ -45,7 +45,8 @@ from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
 from modxfer_fast.engine.teachers.cached import Answering, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
-from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
+from modxfer_fast.engine.teachers.several import self_teachers
 from modxfer_fast.engine.unreported import Unreported
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
@@ -129,7 +130,7 @@ class DistillTrainer(Trainer):
             seed=args.seed,
             kind=args.kind,
         )
-        if args.fsdp and isinstance(module.teacher, SelfTeacher):
+        if args.fsdp and self_teachers(module.teacher):
             raise ValueError(
                 "fsdp: expected nothing with a student that teaches itself, whose modules it "
                 "divides in place; use zero_stage"
@@ -552,8 +553,8 @@ class DistillTrainer(Trainer):
     def _count_step(self, loss: Tensor) -> None:
         """A step was taken."""
         self._tr_loss += loss
-        if isinstance(self.model.teacher, SelfTeacher):
-            self.model.teacher.follow()
+        for teacher in self_teachers(self.model.teacher).values():
+            teacher.follow()
 
     def peak_mib_by_phase(self) -> dict[str, float]:
         """The largest peak of any rank in each phase so far, see `PeakMemory`. Collective."""
@@ -742,8 +743,8 @@ class DistillTrainer(Trainer):
 
     def load_teacher(self, folder: str | Path) -> None:
         """Of a student that teaches itself, what teaches it, from where `save_model` wrote it."""
-        if isinstance(self.model.teacher, SelfTeacher):
-            self.model.teacher.load(folder)
+        for file, teacher in self_teachers(self.model.teacher).items():
+            teacher.load(folder, file)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint

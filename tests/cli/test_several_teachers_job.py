@@ -6,6 +6,7 @@ import yaml
 
 from modxfer_fast.cli.main import main
 from modxfer_fast.config import load_config
+from modxfer_fast.engine import SelfDistillation
 from modxfer_fast.jobs.distill import replay
 from modxfer_fast.report import JobConsole
 from tests.cli.conftest import TINY, WORDS, merged
@@ -72,6 +73,27 @@ def test_a_name_that_no_teacher_has(tmp_path, write_job, capsys):
     assert not out.exists()
 
 
+def test_the_student_itself_beside_another(tmp_path, write_job):
+    peft = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    own = {"plan": "self", "source": "ema", "ema_decay": 0.5}
+    path, out = write(
+        tmp_path,
+        write_job,
+        teachers={"code": SMALL, "chat": {**dict.fromkeys(SMALL), **own}},
+        student={"peft": peft},
+    )
+    assert main(["distill", str(path)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["teacher"]["teachers"]["chat"] == own
+    assert "eval_kd" in report["runs"][0]["student"]
+    student = out / "seed-0" / "student"
+    assert (student / "self_teacher-chat.safetensors").is_file()
+    card = (student / "README.md").read_text()
+    assert "- teacher chat: the student's own network, source ema\n" in card
+    replayed = replay._teacher(load_config(path), 306, JobConsole(is_main=True))
+    assert replayed.teachers["chat"] == SelfDistillation("ema", 0.5)
+
+
 def test_a_mixture(tmp_path, write_job, capsys):
     changes = {"data": {"teacher_column": None}, "teachers": {"chat": {"weight": 3.0}}}
     path, out = write(tmp_path, write_job, **changes)
@@ -81,6 +103,7 @@ def test_a_mixture(tmp_path, write_job, capsys):
     assert report["teacher"]["weights"] == {"code": 1.0, "chat": 3.0}
     run = report["runs"][0]
     assert 0 < run["student"]["eval_kd"] < 0.9 * run["start"]["eval_kd"]
-    for command in (["cache"], ["plan", "--gpus", "1", "--gpu", "h200"]):
-        assert main([command[0], str(path), *command[1:]]) == 2
-        assert "teachers: expected one teacher" in capsys.readouterr().err
+    assert main(["cache", str(path)]) == 2
+    assert "teachers: expected one teacher" in capsys.readouterr().err
+    assert main(["plan", str(path), "--gpus", "1", "--gpu", "h200"]) == 0
+    assert "teachers.chat" in capsys.readouterr().out

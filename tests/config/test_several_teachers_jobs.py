@@ -52,8 +52,12 @@ def test_sources_that_name_their_teachers(load):
         ),
         ({"teachers": {"code": {"path": "t", "weight": 0}}}, "teachers.code.weight: "),
         (
+            {"teachers": {**TWO, "it": {"path": "t", "plan": "cached"}}},
+            "plan: expected one of replica, zero3, zero3_offload, quantized, self of several",
+        ),
+        (
             {"teachers": {**TWO, "it": {"plan": "self"}}},
-            "plan: expected one of replica, zero3, zero3_offload, quantized of several teachers",
+            "student.peft: expected adapters with teacher.plan: self",
         ),
         ({"mixture_of": "logits"}, "mixture_of: "),
         ({"kind": "encoder"}, "kind: expected nothing with teachers"),

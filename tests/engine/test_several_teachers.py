@@ -27,9 +27,11 @@ from tests.support.several_teachers import (
     TEMPERATURE,
     WEIGHTS,
     RoutedRows,
+    distance_of,
     loss_of_document,
     teacher_models,
     train_by_hand,
+    with_adapters,
 )
 
 STEPS, ACCUMULATION, BATCH = 2, 2, 2
@@ -41,7 +43,7 @@ def several(of: str) -> SeveralTeachers:
     return SeveralTeachers(teacher_models(), None if of == "route" else WEIGHTS, of)
 
 
-def trainer(folder, teacher, packed=True, rollouts=None, **options) -> DistillTrainer:
+def trainer(folder, teacher, packed=True, rollouts=None, student=None, **options) -> DistillTrainer:
     args = DistillConfig(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -59,7 +61,7 @@ def trainer(folder, teacher, packed=True, rollouts=None, **options) -> DistillTr
         **{**OPTIONS, **options},
     )
     return DistillTrainer(
-        tiny_llama(),
+        student or tiny_llama(),
         args,
         teacher,
         ROUTED,
@@ -84,6 +86,31 @@ def test_weights_are_those_of_the_loss_by_hand(tmp_path, of):
     trained = trainer(tmp_path, several(of))
     trained.train()
     assert distance(trained.student.state_dict()) <= 2 * distance(yardstick) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("of", "sources"), [("route", ("base", "start")), ("probabilities", ("base",))]
+)
+def test_the_student_itself_is_a_teacher_like_others(tmp_path, of, sources):
+    given: dict = teacher_models()
+    models = list(given.values())
+    for number, source in enumerate(sources):
+        given[NAMES[number]] = SelfDistillation(source)
+        models[number] = tiny_llama() if source == "base" else with_adapters()
+    truth, yardstick = (
+        train_by_hand(ROUTED, ACCUMULATION * BATCH, of, 0.5, dtype, with_adapters(), models)
+        for dtype in (torch.float64, torch.float32)
+    )
+    teachers = SeveralTeachers(given, None if of == "route" else WEIGHTS, of)
+    trained = trainer(tmp_path, teachers, student=with_adapters())
+    trained.train()
+    start = with_adapters().state_dict()
+    got = distance_of(trained.student.state_dict(), truth, start)
+    assert got <= 2 * distance_of(yardstick, truth, start) + 1e-6
+    assert isinstance(teachers.teachers["code"], SelfDistillation)  # of the next student too
+    trained.save_model(str(tmp_path / "model"))
+    kept = [file.name for file in (tmp_path / "model").glob("self_teacher*")]
+    assert kept == (["self_teacher-chat.safetensors"] if "start" in sources else [])
 
 
 @pytest.mark.parametrize("of", ["route", "probabilities", "losses"])
@@ -223,9 +250,9 @@ def test_what_cannot_be(change, message):
         SeveralTeachers(**{"teachers": teacher_models(), **change})
 
 
-def test_what_holds_no_model():
-    with pytest.raises(TypeError, match="or a Teacher of one, got SelfDistillation for itself"):
-        SeveralTeachers({"itself": SelfDistillation()})
+def test_what_is_no_teacher():
+    with pytest.raises(TypeError, match=r"teachers: expected causal language models.* got Several"):
+        SeveralTeachers({"some": several("route")})
 
 
 def test_batches_that_name_no_teacher():

@@ -3,18 +3,27 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modxfer_fast.data import CausalCollator
-from modxfer_fast.engine import DistillConfig, DistillTrainer, SeveralTeachers, ShardedTeacher
+from modxfer_fast.engine import (
+    DistillConfig,
+    DistillTrainer,
+    SelfDistillation,
+    SeveralTeachers,
+    ShardedTeacher,
+)
 from tests.support.models import tiny_llama
 from tests.support.several_teachers import (
     CE_WEIGHT,
     KD_WEIGHT,
     TEMPERATURE,
     RoutedRows,
+    distance_of,
     teacher_models,
     train_by_hand,
+    with_adapters,
 )
 
 STEPS, ACCUMULATION, BATCH = 1, 4, 1
@@ -63,6 +72,66 @@ def train(folder: str) -> tuple[dict[str, int], float]:
     trainer.train()
     trainer.save_model(folder)
     return asked, before
+
+
+def train_own(folder: str) -> list[int]:
+    """The rows of each call of the student's network as a teacher, on this rank."""
+    args = DistillConfig(
+        output_dir=folder,
+        zero_stage=3,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        kd_weight=KD_WEIGHT,
+        ce_weight=CE_WEIGHT,
+        temperature=TEMPERATURE,
+    )
+    given: dict = {**teacher_models(), "rare": SelfDistillation()}
+    trainer = DistillTrainer(
+        with_adapters(),
+        args,
+        SeveralTeachers(given, of="route"),
+        RoutedRows(STEPS * ACCUMULATION * BATCH * args.world_size),
+        data_collator=CausalCollator(0),
+    )
+    own, calls = trainer.model.teacher.teachers["rare"], []
+    answer = own.answer
+
+    def counted(batch, taps=None):
+        calls.append(len(batch.inputs["input_ids"]))
+        return answer(batch, taps)
+
+    own.answer = counted
+    trainer.train()
+    trainer.save_model(folder)
+    return calls
+
+
+def test_a_divided_student_answers_on_all_ranks(ranks, tmp_path):
+    calls = ranks.run(train_own, str(tmp_path), timeout=300)
+    per_step = ACCUMULATION * BATCH * len(calls)
+    rows, models = RoutedRows(STEPS * per_step), [*teacher_models().values()][:2]
+    truth, yardstick = (
+        train_by_hand(rows, per_step, "route", 0.5, dtype, with_adapters(), [*models, tiny_llama()])
+        for dtype in (torch.float64, torch.float32)
+    )
+    start = with_adapters().state_dict()
+    state = {
+        name.replace(".weight", ".default.weight"): value
+        for name, value in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
+    trained = {name: truth[name] for name in state}
+    bound = 2 * distance_of(yardstick, trained, start) + 1e-6
+    assert distance_of(state, trained, start) <= bound
+    assert [len(each) for each in calls] == [STEPS * ACCUMULATION] * len(calls)
 
 
 def test_weights_are_those_of_the_loss_by_hand(ranks, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +22,22 @@ def teacher_models() -> dict[str, PreTrainedModel]:
         name: tiny_llama(*size, seed=i)
         for i, (name, size) in enumerate(zip(NAMES, sizes, strict=True), start=1)
     }
+
+
+def with_adapters() -> PeftModel:
+    """A student whose own network can teach, with and without its adapters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        targets = ["q_proj", "down_proj"]
+        return get_peft_model(
+            tiny_llama(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        )
+
+
+def distance_of(state, truth, start) -> float:
+    """Of weights from the true ones, in terms of how far these moved from the start."""
+    moved = torch.cat([(truth[k] - start[k]).flatten() for k in truth]).norm()
+    return torch.cat([(truth[k] - state[k].double()).flatten() for k in truth]).norm() / moved
 
 
 class RoutedRows(torch.utils.data.Dataset):
@@ -77,12 +94,24 @@ def loss_of_document(
 
 
 def train_by_hand(
-    rows: RoutedRows, rows_per_step: int, of: str, learning_rate: float, dtype: torch.dtype
+    rows: RoutedRows,
+    rows_per_step: int,
+    of: str,
+    learning_rate: float,
+    dtype: torch.dtype,
+    student: nn.Module | None = None,
+    models: list[nn.Module] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The weights of the student after plain SGD, document by document."""
-    student = tiny_llama().to(dtype)
-    teachers = [copy.deepcopy(model).to(dtype).eval() for model in teacher_models().values()]
-    optimizer = torch.optim.SGD(student.parameters(), lr=learning_rate)
+    """The weights of the student after plain SGD, document by document.
+
+    Args:
+        student, models: by default a tiny Llama, and `teacher_models`.
+    """
+    student = (student or tiny_llama()).to(dtype)
+    models = models or list(teacher_models().values())
+    teachers = [copy.deepcopy(model).to(dtype).eval() for model in models]
+    trained = [param for param in student.parameters() if param.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=learning_rate)
     for start in range(0, len(rows), rows_per_step):
         own = [pair for row in rows.documents[start : start + rows_per_step] for pair in row]
         labels = sum(len(ids) - 1 for ids, _ in own)

@@ -71,6 +71,11 @@ class SelfTeacher:
 
     num_tokens: int | None = None
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether ranks answer together: those that ZeRO-3 divides the student over."""
+        return any(hasattr(param, "ds_id") for param in self.student.parameters())
+
     def __init__(self, student: nn.Module, options: SelfDistillation, kind: str = "causal_lm"):
         if not isinstance(student, PeftModel):
             raise ValueError(
@@ -157,13 +162,13 @@ class SelfTeacher:
                 value.lerp_(self._trained[name].detach().to(value), weight)
         self._stand_ins.renew()
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, file: str = FILE) -> None:
         """Writes what is kept; of source "base" nothing."""
         if self._values:
             values = {name: value.cpu().contiguous() for name, value in self._values.items()}
-            save_file(values, Path(folder) / FILE)
+            save_file(values, Path(folder) / file)
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, file: str = FILE) -> None:
         """Takes what was saved in `folder`.
 
         Raises:
@@ -171,10 +176,10 @@ class SelfTeacher:
         """
         if self.options.source == "base":
             return
-        path = Path(folder) / FILE
+        path = Path(folder) / file
         if not path.is_file():
             raise ValueError(
-                f"resume_from_checkpoint: expected {FILE} in {folder}, because the teacher is the "
+                f"resume_from_checkpoint: expected {file} in {folder}, because the teacher is the "
                 f"{self.options.source} of the student; found none"
             )
         found = load_file(path)

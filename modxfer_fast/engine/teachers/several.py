@@ -2,6 +2,7 @@
 data names.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.protocol import ModelParts
 from modxfer_fast.engine.teachers.replica import Teacher
+from modxfer_fast.engine.teachers.self_teacher import FILE as SELF_FILE
+from modxfer_fast.engine.teachers.self_teacher import SelfDistillation, SelfTeacher
 from modxfer_fast.kernels.linear_kd_loss.mixture import OF, TeacherHead, TeacherMixture
 
 INDEX = FACTS[TEACHER].key  # keys of a batch
@@ -21,10 +24,11 @@ ROWS = "rows_of_teachers"
 
 
 class SeveralTeachers:
-    """Teachers that hold a model each: `Teacher` and those made of it, in any mixture of plans.
+    """Teachers in any mixture of plans: those that hold a model each, and the student itself.
 
     Args:
-        teachers: by name. A model becomes a `Teacher`.
+        teachers: by name. A model becomes a `Teacher`; `SelfDistillation` is the teacher of a
+            student once there is one, see `of_student`.
         weights: of each in the mixture, by name; those that are not there have 1.
         of: "probabilities" for the mixture of the teachers' probabilities, by weights that are
             divided by their sum; "losses" for the sum of the losses, each times its weight; "route"
@@ -35,14 +39,14 @@ class SeveralTeachers:
     divided over ranks reads a row of each batch on each rank.
 
     Raises:
-        TypeError: a teacher that holds no model. ValueError: no teacher, or a wrong weight.
+        TypeError: another kind of teacher. ValueError: no teacher, or a wrong weight.
     """
 
     kind = "causal_lm"
 
     def __init__(
         self,
-        teachers: Mapping[str, Teacher | nn.Module],
+        teachers: Mapping[str, Any],
         weights: Mapping[str, float] | None = None,
         of: str = "probabilities",
     ):
@@ -58,31 +62,48 @@ class SeveralTeachers:
                 raise ValueError(f"weights: expected names of {', '.join(teachers)}, got {name!r}")
             if not weight > 0:
                 raise ValueError(f"weights: expected more than 0 of {name}, got {weight}")
-        self.teachers: dict[str, Teacher] = {}
+        self.teachers: dict[str, Any] = {}
         for name, given in teachers.items():
             teacher = Teacher.of(given, self.kind, None)
-            if not isinstance(teacher, Teacher) or teacher.kind != self.kind:
+            is_known = isinstance(teacher, Teacher | SelfTeacher | SelfDistillation)
+            if not is_known or getattr(teacher, "kind", self.kind) != self.kind:
                 raise TypeError(
-                    f"teachers: expected causal language models, or a Teacher of one, got "
-                    f"{type(given).__name__} for {name}"
+                    f"teachers: expected causal language models, a Teacher of one or "
+                    f"SelfDistillation, got {type(given).__name__} for {name}"
                 )
             self.teachers[name] = teacher
         self.of = of
         self.weights = [float(weights.get(name, 1.0)) for name in self.teachers]
 
+    def of_student(self, student: nn.Module) -> "SeveralTeachers":
+        """The same, where those that are the student's own network are that of this one."""
+        if len(self._others) == len(self.teachers):
+            return self
+        made = copy.copy(self)
+        made.teachers = {
+            name: one.of(student, self.kind) if isinstance(one, SelfDistillation) else one
+            for name, one in self.teachers.items()
+        }
+        return made
+
+    @property
+    def _others(self) -> list[Any]:
+        """Those that need no student any more."""
+        return [one for one in self.teachers.values() if not isinstance(one, SelfDistillation)]
+
     @property
     def num_tokens(self) -> int | None:
-        return next(iter(self.teachers.values())).num_tokens
+        return next((teacher.num_tokens for teacher in self._others), None)
 
     @num_tokens.setter
     def num_tokens(self, number: int | None) -> None:
-        for teacher in self.teachers.values():
+        for teacher in self._others:
             teacher.num_tokens = number
 
     @property
-    def classes(self) -> int:
-        """That all have."""
-        return min(teacher.classes for teacher in self.teachers.values())
+    def classes(self) -> int | None:
+        """That all have; None where all are the student, which is not there yet."""
+        return min((teacher.classes for teacher in self._others), default=None)
 
     def common_classes(self, student: ModelParts) -> int | None:
         """Leading classes that the student and all teachers have.
@@ -161,10 +182,20 @@ class SeveralTeachers:
 
 def models_of(teacher: Any) -> dict[str, nn.Module]:
     """The models that a teacher holds, by what they are called in messages."""
+    found = {"teacher": teacher}
     if isinstance(teacher, SeveralTeachers):
-        return {f"teacher.{name}": one.model for name, one in teacher.teachers.items()}
-    model = getattr(teacher, "model", None)
-    return {"teacher": model} if isinstance(model, nn.Module) else {}
+        found = {f"teacher.{name}": one for name, one in teacher.teachers.items()}
+    models = {name: getattr(one, "model", None) for name, one in found.items()}
+    return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+
+
+def self_teachers(teacher: Any) -> dict[str, SelfTeacher]:
+    """Those that are a student's own network, by the file that keeps them beside it."""
+    found = {SELF_FILE: teacher}
+    if isinstance(teacher, SeveralTeachers):
+        stem, ending = SELF_FILE.split(".")
+        found = {f"{stem}-{name}.{ending}": one for name, one in teacher.teachers.items()}
+    return {file: one for file, one in found.items() if isinstance(one, SelfTeacher)}
 
 
 class _Routing:
@@ -214,7 +245,7 @@ def _of_rows(batch: Batch, rows: Tensor | slice) -> Batch:
     return Batch(inputs)
 
 
-def _answer_to_rows(teacher: Teacher, batch: Batch, rows: Tensor) -> Answer:
+def _answer_to_rows(teacher: Any, batch: Batch, rows: Tensor) -> Answer:
     """The answer to a batch, 0 in the rows that the teacher is not asked about."""
     size = len(batch.inputs["input_ids"])
     if len(rows) == size:

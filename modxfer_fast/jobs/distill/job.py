@@ -286,10 +286,16 @@ class DistillJob(Job):
         """What the student learns from, told by where its weights come from, with facts and
         figures."""
         config = self.config
+        prepared = {
+            role: self._prepare_one(role, section)
+            for role, section in config.teacher_sections.items()
+        }
         if config.teachers is None:
-            return self._prepare_one()
-        found = {name: self._prepare_loaded(f"teachers.{name}") for name in config.teachers}
-        several = several_teachers(config, {name: live.value for name, (live, _) in found.items()})
+            return prepared["teacher"]
+        several = several_teachers(
+            config, {role: live.value for role, (live, _) in prepared.items()}
+        )
+        found = dict(zip(config.teachers, prepared.values(), strict=True))
         told: dict[str, Any] = {"of": several.of}
         if several.of != "route":
             told["weights"] = dict(zip(several.teachers, several.weights, strict=True))
@@ -297,25 +303,22 @@ class DistillJob(Job):
         facts = {**told, "teachers": {name: facts for name, (_, facts) in found.items()}}
         return Live(several, [told, identity]), facts
 
-    def _prepare_one(self) -> tuple[Live, dict[str, Any]]:
+    def _prepare_one(self, role: str, section: TeacherModelSection) -> tuple[Live, dict[str, Any]]:
         config = self.config
-        if config.teacher.is_student:
-            itself = SelfDistillation(config.teacher.source, config.teacher.ema_decay)
+        if section.is_student:
+            itself = SelfDistillation(section.source, section.ema_decay)
             self.console.say(f"the student's own network, source {itself.source}")
-            facts = {"plan": config.teacher.plan, **asdict(itself)}
-            return Live(itself, facts), facts
-        if config.teacher.plan not in ("served", "cached"):
-            return self._prepare_loaded("teacher")
-        source = self.teacher_source()
-        facts = _facts_of(source, config.teacher)
-        if config.teacher.served is not None and config.teacher.plan == "served":
-            served = open_served(config, self.material)
-            section = config.teacher.served
-            self.console.say(
-                f"{section.model} behind {section.url}, {section.top_k} classes a token"
-            )
-            facts |= section.model_dump(include={"url", "model", "top_k"})
-            answers = section.model_dump(exclude=set(SERVED_WAYS))
+            told = {"plan": section.plan, **asdict(itself)}
+            return Live(itself, told), told
+        if section.plan not in ("served", "cached"):
+            return self._prepare_loaded(role)
+        source = self.teacher_source(role, section)
+        facts = _facts_of(source, section)
+        if section.served is not None and section.plan == "served":
+            served, asked = open_served(config, self.material), section.served
+            self.console.say(f"{asked.model} behind {asked.url}, {asked.top_k} classes a token")
+            facts |= asked.model_dump(include={"url", "model", "top_k"})
+            answers = asked.model_dump(exclude=set(SERVED_WAYS))
             told = teacher_facts(source, config, self.material.tokenizer)
             return Live(served, [told, answers]), facts
         cached = open_cached(config, source, self.material)
@@ -325,7 +328,7 @@ class DistillJob(Job):
             f"{cached.signal}, in {cache.folder}"
         )
         facts |= {"documents": len(cache), "tokens": cache.num_tokens, "signal": cached.signal}
-        return Live(cached, [source, facts_of(config.teacher.cache)]), facts
+        return Live(cached, [source, facts_of(section.cache)]), facts
 
     def _prepare_loaded(self, role: str) -> tuple[Live, dict[str, Any]]:
         """A teacher whose weights this job holds."""
@@ -462,13 +465,14 @@ class DistillJob(Job):
         return measure(student.load(), teacher, batch, self.config.loss, timer)
 
 
-def several_teachers(config: JobConfig, teachers: Mapping[str, Teacher]) -> SeveralTeachers:
-    """The teachers of a job together, as it says."""
+def several_teachers(config: JobConfig, teachers: Mapping[str, Any]) -> SeveralTeachers:
+    """The teachers of a job, by the paths of their sections, together as it says."""
     assert config.teachers is not None
     given = {name: one.weight for name, one in config.teachers.items()}
     weights = {name: weight for name, weight in given.items() if weight is not None}
     of = "route" if config.is_routed else config.mixture_of or MIXTURES[0]
-    return SeveralTeachers(teachers, weights, of)
+    named = {name: teachers[f"teachers.{name}"] for name in config.teachers}
+    return SeveralTeachers(named, weights, of)
 
 
 def check_quantizer(section: TeacherModelSection) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from modxfer_fast.config import ConfigError, JobConfig
+from modxfer_fast.config.model import TeacherModelSection
 from modxfer_fast.config.task_distill import load_without_task
 from modxfer_fast.data import load_tokenizer
 from modxfer_fast.engine import (
@@ -20,7 +21,7 @@ from modxfer_fast.engine import (
     load_projections,
     nonfinite,
 )
-from modxfer_fast.engine.teachers.self_teacher import SelfTeacher
+from modxfer_fast.engine.teachers.several import self_teachers
 from modxfer_fast.jobs.cache.identity import cache_folder
 from modxfer_fast.jobs.distill.arguments import evaluation_args
 from modxfer_fast.jobs.distill.job import DistillJob, check_quantizer, several_teachers
@@ -135,8 +136,8 @@ def _module(
     )
     if module.features is not None:
         load_projections(weights, module.features)
-    if isinstance(module.teacher, SelfTeacher):
-        module.teacher.load(weights)
+    for file, own in self_teachers(module.teacher).items():
+        own.load(weights, file)
     module.to(args.device)
     assert module.teacher is not None
     module.teacher.to(args.device)
@@ -154,12 +155,16 @@ def _pretrained(config: JobConfig, role: str, folder: Path) -> tuple[DistillModu
 def _teacher(
     config: JobConfig, num_tokens: int, console: JobConsole
 ) -> TeacherProtocol | SelfDistillation:
-    if config.teachers is not None:
-        job = DistillJob(config, console)
-        return several_teachers(
-            config, {n: _loaded(job, f"teachers.{n}", num_tokens) for n in config.teachers}
-        )
-    section = config.teacher
+    job = DistillJob(config, console)
+    made = {
+        role: _one(job, role, section, num_tokens)
+        for role, section in config.teacher_sections.items()
+    }
+    return several_teachers(config, made) if config.teachers is not None else made["teacher"]
+
+
+def _one(job: DistillJob, role: str, section: TeacherModelSection, num_tokens: int) -> Any:
+    config = job.config
     if section.is_student:
         return SelfDistillation(section.source, section.ema_decay)
     if section.plan == "served":  # its answers were kept with the step
@@ -168,7 +173,7 @@ def _teacher(
         teacher = CachedTeacher(cache_folder(config), section.cache.signal, section.cache.tail)
         teacher.num_tokens = num_tokens
         return teacher
-    return _loaded(DistillJob(config, console), "teacher", num_tokens)
+    return _loaded(job, role, num_tokens)
 
 
 def _loaded(job: DistillJob, role: str, num_tokens: int) -> Teacher:
