@@ -285,11 +285,6 @@ class DistillConfig(TrainingArguments):
         for name in ("zero_stage", "deepspeed"):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}: expected nothing beside fsdp, got {value!r}")
-        if self.on_policy:
-            raise ValueError(
-                "on_policy: expected nothing beside fsdp, whose groups generation has not been "
-                "tried with; use zero_stage"
-            )
         if self.eval_samples:
             raise ValueError(
                 "eval_samples: expected 0 beside fsdp, because one process alone writes them, got "

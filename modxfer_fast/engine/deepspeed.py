@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from modxfer_fast.config.errors import nearest
 from modxfer_fast.engine import checksums
+from modxfer_fast.engine.hooks import without_hooks
 from modxfer_fast.kernels.common.gathered import is_dtensor
 from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 
@@ -218,21 +219,8 @@ def whole(model: nn.Module) -> Iterator[None]:
     if not any(is_partitioned(param) for param in model.parameters()):
         yield
         return
-    hooked = []
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            kept = list(hooks.items())
-            hooked.append((hooks, kept))
-            for key, hook in kept:
-                if is_deepspeed_hook(hook):
-                    del hooks[key]
-    try:
-        with gathered(model.parameters()):
-            yield
-    finally:
-        for hooks, items in hooked:
-            hooks.clear()
-            hooks.update(items)
+    with without_hooks(model, is_deepspeed_hook), gathered(model.parameters()):
+        yield
 
 
 def partition(model: nn.Module, *, offload: bool) -> None:

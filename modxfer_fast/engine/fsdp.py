@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from modxfer_fast.config.errors import nearest
 from modxfer_fast.engine.deepspeed import check_launched
+from modxfer_fast.engine.hooks import without_hooks
 
 # Keys of fsdp_config that say something of FSDP2; transformers ignores any other without a word.
 KEYS = (
@@ -142,6 +143,28 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """A sharded module whole inside the block, in which ranks may call its parts as often as they
+    like, in the dtype that forward computes in. Collective where the block begins.
+
+    The hooks that gather for a call, and give up after it, are away meanwhile.
+    """
+    groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    with without_hooks(module, _is_hook):
+        try:
+            for group in groups:
+                group.unshard()
+            yield
+        finally:
+            for group in groups:
+                group.reshard()
+
+
+def _is_hook(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
 
 
 def save_state(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
@@ -213,7 +213,7 @@ class DistillTrainer(Trainer):
     def _rollouts(self, section: OnPolicySection) -> Rollouts:
         autocast = self.accelerator.autocast
         if section.vllm is None:
-            return StudentRollouts(self.student, autocast, section.batch_size)
+            return StudentRollouts(self.student, autocast, section.batch_size, self._whole_student)
         return VLLMRollouts(
             self.student,
             section.vllm,
@@ -221,7 +221,14 @@ class DistillTrainer(Trainer):
             is_main=self.args.process_index == 0,
             on_main=self._on_main,
             autocast=autocast,
+            whole=self._whole_student,
         )
+
+    def _whole_student(self) -> AbstractContextManager:
+        """Inside, each rank has the student whole, and may call it as often as it likes."""
+        if fsdp.is_sharded(self.model):  # the head is of the whole module's group
+            return fsdp.whole(self.model)
+        return deepspeed.whole(self.student)
 
     def _sample_writer(self, tokenizer) -> SampleWriter:
         if not hasattr(tokenizer, "decode"):

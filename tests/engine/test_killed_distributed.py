@@ -5,6 +5,7 @@ Each run has processes of its own, forked from two that have only imported what 
 """
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -66,7 +67,7 @@ CELLS = [
     Cell(0, False, "quantized"),
     Cell(3, False, "several"),
     Cell("fsdp", False, "replica"),
-    Cell("fsdp", True, "served"),
+    Cell("fsdp", True, "served", on_policy=True),
 ]
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 
@@ -143,6 +144,8 @@ def train_all(cells: list[Cell], folder: str, url: str, kill_at: list[int]) -> l
     one that goes on."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401  (before they fork)
+
+    gc.freeze()
 
     return [
         [

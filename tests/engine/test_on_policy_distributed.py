@@ -1,6 +1,6 @@
 """Two ranks: what the student writes does not depend on how its parameters are kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +17,19 @@ from tests.support.reference import dense_terms
 
 SECTION = {"fraction": 0.6, "prompt_length": 3, "max_new_tokens": 7, "reuse": 2}
 
+FSDP = "fsdp"
+
 
 @dataclass(frozen=True)
 class Cell:
-    stage: int | None  # None: plain DDP
+    stage: int | str | None  # None: plain DDP
     lora: bool = False
     sharded_teacher: bool = False
     checkpointing: bool = False
 
     @property
     def name(self) -> str:
-        name = "ddp" if self.stage is None else f"zero{self.stage}"
+        name = {None: "ddp", FSDP: FSDP}.get(self.stage, f"zero{self.stage}")
         name += "-lora" * self.lora + "-sharded" * self.sharded_teacher
         return name + "-checkpointing" * self.checkpointing
 
@@ -39,6 +41,8 @@ CELLS = [
     Cell(2, checkpointing=True),
     Cell(3, sharded_teacher=True),
     Cell(3, lora=True, checkpointing=True),
+    Cell(FSDP, sharded_teacher=True, checkpointing=True),
+    Cell(FSDP, lora=True),
 ]
 RESUMED = [CELLS[3], CELLS[5]]
 
@@ -46,7 +50,7 @@ RESUMED = [CELLS[3], CELLS[5]]
 def make_trainer(cell: Cell, folder: Path, **options) -> DistillTrainer:
     args = DistillConfig(
         output_dir=str(folder / cell.name),
-        zero_stage=cell.stage,
+        **({"fsdp": True} if cell.stage == FSDP else {"zero_stage": cell.stage}),
         on_policy=SECTION,
         divergence="reverse_kl",
         ce_weight=0.5,
@@ -96,6 +100,9 @@ def run_cell(cell: Cell, folder: Path, resume: bool = False) -> dict:
         return steps[-1]
 
     def generating(prompts, sampling, **seeds):
+        # one token more on rank 1, for which the other does not wait
+        more = sampling.max_new_tokens + trainer.args.process_index
+        sampling = replace(sampling, max_new_tokens=more)
         asked.append((prompts, sampling, seeds))
         return generate(prompts, sampling, **seeds)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,13 +57,14 @@ def stop_tokens(base: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
 class StudentRollouts:
     """Completions by the student itself, in eval mode, its adapters active.
 
-    Parameters that ZeRO-3 divides are gathered once for a call; ranks then do not wait for one
-    another while they generate.
+    Parameters that ZeRO-3 or FSDP2 divides are gathered once for a call; ranks then do not wait for
+    one another while they generate.
 
     Args:
         student: PreTrainedModel or PeftModel.
         autocast: opens the context that the student computes in.
         batch_size: prompts completed at once; None for all.
+        whole: opens the context in which the student is whole; None does under ZeRO.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class StudentRollouts:
         student: nn.Module,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         batch_size: int | None = None,
+        whole: Callable[[], contextlib.AbstractContextManager] | None = None,
     ):
         self.student, self.autocast, self.batch_size = student, autocast, batch_size
+        self.whole = whole or partial(deepspeed.whole, student)
 
     def generate(
         self, prompts: list[Tokens], sampling: Sampling, *, seed: int, step: int
@@ -81,7 +85,7 @@ class StudentRollouts:
         completions: list[Tokens] = []
         with (
             in_eval_mode(self.student),
-            deepspeed.whole(self.student),
+            self.whole(),
             _seeded(seed, device),
             self.autocast(),
         ):

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class VLLMRollouts:
         is_main: whether this is the main rank.
         on_main: what a function returns on the main rank, on every rank; its errors too.
         autocast: opens the context that the student computes in.
+        whole: opens the one in which it is whole; None does under ZeRO.
 
     Raises:
         ModelError: another student.
@@ -92,6 +94,7 @@ class VLLMRollouts:
         is_main: bool = True,
         on_main: Callable[[Callable[[], Any]], Any] = lambda act: act(),
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        whole: Callable[[], contextlib.AbstractContextManager] | None = None,
     ):
         adapters = student.active_adapters if isinstance(student, PeftModel) else []
         check_servable(student.peft_config[adapters[0]] if adapters else None, "model")
@@ -101,6 +104,7 @@ class VLLMRollouts:
         self._adapter = adapters[0]
         self._root = Path(section.adapter_dir or folder).expanduser().absolute()
         self._is_main, self._on_main, self._autocast = is_main, on_main, autocast
+        self._whole = whole or partial(deepspeed.whole, student)
         self._is_compared = False
         self._window: int | None = None  # of steps for which the adapter at hand writes
         self._name = ""
@@ -212,7 +216,7 @@ class VLLMRollouts:
         ids = torch.tensor([asked + tokens], device=device)
         with (
             in_eval_mode(self.student),
-            deepspeed.whole(self.student),
+            self._whole(),
             torch.no_grad(),
             self._autocast(),
         ):
