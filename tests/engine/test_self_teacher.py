@@ -20,6 +20,8 @@ from modxfer_fast.engine import (
 from modxfer_fast.engine.batch import Batch
 from modxfer_fast.models import apply_peft, patch_peft_model
 from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.reference import dense_terms
+from tests.support.writing import greedy
 
 DATA = TokenDataset(24)
 BATCH = align_collate([DATA[i] for i in range(4)])
@@ -260,6 +262,96 @@ def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
     again, _ = trainer(tmp_path / "again", "ema")
     with pytest.raises(ValueError, match=r"expected self_teacher.safetensors in"):
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+
+def written_on_policy(folder, source, *, max_steps, **section):
+    """The student, and the micro-batches of each step, some of its own texts."""
+    options = {"fraction": 0.6, "prompt_length": 3, "max_new_tokens": 5, **section}
+    args = DistillConfig(
+        output_dir=str(folder),
+        on_policy=options,
+        divergence="reverse_kl",
+        ce_weight=0.4,
+        max_steps=max_steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    run = DistillTrainer(
+        student(), args, SelfDistillation(source, 0.6), DATA, data_collator=align_collate
+    )
+    steps, mixed = [], run.on_policy.mixed
+
+    def mixing(*given):
+        steps.append(mixed(*given))
+        return steps[-1]
+
+    run.on_policy.mixed = mixing
+    run.train()
+    return run.student, steps
+
+
+def texts(steps):
+    rows = [
+        (batch["input_ids"], batch["attention_mask"].bool(), batch["labels"] != -100)
+        for batches in steps
+        for batch in batches
+        if "on_policy" in batch
+    ]
+    return [
+        (ids[mask].tolist(), int(learnt.sum()))
+        for row in rows
+        for ids, mask, learnt in zip(*row, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_student_that_writes_is_judged_by_its_own_network(source, tmp_path):
+    start, objective = student(), Objective(divergence="reverse_kl")
+    got, steps = written_on_policy(tmp_path, source, max_steps=4, top_k=1)
+    whose = ["on_policy" in batch for batches in steps for batch in batches]
+    assert len(set(whose)) == 2
+    ends = {}
+    for dtype in (torch.float64, torch.float32):
+        model, teacher = student().to(dtype), second_model(source, start).to(dtype).eval()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for batches in steps:
+            for ids, learnt in texts([batches]) if dtype == torch.float32 else ():
+                assert len(ids) - learnt == 3
+                assert ids[3:] == greedy(model, ids[:3], 5, stop=(2,))
+            tokens = sum((batch["labels"] != -100).sum() for batch in batches)
+            for batch in batches:
+                kd, ce, _ = dense_terms(model, teacher, batch, objective)
+                ((kd if "on_policy" in batch else kd + 0.4 * ce) / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if source == "ema":
+                with torch.no_grad():
+                    for mean, new in zip(teacher.parameters(), model.parameters(), strict=True):
+                        mean.mul_(0.6).add_(new, alpha=0.4)
+        ends[dtype] = dict(model.named_parameters())
+    before = dict(start.named_parameters())
+    for name, param in got.named_parameters():
+        truth, plain = (ends[dtype][name].double() for dtype in ends)
+        band = 8 * torch.finfo(torch.float32).eps * truth.abs().max()
+        budget = 2 * (plain - truth).abs().max() + band
+        assert (param.double() - truth).abs().max() <= budget, name
+        if param.requires_grad:
+            assert (before[name] - truth).abs().max() > 20 * budget, name
+
+
+def test_what_it_writes_follows_the_seed(tmp_path):
+    first, again, greedily = (
+        texts(written_on_policy(tmp_path / name, "ema", max_steps=2, top_k=k)[1])
+        for name, k in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == again != greedily
 
 
 def test_fsdp_is_refused(tmp_path):
