@@ -178,10 +178,21 @@ class JobConfig(Section):
             },
         )
         if self.loss.impl == "dense":
-            raise ValueError("loss.impl: expected fused with teachers, got dense")
+            raise ValueError(
+                "loss.impl: expected fused with teachers, got dense, which is of the whole logits "
+                "of one teacher"
+            )
         if named:
             self._check_routed(self.teachers, named)
-        elif self.mixture_of != "losses" and self.loss.is_of_logits:
+            return
+        for name, one in self.teachers.items():
+            if self.mixture_of != "losses" and one.listed_classes is not None:
+                raise ValueError(
+                    f"mixture_of: expected losses with teachers.{name}, of which some classes are "
+                    "known, because a mixture of probabilities has those of all, got "
+                    f"{self.mixture_of or MIXTURES[0]}"
+                )
+        if self.mixture_of != "losses" and self.loss.is_of_logits:
             raise ValueError(
                 "mixture_of: expected losses with a divergence of logits, which a mixture of "
                 f"probabilities does not have, got {self.mixture_of or MIXTURES[0]}"
@@ -268,8 +279,9 @@ class JobConfig(Section):
                 )
 
     def _check_answered(self) -> None:
+        plans = " or ".join(sorted(self._plans & {"cached", "served"}))
         self._refuse(
-            f"with teacher.plan: {self.teacher.plan}, which has last hidden states or listed "
+            f"with teacher.plan: {plans}, which has last hidden states or listed "
             "classes of a causal language model alone",
             {
                 "kind": self.kind != "causal_lm",

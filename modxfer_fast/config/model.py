@@ -16,8 +16,6 @@ SERVED_APIS = ("vllm", "sglang")
 SERVED_WAYS = (*REACHING, "request_tokens")
 # how the linears of a quantized teacher's blocks are stored
 QUANTIZATIONS = ("int8", "nf4")
-# plans of which a job has several teachers: those that run a model
-PLANS_OF_SEVERAL = ("replica", "zero3", "zero3_offload", "quantized", "self")
 MIXTURES = ("probabilities", "losses")
 # what a student that teaches itself learns from
 SOURCES = ("base", "ema", "start")
@@ -254,23 +252,14 @@ class TeacherModelSection(ModelSection):
 
 
 class OneOfTeachersSection(TeacherModelSection):
-    """One of several teachers, with the keys of `teacher`; its plan is one that runs a model:
-    `replica`, `zero3`, `zero3_offload`, `quantized` or `self`.
+    """One of several teachers, with the keys of `teacher`; where it is asked for a cache without a
+    folder, that is `<output_dir>.cache/<name>`.
 
     weight: its part in the mixture of all, 1 where not given; none where the data names the
         teacher of each document.
     """
 
     weight: Positive | None = None
-
-    @model_validator(mode="after")
-    def _runs_a_model(self):
-        if self.plan not in PLANS_OF_SEVERAL:
-            raise ValueError(
-                f"plan: expected one of {', '.join(PLANS_OF_SEVERAL)} of several teachers, got "
-                f"{self.plan}"
-            )
-        return self
 
 
 class FromTeacherSection(Section):

@@ -46,10 +46,12 @@ class Route(NamedTuple):
     Attributes:
         numbers: [B, T] int64, of the teacher; of tokens that count.
         rows: of each teacher, [n] int64: the rows that hold such a token.
+        counts: of each teacher, how many tokens; None where the host does not know.
     """
 
     numbers: Tensor
     rows: Sequence[Tensor]
+    counts: Sequence[int] | None = None
 
 
 class Batch(NamedTuple):
@@ -102,6 +104,7 @@ class Answer(NamedTuple):
         states: of the layers that were asked for.
         listed: what a teacher of listed classes says.
         mixture: hidden states [B, T, D] and heads of several teachers.
+        shares: of several teachers that one loss cannot be had of, in the place of everything else.
     """
 
     output: Tensor
@@ -110,9 +113,12 @@ class Answer(NamedTuple):
     bend: Bend = Bend()
     listed: TeacherTopK | None = None
     mixture: TeacherMixture | None = None
+    shares: Sequence["Share"] = ()
 
     def is_finite(self) -> Tensor:
         """[B, T] bool; of several teachers whether those are that a token is learnt from."""
+        if self.shares:
+            return torch.stack([share.is_finite() for share in self.shares]).all(0)
         if self.mixture is None:
             return self.output.isfinite().all(-1)
         each = torch.stack([one.hidden.isfinite().all(-1) for one in self.mixture.teachers])
@@ -123,6 +129,9 @@ class Answer(NamedTuple):
     def leading(self, num_classes: int | None) -> "Answer":
         """With a head of the first classes, views, where the others' gradient is then zero; of
         all without a number. Of listed classes the others are absent."""
+        if self.shares:
+            shares = [s._replace(answer=s.answer.leading(num_classes)) for s in self.shares]
+            return self._replace(shares=shares)
         if self.listed is not None and num_classes is not None:
             ids = self.listed.ids
             listed = self.listed._replace(ids=ids.masked_fill(ids >= num_classes, -1))
@@ -137,6 +146,26 @@ class Answer(NamedTuple):
             return self
         weight, bias = self.head
         return self._replace(head=(weight[:num_classes], _leading(bias, num_classes)))
+
+
+class Share(NamedTuple):
+    """What some of several teachers answer.
+
+    Attributes:
+        answer: of them. weight: of the loss that it makes.
+        tokens: [B, T] mask of those that are learnt from it, and their number; None for all.
+    """
+
+    answer: Answer
+    weight: float = 1.0
+    tokens: TokenSet | None = None
+
+    def is_finite(self) -> Tensor:
+        """[B, T] bool; of tokens that others answer to True."""
+        found = self.answer.is_finite()
+        if self.tokens is None or self.tokens.mask is None:
+            return found
+        return found | ~self.tokens.mask
 
 
 def _leading(bias: Tensor | None, num_classes: int) -> Tensor | None:

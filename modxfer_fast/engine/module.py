@@ -26,6 +26,7 @@ from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
 from modxfer_fast.engine.teachers.served import ServedTeacher
 from modxfer_fast.engine.teachers.several import (
+    COUNTS,
     INDEX,
     ROWS,
     SeveralTeachers,
@@ -196,7 +197,9 @@ class DistillModule(nn.Module):
     def collator(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
         """A user's collator, made to give on the host what `forward` wants."""
         collator = self.parts.collator(collator, self._needs_all_tokens)
-        if isinstance(self.teacher, CachedTeacher | SeveralTeachers) or (
+        if isinstance(self.teacher, SeveralTeachers):
+            collator = self.teacher.collator(collator, self._learns_logits)
+        elif isinstance(self.teacher, CachedTeacher) or (
             # one that is asked when it is needed is not asked for what training does not read
             isinstance(self.teacher, ServedTeacher) and self._learns_logits
         ):
@@ -234,14 +237,16 @@ class DistillModule(nn.Module):
                     states and relations are compared on, by default those that are no padding.
                 teacher_inputs, teacher_rows: what the teacher reads where its prompts are others,
                     and where it predicts the same labels.
-                teacher_index, rows_of_teachers: the `Route` to `SeveralTeachers`.
+                teacher_index, rows_of_teachers, labels_of_teachers: the `Route` to
+                    `SeveralTeachers`.
                 teacher_answers: what a `CachedTeacher` or `ServedTeacher` answered, or will.
                 on_policy: whether the student wrote the labels, on which cross entropy then has no
                     weight.
         """
         answered, is_written = inputs.pop(ANSWERS, None), inputs.pop(ON_POLICY, False)
         index, rows = inputs.pop(INDEX, None), inputs.pop(ROWS, None)
-        route = None if index is None or rows is None else Route(index, rows)
+        counts = inputs.pop(COUNTS, None)
+        route = None if index is None or rows is None else Route(index, rows, counts)
         batch, objective = self.parts.read(**inputs), self.objective
         batch = batch._replace(answered=answered, route=route)
         if not self.training:  # figures say what each token is worth

@@ -46,7 +46,7 @@ from modxfer_fast.engine.teachers.cached import Answering, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
-from modxfer_fast.engine.teachers.several import self_teachers
+from modxfer_fast.engine.teachers.several import SeveralTeachers, self_teachers
 from modxfer_fast.engine.unreported import Unreported
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
@@ -189,7 +189,9 @@ class DistillTrainer(Trainer):
         section = self.args.on_policy_options()
         if section is None:
             return None
-        if isinstance(self.model.teacher, CachedTeacher):
+        teacher = self.model.teacher
+        is_several = isinstance(teacher, SeveralTeachers)
+        if isinstance(teacher, CachedTeacher) or (is_several and teacher.is_cached):
             raise ValueError(
                 "teacher: expected one that answers now, with on_policy: what the student will "
                 "write is in no cache"

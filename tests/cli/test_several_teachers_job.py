@@ -1,7 +1,9 @@
 """`modxfer distill` from several teachers: each document from the one that its column names."""
 
 import json
+from shutil import rmtree
 
+import pytest
 import yaml
 
 from modxfer_fast.cli.main import main
@@ -9,6 +11,7 @@ from modxfer_fast.config import load_config
 from modxfer_fast.engine import SelfDistillation
 from modxfer_fast.jobs.distill import replay
 from modxfer_fast.report import JobConsole
+from modxfer_fast.teacher_cache import TeacherCache
 from tests.cli.conftest import TINY, WORDS, merged
 
 SMALL = merged(TINY["teacher"], {"pretrain": None})
@@ -94,6 +97,30 @@ def test_the_student_itself_beside_another(tmp_path, write_job):
     assert replayed.teachers["chat"] == SelfDistillation("ema", 0.5)
 
 
+def test_caches_of_each(tmp_path, write_job, capsys):
+    path, out = write(tmp_path, write_job, teachers={"code": {"cache": {"top_k": 9}}})
+    assert main(["distill", str(path)]) == 0
+    assert main(["cache", str(path)]) == 0
+    caches = {name: TeacherCache(f"{out}.cache/{name}") for name in ("code", "chat")}
+    assert {len(cache) for cache in caches.values()} == {5}  # of ten that differ, each its own
+    kd = [json.loads((out / "report.json").read_text())["runs"][0]["student"]["eval_kd"]]
+    cached = ["--set", "teachers.code.plan=cached", "--set", "teachers.chat.plan=cached"]
+    again = ["distill", str(path), "--set", "overwrite=true", *cached]
+    for more in ([], ["--set", "teachers.code.cache.signal=topk"]):
+        assert main([*again, *more]) == 0
+        report = json.loads((out / "report.json").read_text())
+        kd.append(report["runs"][0]["student"]["eval_kd"])
+        assert report["teacher"]["teachers"]["code"]["documents"] == 5
+    assert kd[1] == pytest.approx(kd[0], rel=1e-3)
+    assert kd[2] < kd[1]  # what nine classes and the rest tell
+    rmtree(f"{out}.cache/code")
+    capsys.readouterr()
+    assert main(again) == 2
+    assert f"{out}.cache/code" in capsys.readouterr().err
+    assert main(["cache", str(path), "--from", "vllm:here"]) == 2
+    assert "teachers: expected one teacher with --from" in capsys.readouterr().err
+
+
 def test_a_mixture(tmp_path, write_job, capsys):
     changes = {"data": {"teacher_column": None}, "teachers": {"chat": {"weight": 3.0}}}
     path, out = write(tmp_path, write_job, **changes)
@@ -103,7 +130,5 @@ def test_a_mixture(tmp_path, write_job, capsys):
     assert report["teacher"]["weights"] == {"code": 1.0, "chat": 3.0}
     run = report["runs"][0]
     assert 0 < run["student"]["eval_kd"] < 0.9 * run["start"]["eval_kd"]
-    assert main(["cache", str(path)]) == 2
-    assert "teachers: expected one teacher" in capsys.readouterr().err
     assert main(["plan", str(path), "--gpus", "1", "--gpu", "h200"]) == 0
     assert "teachers.chat" in capsys.readouterr().out

@@ -52,8 +52,17 @@ def test_sources_that_name_their_teachers(load):
         ),
         ({"teachers": {"code": {"path": "t", "weight": 0}}}, "teachers.code.weight: "),
         (
-            {"teachers": {**TWO, "it": {"path": "t", "plan": "cached"}}},
-            "plan: expected one of replica, zero3, zero3_offload, quantized, self of several",
+            {
+                "teachers": {
+                    **TWO,
+                    "it": {"path": "t", "plan": "cached", "cache": {"hidden": False, "top_k": 9}},
+                }
+            },
+            "mixture_of: expected losses with teachers.it, of which some classes are known",
+        ),
+        (
+            {"teachers": {**TWO, "it": {"path": "t", "plan": "cached"}}, "on_policy": {}},
+            "teacher.plan: expected one that answers now, with on_policy",
         ),
         (
             {"teachers": {**TWO, "it": {"plan": "self"}}},

@@ -8,8 +8,8 @@ backbone, and the logits of the model's real `forward` are compared with the for
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modxfer_fast.data.collator import IGNORE_INDEX, VARLEN
-from modxfer_fast.engine.batch import Answer, Batch, Terms, TokenSet
+from modxfer_fast.engine.batch import Answer, Batch, Share, Terms, TokenSet
 from modxfer_fast.engine.deepspeed import gathered
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.labels import AlignedLabels
@@ -122,6 +122,8 @@ class SplitCausalLM(TextModel):
             nothing = answer.head[0].detach()[:, :0], None
             target = Answer(answer.output.detach()[..., :0], nothing)  # no bend: logits of 0
         assert target is not None
+        if target.shares:
+            return self._terms_of_shares(objective, answer, target.shares, batch)
         assert batch.labels is not None
         teacher: Head | TeacherTopK | Mixture
         if target.mixture is not None:
@@ -143,6 +145,44 @@ class SplitCausalLM(TextModel):
         count = batch.compared.number(terms.loss.device)
         means = {"kd": (terms.kd * count, count), "ce": (terms.ce * count, count)}
         return Terms(terms.loss, means)
+
+    def _terms_of_shares(
+        self, objective: Objective, answer: Answer, shares: Sequence[Share], batch: Batch
+    ) -> Terms:
+        """The sum of the losses of each share: of its own tokens, or of all by its weight, where
+        labels count once."""
+        compared, found = batch.compared, []
+        normalizer = compared.normalizer
+        if normalizer is None:
+            normalizer = compared.number(answer.output.device).clamp(min=1)
+        for number, share in enumerate(shares):
+            own, labels = compared._replace(normalizer=normalizer), batch.labels
+            assert labels is not None
+            if share.tokens is not None:
+                assert share.tokens.mask is not None
+                mask = share.tokens.mask & (labels != IGNORE_INDEX)
+                own = own._replace(mask=mask, num_valid=share.tokens.num_valid)
+                labels = labels.masked_fill(~mask, IGNORE_INDEX)
+            weighed = replace(objective, kd_weight=objective.kd_weight * share.weight)
+            is_first = number == 0 or share.tokens is not None
+            if not is_first:
+                weighed = replace(weighed.without_labels(), z_loss_weight=0.0)
+            part = batch._replace(compared=own, labels=labels)
+            loss, sums = self.terms(weighed, answer, share.answer, part)
+            kd, count = sums["kd"]
+            sums["kd"] = kd * share.weight, count * is_first
+            if not is_first:
+                del sums["ce"]
+            found.append(Terms(loss, sums))
+        loss = sum((each.loss for each in found[1:]), start=found[0].loss)
+        totals: dict[str, tuple[Tensor, Tensor]] = {}
+        for each in found:
+            for name, (value, count) in each.sums.items():
+                before = totals.get(name)
+                totals[name] = (
+                    (value, count) if before is None else (before[0] + value, before[1] + count)
+                )
+        return Terms(loss, totals)
 
     def answer(
         self, inputs: Mapping[str, Any], rows: Tensor | None = None, taps: LayerTaps | None = None

@@ -1,6 +1,6 @@
 """A teacher that answered before: no weights but its head, its answers from a `TeacherCache`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ class CachedTeacher:
     def classes(self) -> int:
         return self.cache.teacher["classes"]
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether likeliest classes are all that is known."""
+        return self.signal == "topk"
+
     def to(self, device: torch.device) -> "CachedTeacher":
         self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
         return self
@@ -100,6 +105,16 @@ class CachedTeacher:
         return Answer(log_probs.masked_fill(ids < 0, 0.0), listed=listed)
 
 
+def documents_in_rows(batch: dict[str, Any], rows: Tensor | None = None) -> Iterator[Document]:
+    """The documents of a batch, or of some of its rows, counted among those."""
+    chosen = slice(None) if rows is None else rows
+    others = (
+        None if batch.get(name) is None else batch[name].cpu()[chosen]
+        for name in ("attention_mask", "position_ids")
+    )
+    return documents_of(batch["input_ids"].cpu()[chosen], *others)
+
+
 class Answering:
     """A collator around another one, whose batches get a teacher's `answers` to their documents;
     workers of a loader get a copy."""
@@ -118,13 +133,12 @@ class Answering:
             raise ValueError(
                 "teacher_inputs: expected none with a teacher that answers elsewhere, got some"
             )
-        ids = batch["input_ids"].cpu()
-        others = (
-            None if batch.get(name) is None else batch[name].cpu()
-            for name in ("attention_mask", "position_ids")
-        )
-        answers = self.teacher.answers(documents_of(ids, *others), *ids.shape)
-        return {**batch, ANSWERS: answers}
+        return {**batch, ANSWERS: self.answers(batch)}
+
+    def answers(self, batch: dict[str, Any]) -> Any:
+        """To all documents of a batch."""
+        ids = batch["input_ids"]
+        return self.teacher.answers(documents_in_rows(batch), *ids.shape)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "collator":

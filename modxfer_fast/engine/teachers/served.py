@@ -30,6 +30,7 @@ class ServedTeacher:
 
     kind = "causal_lm"
     num_tokens: int | None = None
+    is_listed = True  # likeliest classes are all that is known
 
     def __init__(self, source: ListedAnswers, tail: str = "bucket"):
         self.source, self.tail = source, tail

@@ -39,6 +39,10 @@ class ImportJob(CacheJob):
 
     def check(self) -> None:
         super().check()
+        if self.config.teachers is not None:
+            raise ConfigError(
+                "teachers: expected one teacher with --from, which reads one's answers"
+            )
         form, _, path = self.source.partition(":")
         if form not in FORMATS or not path:
             raise ConfigError(

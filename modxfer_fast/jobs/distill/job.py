@@ -86,11 +86,11 @@ class DistillJob(Job):
             peft, fields = check_peft(config.student.peft, "student.peft")
             if config.on_policy is not None and config.on_policy.vllm is not None:
                 check_servable(peft(**fields), "student.peft")
-        for section in config.teacher_sections.values():
+        for role, section in config.teacher_sections.items():
             if section.plan == "quantized":
                 check_quantizer(section)
             if section.plan == "served" and section.served is not None:
-                check_listed_loss(config, section.served.tail, "teacher.served.tail: renormalise")
+                check_listed_loss(config, section.served.tail, f"{role}.served.tail: renormalise")
 
     def run(self, *, until: str | None = None, resume: bool = False) -> dict[str, Any]:
         """As of every job, but a part of this one is of no use alone: `until` names no stage.
@@ -263,9 +263,8 @@ class DistillJob(Job):
     def teacher_source(
         self, role: str = "teacher", section: TeacherModelSection | None = None
     ) -> ModelSource:
-        """Where the weights of a teacher, the only one where none is named, come from, made if its
-        stage was not run before."""
-        section = section or self.config.teacher
+        """Where the weights of a teacher come from, made if its stage was not run before."""
+        section = section or self.config.teacher_sections[role]
         stage = self._teacher_stage(role, section)
         return ModelSource.of(section, stage, self.store, self.console)
 
@@ -315,13 +314,13 @@ class DistillJob(Job):
         source = self.teacher_source(role, section)
         facts = _facts_of(source, section)
         if section.served is not None and section.plan == "served":
-            served, asked = open_served(config, self.material), section.served
+            served, asked = open_served(config, self.material, role), section.served
             self.console.say(f"{asked.model} behind {asked.url}, {asked.top_k} classes a token")
             facts |= asked.model_dump(include={"url", "model", "top_k"})
             answers = asked.model_dump(exclude=set(SERVED_WAYS))
-            told = teacher_facts(source, config, self.material.tokenizer)
+            told = teacher_facts(source, section, self.material.tokenizer)
             return Live(served, [told, answers]), facts
-        cached = open_cached(config, source, self.material)
+        cached = open_cached(config, source, self.material, role)
         cache = cached.cache
         self.console.say(
             f"answers to {len(cache):,} documents, {cache.num_tokens:,} tokens, by "

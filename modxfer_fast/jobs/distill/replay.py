@@ -168,9 +168,11 @@ def _one(job: DistillJob, role: str, section: TeacherModelSection, num_tokens: i
     if section.is_student:
         return SelfDistillation(section.source, section.ema_decay)
     if section.plan == "served":  # its answers were kept with the step
-        return served_teacher(config, num_tokens)
+        return served_teacher(section, num_tokens, role)
     if section.plan == "cached":
-        teacher = CachedTeacher(cache_folder(config), section.cache.signal, section.cache.tail)
+        teacher = CachedTeacher(
+            cache_folder(config, role), section.cache.signal, section.cache.tail
+        )
         teacher.num_tokens = num_tokens
         return teacher
     return _loaded(job, role, num_tokens)

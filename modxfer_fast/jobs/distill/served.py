@@ -1,6 +1,7 @@
-"""The teacher of a job with `plan: served`: looked at before anything long begins."""
+"""A teacher of a job with `plan: served`: looked at before anything long begins."""
 
 from modxfer_fast.config import JobConfig
+from modxfer_fast.config.model import TeacherModelSection
 from modxfer_fast.engine import ServedTeacher
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import on_main
@@ -11,7 +12,7 @@ from modxfer_fast.serving import FORMATS, ListedAnswers, open_server
 _PROBE = "def Area(r):  return 3.14159 * r**2\n\tNaïve Größe, 東京, Привет: 1,024 tokens' worth."
 
 
-def open_served(config: JobConfig, material: Material) -> ServedTeacher:
+def open_served(config: JobConfig, material: Material, role: str = "teacher") -> ServedTeacher:
     """The teacher, whose server was asked what it serves, how it cuts a text, and for an answer.
 
     Raises:
@@ -19,7 +20,7 @@ def open_served(config: JobConfig, material: Material) -> ServedTeacher:
         ServerError: it cannot be reached, or cannot teach this job.
     """
     tokenizer = material.tokenizer
-    teacher = served_teacher(config, len(tokenizer))
+    teacher = served_teacher(config.teacher_sections[role], len(tokenizer), role)
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     last, longest = len(tokenizer) - 1, config.data.max_length
     if config.on_policy is not None:
@@ -28,17 +29,19 @@ def open_served(config: JobConfig, material: Material) -> ServedTeacher:
     return teacher
 
 
-def served_teacher(config: JobConfig, num_tokens: int) -> ServedTeacher:
+def served_teacher(
+    one: TeacherModelSection, num_tokens: int, role: str = "teacher"
+) -> ServedTeacher:
     """The teacher, whose server was not asked yet.
 
     Raises:
         ConfigError: no key in the variable that is to hold it.
     """
-    section = config.teacher.served
+    section = one.served
     assert section is not None
-    assert config.teacher.path is not None  # the section has seen to it
-    server = open_server(section, "teacher.served")
-    teacher_config = load_model_config(config.teacher.path, config.teacher)
+    assert one.path is not None  # the section has seen to it
+    server = open_server(section, f"{role}.served")
+    teacher_config = load_model_config(one.path, one)
     source = ListedAnswers(
         server,
         FORMATS[section.api],

@@ -1,7 +1,7 @@
 """What a step needs beside what stands, and how much it computes: it runs, on shapes alone."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from modxfer_fast.config import LossSection
 from modxfer_fast.engine import DistillModule, Objective, SeveralTeachers
 from modxfer_fast.engine.batch import Answer, Batch, Route
+from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from modxfer_fast.engine.teachers.several import INDEX, ROWS
 from modxfer_fast.jobs.plan.memory import half_dtype
@@ -76,7 +77,11 @@ def planned_step(
     answer = module.teacher.answer(Batch({"input_ids": ids}, route=route))
     weight = student.get_output_embeddings().weight
     with unset_fake_temporarily():
-        workspace, products = _loss_of_logits(weight, answer, loss, number, half, on_gpu)
+        calls = [
+            _loss_of_logits(weight, each, loss, of_each, half, on_gpu)
+            for each, of_each in _calls(answer, number)
+        ]
+    workspace, products = max(size for size, _ in calls), sum(flops for _, flops in calls)
     del answer
 
     def inside(operator: Any) -> int:
@@ -100,11 +105,20 @@ class Answered:
 
     def __init__(self, model: PreTrainedModel):
         parts = SplitCausalLM.of(model, "teacher")
-        self.model = model
+        self.model = model.requires_grad_(False)
         self.classes = parts.classes
         self._head, self._bend = parts.weight_and_bias(), parts.bend
 
-    def answer(self, batch: Batch, taps: None = None) -> Answer:
+    def to(self, device: torch.device) -> "Answered":
+        return self
+
+    def nonfinite_parameters(self) -> list[str]:
+        return []
+
+    def taps(self) -> LayerTaps:
+        raise ValueError("teacher: expected one whose layers can be seen, got answers")
+
+    def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
         ids, (weight, bias) = batch.inputs["input_ids"], self._head
         hidden = weight.new_empty(*ids.shape, weight.shape[1])
         return Answer(hidden, (weight.detach(), bias), bend=self._bend)
@@ -113,11 +127,13 @@ class Answered:
 class Listing(Answered):
     """A teacher of whom the likeliest classes of each token are there."""
 
+    is_listed = True
+
     def __init__(self, model: PreTrainedModel, top_k: int):
         super().__init__(model)
         self._top_k = top_k
 
-    def answer(self, batch: Batch, taps: None = None) -> Answer:
+    def answer(self, batch: Batch, taps: LayerTaps | None = None) -> Answer:
         shape = *batch.inputs["input_ids"].shape, self._top_k
         ids = torch.zeros(shape, dtype=torch.int32)
         log_probs = torch.zeros(shape)
@@ -131,6 +147,14 @@ def _route(teacher: Any, rows: int, length: int) -> Route | None:
     count = len(teacher.teachers)
     numbers = (torch.arange(rows) % count)[:, None].expand(rows, length)
     return Route(numbers, [torch.arange(first, rows, count) for first in range(count)])
+
+
+def _calls(answer: Answer, number: int) -> Iterator[tuple[Answer, int]]:
+    """What each call of the loss is about, and of how many tokens: alike of all that are routed."""
+    for share in answer.shares:
+        yield share.answer, number if share.tokens is None else number // len(answer.shares)
+    if not answer.shares:
+        yield answer, number
 
 
 def _loss_of_logits(
