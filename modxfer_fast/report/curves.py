@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from modxfer_fast.report.picture import save_png
 from modxfer_fast.report.teachers import teachers_of
 
 _LINES = {  # colour and label by whose line it is
@@ -61,7 +62,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
     if parts:
         _bars(axes[-2], parts, "step_ms", "forward and backward [ms]")
         _bars(axes[-1], parts, "peak_mib", "peak memory of a step [MiB]", labelled=False)
-    figure.savefig(path, dpi=120, format="png")
+    save_png(figure, path)
 
 
 def _panels(report: dict[str, Any]) -> list[tuple[str, str, bool, bool]]:
@@ -125,9 +126,8 @@ def _bars(axis, parts: dict[str, Any], key: str, title: str, *, labelled: bool =
 
 
 def _plain_ticks(axis) -> None:
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    for select in (axis.yaxis.set_major_locator, axis.yaxis.set_minor_locator):
-        select(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axis.yaxis.set_minor_formatter(StrMethodFormatter(""))

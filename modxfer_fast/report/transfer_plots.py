@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from modxfer_fast.report.picture import save_png
 from modxfer_fast.report.transfer_table import Group
 
 _SCRATCH_COLOUR = "#d1702c"
@@ -36,7 +37,7 @@ def plot_scores(groups: Sequence[Group], scratch: str, metric: str, path: Path) 
         axis.grid(alpha=0.3)
     if groups:
         panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+    save_png(figure, path)
 
 
 def plot_learning(groups: Sequence[Group], scratch: str, metric: str, path: Path) -> None:
@@ -65,7 +66,7 @@ def plot_learning(groups: Sequence[Group], scratch: str, metric: str, path: Path
         axis.set_ylabel(f"validation {metric}")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+    save_png(figure, path)
 
 
 def _panels(heights: Sequence[float]):

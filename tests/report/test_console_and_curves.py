@@ -1,11 +1,10 @@
 """What the person sees."""
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from modxfer_fast.report import ConsoleCallback, JobConsole, plot_curves
+from modxfer_fast.report import ConsoleCallback, JobConsole, curves, plot_curves
 from modxfer_fast.report import console as console_module
 
 
@@ -102,7 +101,7 @@ def test_plot(tmp_path, with_evaluations, with_parts):
 @pytest.mark.parametrize("teacher", [{"eval_perplexity": 12.0}, {"plan": "served"}])
 def test_a_language_model_has_its_curves_whatever_teaches_it(tmp_path, monkeypatch, teacher):
     saved = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
+    monkeypatch.setattr(curves, "save_png", lambda figure, path: saved.append(figure))
     figures = {"eval_perplexity": 60.0, "eval_kd": 2.0}
     report = {
         "config": {
