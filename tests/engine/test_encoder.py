@@ -34,6 +34,7 @@ from tests.encoder_reference import (
     weighted_loss,
 )
 from tests.support.models import tiny_llama
+from tests.support.plain_sgd import plain_sgd
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert")
 
@@ -47,17 +48,10 @@ def config(folder, **options) -> DistillConfig:
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": ROWS_PER_STEP // 2,
         "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
         **options,
     }
-    return DistillConfig(output_dir=str(folder), **options)
+    return plain_sgd(folder, **options)
 
 
 def trainer(folder, student=None, teacher=None, **options) -> DistillTrainer:

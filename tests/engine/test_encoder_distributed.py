@@ -25,6 +25,7 @@ from tests.encoder_reference import (
     student_model,
     teacher_model,
 )
+from tests.support.plain_sgd import plain_sgd
 
 STAGES = (None, 2, 3)  # None: plain DDP
 
@@ -38,8 +39,8 @@ def run_stages(folder: str) -> dict:
             deepspeed = zero_config(stage)
             # by default parameters as small as these are gathered once and stay
             deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        args = DistillConfig(
-            output_dir=str(folder / f"run-{stage}"),
+        args = plain_sgd(
+            folder / f"run-{stage}",
             kind="encoder",
             hidden_states=PAIRS,
             zero_stage=stage,
@@ -49,13 +50,6 @@ def run_stages(folder: str) -> dict:
             per_device_eval_batch_size=2,  # the held-out rows do not divide among the ranks
             gradient_accumulation_steps=ROWS_PER_STEP // 4,
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         trainer = DistillTrainer(
             AutoModel.from_pretrained(folder / "student"),

@@ -15,6 +15,7 @@ from modxfer_fast.engine.batch import Batch
 from modxfer_fast.models import patch_peft_model
 from tests.feature_reference import evaluate_dense_features, train_dense_features
 from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 
 STEPS, ACCUMULATION, BATCH = 3, 4, 2
 DATA = TokenDataset(STEPS * ACCUMULATION * BATCH)
@@ -57,17 +58,10 @@ def config(folder, **options) -> DistillConfig:
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": ACCUMULATION,
         "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
         **options,
     }
-    return DistillConfig(output_dir=str(folder), **options)
+    return plain_sgd(folder, **options)
 
 
 def trainer(student, args, teacher=None, **options) -> DistillTrainer:

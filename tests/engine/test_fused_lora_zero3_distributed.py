@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective
+from modxfer_fast.engine import DistillTrainer, Objective
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.models import patch_peft_model, register_fused_lora
 from tests.fused_lora_models import (
@@ -31,6 +31,7 @@ from tests.fused_lora_models import (
     sizes,
 )
 from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.reference import train_dense
 
 STEPS, ACCUMULATION, BATCH, RANKS = 3, 2, 2, 2
@@ -98,22 +99,15 @@ def run_cell(cell: Cell, folder: Path) -> dict:
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
         }
-    args = DistillConfig(
-        output_dir=str(folder / cell.name),
+    args = plain_sgd(
+        folder / cell.name,
         zero_stage=cell.stage,
         deepspeed=deepspeed,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
         kd_weight=0.0,
         ce_weight=1.0,
         **checkpointing,

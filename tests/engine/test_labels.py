@@ -16,6 +16,7 @@ from modxfer_fast.engine import DistillConfig, DistillTrainer
 from modxfer_fast.engine.evaluation import without_repeated_samples
 from modxfer_fast.engine.labels import AlignedLabels, shifted
 from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 
 _ = -100
 
@@ -137,18 +138,10 @@ def test_what_cannot_be_read_is_named(collate, message):
 
 
 def trainer(folder, collate, **options):
-    args = DistillConfig(
-        output_dir=str(folder),
+    args = plain_sgd(
+        folder,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        learning_rate=0.5,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        max_grad_norm=0.0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
         **options,
     )
     rows = TokenDataset(12, seed=2)

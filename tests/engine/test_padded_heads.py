@@ -13,6 +13,7 @@ from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 from tests.support.kd_rows import ONE_OF_A_KIND
 from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.reference import evaluate_dense, train_dense
 
 TOKENS, COMMON, PADDED = 97, 101, 128  # of the tokenizer, and of the two heads
@@ -34,18 +35,11 @@ def models(padded: str, tied: bool):
 
 
 def trainer(folder, student, teacher, data, batch, **options) -> DistillTrainer:
-    args = DistillConfig(
-        output_dir=str(folder),
+    args = plain_sgd(
+        folder,
         max_steps=STEPS,
         per_device_train_batch_size=batch,
         learning_rate=RATE,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **options,
     )
     teacher = Teacher(teacher, num_tokens=TOKENS)

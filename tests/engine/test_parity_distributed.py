@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from modxfer_fast.engine import (
     CachedTeacher,
-    DistillConfig,
     DistillTrainer,
     Objective,
     ShardedTeacher,
@@ -39,6 +38,7 @@ from tests.support.models import (
     pack_collate,
     tiny_llama,
 )
+from tests.support.plain_sgd import plain_sgd
 from tests.support.reference import evaluate_dense, train_dense
 
 STEPS, DOCUMENTS = 3, 16  # of each step
@@ -155,8 +155,8 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         deepspeed = zero_config(cell.stage)
         # by default parameters as small as these are gathered once and stay
         deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
-    args = DistillConfig(
-        output_dir=str(folder / cell.name),
+    args = plain_sgd(
+        folder / cell.name,
         zero_stage=cell.zero_stage,
         fsdp=cell.stage == "fsdp" or None,
         deepspeed=deepspeed,
@@ -165,14 +165,8 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=cell.accumulation,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        optim="sgd",
         max_grad_norm=cell.max_grad_norm,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
         **checkpointing,
         **dict(cell.objective),
     )

@@ -10,7 +10,6 @@ from modxfer_fast.config import HiddenStatesSection
 from modxfer_fast.data import CausalCollator
 from modxfer_fast.data.packing import packer
 from modxfer_fast.engine import (
-    DistillConfig,
     DistillModule,
     DistillTrainer,
     Objective,
@@ -19,6 +18,7 @@ from modxfer_fast.engine import (
     Teacher,
 )
 from tests.support.models import VOCAB_SIZE, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 
 STEPS, ACCUMULATION, BATCH = 2, 2, 2
 OPTIONS = {"kd_weight": 0.7, "ce_weight": 0.4}
@@ -101,19 +101,11 @@ def train_by_hand(kind: str, packing: bool, dtype: torch.dtype) -> dict[str, tor
 
 @pytest.mark.parametrize(("kind", "packing"), [("model", True), ("self", True), ("self", False)])
 def test_weights_are_those_of_the_loss_by_hand(tmp_path, kind, packing):
-    args = DistillConfig(
-        output_dir=str(tmp_path),
+    args = plain_sgd(
+        tmp_path,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **OPTIONS,
     )
     student = student_model(kind == "self")

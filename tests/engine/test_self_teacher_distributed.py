@@ -11,10 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective, SelfDistillation
+from modxfer_fast.engine import DistillTrainer, Objective, SelfDistillation
 from modxfer_fast.engine.deepspeed import zero_config
 from modxfer_fast.models import patch_peft_model
 from tests.support.models import TokenDataset, align_collate, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.reference import train_dense
 
 STEPS, ACCUMULATION, BATCH, RANKS = 4, 2, 2, 2
@@ -85,8 +86,8 @@ def run_cell(cell: Cell, place: str, resume: bool) -> dict:
     if cell.stage is not None:
         deepspeed = zero_config(cell.stage)
         deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
-    args = DistillConfig(
-        output_dir=str(folder / cell.name),
+    args = plain_sgd(
+        folder / cell.name,
         zero_stage=cell.stage,
         deepspeed=deepspeed,
         max_steps=STEPS,
@@ -94,15 +95,9 @@ def run_cell(cell: Cell, place: str, resume: bool) -> dict:
         per_device_eval_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
         save_strategy="no" if resume else "steps",
         save_steps=2,
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
         **checkpointing,
         **OBJECTIVE,
     )

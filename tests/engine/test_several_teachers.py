@@ -6,7 +6,6 @@ import torch
 from modxfer_fast.data import CausalCollator
 from modxfer_fast.data.facts import TEACHER
 from modxfer_fast.engine import (
-    DistillConfig,
     DistillModule,
     DistillTrainer,
     Objective,
@@ -20,6 +19,7 @@ from modxfer_fast.engine.teachers.several import INDEX, ROWS
 from modxfer_fast.kernels.linear_kd_loss import TeacherHead, TeacherMixture
 from modxfer_fast.models import ModelError
 from tests.support.models import tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.several_teachers import (
     CE_WEIGHT,
     KD_WEIGHT,
@@ -44,20 +44,12 @@ def several(of: str) -> SeveralTeachers:
 
 
 def trainer(folder, teacher, packed=True, rollouts=None, student=None, **options) -> DistillTrainer:
-    args = DistillConfig(
-        output_dir=str(folder),
+    args = plain_sgd(
+        folder,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **{**OPTIONS, **options},
     )
     return DistillTrainer(

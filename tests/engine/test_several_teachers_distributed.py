@@ -7,14 +7,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modxfer_fast.data import CausalCollator
-from modxfer_fast.engine import (
-    DistillConfig,
-    DistillTrainer,
-    SelfDistillation,
-    SeveralTeachers,
-    ShardedTeacher,
-)
+from modxfer_fast.engine import DistillTrainer, SelfDistillation, SeveralTeachers, ShardedTeacher
 from tests.support.models import tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.several_teachers import (
     CE_WEIGHT,
     KD_WEIGHT,
@@ -31,20 +26,12 @@ STEPS, ACCUMULATION, BATCH = 1, 4, 1
 
 def train(folder: str) -> tuple[dict[str, int], float]:
     """How often each teacher was asked on this rank, and the held-out divergence before."""
-    args = DistillConfig(
-        output_dir=folder,
+    args = plain_sgd(
+        folder,
         zero_stage=3,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         kd_weight=KD_WEIGHT,
         ce_weight=CE_WEIGHT,
         temperature=TEMPERATURE,
@@ -76,20 +63,12 @@ def train(folder: str) -> tuple[dict[str, int], float]:
 
 def train_own(folder: str) -> list[int]:
     """The rows of each call of the student's network as a teacher, on this rank."""
-    args = DistillConfig(
-        output_dir=folder,
+    args = plain_sgd(
+        folder,
         zero_stage=3,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         kd_weight=KD_WEIGHT,
         ce_weight=CE_WEIGHT,
         temperature=TEMPERATURE,

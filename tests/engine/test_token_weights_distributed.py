@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modxfer_fast.data import CausalCollator
-from modxfer_fast.engine import DistillConfig, DistillModule, DistillTrainer, Objective, Teacher
+from modxfer_fast.engine import DistillModule, DistillTrainer, Objective, Teacher
 from tests.support.models import tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.weighted_rows import WeightedRows, train_weighted
 
 STEPS, ACCUMULATION, BATCH = 2, 2, 2
@@ -21,22 +22,14 @@ def run_cells(cells: list, folder: str) -> list[list[dict]]:
 
 
 def run_cell(stage: int | None, impl: str, folder: Path) -> list[dict]:
-    args = DistillConfig(
-        output_dir=str(folder / f"{stage}-{impl}"),
+    args = plain_sgd(
+        folder / f"{stage}-{impl}",
         zero_stage=stage,
         loss_impl=impl,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
         **OPTIONS,
     )
     trainer = DistillTrainer(

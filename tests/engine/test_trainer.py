@@ -23,6 +23,7 @@ from modxfer_fast.errors import UserError
 from modxfer_fast.models import ModelError
 from tests.support.kd_rows import ONE_OF_A_KIND
 from tests.support.models import TokenDataset, align_collate, pack_collate, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.reference import evaluate_dense, train_dense
 
 STEPS, ACCUMULATION, BATCH = 3, 4, 2
@@ -48,18 +49,10 @@ def config(folder, **options) -> DistillConfig:
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": ACCUMULATION,
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
         **options,
     }
-    return DistillConfig(output_dir=str(folder), **options)
+    return plain_sgd(folder, **options)
 
 
 def trainer(student, args, teacher=None, **options) -> DistillTrainer:
