@@ -26,6 +26,7 @@ from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 MIN_DEEPSPEED = Version("0.19.6")
 STAGES = (0, 1, 2, 3)
 _TIMEOUT_S = 1800  # as of TrainingArguments.ddp_timeout
+BUCKET = 500_000_000  # gradients on their way between ranks, where a configuration says nothing
 
 
 def zero_config(stage: int) -> dict:
@@ -55,6 +56,16 @@ def load_config(deepspeed: dict | str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"deepspeed: expected a JSON file, found none at {path}")
     return json.loads(path.read_text())
+
+
+def fit_bucket(config: dict, params: Iterable[Tensor]) -> None:
+    """Writes a bucket no larger than the gradients of `params` into a configuration without one.
+
+    DeepSpeed allocates its bucket in full, by default 2 GB in fp32, also for a student of 50 MB.
+    """
+    number = sum(getattr(p, "ds_numel", p.numel()) for p in params if p.requires_grad)
+    zero = config.setdefault("zero_optimization", {})
+    zero.setdefault("reduce_bucket_size", max(min(BUCKET, number), 1))
 
 
 def check_config(config: dict) -> None:

@@ -460,6 +460,9 @@ class DistillTrainer(Trainer):
         return optimizer
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if self.is_deepspeed_enabled:
+            plugin = self.accelerator.state.deepspeed_plugin
+            deepspeed.fit_bucket(plugin.deepspeed_config, self.model.parameters())
         # resumed below: Trainer loads a DeepSpeed checkpoint strictly unless `self.model` is a
         # PeftModel
         with fsdp.wrapping(self.model):

@@ -31,6 +31,16 @@ def test_zero_config_leaves_to_the_trainer_what_is_its_own(stage):
     deepspeed.check_config(config)
 
 
+def test_a_bucket_is_no_larger_than_the_gradients():
+    params = [torch.nn.Parameter(torch.zeros(4, 5)), torch.zeros(7)]
+    config = deepspeed.zero_config(2)
+    deepspeed.fit_bucket(config, params)
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 20}
+    given = {"zero_optimization": {"reduce_bucket_size": 3}}
+    deepspeed.fit_bucket(given, params)
+    assert given["zero_optimization"]["reduce_bucket_size"] == 3
+
+
 @pytest.mark.parametrize(
     "config",
     [

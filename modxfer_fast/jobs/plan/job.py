@@ -18,7 +18,14 @@ from modxfer_fast.errors import UserError
 from modxfer_fast.jobs.distill.job import several_teachers
 from modxfer_fast.jobs.plan.generation import PlannedGeneration, planned_generation
 from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
-from modxfer_fast.jobs.plan.memory import Part, Sharding, bytes_of, half_dtype, parts_of_student
+from modxfer_fast.jobs.plan.memory import (
+    Part,
+    Sharding,
+    bytes_of,
+    half_dtype,
+    parts_of_student,
+    step_beside,
+)
 from modxfer_fast.jobs.plan.models import (
     configurations,
     model_without_values,
@@ -90,7 +97,7 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
     half = half_dtype(training) if sharding.stage is not None else None
     of_models = configurations(config)
     rows = training.get("per_device_train_batch_size", 8)
-    accumulation = training.get("gradient_accumulation_steps", 1)
+    accumulation = sharding.accumulation
     section, length = config.on_policy, config.data.max_length
     if section is not None:
         length = max(length, section.max_length or 0)
@@ -112,17 +119,24 @@ def make_plan(config: JobConfig, gpus: int, gpu: str) -> Plan:
         if divided and gpus > 1:
             parts.append(_gathered_of_teachers(divided))
         step = planned_step(
-            student, _together(config, teachers), config.loss, training, rows, length
+            student,
+            _together(config, teachers),
+            config.loss,
+            training,
+            rows,
+            length,
+            gradients=sharding.gradients_stand,
         )
         if section is not None and section.vllm is None:
             generation = planned_generation(student, section, rows, accumulation, length)
         exchanged = _exchanged(student, sharding, accumulation)
         # each whole once in each micro-batch
         exchanged += (gpus - 1) / gpus * sum(map(bytes_of, divided)) * accumulation
+    beside = step_beside(parts, sharding, step.bytes)
     note = f"{rows} x {length} tokens, of which the loss of the logits {step.workspace / GIB:.1f}"
-    parts.append(Part("step", step.bytes, note))
+    parts.append(Part("step", beside, note))
     if generation is not None:
-        parts.append(_more_to_write(generation, step.bytes, student, parts, sharding))
+        parts.append(_more_to_write(generation, beside, student, parts, sharding))
     link = machine.node_gb_s if gpus <= machine.per_node else machine.net_gb_s
     return Plan(
         parts,

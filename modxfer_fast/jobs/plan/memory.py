@@ -11,8 +11,7 @@ from modxfer_fast.engine import deepspeed
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students.causal_lm import SplitCausalLM
 
-# DeepSpeed's own defaults, elements
-_BUCKET, _LIVE = 500_000_000, 1_000_000_000
+_LIVE = 1_000_000_000  # DeepSpeed's default, elements
 _STATE_BYTES = {"sgd": 0, "adafactor": 0, "lion": 4}  # of a parameter in fp32; else Adam's two
 
 
@@ -24,7 +23,9 @@ class Sharding:
         ranks: processes of the job.
         stage: of ZeRO, None without DeepSpeed.
         offloads: what stays in the memory of the host, of "optimizer" and "parameters".
-        bucket: elements of DeepSpeed's bucket of gradients.
+        accumulation: micro-batches of an optimiser step.
+        bucket: elements of DeepSpeed's bucket of gradients, None for those of all, up to BUCKET.
+        buckets: how many of them there are.
         live: elements of parameters that may be whole at once under ZeRO-3.
         fsdp: whether FSDP2 divides it, which shares what stage 3 shares.
     """
@@ -32,7 +33,9 @@ class Sharding:
     ranks: int
     stage: int | None = None
     offloads: tuple[str, ...] = ()
-    bucket: int = _BUCKET
+    accumulation: int = 1
+    bucket: int | None = None
+    buckets: int = 1
     live: int = _LIVE
     fsdp: bool = False
 
@@ -44,18 +47,26 @@ class Sharding:
         stage = training.get("zero_stage")
         if stage is None and given:
             stage = zero.get("stage", 0)
+        accumulation = training.get("gradient_accumulation_steps", 1)
         if training.get("fsdp"):
-            return cls(ranks, 3, fsdp=True)
+            return cls(ranks, 3, accumulation=accumulation, fsdp=True)
         keys = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         offloads = tuple(
             name for name, key in keys.items() if zero.get(key, {}).get("device", "none") != "none"
         )
-        sizes = (
-            (zero.get("reduce_bucket_size"), _BUCKET),
-            (zero.get("stage3_max_live_parameters"), _LIVE),
+        bucket, live = (
+            value if isinstance(value := zero.get(key), int) else None
+            for key in ("reduce_bucket_size", "stage3_max_live_parameters")
         )
-        bucket, live = (size if isinstance(size, int) else usual for size, usual in sizes)
-        return cls(ranks, stage, offloads, bucket, live)
+        # stage 1 lets the last step's go late, stage 3 copies what it scatters
+        buckets = 2 if stage in (1, 3) or (stage == 2 and zero.get("overlap_comm")) else 1
+        return cls(ranks, stage, offloads, accumulation, bucket, buckets, live or _LIVE)
+
+    @property
+    def gradients_stand(self) -> bool:
+        """Whether a step makes none beside what parts_of_student counts: they were there, or go
+        into a bucket as they come."""
+        return self.accumulation > 1 or (self.stage or 0) >= 2
 
     def over(self, part: str) -> int:
         """Ranks that share a part: "optimizer", "gradients" or "parameters"."""
@@ -84,8 +95,8 @@ def parts_of_student(
 ) -> list[Part]:
     """Parameters, gradients, the optimiser's state, and buffers between ranks.
 
-    Under DeepSpeed in half precision the optimiser has fp32 weights of its own; under FSDP2 those
-    that are divided are fp32, and what is gathered of them is not.
+    Under DeepSpeed the optimiser has fp32 weights of its own, but at stage 0 in fp32; under FSDP2
+    in half precision those that are divided are fp32, and what is gathered of them is not.
 
     Args:
         student: as it is computed, under DeepSpeed and FSDP2 in half precision where that is asked
@@ -97,10 +108,11 @@ def parts_of_student(
     number = _count(trained)
     optimizer = str(training.get("optim", "adamw")).split("_")[0]
     states = _STATE_BYTES.get(optimizer, 8) * number
+    has_copies = sharding.stage is not None and (half is not None or sharding.stage >= 1)
     if half is not None and sharding.fsdp:
         weights += 4 * number - gradients
         gradients = 4 * number
-    elif half is not None:
+    elif has_copies and not sharding.fsdp:
         states += 4 * number
     parts = []
     for name, part, size in (
@@ -117,12 +129,43 @@ def parts_of_student(
     if sharding.fsdp:
         return parts + (_groups_of_fsdp(student, training) if sharding.ranks > 1 else [])
     if sharding.ranks > 1:
-        bucket = gradients if sharding.stage is None else 2 * min(sharding.bucket, number)
-        parts.append(Part("buckets", bucket, "gradients on their way between ranks"))
+        parts.append(
+            Part(
+                "buckets",
+                _buckets(sharding, gradients, number),
+                "gradients on their way between ranks",
+            )
+        )
     if sharding.over("parameters") > 1:
         whole = min(sharding.live, _count(params)) * weights // max(_count(params), 1)
         parts.append(Part("gathered", whole, "parameters that are whole at once"))
     return parts
+
+
+def _buckets(sharding: Sharding, gradients: int, number: int) -> int:
+    """Bytes of what goes between ranks: copies of all gradients, or of what DeepSpeed takes."""
+    if sharding.stage is None or not number:
+        return gradients
+    itemsize = gradients // number
+    bucket = min(deepspeed.BUCKET, number) if sharding.bucket is None else sharding.bucket
+    if sharding.stage == 0:  # not allocated before there are gradients
+        return itemsize * min(bucket, number)
+    return sharding.buckets * itemsize * bucket
+
+
+def step_beside(parts: Iterable[Part], sharding: Sharding, step: int) -> int:
+    """Bytes of a step beyond `parts`, some of which come when most of the others have gone.
+
+    Args:
+        step: of the micro-batch, with the gradients that it makes unless they stand.
+    """
+    if sharding.accumulation > 1 or sharding.fsdp:
+        return step
+    of = {part.name: part.bytes for part in parts}
+    later = of["gradients"]
+    if sharding.stage == 0:
+        later += of.get("buckets", 0)
+    return max(step - later, 0)
 
 
 def _groups_of_fsdp(student: nn.Module, training: Mapping[str, Any]) -> list[Part]:

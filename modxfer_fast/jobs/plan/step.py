@@ -27,7 +27,7 @@ class PlannedStep(NamedTuple):
     """Of one micro-batch.
 
     Attributes:
-        bytes: most that exists at once, beside parameters and gradients.
+        bytes: most that exists at once, beside parameters, and gradients that were there.
         workspace: bytes of it in the loss of the logits.
         flops: of its matrix products.
     """
@@ -45,6 +45,7 @@ def planned_step(
     rows: int,
     length: int,
     *,
+    gradients: bool = True,
     on_gpu: bool = True,
 ) -> PlannedStep:
     """A forward and backward of `rows` sequences of `length` tokens, all of them labelled.
@@ -89,7 +90,8 @@ def planned_step(
         is_loss = "linear_kd_loss" in str(operator) or "linear_topk_kd_loss" in str(operator)
         return workspace if on_gpu and is_loss else 0
 
-    run()  # leaves the gradients, which stand
+    if gradients:
+        run()
     live = LiveBytes(inside)
     with live:
         run()
