@@ -337,7 +337,7 @@ def test_several_teachers_cost_what_each_costs_alone():
     for name, plan in (("a", "replica"), ("b", "zero3"), ("c", "quantized"), ("d", "zero3")):
         assert parts[f"teachers.{name}"] == of[plan]["teacher"]
     head = 2 * 32000 * 2048  # of each, while blocks of one at a time are whole
-    assert parts["gathered"] == of["zero3"]["gathered"] + head
+    assert parts["blocks"] == of["zero3"]["blocks"] + head
     assert together.exchange_s - alone["replica"].exchange_s == pytest.approx(
         2 * (alone["zero3"].exchange_s - alone["replica"].exchange_s)
     )

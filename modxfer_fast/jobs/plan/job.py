@@ -215,7 +215,8 @@ def _gathered_of_teachers(models: list[Any]) -> Part:
     parts = [SplitCausalLM.of(model, "teacher") for model in models]
     heads = sum(bytes_of(part.head) for part in parts)
     blocks = (max(map(bytes_of, LayerTaps(part.backbone, "teacher").blocks)) for part in parts)
-    return Part("gathered", 2 * max(blocks) + heads, "two blocks of a divided teacher, the head")
+    note = "two blocks of a divided teacher, the head"
+    return Part("blocks", 2 * max(blocks) + heads, note)
 
 
 def _exchanged(student: Any, sharding: Sharding, accumulation: int) -> float:
