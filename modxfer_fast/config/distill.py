@@ -131,7 +131,6 @@ class JobConfig(Section):
             "only a teacher at hand reads",
             {
                 "kind": self.kind != "causal_lm",
-                "on_policy": self.on_policy is not None,
                 "loss.hidden_states": self.loss.hidden_states is not None,
                 "loss.relations": self.loss.relations is not None,
                 "data.teacher_column": self.is_routed,

@@ -21,6 +21,7 @@ TWO = {"a": {"path": "some/a"}, "b": {"path": "some/b"}}
         {},
         {"teacher": {"plan": "self"}, "student": {"path": "s", "peft": {"r": 2}}},
         {"teacher": None, "teachers": TWO},
+        {"on_policy": {}},
     ],
 )
 def test_teachers_that_read_them(changes):
@@ -34,7 +35,6 @@ def test_teachers_that_read_them(changes):
             {"teacher": {"path": "t", "plan": "cached"}},
             "teacher.plan: cached: expected nothing with data.teacher_prompt",
         ),
-        ({"on_policy": {}}, "on_policy: expected nothing with data.teacher_prompt"),
         (
             {"loss": {"relations": {"layers": {1: 1}}}},
             "loss.relations: expected nothing with data.",

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from modxfer_fast.data import CausalCollator
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Objective
 from modxfer_fast.engine.on_policy import generation
 from modxfer_fast.engine.on_policy.generation import StudentRollouts, complete
@@ -253,6 +254,43 @@ def test_a_completion_has_the_loss_weight_of_its_row(tmp_path):
     rows["token_weights"] = torch.tensor([[0.5] * 3, [0.0, 2.0, 2.0]])
     (written,) = trainer.on_policy.mixed([rows], step=0)
     assert written["token_weights"].tolist() == [[0.5] * 4, [2.0, 2.0, 2.0, 0.0]]
+
+
+def test_a_teacher_reads_its_own_prompt_before_what_was_written(tmp_path):
+    """By hand, with a completion that is cut where the teacher's text would be too long."""
+    texts = [([5, 6], [7, 8, 9, 10, 11], [3, 4]), ([5], [9] * 10, [6])]  # prompts, completion
+    written = [[90, 91, 2], [92, 93, 94]]
+    rollouts = Fixed(lambda prompt: written[len(prompt) == 1])
+    trainer = make_trainer(tmp_path, {"fraction": 1.0, "max_length": 12}, rollouts)
+
+    def row(own, others, completion):
+        found = {}
+        for name, prompt in (("", own), ("teacher_", others)):
+            found[f"{name}input_ids"] = prompt + completion
+            found[f"{name}is_target"] = [False] * len(prompt) + [True] * len(completion)
+            found[f"{name}lengths"] = [len(prompt + completion)]
+        return found
+
+    data = CausalCollator(0, packed=False)([row(*text) for text in texts])
+    (batch,) = trainer.on_policy.mixed([data], step=0)
+    assert [prompts for prompts, _, _ in rollouts.asked] == [[[5, 6], [5]]]
+    kept = [written[0], written[1][:2]]
+    mask = batch["teacher_inputs"]["attention_mask"].bool()
+    read = [
+        ids[m].tolist() for ids, m in zip(batch["teacher_inputs"]["input_ids"], mask, strict=True)
+    ]
+    assert read == [others + new for (_, others, _), new in zip(texts, kept, strict=True)]
+    total = torch.zeros((), dtype=torch.float64)
+    student, teacher = copy.deepcopy(trainer.student).double(), tiny_llama(48, seed=1).double()
+    for (own, others, _), new in zip(texts, kept, strict=True):
+        log_q, log_p = (
+            model(input_ids=torch.tensor([prompt + new])).logits[0, -len(new) - 1 : -1]
+            for model, prompt in ((student, own), (teacher, others))
+        )
+        log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+        total += (log_q.exp() * (log_q - log_p)).sum()
+    loss = trainer.model.train()(**batch)["loss"]
+    torch.testing.assert_close(loss.double(), total / 5, rtol=1e-5, atol=0)
 
 
 def test_the_seed_of_each_rank_and_step_is_its_own(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modxfer_fast.config import OnPolicySection
 from modxfer_fast.data.collator import IGNORE_INDEX
-from modxfer_fast.data.facts import FACTS
+from modxfer_fast.data.facts import FACTS, OF_TEACHER
 from modxfer_fast.engine.on_policy.rollouts import Rollouts, Sampling, StatefulRollouts, Tokens
 from modxfer_fast.engine.teachers.cached import ANSWERS
 
@@ -98,12 +98,17 @@ class OnPolicy:
         prompts = {i: prompts_of(b, self.section.prompt_length) for i, b in batches.items()}
         seed = random.Random(f"{self._seed} {step} {self._rank}").getrandbits(63)
         asked = [prompt for each in prompts.values() for prompt in each]
+        others = [o for i, b in batches.items() for o in teacher_prompts_of(b, prompts[i])]
         written = self.rollouts.generate(asked, self.sampling, seed=seed, step=step)
+        written = [
+            completion if other is None else self.sampling.cut(other, completion)
+            for other, completion in zip(others, written, strict=True)
+        ]
         self.seconds += time.perf_counter() - began
         self._completions += len(written)
         self._tokens += sum(map(len, written))
         facts = [fact for batch in batches.values() for fact in facts_of_rows(batch)]
-        rows = iter([_row(*each) for each in zip(asked, written, facts, strict=True)])
+        rows = iter([_row(*each) for each in zip(asked, others, written, facts, strict=True)])
         return {
             i: {**self._collate([next(rows) for _ in each]), ON_POLICY: True}
             for i, each in prompts.items()
@@ -161,17 +166,25 @@ def _file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"rollouts_{rank}.pt"
 
 
-def _row(prompt: Tokens, completion: Tokens, facts: dict[str, list]) -> dict[str, list]:
-    ids = prompt + completion
-    is_target = [False] * len(prompt) + [True] * len(completion)
-    return {"input_ids": ids, "is_target": is_target, "lengths": [len(ids)], **facts}
+def _row(
+    prompt: Tokens, of_teacher: Tokens | None, completion: Tokens, facts: dict[str, list]
+) -> dict[str, list]:
+    ids, is_target = _joined(prompt, completion)
+    row = {"input_ids": ids, "is_target": is_target, "lengths": [len(ids)], **facts}
+    if of_teacher is not None:
+        joined = _joined(of_teacher, completion)
+        row |= {**dict(zip(OF_TEACHER, joined, strict=True)), "teacher_lengths": [len(joined[0])]}
+    return row
+
+
+def _joined(prompt: Tokens, completion: Tokens) -> tuple[Tokens, list[bool]]:
+    return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
 
 def facts_of_rows(batch: Batch) -> list[dict[str, list]]:
     """The facts of each row of one document (data/facts.py), as columns of rows."""
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
-    first = mask.argmax(-1, keepdim=True)
+    mask = _mask(batch)
+    first = mask.int().argmax(-1, keepdim=True)
     values = {
         column: batch[fact.key].gather(1, first).tolist()
         for column, fact in FACTS.items()
@@ -196,15 +209,29 @@ def prompts_of(batch: Batch, prompt_length: int | None) -> list[Tokens]:
             "on_policy: expected rows of one document each, got position_ids; use a collator that "
             "does not pack"
         )
-    if "teacher_inputs" in batch:
-        raise ValueError(
-            "on_policy: expected one prompt for student and teacher, got teacher_inputs"
-        )
-    ids, labels = batch["input_ids"], batch["labels"]
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    rows = zip(ids, labels, mask.bool(), strict=True)
+    rows = zip(batch["input_ids"], batch["labels"], _mask(batch), strict=True)
     return [prompt_of(i[m].tolist(), t[m].tolist(), prompt_length) for i, t, m in rows]
+
+
+def teacher_prompts_of(batch: Batch, prompts: list[Tokens]) -> list[Tokens | None]:
+    """What the teacher reads of each row before the token that comes behind the student's prompt;
+    None where it reads what the student does."""
+    inputs = batch.get("teacher_inputs")
+    if inputs is None:
+        return [None] * len(prompts)
+    ids, mask = inputs["input_ids"], _mask(inputs)
+    rows = torch.arange(len(prompts))
+    last = _mask(batch).cpu().int().argmax(-1) + torch.tensor(list(map(len, prompts))) - 1
+    places = batch["teacher_rows"].cpu()[rows, last] - rows * ids.shape[1]
+    is_target = batch["labels"].cpu()[rows, last] != IGNORE_INDEX
+    ends = torch.where(is_target, places, ids.shape[1] - 1).tolist()  # else nothing is learnt
+    return [i[: end + 1][m[: end + 1]].tolist() for i, m, end in zip(ids, mask, ends, strict=True)]
+
+
+def _mask(inputs: Batch) -> Tensor:
+    """[B, T] bool, of what is no padding."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]).bool() if mask is None else mask.bool()
 
 
 def prompt_of(tokens: Tokens, labels: list[int], prompt_length: int | None) -> Tokens:
