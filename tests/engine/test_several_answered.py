@@ -8,7 +8,6 @@ import torch
 from modxfer_fast.data import CausalCollator
 from modxfer_fast.engine import (
     CachedTeacher,
-    DistillConfig,
     DistillModule,
     DistillTrainer,
     Objective,
@@ -21,6 +20,7 @@ from modxfer_fast.serving import FORMATS, ListedAnswers, Server
 from modxfer_fast.teacher_cache import Payload, TeacherCache, documents_of
 from tests.support.model_server import ModelServer, serving
 from tests.support.models import VOCAB_SIZE, tiny_llama
+from tests.support.plain_sgd import plain_sgd
 from tests.support.several_teachers import NAMES, RoutedRows, distance_of, teacher_models
 
 STEPS, ACCUMULATION, BATCH, TOP_K = 2, 2, 2, 7
@@ -107,19 +107,11 @@ def test_weights_are_those_of_the_loss_by_hand(tmp_path, server, of):
         "chat": teacher_models()["chat"],
         "rare": cached(tmp_path, payload, 2 if is_routed else None),
     }
-    args = DistillConfig(
-        output_dir=str(tmp_path),
+    args = plain_sgd(
+        tmp_path,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **OPTIONS,
     )
     trainer = DistillTrainer(

@@ -22,20 +22,20 @@ from tests.support.several_teachers import (
 )
 
 STEPS, ACCUMULATION, BATCH = 1, 4, 1
+OPTIONS = {
+    "zero_stage": 3,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": BATCH,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "kd_weight": KD_WEIGHT,
+    "ce_weight": CE_WEIGHT,
+    "temperature": TEMPERATURE,
+}
 
 
 def train(folder: str) -> tuple[dict[str, int], float]:
     """How often each teacher was asked on this rank, and the held-out divergence before."""
-    args = plain_sgd(
-        folder,
-        zero_stage=3,
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
-        kd_weight=KD_WEIGHT,
-        ce_weight=CE_WEIGHT,
-        temperature=TEMPERATURE,
-    )
+    args = plain_sgd(folder, **OPTIONS)
     models: dict = teacher_models()
     models["rare"] = ShardedTeacher(models["rare"])
     teachers = SeveralTeachers(models, of="route")
@@ -63,16 +63,7 @@ def train(folder: str) -> tuple[dict[str, int], float]:
 
 def train_own(folder: str) -> list[int]:
     """The rows of each call of the student's network as a teacher, on this rank."""
-    args = plain_sgd(
-        folder,
-        zero_stage=3,
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
-        kd_weight=KD_WEIGHT,
-        ce_weight=CE_WEIGHT,
-        temperature=TEMPERATURE,
-    )
+    args = plain_sgd(folder, **OPTIONS)
     given: dict = {**teacher_models(), "rare": SelfDistillation()}
     trainer = DistillTrainer(
         with_adapters(),

@@ -170,7 +170,12 @@ def _row(
     prompt: Tokens, of_teacher: Tokens | None, completion: Tokens, facts: dict[str, list]
 ) -> dict[str, list]:
     ids, is_target = _joined(prompt, completion)
-    row: dict[str, list] = {"input_ids": ids, "is_target": is_target, "lengths": [len(ids)], **facts}
+    row: dict[str, list] = {
+        "input_ids": ids,
+        "is_target": is_target,
+        "lengths": [len(ids)],
+        **facts,
+    }
     if of_teacher is not None:
         joined = _joined(of_teacher, completion)
         row |= {**dict(zip(OF_TEACHER, joined, strict=True)), "teacher_lengths": [len(joined[0])]}

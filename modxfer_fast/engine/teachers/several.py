@@ -224,7 +224,7 @@ def _routed(asked: dict[int, Answer], route: Route) -> Answer:
 
 
 def _share(route: Route, numbers: list[int], answer: Answer) -> Share:
-    tokens = torch.isin(route.numbers, torch.tensor(numbers, device=route.numbers.device))
+    tokens = torch.stack([route.numbers == number for number in numbers]).any(0)
     count = None if route.counts is None else sum(route.counts[number] for number in numbers)
     return Share(answer, tokens=TokenSet(tokens, count))
 
