@@ -8,6 +8,7 @@ MODXFER_BUILD=auto   what this machine can compile; if that fails, the other bac
 csrc/cuda/hopper is built where the package nvidia-cutlass is installed, whose headers it takes.
 
 MODXFER_CXXFLAGS       more options for the C++ compiler, behind ours
+MAX_JOBS               compilers at a time, as for torch's extensions; default: as many as CPUs
 
 csrc is compiled against the torch that is installed, also where pip builds in isolation: a torch
 resolved for the build alone would be gigabytes of another version.
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -133,7 +135,8 @@ def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
     from torch.utils.cpp_extension import include_paths
 
     out.mkdir(parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--threads", "0"]
+    threads = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     flags += [f"-I{path}" for path in (csrc / "include", csrc / "cuda", *include_paths())]
     versions = _told_by("nvcc", "--version") + torch.__version__
@@ -142,16 +145,21 @@ def _compile_cuda(csrc: Path, out: Path) -> tuple[list[str], list[str]]:
 
     def build(folder: Path, targets: tuple[str, ...], *options: str) -> None:
         code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in targets]
-        for source in sorted(folder.glob("*.cu")):
+
+        def compile_one(source: Path) -> str:
             target = out / f"{source.stem}.cu.o"
-            objects.append(str(target))
-            command = ["nvcc", *flags, *code, *options, "-c", str(source), "-o", str(target)]
+            command = [*flags, *code, *options, "-c", str(source), "-o", str(target)]
             made_by, made = target.with_suffix(".txt"), f"{shlex.join(command)}\n{versions}"
             is_same = made_by.exists() and made_by.read_text(encoding="utf-8") == made
             if not (is_same and target.exists() and target.stat().st_mtime >= newest):
                 made_by.unlink(missing_ok=True)  # until the object is whole
-                subprocess.run(command, check=True)
+                subprocess.run(["nvcc", "--threads", str(threads), *command], check=True)
                 made_by.write_text(made, encoding="utf-8")
+            return str(target)
+
+        # a process of nvcc compiles a file for all its targets at a time
+        with ThreadPoolExecutor(max(threads // len(targets), 1)) as pool:
+            objects.extend(pool.map(compile_one, sorted(folder.glob("*.cu"))))
 
     build(csrc / "cuda", CUDA_TARGETS)
     if cutlass := _cutlass():

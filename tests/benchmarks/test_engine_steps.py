@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.engine_steps import Figures, over_rounds, quality, runs_of
+from benchmarks.engine_runs import products, runs_of
+from benchmarks.engine_steps import Figures, over_rounds, quality
 from tests.support.models import tiny_llama
 
 
@@ -26,3 +27,16 @@ def test_a_student_that_is_its_teacher_has_no_divergence():
     loss = teacher(input_ids=rows, labels=rows).loss
     assert divergence == pytest.approx(0.0, abs=1e-6)
     assert perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_products_are_of_the_teachers_forward_and_of_both_passes_of_the_student():
+    teacher, student = tiny_llama(), tiny_llama()
+    shapes = [tuple(linear.weight.shape) for linear in _linears(student)]
+    found = [tuple(product().shape) for product in products(teacher, student, tokens=5)]
+    assert found[: len(shapes)] == [(5, rows) for rows, _ in shapes]
+    per_linear = [((5, rows), (5, columns), (rows, columns)) for rows, columns in shapes]
+    assert found[len(shapes) :] == [shape for three in per_linear for shape in three]
+
+
+def _linears(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
