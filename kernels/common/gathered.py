@@ -30,6 +30,11 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def full_tensor(tensor: Any) -> Any:
+    """All of a DTensor, which its ranks ask for together; any other tensor as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
 def whole(name: str, tensor: Any) -> Any:
     """A plain tensor of the same values, differentiable; hidden states stay those of this rank.
 

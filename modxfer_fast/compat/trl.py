@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from modxfer_fast.compat.log_probs import jsd_addends
 from modxfer_fast.kernels.common import Bend, KDSpec
+from modxfer_fast.kernels.common.gathered import full_tensor
 from modxfer_fast.kernels.kd_loss import kd_loss
 from modxfer_fast.kernels.linear_kd_loss import linear_kd_loss
 
@@ -250,10 +251,7 @@ def _plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Whole tensors of one dtype."""
-    from torch.distributed.tensor import DTensor
-
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
+    weight, bias = full_tensor(weight), full_tensor(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)

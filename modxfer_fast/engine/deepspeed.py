@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from modxfer_fast.config.errors import nearest
 from modxfer_fast.engine import checksums
 from modxfer_fast.engine.hooks import without_hooks
-from modxfer_fast.kernels.common.gathered import is_dtensor
+from modxfer_fast.kernels.common.gathered import full_tensor
 from modxfer_fast.models.checks import is_deepspeed_hook, is_partitioned
 
 # From 0.18.3 to 0.19.5 every tensor that the engine returns is scaled by 1 / accumulation steps.
@@ -307,8 +307,7 @@ def whole_state_dict(module: nn.Module, keep: bool, only_trainable: bool) -> dic
         if id(tensor) not in values:
             parts[name] = checksums.of_own_part(tensor)
             with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
-                value = tensor.detach()
-                value = value.full_tensor() if is_dtensor(value) else value
+                value = full_tensor(tensor.detach())
                 values[id(tensor)] = value.to("cpu", copy=True) if keep else tensor
         if keep:
             state[name] = values[id(tensor)]

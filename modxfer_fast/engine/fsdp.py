@@ -14,7 +14,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -208,6 +212,10 @@ def load_state(
     options = _options(whole, only_trainable)
     # `set_state_dict` takes a rank that has nothing for one that wants nothing
     set_model_state_dict(module, state.get("model", {}), options=options)
+    if whole:  # of an optimiser that keeps nothing, such as plain SGD, torch takes nothing back
+        keeps = broadcast_object_list([any(state.get("optimizer", {}).get("state", {}).values())])
+        if not keeps[0]:
+            return
     set_optimizer_state_dict(module, optimizer, state.get("optimizer", {}), options=options)
 
 

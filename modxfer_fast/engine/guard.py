@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from modxfer_fast.errors import NonFiniteError
-from modxfer_fast.kernels.common.gathered import is_dtensor
+from modxfer_fast.kernels.common.gathered import full_tensor
 from modxfer_fast.models.checks import listed, nonfinite_parameters
 
 logger = logging.get_logger(__name__)
@@ -155,8 +155,7 @@ class StepGuard(TrainerCallback):
 
 
 def _total_norm(params: list[Any]) -> Tensor:
-    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in params])
-    return norm.full_tensor() if is_dtensor(norm) else norm
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in params]))
 
 
 def _torch_optimizer(optimizer) -> torch.optim.Optimizer:

@@ -130,11 +130,6 @@ class DistillTrainer(Trainer):
             seed=args.seed,
             kind=args.kind,
         )
-        if args.fsdp and self_teachers(module.teacher):
-            raise ValueError(
-                "fsdp: expected nothing with a student that teaches itself, whose modules it "
-                "divides in place; use zero_stage"
-            )
         with deepspeed.contained_launch_flag():
             super().__init__(
                 model=module,

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modxfer_fast.errors import ModelError
-from modxfer_fast.kernels.common.gathered import is_dtensor
+from modxfer_fast.kernels.common.gathered import full_tensor
 from modxfer_fast.models.architecture import max_tokens
 
 
@@ -97,8 +97,7 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
 
 
 def _is_finite(param: Any) -> bool:
-    finite: Any = param.isfinite().all()
-    return bool(finite.full_tensor() if is_dtensor(finite) else finite)
+    return bool(full_tensor(param.isfinite().all()))
 
 
 def listed(names: list[str]) -> str:

@@ -354,13 +354,6 @@ def test_what_it_writes_follows_the_seed(tmp_path):
     assert first == again != greedily
 
 
-def test_fsdp_is_refused(tmp_path):
-    args = DistillConfig(output_dir=str(tmp_path), report_to="none")
-    args.fsdp = True
-    with pytest.raises(ValueError, match="fsdp: expected nothing with a student that teaches"):
-        DistillTrainer(student(), args, SelfDistillation(), DATA, data_collator=align_collate)
-
-
 def test_what_cannot_teach_itself_is_told():
     with pytest.raises(ValueError, match="source: expected one of base, ema, start, got 'live'"):
         SelfDistillation("live")

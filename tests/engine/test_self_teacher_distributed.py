@@ -20,12 +20,13 @@ from tests.support.reference import train_dense
 
 STEPS, ACCUMULATION, BATCH, RANKS = 4, 2, 2, 2
 LEARNING_RATE, DECAY = 0.5, 0.6
+FSDP = "fsdp"
 OBJECTIVE = {"kd_weight": 0.7, "ce_weight": 0.4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    stage: int | None  # None: plain DDP
+    stage: int | str | None  # None: plain DDP; FSDP
     source: str
     checkpointing: bool = False
     fused: bool = False
@@ -35,7 +36,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        stage = "ddp" if self.stage is None else f"zero{self.stage}"
+        stage = {None: "ddp", FSDP: FSDP}.get(self.stage, f"zero{self.stage}")
         more = (self.checkpointing, "checkpointed"), (self.fused, "fused"), (self.head, "head")
         more += (self.biases, "biases"), (self.persistence > 0, "persistent")
         return "-".join([stage, self.source, *(name for there, name in more if there)])
@@ -47,6 +48,7 @@ CELLS = [
     Cell(3, "base"),
     Cell(3, "ema", fused=True),
     Cell(3, "ema", fused=True, biases=True),
+    Cell(FSDP, "ema", fused=True, biases=True),
 ]
 SLOW = [
     Cell(None, "base", checkpointing=True),
@@ -55,8 +57,11 @@ SLOW = [
     Cell(3, "start", checkpointing=True),
     Cell(3, "ema", checkpointing=True, head=True),
     Cell(3, "ema", persistence=100_000),
+    Cell(FSDP, "base"),
+    Cell(FSDP, "start", checkpointing=True),
+    Cell(FSDP, "ema", head=True),
 ]
-RESUMED = [Cell(2, "ema", checkpointing=True, fused=True), Cell(3, "ema", fused=True)]
+RESUMED = [CELLS[1], CELLS[3], CELLS[5]]
 ALL = [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW)]
 
 
@@ -82,14 +87,13 @@ def run_cell(cell: Cell, place: str, resume: bool) -> dict:
             "activation_checkpointing": True,
             "activation_checkpointing_kwargs": {"use_reentrant": False},
         }
-    deepspeed = None
-    if cell.stage is not None:
-        deepspeed = zero_config(cell.stage)
-        deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
+    engine = {"fsdp": True if cell.stage == FSDP else None}
+    if isinstance(cell.stage, int):
+        config = zero_config(cell.stage)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = cell.persistence
+        engine = {"zero_stage": cell.stage, "deepspeed": config}
     args = plain_sgd(
         folder / cell.name,
-        zero_stage=cell.stage,
-        deepspeed=deepspeed,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
@@ -98,6 +102,7 @@ def run_cell(cell: Cell, place: str, resume: bool) -> dict:
         save_strategy="no" if resume else "steps",
         save_steps=2,
         logging_steps=1,
+        **engine,
         **checkpointing,
         **OBJECTIVE,
     )

@@ -25,6 +25,7 @@ from modxfer_fast.engine.batch import Answer, Batch
 from modxfer_fast.engine.deepspeed import gathered, gathered_as
 from modxfer_fast.engine.features.taps import LayerTaps
 from modxfer_fast.engine.students import student_of_kind
+from modxfer_fast.kernels.common.gathered import full_tensor, is_dtensor
 from modxfer_fast.models.checks import listed
 
 FILE = "self_teacher.safetensors"  # beside the student
@@ -73,8 +74,9 @@ class SelfTeacher:
 
     @property
     def is_collective(self) -> bool:
-        """Whether ranks answer together: those that ZeRO-3 divides the student over."""
-        return any(hasattr(param, "ds_id") for param in self.student.parameters())
+        """Whether ranks answer together: those that ZeRO-3 or FSDP2 divides the student over."""
+        params = self.student.parameters()
+        return any(hasattr(param, "ds_id") or is_dtensor(param) for param in params)
 
     def __init__(self, student: nn.Module, options: SelfDistillation, kind: str = "causal_lm"):
         if not isinstance(student, PeftModel):
@@ -92,13 +94,9 @@ class SelfTeacher:
                     f"({listed(outside)}), got base"
                 )
         self.student, self.options, self.kind = student, options, kind
-        self._trained = trained
-        with gathered(trained.values()):
-            self._keep(
-                {}
-                if options.source == "base"
-                else {name: p.detach().to(torch.float32, copy=True) for name, p in trained.items()}
-            )
+        kept = {} if options.source == "base" else trained
+        with gathered(kept.values()):
+            self._keep({name: p.detach().to(torch.float32, copy=True) for name, p in kept.items()})
 
     def _keep(self, values: dict[str, Tensor]) -> None:
         self._values = values
@@ -153,13 +151,15 @@ class SelfTeacher:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves the average, after an optimiser step that was taken. Collective under ZeRO-3."""
+        """Moves the average, after an optimiser step that was taken. Collective where it divides
+        the student."""
         if self.options.source != "ema":
             return
         weight = 1.0 - self.options.ema_decay
-        with gathered(self._trained.values()):
+        trained = {name: self.student.get_parameter(name) for name in self._values}
+        with gathered(trained.values()):
             for name, value in self._values.items():
-                value.lerp_(self._trained[name].detach().to(value), weight)
+                value.lerp_(full_tensor(trained[name].detach()).to(value), weight)
         self._stand_ins.renew()
 
     def save(self, folder: str | Path, file: str = FILE) -> None:
@@ -194,16 +194,18 @@ class SelfTeacher:
 class _StandIns:
     """Modules that stand in the place of those whose own parameters are given other values.
 
-    A parameter is renewed where an engine has changed the dtype of the student's.
+    A parameter is renewed where an engine has changed the dtype of the student's. FSDP2 puts other
+    parameters in the place of the student's, so these are looked up where they are.
     """
 
     def __init__(self, student: nn.Module, values: dict[str, Tensor]):
-        params = dict(student.named_parameters())
-        self._params = [
-            (nn.Parameter(value, requires_grad=False), value, params[name])
-            for name, value in values.items()
-        ]
-        others = {id(param): stand_in for stand_in, _, param in self._params}
+        self._params = []  # each with what is kept, and where the student has its own
+        others = {}
+        for name, value in values.items():
+            path, _, key = name.rpartition(".")
+            stand_in = nn.Parameter(value, requires_grad=False)
+            self._params.append((stand_in, value, student.get_submodule(path)._parameters, key))
+            others[id(student.get_parameter(name))] = stand_in
         made: dict[int, nn.Module] = {}
         for module in student.modules():
             own = {
@@ -223,13 +225,15 @@ class _StandIns:
 
     def renew(self) -> None:
         """Parameters have the values that are kept, in the dtype of the student's."""
-        for stand_in, value, param in self._params:
-            stand_in.data = value.to(param.dtype)  # the same memory in the same dtype
+        for stand_in, value, params, key in self._params:
+            stand_in.data = value.to(params[key].dtype)  # the same memory in the same dtype
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        if any(s.dtype != p.dtype or s.device != v.device for s, v, p in self._params):
-            self.renew()
+        for stand_in, value, params, key in self._params:
+            if stand_in.dtype != params[key].dtype or stand_in.device != value.device:
+                self.renew()
+                break
         for modules, key, _, stand_in in self._places:
             modules[key] = stand_in
         try:
@@ -247,8 +251,14 @@ def _copy_with(module: nn.Module, own: dict[str, nn.Parameter]) -> nn.Module:
             made.__dict__[name] = copy.copy(value)
     made.__dict__["_parameters"] = {**module._parameters, **own}
     made.training = False
-    if any(param is not None and name not in own for name, param in module._parameters.items()):
-        gathered_as(made, module)  # which ZeRO-3 divides with the rest of the student
+    shared = [name for name, p in module._parameters.items() if p is not None and name not in own]
+    if shared:  # which an engine may divide with the rest of the student
+
+        def before(stand_in, inputs):
+            stand_in._parameters |= {name: module._parameters[name] for name in shared}
+
+        made.register_forward_pre_hook(before)
+        gathered_as(made, module)
     return made
 
 
