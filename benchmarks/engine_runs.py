@@ -7,6 +7,7 @@ that was trained and, for each rank, what it measured are left in OUT.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -186,16 +187,22 @@ def _products(run: Run, setting: Setting, folder: Path, out: Path) -> dict[str, 
 
 
 def products(teacher: nn.Module, student: nn.Module, tokens: int) -> list[Callable[[], Tensor]]:
-    """Of each linear y = x W^T of the teacher y, of each of the student y and both gradients."""
-    found: list[Callable[[], Tensor]] = []
+    """Of each linear y = x W^T of the teacher y, of each of the student y and both gradients, all
+    into the same memory, so that none is timed with pages that the system has yet to give."""
+    pairs = []
     for model in (teacher, student):
         for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
             weight = linear.weight.detach()
             x, y = (torch.randn(tokens, width) for width in reversed(weight.shape))
-            found.append(partial(torch.mm, x, weight.T))
+            pairs.append((x, weight.T))
             if model is student:
-                found += [partial(torch.mm, y, weight), partial(torch.mm, y.T, x)]
-    return found
+                pairs += [(y, weight), (y.T, x)]
+    shapes = [(left.shape[0], right.shape[1]) for left, right in pairs]
+    memory = torch.zeros(max(rows * columns for rows, columns in shapes))
+    return [
+        partial(torch.mm, *pair, out=memory[: math.prod(shape)].view(shape))
+        for pair, shape in zip(pairs, shapes, strict=True)
+    ]
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+import pyarrow.compute
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -355,10 +356,21 @@ def build_rows(
         collator = EncoderCollator(tokenizer.pad_token_id)
     else:
         collator = CausalCollator(tokenizer.pad_token_id, packed=section.packing)
-    train_tokens = None if isinstance(train, RowStream) else sum(map(len, train["input_ids"]))
-    held_out_tokens = sum(map(len, measured["input_ids"]))
+    train_tokens = None if isinstance(train, RowStream) else _num_tokens(train)
     told_apart = held_out if several else {}
-    return Rows(train, measured, train_tokens, held_out_tokens, collator, told_apart, tuple(notes))
+    return Rows(
+        *(train, measured, train_tokens, _num_tokens(measured)),
+        *(collator, told_apart, tuple(notes)),
+    )
+
+
+def _num_tokens(rows: Dataset) -> int:
+    """Of all rows, without a Python object for each."""
+    lengths = (
+        pyarrow.compute.list_value_length(table["input_ids"])
+        for table in rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    )
+    return sum(pyarrow.compute.sum(each).as_py() for each in lengths)
 
 
 def rows_from_documents(

@@ -174,9 +174,7 @@ class DistillConfig(TrainingArguments):
         self._check_fsdp()
         self._prepare_deepspeed()
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
-            # the first rank cannot cut batches that hold counts; each rank reads its own instead
-            self.accelerator_config.dispatch_batches = False
+        self._settle_batches()
         if self.n_gpu > 1:
             logger.warning(
                 f"{self.n_gpu} GPUs are visible to one process, one of them is used; "
@@ -255,6 +253,20 @@ class DistillConfig(TrainingArguments):
         for name, reason in _UNSUPPORTED.items():
             if value := getattr(self, name):
                 raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")
+
+    def _settle_batches(self) -> None:
+        batches: Any = self.accelerator_config
+        if batches.dispatch_batches is None:
+            # the first rank cannot cut batches that hold counts; each rank reads its own instead
+            batches.dispatch_batches = False
+        for name, expected, reason in (
+            ("split_batches", False, "a batch is that of one rank"),
+            ("even_batches", True, "a rank with fewer batches would leave the others waiting"),
+        ):
+            if (value := getattr(batches, name)) != expected:
+                raise ValueError(
+                    f"accelerator_config.{name}: expected {expected}, got {value!r}; {reason}"
+                )
 
     def _settle_early_stopping(self) -> None:
         if self.early_stopping_patience is not None:

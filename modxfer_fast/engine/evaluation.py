@@ -18,6 +18,7 @@ from modxfer_fast.engine.labels import sample_start
 from modxfer_fast.engine.metrics import means
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.students import student_of_kind
+from modxfer_fast.engine.teachers.several import COUNTS
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def without_repeated_samples(
     if "labels" in inputs:
         labels = inputs["labels"].clone()
         labels[repeated] = IGNORE_INDEX
-        inputs |= {"labels": labels, "num_valid": None}
+        inputs |= {"labels": labels, "num_valid": None, COUNTS: None}
     if has_features:
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask.clone()

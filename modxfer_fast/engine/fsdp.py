@@ -36,13 +36,14 @@ from modxfer_fast.engine.hooks import without_hooks
 KEYS = (
     "version",
     "reshard_after_forward",
-    "cpu_offload",
     "state_dict_type",
     "auto_wrap_policy",
     "transformer_layer_cls_to_wrap",
 )
 _REFUSED = {
     "activation_checkpointing": "ask by training.activation_checkpointing",
+    "cpu_offload": "gradients on the host have no way to other ranks; ask for zero_stage 3 with "
+    "offload_param in a DeepSpeed configuration",
     "min_num_params": "a group of the head alone is not whole where the loss reads its weight",
     "cpu_ram_efficient_loading": "the teacher would have no weights but on the first rank",
     "xla": "FSDP2 of PyTorch is what runs",
@@ -76,10 +77,6 @@ def check_config(config: dict[str, Any]) -> None:
         elif name in _ONE_OF and value not in _ONE_OF[name]:
             raise ValueError(
                 f"fsdp_config.{key}: expected one of {', '.join(_ONE_OF[name])}, got {value!r}"
-            )
-        elif name == "cpu_offload" and value and not torch.accelerator.is_available():
-            raise ValueError(
-                f"fsdp_config.{key}: expected it off on a CPU, where everything is, got {value!r}"
             )
 
 

@@ -1,15 +1,20 @@
 """Hugging Face's Trainer, with its loop, launchers, logging and checkpoints, on the fused loss."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+)
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
@@ -42,7 +47,7 @@ from modxfer_fast.engine.on_policy.vllm import VLLMRollouts
 from modxfer_fast.engine.progress import here
 from modxfer_fast.engine.samples import SampleWriter
 from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
-from modxfer_fast.engine.teachers.cached import Answering, CachedTeacher
+from modxfer_fast.engine.teachers.cached import ANSWERS, Answering, CachedTeacher
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
@@ -440,7 +445,19 @@ class DistillTrainer(Trainer):
             self._total_loss_scalar += self._resumed.loss_sum
             self._initial_global_step = 0
             start_time -= self._resumed.seconds
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        # with a limit of 1 Trainer would delete the last checkpoint, from which a longer run goes
+        # on, where another one is the best
+        with self._without_save_limit():
+            return super()._finalize_training(trial, num_train_samples, start_time)
+
+    @contextmanager
+    def _without_save_limit(self) -> Iterator[int | None]:
+        """Inside, Trainer deletes no checkpoint; gives the limit."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield limit
+        finally:
+            self.args.save_total_limit = limit
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         created = self.optimizer is None
@@ -496,9 +513,16 @@ class DistillTrainer(Trainer):
         self._batches, self._random = batches, {}
         return batches, num_items
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = send_to_device(inputs, self.args.device, non_blocking=True)
+        # under DeepSpeed Trainer gives floating tensors the student's dtype, which would round
+        # log-probabilities, states of another model, and factors
+        exact = {name: inputs.pop(name) for name in (ANSWERS, "token_weights") if name in inputs}
+        return super()._prepare_inputs(inputs) | exact
+
     def _load_engine(self, folder: str) -> None:
-        engine = self.model_wrapped
-        if self._is_of_other_ranks and self.zero_stage:
+        engine, world_size = self.model_wrapped, checkpoint.read_marker(folder).world_size
+        if self.zero_stage and world_size != self.args.world_size:
             beside = Path(self.args.output_dir) / "universal"
             saving.load_engine_of_other_ranks(engine, folder, beside, self._on_main)
         else:
@@ -692,20 +716,17 @@ class DistillTrainer(Trainer):
             self.is_fsdp_enabled,
         )
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        whole = saving.whole_checkpoint(
+            folder, info, self.args.should_save, self.accelerator.wait_for_everyone
+        )
         # older checkpoints go only once this one is whole
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with saving.whole_checkpoint(
-                folder, info, self.args.should_save, self.accelerator.wait_for_everyone
-            ):
-                super()._save_checkpoint(model, trial)
-                self._unreported().save(folder, self.args.process_index)
-                if self.on_policy is not None:
-                    self.on_policy.save(folder)
-                if self._stream is not None:
-                    self._stream.save(folder)
-        finally:
-            self.args.save_total_limit = limit
+        with self._without_save_limit() as limit, whole:
+            super()._save_checkpoint(model, trial)
+            self._unreported().save(folder, self.args.process_index)
+            if self.on_policy is not None:
+                self.on_policy.save(folder)
+            if self._stream is not None:
+                self._stream.save(folder)
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=run_dir,
@@ -758,7 +779,7 @@ class DistillTrainer(Trainer):
         with here.within(READING):
             self.load_teacher(folder)
             if self.is_deepspeed_enabled:
-                saving.load_engine(self.model_wrapped, folder, self.student)
+                self._load_engine(folder)
             elif self.is_fsdp_enabled:
                 self._load_sharded(folder)
             else:

@@ -243,6 +243,7 @@ def test_a_later_trainer_of_the_process_is_plain(told):
             "unknown key; did you mean 'reshard_after_forward'",
         ),
         ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "the teacher would have no weights"),
+        ({"fsdp_config": {"cpu_offload": True}}, "fsdp_config.cpu_offload: expected it off"),
         ({"fsdp_config": {"state_dict_type": "LOCAL"}}, "expected one of FULL_STATE_DICT"),
         ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "expected one of TRANSFORMER"),
         ({"fsdp_config": {"activation_checkpointing": True}}, "training.activation_checkpointing"),

@@ -105,6 +105,15 @@ def test_a_gain_below_the_threshold_is_none(tmp_path):
     assert ends == [4, 3]
 
 
+def test_the_last_checkpoint_stays_beside_the_best(tmp_path):
+    """From it a longer run goes on."""
+    options = {"save_total_limit": 1, "load_best_model_at_end": True, "max_steps": 3}
+    done = trainer(tmp_path, **options)
+    done.train()
+    assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")  # nothing is learnt
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+
+
 @pytest.mark.parametrize(
     ("metric", "greater"), [("loss", False), ("eval_kd", False), ("hidden_cosine", True)]
 )

@@ -236,6 +236,16 @@ def packed_twice(rows):  # each sample holds two documents
 packed_twice.labels_are_aligned = True
 
 
+def test_counts_of_what_is_repeated_are_no_longer_known(tmp_path, monkeypatch):
+    run = trainer(tmp_path, align_collate, per_device_eval_batch_size=4, max_steps=1)
+    batch = run.data_collator([run.eval_dataset[i] for i in range(4)])
+    batch |= {"num_valid": 9, "labels_of_teachers": [4, 5]}
+    kept = last_batch(run, dict(batch), monkeypatch, 1, 8)
+    assert (kept["num_valid"], kept["labels_of_teachers"]) == (9, [4, 5])
+    left = last_batch(run, dict(batch), monkeypatch, 1, 6)
+    assert (left["num_valid"], left["labels_of_teachers"]) == (None, None)
+
+
 def test_repeated_samples_that_cannot_be_told_are_named(tmp_path, monkeypatch):
     run = trainer(tmp_path, packed_twice, per_device_eval_batch_size=4, max_steps=1)
     batch = run.data_collator([run.eval_dataset[i] for i in range(4)])

@@ -90,6 +90,18 @@ def train(cells: list, folder: str, world_size: int, max_steps: int) -> None:
             trainer.train(resume_from_checkpoint=bool(marked_checkpoints(trainer.args.output_dir)))
 
 
+def load_best(cells: list, folder: str) -> None:
+    """After steps of one rank, the best checkpoint, which two have written."""
+    for cell in cells:
+        trainer = make_trainer(cell, Path(folder), 1, 6)
+        written = Path(trainer.args.output_dir)
+        trainer.args.output_dir, trainer.args.save_strategy = f"{folder}/best", "no"
+        trainer.train(resume_from_checkpoint=str(written / "checkpoint-4"))
+        trainer.state.best_model_checkpoint = str(written / "checkpoint-2")
+        trainer._load_best_model()
+        trainer.save_model(f"{folder}/best-{name_of(cell)}")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
@@ -144,6 +156,16 @@ def assert_equal_within_rounding(whole: Path, changed: Path) -> None:
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_other_ranks_go_on(cell, few):
     assert_equal_within_rounding(*few[cell])
+
+
+def test_the_best_checkpoint_may_be_of_other_ranks(few, folder):
+    run_distributed(load_best, CELLS, str(folder), world_size=1, timeout=400)
+    for cell in CELLS:
+        begun, best = few[cell][1].with_name("checkpoint-2"), folder / f"best-{name_of(cell)}"
+        (file,) = (path.name for path in begun.glob("*model.safetensors"))
+        expected, got = load_file(begun / file), load_file(best / file)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow

@@ -256,6 +256,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, source):
     assert losses[0][-1] == losses[1][-1]
 
 
+@pytest.mark.parametrize("source", ["start", "ema"])
+def test_what_is_loaded_goes_where_the_teacher_is(tmp_path, source):
+    """Also beside a student that does not train, as what a run has saved is measured."""
+    run, _ = trainer(tmp_path / "run", source, max_steps=1)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    frozen = student()
+    frozen.requires_grad_(False)
+    teacher = SelfDistillation(source).of(frozen, "causal_lm").to(torch.device("meta"))
+    teacher.load(tmp_path / "saved")
+    assert teacher._values
+    assert all(value.is_meta for value in teacher._values.values())
+
+
 def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
     run, _ = trainer(tmp_path / "whole", "base", save_strategy="steps", save_steps=3, max_steps=3)
     run.train()

@@ -2,9 +2,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -658,6 +660,26 @@ def test_each_rank_reads_batches_of_its_own(tmp_path):
     assert config(tmp_path).accelerator_config.dispatch_batches is False
     chosen = config(tmp_path, accelerator_config={"dispatch_batches": True})
     assert chosen.accelerator_config.dispatch_batches is True
+
+
+@pytest.mark.parametrize(("name", "value"), [("split_batches", True), ("even_batches", False)])
+def test_batches_that_ranks_would_not_share_alike_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"accelerator_config.{name}: expected {not value}, got"):
+        config(tmp_path, accelerator_config={name: value})
+
+
+def test_deepspeed_rounds_nothing_that_is_no_input_of_the_student(tmp_path, monkeypatch):
+    """Trainer casts floating tensors of a batch to the dtype of the student."""
+    run = trainer(tiny_llama(), config(tmp_path), teacher_model())
+    half = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", half)
+    monkeypatch.setattr(run, "is_deepspeed_enabled", True)
+    exact = torch.tensor([0.3, -5.3])
+    given = {"token_weights": exact, "teacher_answers": {"one": {"log_probs": exact}}}
+    got = run._prepare_inputs({"pixel_values": exact, "input_ids": torch.ones(1), **given})
+    assert got["pixel_values"].dtype == torch.bfloat16
+    assert torch.equal(got["token_weights"], exact)
+    assert torch.equal(got["teacher_answers"]["one"]["log_probs"], exact)
 
 
 def test_a_student_with_a_broken_weight_is_named_before_training(tmp_path):

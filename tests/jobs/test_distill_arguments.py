@@ -6,6 +6,7 @@ from huggingface_hub import HfApi
 
 from modxfer_fast.config import ConfigError, LossSection
 from modxfer_fast.jobs.distill.arguments import (
+    check_best_metric,
     check_training,
     evaluation_args,
     of_processes,
@@ -30,6 +31,43 @@ def test_evaluation_keeps_precision_and_drops_sharding(tmp_path):
     assert (args.per_device_eval_batch_size, args.bf16) == (3, True)
     assert args.zero_stage is None
     assert args.max_steps == -1
+
+
+def test_a_short_timeout_of_collectives_is_one_of_evaluation_too(tmp_path):
+    section = {"ddp_timeout": 600, "stall_timeout_s": 300}
+    check_training(section, "training")
+    assert evaluation_args(section, tmp_path, LossSection()).ddp_timeout == 600
+
+
+HIDDEN = LossSection(hidden_states={"layers": {-1: -1}})
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "has_logits"),
+    [
+        (None, [LossSection()], True),
+        ("loss", [LossSection()], True),
+        ("eval_kd", [LossSection()], True),
+        ("hidden_cosine", [HIDDEN], True),
+        ("hidden_2_3", [HIDDEN], False),
+    ],
+)
+def test_a_figure_that_each_run_measures(name, losses, has_logits):
+    check_best_metric(name, losses, has_logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "has_logits"),
+    [
+        ("kdl", [LossSection()], True),
+        ("hidden_cosine", [LossSection(), HIDDEN], True),  # as with compare.ce_only
+        ("relation_loss", [HIDDEN], True),
+        ("kd", [HIDDEN], False),
+    ],
+)
+def test_a_figure_that_a_run_does_not_measure(name, losses, has_logits):
+    with pytest.raises(ConfigError, match=f"metric_for_best_model: expected what .*, got {name}"):
+        check_best_metric(name, losses, has_logits)
 
 
 @pytest.mark.parametrize(

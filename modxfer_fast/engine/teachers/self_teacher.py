@@ -94,6 +94,7 @@ class SelfTeacher:
                     f"({listed(outside)}), got base"
                 )
         self.student, self.options, self.kind = student, options, kind
+        self._device: torch.device | None = None  # where the student is; None: where it was made
         kept = {} if options.source == "base" else trained
         with gathered(kept.values()):
             self._keep({name: p.detach().to(torch.float32, copy=True) for name, p in kept.items()})
@@ -109,6 +110,7 @@ class SelfTeacher:
         return self._parts.classes
 
     def to(self, device: torch.device) -> "SelfTeacher":
+        self._device = device
         for value in self._values.values():
             value.data = value.data.to(device)
         return self
@@ -184,7 +186,7 @@ class SelfTeacher:
             )
         found = load_file(path)
         if found.keys() != self._values.keys():  # a student that does not train
-            self._keep(found)
+            self._keep({name: value.to(self._device) for name, value in found.items()})
             return
         for name, value in self._values.items():
             value.copy_(found[name])

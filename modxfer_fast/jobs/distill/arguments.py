@@ -1,5 +1,6 @@
 """`training` sections and loss options -> `DistillConfig`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,28 @@ def check_training(section: dict[str, Any], where: str, *, pretrain: bool = Fals
         _check_loggers(args.report_to, f"{where}.report_to")
     if args.push_to_hub and is_main():  # a thousand ranks that ask at once are refused
         check_hub(args.hub_token, f"{where}.push_to_hub")
+
+
+def check_best_metric(name: str | None, losses: Iterable[LossSection], has_logits: bool) -> None:
+    """Raise a ConfigError unless the figure that tells the best checkpoint is measured in the runs
+    that minimise these losses.
+
+    Args:
+        has_logits: whether students are causal language models.
+    """
+    if name is None:
+        return
+    for loss in losses:
+        known = ["loss", *(("kd", "ce", "perplexity") if has_logits else ())]
+        known += ["hidden_loss", "hidden_cosine"] if loss.hidden_states else []
+        known += ["relation_loss"] if loss.relations else []
+        own = name.removeprefix("eval_")
+        terms = [stem for stem in ("hidden_", "relation_") if f"{stem}loss" in known]
+        if own not in known and not own.startswith(tuple(terms)):  # a pair of layers has a name too
+            raise ConfigError(
+                f"training.metric_for_best_model: expected what each run measures, "
+                f"{', '.join(known)}, got {name}"
+            )
 
 
 def _check_deepspeed(section: dict[str, Any], where: str) -> None:
@@ -116,4 +139,5 @@ def evaluation_args(
     seed: that fresh projections start from, as in the training run of that seed.
     """
     kept = {key: section[key] for key in FOR_EVALUATION if key in section}
+    kept["stall_timeout_s"] = None  # which is of training, and bounded by ddp_timeout
     return training_args(kept, "training", output_dir, loss, seed=seed, kind=kind)

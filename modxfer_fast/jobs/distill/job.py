@@ -28,7 +28,12 @@ from modxfer_fast.engine.on_policy.vllm import check_servable, served_lora
 from modxfer_fast.engine.teachers.quantized import quantizer_of, stored_bytes
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
-from modxfer_fast.jobs.distill.arguments import check_training, evaluation_args, of_processes
+from modxfer_fast.jobs.distill.arguments import (
+    check_best_metric,
+    check_training,
+    evaluation_args,
+    of_processes,
+)
 from modxfer_fast.jobs.distill.card import write_card
 from modxfer_fast.jobs.distill.hub import send
 from modxfer_fast.jobs.distill.material import Evaluation, Material
@@ -74,6 +79,9 @@ class DistillJob(Job):
     def check(self) -> None:
         config = self.config
         check_training(config.training, "training")
+        losses = [loss for _, _, loss in roles(config)]
+        metric = config.training.get("metric_for_best_model")
+        check_best_metric(metric, losses, has_logits=config.kind == "causal_lm")
         for role, section in (*config.teacher_sections.items(), ("student", config.student)):
             if section.pretrain is not None:
                 check_training(section.pretrain, f"{role}.pretrain", pretrain=True)

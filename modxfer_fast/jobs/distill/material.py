@@ -128,11 +128,19 @@ class Evaluation:
         if projections is not None:
             trainer.load_teacher(projections)
         wanted = ("eval_perplexity", "eval_kd") if self.has_logits else _INSIDE
-
-        def measured(rows: Dataset) -> dict[str, Any]:
-            metrics = trainer.evaluate(rows)
-            return {key: value for key, value in metrics.items() if key.startswith(wanted)}
-
         rows = self.material.rows
-        sources = {label: measured(own) for label, own in rows.held_out_of.items()}
-        return measured(rows.held_out) | ({"sources": sources} if sources else {})
+        found = _measured(trainer, rows.held_out, wanted)
+        if rows.held_out_of:
+            of_each = rows.held_out_of.items()
+            found["sources"] = {label: _measured(trainer, own, wanted) for label, own in of_each}
+        accelerator = trainer.accelerator
+        del model, trainer
+        accelerator.free_memory()  # which would wait for a collection of cycles
+        return found
+
+
+def _measured(
+    trainer: engine.DistillTrainer, rows: Dataset, wanted: tuple[str, ...]
+) -> dict[str, Any]:
+    metrics = trainer.evaluate(rows)
+    return {key: value for key, value in metrics.items() if key.startswith(wanted)}

@@ -142,7 +142,9 @@ def _train(context: StageContext) -> None:
     barrier()  # the main process writes, every process reads it below
     history = trainer.state.log_history
     peaks = trainer.peak_mib_by_phase()
+    accelerator = trainer.accelerator
     del trainer
+    accelerator.free_memory()  # weights and moments, before the student is loaded once more
     last = {key: value for entry in history for key, value in entry.items()}
     result = {
         "seconds": seconds,
