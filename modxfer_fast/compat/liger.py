@@ -453,7 +453,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         ce, lse, is_top = rows_of_logits(parts, (hidden, lin_weight, bias), _ROWS).unbind(-1)
         of_z = self.lse_square_scale * lse.square()
         if self.reduction == "mean":
-            ce = ce / of_classes[target[counts]].sum()
+            ce = ce / of_classes[target[counts]].sum().masked_fill(~counts.any(), 1.0)
             of_z = of_z / counts.sum().clamp(min=1)
         loss = ce + of_z if scaling is None else (ce + of_z) * scaling
         return loss if self.reduction == "none" else loss.sum(), lse.detach(), is_top
@@ -564,10 +564,11 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         None, as which every token counts."""
         teacher: Any = TeacherProbs(target)
         loss = linear_kd_loss(
-            student_input / self.temperature,  # the target is at its own
+            student_input,
             student_weight,
             teacher,
             labels=shift_labels,
+            student_logit_scale=1.0 / self.temperature,  # the target is at its own
             ignore_index=self.ignore_index,
             reduction="sum" if self.reduction == "sum" else "mean",
         )
@@ -621,7 +622,7 @@ class _LogProbsDivergence(torch.autograd.Function):
     def forward(ctx, log_q, log_p, counts, beta):
         dtype = torch.promote_types(log_q.dtype, torch.float32)
         rows, classes = log_q.shape
-        divisor = rows if counts is None else counts.sum().clamp(min=1)
+        divisor = max(rows, 1) if counts is None else counts.sum().clamp(min=1)
         total = log_q.new_zeros((), dtype=dtype)
         gradient = torch.empty_like(log_q)
         step = max(_ROW_BYTES // (max(classes, 1) * dtype.itemsize), 1)
@@ -709,7 +710,7 @@ class LigerTVDLoss(nn.Module):
         _check_rows(shift_labels, p)
         dtype = torch.promote_types(p.dtype, torch.float32)
         loss = 0.5 * (p.to(dtype) - q.detach().to(dtype)).abs()
-        rows: int | Tensor = loss.shape[0]
+        rows: int | Tensor = max(loss.shape[0], 1)
         if shift_labels is not None:
             counts = shift_labels != self.ignore_index
             loss = loss.masked_fill(~counts[:, None], 0.0)

@@ -165,6 +165,23 @@ def test_fused_linear_kl_div(heads, labelled, reduction, temperature):
     assert_same(expected, got, (hidden, weight))
 
 
+def test_a_temperature_rounds_no_half_precision_state():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, noise = (
+        torch.randn(*size, generator=generator).bfloat16() for size in ((40, 64), (V, 64), (40, V))
+    )
+    # near the student, whose gradient is then a small difference
+    target = (F.linear(hidden.float(), weight.float()) / 3.0 + 0.1 * noise).softmax(-1)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        kind = ours.LigerFusedLinearKLDivLoss(temperature=3.0)
+        loss = kind(*leaves, target.to(torch.promote_types(dtype, torch.float32)))
+        grads.append(torch.autograd.grad(loss, leaves))
+    for grad, want in zip(*grads, strict=True):
+        assert (grad.double() - want).norm() <= 2**-8 * want.norm()
+
+
 @needs_liger
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -225,10 +242,11 @@ def test_tvd_is_its_formula(heads, reduction, labelled):
 
 
 @pytest.mark.parametrize("kind", [ours.LigerJSD, ours.LigerTVDLoss])
-def test_no_row_counts(kind):
-    x, y = (values.exp() for values in rows())
+@pytest.mark.parametrize("there", [True, False])
+def test_no_row_counts(kind, there):
+    x, y = (values.exp()[: N if there else 0] for values in rows())
     x.requires_grad_()
-    loss = kind()(x, y, torch.full((N,), -100))
+    loss = kind()(x, y, torch.full((N,), -100) if there else None)
     loss.backward()
     assert loss == 0
     assert not x.grad.any()

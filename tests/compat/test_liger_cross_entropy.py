@@ -115,6 +115,15 @@ def test_ignored_tokens_may_hold_anything(name, heads):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_batch_without_a_label_is_0(name, heads):
+    (hidden, weight, bias), _, _ = heads
+    loss = getattr(ours, NAME)(**OPTIONS[name])(weight, hidden, torch.full((N,), -100), bias)
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, (hidden, weight, bias)):
+        assert not grad.any()
+
+
 @pytest.mark.parametrize("name", [*OPTIONS, "cosine"])
 def test_in_half_precision_rounds_once(name):
     """Gradients of bf16 heads are those of fp64, rounded."""
