@@ -8,7 +8,7 @@ It is written beside its place and renamed, so it is complete or absent.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modxfer_fast.files import MARKER, damaged_files, new_folder, seal, write_json
+from modxfer_fast.models.checks import listed
 from modxfer_fast.transfer.errors import TransferError
 
 TENSORS, FACTS = "tensors.safetensors", "facts.json"
@@ -39,10 +40,13 @@ def write_artefact(
 
     Raises:
         TransferError: the disk is full or refuses the folder; nothing is left behind, and an
-            older artefact stays as it was. Or the folder holds something else, which stays.
+            older artefact stays as it was. Or the folder holds something else, another kind of
+            artefact among it, which stays.
     """
     folder = Path(folder)
-    check_replaceable(folder, MARKER, "artefact")
+    check_replaceable(folder, "artefact", (FACTS, TENSORS, MARKER))
+    if (found := _kind_of(folder)) not in (kind, None):
+        raise TransferError(f"{folder}: expected a place for {kind}, got one with {found}")
     try:
         with new_folder(folder) as scratch:
             on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -54,15 +58,30 @@ def write_artefact(
         raise TransferError(f"{folder}: cannot be written ({error})") from error
 
 
-def check_replaceable(folder: Path, mark: str, kind: str) -> None:
+def check_replaceable(folder: Path, kind: str, files: Sequence[str]) -> None:
     """Raise a TransferError where a folder holds something else than its `kind`.
 
-    Every folder of the kind has the file `mark`.
+    Args:
+        files: all that a folder of the kind may hold; the first of them it holds in any case.
     """
-    if not folder.exists() or (folder / mark).is_file():
+    if not folder.exists():
         return
-    if not folder.is_dir() or any(folder.iterdir()):
+    there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else ["."]
+    if there and files[0] not in there:
         raise TransferError(f"{folder}: exists and is no {kind}; name another folder")
+    if others := [name for name in there if name not in files]:
+        raise TransferError(
+            f"{folder}: expected nothing beside the {kind} that is replaced, got "
+            f"{listed(others)}; name another folder"
+        )
+
+
+def _kind_of(folder: Path) -> str | None:
+    """What an artefact there says it is; None where there is none that can be read."""
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def read_artefact(

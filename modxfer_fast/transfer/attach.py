@@ -17,9 +17,17 @@ from modxfer_fast.models.checks import listed
 from modxfer_fast.transfer.artefact import check_replaceable
 from modxfer_fast.transfer.errors import TransferError
 from modxfer_fast.transfer.kinds import KINDS
-from modxfer_fast.transfer.modules import CONFIG, PeftModuleState, adapter_state, check_base_model
+from modxfer_fast.transfer.modules import (
+    CONFIG,
+    WEIGHTS,
+    PeftModuleState,
+    adapter_state,
+    check_base_model,
+    check_same_labels,
+)
 
 PROVENANCE = "transfer.json"
+TASK = "task.json"  # beside an adapter: the kind of task, and what its head's classes mean
 _TASKS_WITH_HEAD = ("TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS")
 
 
@@ -29,11 +37,13 @@ def attach(module: PeftModuleState, model: nn.Module, adapter_name: str = "defau
     Raises:
         TransferError: a tensor of the module that the model has no place for, one of the model that
             the module leaves out, or one of another shape; each is named. A model without the
-            head of the module's task.
+            head of the module's task, or with one for other labels than the module's.
     """
     if isinstance(model, PeftModel):
         raise TransferError("model: expected a model without PEFT, got a PeftModel")
     check_base_model(module.config, model, "module")
+    if module.head:
+        check_same_labels(module, model)
     wrapped = get_peft_model(model, config_for(module, model), adapter_name)
     wrapped.peft_config[adapter_name].base_model_name_or_path = model.config.name_or_path or None
     state = module.state_dict()
@@ -64,10 +74,10 @@ def save_adapter(
 
     Raises:
         TransferError: the module does not fit the student, the disk refuses the folder, or the
-            folder holds something other than an adapter, which stays.
+            folder holds something other than an adapter, or beside one, which stays.
     """
     folder = Path(folder)
-    check_replaceable(folder, CONFIG, "adapter")
+    check_replaceable(folder, "adapter", (CONFIG, WEIGHTS, PROVENANCE, TASK, "README.md"))
     wrapped = attach(module, deepcopy(student))
     facts = {
         "modxfer_fast": __version__,

@@ -127,7 +127,16 @@ def observed(model: nn.Module, *, module_active: bool = False) -> Iterator[None]
     Args:
         module_active: leave a PEFT module switched on; without it the features are those of the
             bare model.
+
+    Raises:
+        TransferError: a module that is merged into the weights, from which it comes out with other
+            rounding only.
     """
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        raise TransferError(
+            "model: expected a PEFT module beside the weights, got one that is merged into them; "
+            "call unmerge_adapter() first"
+        )
     training = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     has_module = hasattr(model, "disable_adapter") and not module_active

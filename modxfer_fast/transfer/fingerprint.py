@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 
 from modxfer_fast.models.architecture import without_peft
 from modxfer_fast.models.families import POOLER
+from modxfer_fast.transfer.modules import adapter_state
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -29,12 +30,19 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def module_fingerprint(model: nn.Module) -> str | None:
-    """SHA-256 of the active PEFT module's tensors, without a head; None without PEFT."""
-    if not isinstance(model, PeftModel):
-        return None
-    state = get_peft_model_state_dict(model)
+    """SHA-256 of the tensors of the PEFT modules that are active, without heads; None of no module.
+
+    One is told by its tensors alone, several also by their names.
+    """
+    names = model.active_adapters if isinstance(model, PeftModel) else []
     prefix = getattr(model.base_model, "prefix", "")
-    return _digest((name, tensor) for name, tensor in state.items() if prefix in name)
+    tensors = [
+        (name if len(names) == 1 else f"{adapter}.{name}", tensor)
+        for adapter in names
+        for name, tensor in adapter_state(model, adapter).items()
+        if prefix in name
+    ]
+    return _digest(tensors) if names else None
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

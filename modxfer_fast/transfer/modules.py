@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from modxfer_fast.models.architecture import Architecture, Role, without_peft
 from modxfer_fast.models.checks import listed
+from modxfer_fast.models.task import label_names, same_labels
 from modxfer_fast.transfer.errors import TransferError, check_choice
 from modxfer_fast.transfer.kinds import PeftKind, Slot, Slots, kind_of
 
 Content = TypeVar("Content")
 PREFIX = "base_model.model."
-CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PeftModuleState:
         slots: tensors of each slot by their names in the table above.
         head: tensors of modules that were trained beside it, e.g. "classifier.weight".
         facts: how it came about, as written beside an adapter.
+        labels: what the classes of the head are, in their order; none where no model said it.
     """
 
     config: PeftConfig
@@ -51,6 +53,7 @@ class PeftModuleState:
     slots: Slots
     head: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_folder(
@@ -68,7 +71,7 @@ class PeftModuleState:
                 head, which no map moves.
         """
         config, tensors = load_adapter(Path(folder), model, any_base=any_base)
-        return cls._from_state(config, tensors, Architecture.of(model), str(folder))
+        return cls._from_state(config, tensors, model, str(folder))
 
     @classmethod
     def from_model(cls, model: PeftModel, adapter_name: str = "default") -> "PeftModuleState":
@@ -83,12 +86,13 @@ class PeftModuleState:
         state = adapter_state(model, adapter_name)
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         config = deepcopy(model.peft_config[adapter_name])
-        return cls._from_state(config, tensors, Architecture.of(model), f"adapter {adapter_name!r}")
+        return cls._from_state(config, tensors, model, f"adapter {adapter_name!r}")
 
     @classmethod
     def _from_state(
-        cls, config: PeftConfig, state: Mapping[str, Tensor], architecture: Architecture, source
+        cls, config: PeftConfig, state: Mapping[str, Tensor], model: nn.Module, source: str
     ) -> "PeftModuleState":
+        architecture = Architecture.of(model)
         kind = kind_of(config)
         kind.check(config)
         slots: dict[Slot, dict[str, Tensor]] = {}
@@ -117,7 +121,8 @@ class PeftModuleState:
                 f"{source}: expected no trained modules but the head beside the {kind} module, "
                 f"got {listed(in_body)}"
             )
-        return cls(config, architecture, dict(sorted(slots.items())), head)
+        labels = labels_of(model) if head else ()
+        return cls(config, architecture, dict(sorted(slots.items())), head, labels=labels)
 
     @property
     def kind(self) -> PeftKind:
@@ -177,7 +182,7 @@ def load_adapter(
     config = load_config(folder)
     if not any_base:
         check_base_model(config, model, folder)
-    return config, _read(folder, _WEIGHTS, load_file)
+    return config, _read(folder, WEIGHTS, load_file)
 
 
 def _read(folder: Path, name: str, read: Callable[[Path], Content]) -> Content:
@@ -195,6 +200,22 @@ def check_base_model(config: PeftConfig, model: nn.Module, source: str | Path) -
     found = config.base_model_name_or_path
     if expected and found and not same_model(expected, found):
         raise TransferError(f"{source}: expected an adapter of {expected}, got one of {found}")
+
+
+def labels_of(model: nn.Module) -> tuple[str, ...]:
+    """What the classes of a model's head are, in their order; none of a model without a head."""
+    model = without_peft(model)
+    return () if model.base_model is model else tuple(label_names(model.config))
+
+
+def check_same_labels(module: PeftModuleState, student: nn.Module) -> None:
+    """Raise a TransferError where the head of a module has other classes than the student's."""
+    ours, theirs = labels_of(student), module.labels
+    if ours and theirs and not same_labels(ours, theirs):
+        raise TransferError(
+            f"head: expected a student with the labels of the module, {', '.join(theirs)}, in this "
+            f"order, got {', '.join(ours)}; a head is moved class by class"
+        )
 
 
 def same_model(a: str, b: str) -> bool:

@@ -20,7 +20,7 @@ from modxfer_fast.transfer.errors import TransferError, check_choice
 from modxfer_fast.transfer.kinds import Slot, Source
 from modxfer_fast.transfer.layer_maps import LayerMap
 from modxfer_fast.transfer.maps.space_map import Maps
-from modxfer_fast.transfer.modules import PeftModuleState
+from modxfer_fast.transfer.modules import PeftModuleState, check_same_labels
 from modxfer_fast.transfer.statistics import Statistics
 from modxfer_fast.transfer.updates import kept_facts, lora_updates, power_kept
 
@@ -53,10 +53,13 @@ def transport(
     Raises:
         TransferError: a place, map or statistic that is missing, spaces that differ, a LoRA rank
             for another kind, a place whose sources all count for nothing, trained output embeddings
-            of a language model.
+            of a language model, a head for other labels than the student's.
     """
-    student = student if isinstance(student, Architecture) else Architecture.of(student)
     check_choice("head", head, HEADS)
+    if not isinstance(student, Architecture):
+        if head == "transport":
+            check_same_labels(module, student)
+        student = Architecture.of(student)
     kind = module.kind
     if rank is not None and (not kind.is_low_rank or rank < 1):
         raise TransferError(
@@ -106,7 +109,8 @@ def transport(
         updates = lora_updates(module, result, maps, statistics)
         result = replace(result, facts={**result.facts, "updates": updates})
     if head == "transport":
-        result = replace(result, head=rewrite_head(module, head_maps or maps, student))
+        rewritten_head = rewrite_head(module, head_maps or maps, student)
+        result = replace(result, head=rewritten_head, labels=module.labels)
     return result
 
 

@@ -237,6 +237,16 @@ def test_the_module_counts_only_when_asked_for():
         collect(with_module, teacher, batches, module_active=True)
 
 
+def test_a_merged_module_is_left_merged():
+    teacher, student = make_models()
+    merged = get_peft_model(teacher, LoraConfig(target_modules=["query"]))
+    merged.merge_adapter()
+    for active in (False, True):
+        with pytest.raises(TransferError, match=r"merged into them; call unmerge_adapter\(\)"):
+            collect(merged, student, make_batches(), module_active=active)
+    assert merged.get_layer_status()[0].merged_adapters == ["default"]
+
+
 def test_runs_are_bit_equal_and_leave_the_models_as_they_were():
     teacher, student = make_models()
     teacher.train()
@@ -279,6 +289,22 @@ def test_the_fingerprint_is_that_of_the_model_under_any_head_and_module():
     )
     assert module_fingerprint(with_module) != module
     assert model_fingerprint(with_module) == expected
+
+
+def test_the_fingerprint_of_a_module_is_that_of_the_active_one():
+    config = LoraConfig(target_modules=["query"])
+    model = get_peft_model(tiny_model("bert"), config, adapter_name="ner")
+    alone = module_fingerprint(model)
+    torch.manual_seed(7)
+    model.add_adapter("other", config)
+    assert module_fingerprint(model) == alone
+    model.set_adapter("other")
+    assert module_fingerprint(model) not in (alone, None)
+    model.base_model.set_adapter(["ner", "other"])
+    both = module_fingerprint(model)
+    assert both not in (alone, None)
+    model.base_model.set_adapter(["other", "ner"])
+    assert module_fingerprint(model) == both
 
 
 # --- artefacts
@@ -372,7 +398,12 @@ def test_a_folder_with_other_files_is_no_place_for_an_artefact(tmp_path):
     folder.mkdir()
     write_artefact(folder, "maps", {"a": torch.ones(4)}, {})  # an empty one is
     write_artefact(folder, "maps", {"a": torch.zeros(4)}, {})
-    (folder / "complete.json").unlink()
+    with pytest.raises(TransferError, match=r"notes: expected a place for statistics, got .* maps"):
+        write_artefact(folder, "statistics", {}, {})
+    (folder / "optimizer.pt").touch()
+    with pytest.raises(TransferError, match=r"artefact that is replaced, got optimizer\.pt; name"):
+        write_artefact(folder, "maps", {"a": torch.ones(4)}, {})
+    (folder / "facts.json").unlink()  # sealed, as a checkpoint is
     with pytest.raises(TransferError, match=r"notes: exists and is no artefact; name another"):
         write_artefact(folder, "maps", {"a": torch.ones(4)}, {})
     assert (folder / "tensors.safetensors").is_file()

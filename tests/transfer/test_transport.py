@@ -1,6 +1,7 @@
 """Modules are rewritten as the formulas say, saved as PEFT's own, and never loaded in part."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -430,6 +431,25 @@ def test_the_head_is_moved_through_the_last_layers():
     assert (result - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
+def test_a_head_is_not_moved_onto_labels_in_another_order():
+    teacher, student = original("bert"), original("bert", seed=1)
+    labels = [f"B-{i}" for i in range(teacher.config.num_labels)]
+    teacher.config.id2label = dict(enumerate(labels))
+    module = PeftModuleState.from_model(trained(teacher, lora()))
+    parts, layer_map = Architecture.of(teacher), make_layer_map("skip", 2, 2)
+    maps = fit_maps(
+        None, layer_map, "identity", teacher=parts, student=parts, spaces=module.spaces, head=True
+    )
+    moved = transport(module, maps, layer_map, student, head="transport")
+    attach(moved, deepcopy(student))  # whose names transformers made up
+    student.config.id2label = dict(enumerate(labels[::-1]))
+    with pytest.raises(TransferError, match=r"expected a student with the labels .* B-0, B-1"):
+        transport(module, maps, layer_map, student, head="transport")
+    with pytest.raises(TransferError, match="head: expected a student with the labels"):
+        attach(transport(module, maps, layer_map, parts, head="transport"), student)
+    attach(transport(module, maps, layer_map, student), student)  # with a head of its own
+
+
 def test_a_head_takes_the_means_that_a_lora_cannot():
     teacher = original("bert")
     student = clone(teacher, bases(teacher))
@@ -684,7 +704,12 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     folder.mkdir()
     save_adapter(pair.moved(), pair.student, folder)  # an empty folder is nobody's
     save_adapter(pair.moved(), pair.student, folder)
+    for name in ("notes.md", "ner"):  # a file, and the folder of a sibling
+        (folder / name).mkdir() if name == "ner" else (folder / name).touch()
+    with pytest.raises(TransferError, match=r"adapter that is replaced, got ner, notes\.md; name"):
+        save_adapter(pair.moved(), pair.student, folder)
     (folder / "adapter_config.json").unlink()
+    (folder / "ner").rmdir()
     before = {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(TransferError, match="thesis: exists and is no adapter; name another"):
         save_adapter(pair.moved(), pair.student, folder)

@@ -18,11 +18,11 @@ from modxfer_fast.jobs.stage import weights_of
 from modxfer_fast.models import Architecture, load_adapter, load_task_model, task_skeleton
 from modxfer_fast.models.task import set_pad_token
 from modxfer_fast.transfer import TransferError
+from modxfer_fast.transfer.attach import TASK
 from modxfer_fast.transfer.modules import load_config, same_model
 
 # Of a stage's folder: what PeftModel.from_pretrained loads, or a whole model.
 ADAPTER, MODEL = "adapter", "model"
-TASK = "task.json"  # beside an adapter: the kind of task, and what its head's classes mean
 
 
 @dataclass(frozen=True)
