@@ -21,7 +21,7 @@ from modxfer_fast.errors import UserError
 
 # Fields of TrainingArguments that open an account: written to no file, as folders are shown around.
 SECRETS = ("hub_token",)
-_SCRATCH = ".scratch"
+_SCRATCH, _REPLACED = ".scratch", ".replaced"
 
 
 def without_secrets(value: Any) -> Any:
@@ -46,7 +46,8 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # renamed, and then the disk refused the name
+            os.unlink(temporary)
         raise
 
 
@@ -104,7 +105,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """A new hidden folder next to `path` that is gone after the block, unless it was renamed.
 
     Removes those that killed processes left for the same `path`: each is locked while its process
-    lives.
+    lives. A `path` that `replace_folder` had set aside there comes back first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -138,6 +139,8 @@ def _remove_leftovers(path: Path) -> None:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / _REPLACED).exists() and not path.exists():
+                os.rename(folder / _REPLACED, path)
             shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # alive, or nobody can tell
             pass
@@ -182,11 +185,11 @@ def replace_folder(source: Path, target: Path) -> None:
         os.rename(source, target)
         return
     with scratch_folder(target) as old:
-        os.rename(target, old / "content")
+        os.rename(target, old / _REPLACED)
         try:
             os.rename(source, target)
         except BaseException:
-            os.rename(old / "content", target)
+            os.rename(old / _REPLACED, target)
             raise
 
 

@@ -241,9 +241,8 @@ def _documents(source: SourceSection, section: DataSection, teachers: Sequence[s
                 f"data source {source.source}: expected at least 2 documents to hold some out, "
                 "got 1; name an eval_source"
             )
-        halves = train.train_test_split(
-            test_size=max(1, round(section.eval_fraction * len(train))), seed=section.split_seed
-        )
+        number = min(max(1, round(section.eval_fraction * len(train))), len(train) - 1)
+        halves = train.train_test_split(test_size=number, seed=section.split_seed)
         train, held_out, held_out_format = halves["train"], halves["test"], train_format
     return Documents(source, train, held_out, train_format, held_out_format)
 
@@ -386,17 +385,26 @@ def rows_from_documents(
         documents: texts; or records, whose columns say what is learnt: `text` every token, `prompt`
             and `completion` the completion, `messages` the assistant's turns.
         tokenizer: with an end-of-text token; for messages a fast one with a chat template.
-        max_length: tokens of a row. Longer texts become several rows, others are cut.
+        max_length: tokens of a row, at least 2. Longer texts become several rows, others are cut.
         packing: several documents in a row, each for itself.
 
     Documents that cannot be learnt from are left out, with a warning that counts them.
 
     Raises:
-        DataError: nothing to learn, with the reason, or unknown columns.
+        DataError: nothing to learn, with the reason, unknown columns, texts among records, or a
+            max_length without room for a token and the one before it.
     """
+    if max_length < 2:
+        raise DataError(f"max_length: expected at least 2 tokens, got {max_length}")
     if not isinstance(documents, Dataset):
         documents = list(documents)
         is_text = bool(documents) and isinstance(documents[0], str)
+        for row, document in enumerate(documents, start=1):
+            if not isinstance(document, str if is_text else Mapping):
+                raise DataError(
+                    f"documents: expected texts or records alone, got {type(document).__name__} "
+                    f"in row {row}"
+                )
         documents = (
             Dataset.from_dict({"text": documents}) if is_text else Dataset.from_list(documents)
         )

@@ -122,7 +122,10 @@ def _completion(document: Completion, tokenizer) -> tuple[list[int], list[bool]]
     # encoded apart: the border between context and target is then a border between tokens
     head = tokenizer(document.prompt, verbose=False)["input_ids"]
     if head and head[-1] == tokenizer.eos_token_id and document.prompt:
-        head = head[:-1]
+        # what the tokenizer puts behind a text goes, what is written in it stays
+        written = tokenizer(document.prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        if head[-len(written) :] != written:
+            head = head[:-1]
     tail = tokenizer(document.completion, add_special_tokens=False, verbose=False)["input_ids"]
     ids = _ended(head + tail, tokenizer)
     return ids, [False] * len(head) + [True] * (len(ids) - len(head))

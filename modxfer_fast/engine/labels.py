@@ -16,9 +16,14 @@ from modxfer_fast.data.collator import IGNORE_INDEX, VARLEN
 
 _CLAIM = "labels_are_aligned"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
-# What else collators emit: boundaries that position_ids tell as well, and what no decoder reads.
+# What else collators emit: boundaries that position_ids tell as well, and what no decoder reads,
+# such as the prompts apart that TRL's trainers of students who write go on from.
 _BOUNDARIES = (*VARLEN, "seq_idx")
-_UNREAD = ("token_type_ids", "special_tokens_mask", "length", "num_input_tokens_seen")
+_UNREAD = (
+    *("token_type_ids", "special_tokens_mask", "length", "num_input_tokens_seen"),
+    *("prompts", "prompt_attention_mask", "byte_offsets"),
+    *("original_prompt_text", "original_completion_text"),
+)
 # Of a batch whose claim is wrong nearly every label betrays it; of a right one a repeated token may
 _NEARLY_ALL = 0.95
 

@@ -1,8 +1,10 @@
 """Documents -> pieces: what is a target in each format."""
 
+import copy
 import itertools
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from modxfer_fast.data import DataError, train_tokenizer
 from modxfer_fast.data.encoding import ROW, tokenise_documents
@@ -65,6 +67,22 @@ def test_completion_alone_is_learnt(tokenizer):
     [(ids, mask)] = pieces("prompt_completion", rows, tokenizer)
     assert targets(ids, mask, tokenizer) == " jumps over<|endoftext|>"
     assert not any(mask[: len(tokenizer("the fox")["input_ids"])])
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("ending", ["", "<|endoftext|>"])
+def test_an_end_of_text_that_a_prompt_has_stays(tokenizer, adds, ending):
+    prompt = "the fox" + ending
+    written = tokenizer(prompt)["input_ids"]
+    if adds:
+        tokenizer, end = copy.deepcopy(tokenizer), tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+        assert tokenizer(prompt)["input_ids"] == [*written, tokenizer.eos_token_id]
+    rows = {"prompt": [prompt], "completion": [" jumps"]}
+    [(ids, mask)] = pieces("prompt_completion", rows, tokenizer)
+    assert ids[: mask.index(True)] == written
 
 
 def test_completion_beyond_max_length_is_cut(tokenizer):

@@ -332,6 +332,18 @@ def test_rows_from_documents():
         rows_from_documents([""], tokenizer)
     with pytest.raises(DataError, match="documents: expected columns"):
         rows_from_documents([{"body": "one"}], tokenizer)
+    for length in (0, 1):
+        with pytest.raises(DataError, match=f"max_length: expected at least 2 .*got {length}"):
+            rows_from_documents(texts, tokenizer, max_length=length)
+    for mixed, got in ((["one", {"text": "two"}], "dict"), ([{"text": "one"}, "two"], "str")):
+        with pytest.raises(DataError, match=f"expected texts or records alone, got {got} in row 2"):
+            rows_from_documents(mixed, tokenizer)
+
+
+def test_a_document_stays_to_learn_from(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [{"text": f"text {i}"} for i in range(3)])
+    corpus = load_corpus(DataSection(source=str(path), eval_fraction=0.9))
+    assert (corpus.num_train, corpus.num_held_out) == (1, 2)
 
 
 def test_rows_from_documents_warns_of_what_it_leaves_out(caplog):

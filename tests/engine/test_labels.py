@@ -38,6 +38,21 @@ def test_language_modelling_collator(tokenizer):
     assert set(batch) == {"input_ids", "attention_mask", "labels", "num_valid", "num_tokens"}
 
 
+def test_collator_of_trl_for_students_who_write(tokenizer):
+    """It emits the prompts apart too."""
+    trl = pytest.importorskip("trl.experimental.utils")
+    row = {
+        "prompt": "a prompt",
+        "input_ids": [5, 6, 7, 8],
+        "completion_mask": [0, 0, 1, 1],
+        "original_prompt_text": "a prompt",
+        "original_completion_text": "of two tokens",
+    }
+    batch = AlignedLabels(trl.DataCollatorForChatML(tokenizer, max_length=8))([row])
+    assert batch["labels"].tolist() == [[_, 7, 8, _]]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "num_valid", "num_tokens"}
+
+
 def test_seq2seq_collator_with_a_masked_prompt(tokenizer):
     rows = features([5, 6, 7, 8], [8, 9])
     rows[0]["labels"], rows[1]["labels"] = [_, _, 7, 8], [8, 9]

@@ -1,20 +1,24 @@
 """Files and folders are complete or absent."""
 
+import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 
 import pytest
 
+from modxfer_fast import files
 from modxfer_fast.files import (
     FileLock,
     LockedError,
     damaged_files,
     new_folder,
     replace_folder,
+    scratch_folder,
     seal,
     sealed_facts,
     write_json,
@@ -37,6 +41,15 @@ def test_a_failed_write_leaves_the_old(tmp_path):
         write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_name_that_the_disk_refuses_is_told(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "_sync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "a.txt", "new")
 
 
 def test_json_is_standard(tmp_path):
@@ -137,6 +150,29 @@ entered = new_folder(Path(sys.argv[1])); (entered.__enter__() / "half").write_te
         living.wait()
         killed.stdin.close()
         living.stdin.close()
+
+
+def test_what_a_killed_process_set_aside_comes_back(tmp_path):
+    """Killed between the two renames of a replacement."""
+    code = """
+import os, signal, sys; from pathlib import Path; from modxfer_fast import files
+target, rename = Path(sys.argv[1]), os.rename
+def act(source, to):
+    if to == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, to)
+os.rename = act
+with files.new_folder(target) as scratch:
+    (scratch / "new").touch()
+"""
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").touch()
+    assert subprocess.run([sys.executable, "-c", code, target]).returncode == -signal.SIGKILL
+    assert not target.exists()
+    with scratch_folder(target):
+        assert (target / "old").exists()
+    assert sorted(tmp_path.rglob("*")) == [target, target / "old"]
 
 
 @pytest.mark.parametrize("taken_before", ["open", "flock"])
