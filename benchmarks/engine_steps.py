@@ -248,18 +248,19 @@ def main() -> None:
     if asked.steps - asked.warmup < 2:
         parser.error(f"--steps: expected two more than --warmup {asked.warmup}, got {asked.steps}")
     described = environment.describe("cpu")
+    told = asdict(setting) | {"pair": Path(setting.pair).name}
     table = measure(
         setting, [runs[name] for name in asked.runs or runs], asked.rounds, asked.held_out
     )
     print(environment.header(described))
-    print(f"{asdict(setting)}\n")
+    print(f"{told}\n")
     print("| run | tokens/s (quartiles) | peak MiB a rank | teacher MiB a rank | KL | perplexity |")
     print("|---|---|---|---|---|---|")
     print("\n".join(map(_line, table)))
     if asked.csv:
         asked.csv.parent.mkdir(parents=True, exist_ok=True)
         with asked.csv.open("w", newline="") as file:
-            file.write(f"# {json.dumps({**described, **asdict(setting)})}\n")
+            file.write(f"# {json.dumps({**described, **told})}\n")
             writer = csv.DictWriter(file, [f.name for f in fields(Figures)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(map(asdict, table))
