@@ -179,6 +179,7 @@ def prepare(
                 f"got {target.lora_a.dtype}"
             )
     if seed is not None:
+        check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(
                 f"seed: expected one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}"

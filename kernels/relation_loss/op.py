@@ -30,6 +30,7 @@ from modxfer_fast.kernels.common import (
     cast_for_autocast,
     check_float,
     check_integer,
+    check_number,
     check_reduction,
     check_row_tensor,
     check_same_device,
@@ -164,6 +165,14 @@ def minilm_loss(
     """
     s_query, s_key, s_value = _triple("student_qkv", student_qkv)
     t_query, t_key, t_value = _triple("teacher_qkv", teacher_qkv)
+    check_number("value_weight", value_weight)
+    for name, query, key in (("student_qkv", s_query, s_key), ("teacher_qkv", t_query, t_key)):
+        check_tensors(**{f"query of {name}": query, f"key of {name}": key})
+        if key.shape != query.shape:
+            raise ValueError(
+                f"{name}: expected keys of the shape of the queries, {tuple(query.shape)}, got "
+                f"{tuple(key.shape)}; repeat grouped keys, or take minilmv2_loss"
+            )
     options["num_heads"] = num_heads
     attention = relation_loss(s_query, s_key, t_query, t_key, **options)
     value = relation_loss(s_value, None, t_value, None, **options)
@@ -195,6 +204,8 @@ def minilmv2_loss(
     _triple("teacher_qkv", teacher_qkv)
     if len(weights) != 3 or not any(weights):
         raise ValueError(f"weights: expected three numbers, not all 0, got {weights}")
+    for index, weight in enumerate(weights):
+        check_number(f"weights[{index}]", weight)
     terms = [
         weight * relation_loss(student, None, teacher, None, num_heads=num_heads, **options)
         for student, teacher, weight in zip(student_qkv, teacher_qkv, weights, strict=True)

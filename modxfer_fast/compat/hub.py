@@ -21,6 +21,7 @@ import re
 from pathlib import Path
 
 import modxfer_fast.kernels
+from modxfer_fast.files import new_folder
 
 __all__ = ["write_kernel"]
 
@@ -128,22 +129,23 @@ def write_kernel(folder: str | Path, *, version: int = 1) -> Path:
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
     namespace = f"modxfer_fast_{digest}"
     files = {path: _namespaced(text, namespace) for path, text in files.items()}
-    build = folder / "build"
-    build.mkdir(parents=True)
-    for backend in _BACKENDS:
-        variant = build / f"torch-{backend}"
-        metadata = {
-            "id": f"_{namespace}_{backend}",
-            "name": _NAME,
-            "version": version,
-            "license": "Apache-2.0",
-            "python-depends": [],
-            "backend": {"type": backend},
-        }
-        for path, text in {**files, "metadata.json": json.dumps(metadata, indent=2) + "\n"}.items():
-            target = variant / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
+    if (folder / "build").exists():
+        raise FileExistsError(f"folder: expected one without a build, got {folder}")
+    with new_folder(folder / "build") as build:
+        for backend in _BACKENDS:
+            metadata = {
+                "id": f"_{namespace}_{backend}",
+                "name": _NAME,
+                "version": version,
+                "license": "Apache-2.0",
+                "python-depends": [],
+                "backend": {"type": backend},
+            }
+            told = json.dumps(metadata, indent=2) + "\n"
+            for path, text in {**files, "metadata.json": told}.items():
+                target = build / f"torch-{backend}" / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text, encoding="utf-8")
     return folder
 
 

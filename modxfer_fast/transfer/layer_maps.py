@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import accumulate, chain, pairwise
+from numbers import Integral
 
 from torch import Tensor
 
@@ -81,11 +82,7 @@ class LayerMap:
             raise TransferError(
                 f"layer_map: expected {student.num_layers} student layers, got {found}"
             )
-        deepest = max(t for _, t in self.pairs)
-        if deepest >= teacher.num_layers:
-            raise TransferError(
-                f"layer_map: expected teacher layers 0 to {teacher.num_layers - 1}, got {deepest}"
-            )
+        _check_layers("layer_map", self.sources, teacher.num_layers)
 
     def facts(self) -> dict:
         """As written beside an adapter."""
@@ -157,19 +154,23 @@ def make_layer_map(
 
 
 def _explicit(layers, num_student_layers, num_teacher_layers, combine) -> LayerMap:
-    sources = tuple((t,) if isinstance(t, int) else tuple(t) for t in layers)
+    sources = tuple((int(t),) if isinstance(t, Integral) else tuple(map(int, t)) for t in layers)
     if len(sources) != num_student_layers:
         raise TransferError(
             f"layers: expected one entry for each of the {num_student_layers} student layers, "
             f"got {len(sources)}"
         )
+    _check_layers("layers", sources, num_teacher_layers)
+    several = any(len(teachers) > 1 for teachers in sources)
+    return LayerMap("explicit", sources, combine or ("mean" if several else "single"))
+
+
+def _check_layers(name: str, sources: Sequence[Sequence[int]], num_teacher_layers: int) -> None:
     for t in chain.from_iterable(sources):
         if not 0 <= t < num_teacher_layers:
             raise TransferError(
-                f"layers: expected teacher layers 0 to {num_teacher_layers - 1}, got {t}"
+                f"{name}: expected teacher layers 0 to {num_teacher_layers - 1}, got {t}"
             )
-    several = any(len(teachers) > 1 for teachers in sources)
-    return LayerMap("explicit", sources, combine or ("mean" if several else "single"))
 
 
 def _best_path(cka: Tensor) -> tuple[int, ...]:

@@ -115,7 +115,7 @@ class PeftModuleState:
             )
         if not slots:
             raise TransferError(f"{source}: holds no tensor of a {kind} module")
-        in_body = [name for name in head if architecture.is_body(name)]
+        in_body = [name for name in head if _is_body(name, model, architecture)]
         if in_body:
             raise TransferError(
                 f"{source}: expected no trained modules but the head beside the {kind} module, "
@@ -163,6 +163,15 @@ class PeftModuleState:
             for name, tensor in tensors.items()
         }
         return state | {PREFIX + name: tensor for name, tensor in self.head.items()}
+
+
+def _is_body(name: str, model: nn.Module, architecture: Architecture) -> bool:
+    """`Architecture.is_body`, also beside a base model alone, in which a head has no place."""
+    base = without_peft(model)
+    if base.base_model is not base:
+        return architecture.is_body(name)
+    name = name.removeprefix(f"{base.base_model_prefix}.")
+    return architecture.is_body(name) and name.split(".")[0] in dict(base.named_children())
 
 
 def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

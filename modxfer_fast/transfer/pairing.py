@@ -95,7 +95,18 @@ class PairedBatch:
 
     @classmethod
     def of_ids(cls, input_ids: Tensor, attention_mask: Tensor | None = None) -> "PairedBatch":
-        """Both models read the same ids [B, T]; each token that the mask [B, T] leaves is a row."""
+        """Both models read the same ids [B, T]; each token that the mask [B, T] leaves is a row.
+
+        Raises:
+            TransferError: ids or a mask of another shape.
+        """
+        if input_ids.dim() != 2:
+            raise TransferError(f"input_ids: expected shape [B, T], got {list(input_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise TransferError(
+                f"attention_mask: expected the shape of input_ids, {list(input_ids.shape)}, "
+                f"got {list(attention_mask.shape)}"
+            )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         tokens = mask.flatten().nonzero().flatten()

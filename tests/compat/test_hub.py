@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,8 +143,23 @@ def test_the_kernels_library_loads_it(folder):
         assert_equal(got[name], ours(divergence="jsd", beta=0.3))
 
 
+def test_a_full_disk_leaves_no_half_of_it(tmp_path, monkeypatch):
+    write_text = Path.write_text
+
+    def full(path, *args, **kwargs):
+        if path.name == "metadata.json":
+            raise OSError(28, "No space left on device")
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_kernel(tmp_path / "one")
+    assert list((tmp_path / "one").iterdir()) == []
+
+
 def test_a_folder_is_not_written_twice(folder):
     with pytest.raises(FileExistsError):
         write_kernel(folder / "one")
+    assert sorted(path.name for path in (folder / "one").iterdir()) == ["build"]
     with pytest.raises(ValueError, match="version: expected a positive number, got 0"):
         write_kernel(folder / "three", version=0)

@@ -40,6 +40,7 @@ def second_of_two(**changes):
 OF_ALL = {
     "x-dtype": ({"x": ones(M, K, dtype=torch.int64)}, TypeError, "x", "floating point", "int64"),
     "x-scalar": ({"x": ones()}, ValueError, "x", "[..., K]", "()"),
+    "seed-number": ({"seed": 3, "dropout": 0.5}, TypeError, "seed", "a tensor", "int"),
     "seed-dtype": (
         {"seed": torch.tensor(1.0), "dropout": 0.5},
         *(ValueError, "seed", "int64", "torch.float32"),

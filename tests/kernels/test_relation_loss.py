@@ -804,6 +804,23 @@ def test_bad_relation_weights(weights):
         minilmv2_loss(layer(2, 5, 8, 0), layer(2, 5, 8, 1), num_heads=2, weights=weights)
 
 
+def test_bad_weight_is_named():
+    layers = layer(2, 5, 8, 0), layer(2, 5, 8, 1)
+    with pytest.raises(TypeError, match=r"weights\[1\]: expected a number, got 'half'"):
+        minilmv2_loss(*layers, num_heads=2, weights=(1.0, "half", 1.0))
+    with pytest.raises(TypeError, match="value_weight: expected a number, got None"):
+        minilm_loss(*layers, num_heads=2, value_weight=None)
+
+
+@pytest.mark.parametrize("role", ["student_qkv", "teacher_qkv"])
+def test_grouped_keys_are_not_minilms(role):
+    query, key, value = layer(2, 5, 8, 0)
+    layers = {"student_qkv": layer(2, 5, 8, 0), "teacher_qkv": layer(2, 5, 8, 1)}
+    layers[role] = query, key[..., :4], value[..., :4]
+    with pytest.raises(ValueError, match=f"{role}: expected keys .* got .*4.*; repeat grouped"):
+        minilm_loss(**layers, num_heads=2)
+
+
 def test_nan_is_named_under_debug(monkeypatch):
     inputs = make_inputs(2, 5)
     inputs.teacher_b[0, 0, 0] = float("nan")

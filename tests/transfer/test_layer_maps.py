@@ -1,11 +1,15 @@
 """Layer maps are the ones of their definition, for any two depths."""
 
 import itertools
+import json
 
+import numpy as np
 import pytest
 import torch
 
+from modxfer_fast.models import Architecture
 from modxfer_fast.transfer import LAYER_MAPS, LayerMap, TransferError, make_layer_map
+from tests.transfer_inputs import tiny_model
 
 
 def singles(kind, student, teacher, **options):
@@ -99,6 +103,20 @@ def test_cka_finds_the_best_increasing_map(student, teacher):
 def test_bad_input_is_named(kind, options, message):
     with pytest.raises(TransferError, match=message):
         make_layer_map(kind, 2, 4, **options)
+
+
+def test_layers_that_a_teacher_lacks_are_named():
+    student, teacher = (Architecture.of(tiny_model("bert", num_layers=depth)) for depth in (2, 4))
+    assert LayerMap("explicit", ((0,), (3,))).check_fits(student, teacher) is None
+    for layer in (-1, 4):
+        with pytest.raises(TransferError, match=f"teacher layers 0 to 3, got {layer}"):
+            LayerMap("explicit", ((0,), (layer,))).check_fits(student, teacher)
+
+
+def test_layers_may_be_integers_of_numpy():
+    layers = make_layer_map("explicit", 2, 4, layers=list(np.array([1, 3])))
+    assert layers == make_layer_map("explicit", 2, 4, layers=[1, 3])
+    assert json.dumps(layers.facts())
 
 
 def test_facts_tell_the_map():

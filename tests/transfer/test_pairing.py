@@ -228,10 +228,15 @@ class SlowTokenizer(PreTrainedTokenizer):
         return {"[PAD]": 0}
 
 
+IDS = torch.ones(2, 3, dtype=torch.int64)
+
+
 def test_bad_input():
     without_padding = byte_level()
     without_padding.pad_token = None
     for make, message in (
+        (lambda: PairedBatch.of_ids(IDS[0]), r"input_ids: expected shape \[B, T\], got \[3\]"),
+        (lambda: PairedBatch.of_ids(IDS, IDS[:1]), r"attention_mask: expected .*, got \[1, 3\]"),
         (lambda: Pairing("sentences"), r"kind: expected one of words, spans, positions, got 'sen"),
         (lambda: Pairing(pooling="max"), r"pooling: expected one of mean, first, got 'max'"),
         (lambda: Pairing(max_length=0), r"max_length: expected at least 1, got 0"),

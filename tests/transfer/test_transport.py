@@ -561,6 +561,20 @@ def test_trained_modules_other_than_the_head_are_named():
     assert "bert.pooler.dense.weight" in module.head
 
 
+def test_a_saved_head_is_read_beside_the_base_model_alone(tmp_path):
+    teacher = deep_teacher()
+    trained(teacher, lora()).save_pretrained(tmp_path)
+    module, expected = (
+        PeftModuleState.from_folder(tmp_path, model) for model in (teacher.base_model, teacher)
+    )
+    assert module.head.keys() == expected.head.keys() == {"classifier.bias", "classifier.weight"}
+    assert module.slots.keys() == expected.slots.keys()
+    config = lora(modules_to_save=["LayerNorm"])
+    trained(teacher, config).save_pretrained(tmp_path)
+    with pytest.raises(TransferError, match=r"but the head .* got .*LayerNorm"):
+        PeftModuleState.from_folder(tmp_path, teacher.base_model)
+
+
 def test_a_student_without_a_head_is_named():
     pair = Pair(lora())
     body = small_student().base_model
