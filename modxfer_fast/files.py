@@ -8,9 +8,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,13 +36,12 @@ def without_secrets(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write next to `path`, then rename: a reader sees the old text or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = _beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:
@@ -110,7 +109,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     while True:
-        scratch = Path(tempfile.mkdtemp(_SCRATCH, f".{path.name}-", path.parent))
+        scratch = _beside(path, _SCRATCH)
+        scratch.mkdir()
         # until it is locked another process may take it for a leftover
         try:
             handle = os.open(scratch, os.O_RDONLY)
@@ -126,6 +126,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(handle)
+
+
+def _beside(path: Path, suffix: str = "") -> Path:
+    """A hidden name next to `path` that nobody has. Who makes it gets the rights of the umask."""
+    return path.parent / f".{path.name}-{secrets.token_hex(4)}{suffix}"
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -166,7 +171,6 @@ def move_into_place(source: Path, path: Path, *, keep_existing: bool = False) ->
     if not keep_existing:
         replace_folder(source, path)
     elif not path.exists():
-        os.chmod(source, 0o755)
         try:
             os.rename(source, path)
         except OSError:
@@ -180,7 +184,6 @@ def replace_folder(source: Path, target: Path) -> None:
 
     It comes back when the new one cannot take its place.
     """
-    os.chmod(source, 0o755)
     if not target.exists():
         os.rename(source, target)
         return

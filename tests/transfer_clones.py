@@ -11,9 +11,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from modxfer_fast.models import Architecture
-from modxfer_fast.models.architecture import ROLES
+from modxfer_fast.models.architecture import RESIDUAL_SPACES, ROLES
 from modxfer_fast.transfer import PairedBatch, collect_statistics
-from modxfer_fast.transfer.maps.fit import RESIDUAL_SPACES
 from tests.transfer_inputs import tiny_model
 
 Bases = dict[tuple[int, str], Tensor]  # (layer, space) -> Q; of the residual stream at every layer

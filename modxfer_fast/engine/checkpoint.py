@@ -128,7 +128,6 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     with scratch_folder(folder) as staging:
         yield staging
         sync_tree(staging)
-        staging.chmod(0o777 & ~_umask())
         if not folder.exists():
             staging.rename(folder)
             return
@@ -142,9 +141,3 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
         sync_tree(folder, files=False)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -37,7 +37,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
     }
 )
 
-_RESIDUAL = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
+RESIDUAL_SPACES = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Architecture:
                 f"space: expected one of {', '.join(self.spaces)} in a {self.family} block, "
                 f"got {space!r}"
             )
-        if space in _RESIDUAL:
+        if space in RESIDUAL_SPACES:
             return self.hidden_size
         heads = self.heads(space)
         return self.intermediate_size if heads is None else heads * self.head_dim

@@ -68,8 +68,20 @@ def test_folder_appears_whole(tmp_path):
         (scratch / "a").write_text("x")
         assert not target.exists()
     assert (target / "a").read_text() == "x"
-    assert stat.S_IMODE(target.stat().st_mode) == 0o755
     assert [p.name for p in target.parent.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_rights_are_those_of_the_umask(tmp_path, mask):
+    path, before = tmp_path / "result", os.umask(mask)
+    try:
+        for _ in range(2):  # the second in place of the first
+            with new_folder(path) as scratch:
+                write_text(scratch / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~mask
+    assert stat.S_IMODE((path / "a").stat().st_mode) == 0o666 & ~mask
 
 
 def test_folder_does_not_appear_after_a_failure(tmp_path):

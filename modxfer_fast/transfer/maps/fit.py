@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from modxfer_fast.config.transfer_names import MAP_METHODS, SCALES, SCOPES, WRITES
-from modxfer_fast.models.architecture import ROLES, SPACES, Architecture
+from modxfer_fast.models.architecture import RESIDUAL_SPACES, ROLES, SPACES, Architecture
 from modxfer_fast.transfer.errors import TransferError, check_choice
 from modxfer_fast.transfer.layer_maps import LayerMap
 from modxfer_fast.transfer.maps import heads
@@ -45,7 +45,6 @@ from modxfer_fast.transfer.statistics import Statistics
 # neurons, but the outputs of these linears span no more than they read. Behind the non-linearity
 # the same neurons vary freely, and both linears get one map of them.
 MEASURED_AT: Mapping[str, str] = MappingProxyType({"ffn_gate": "ffn_inner", "ffn_up": "ffn_inner"})
-RESIDUAL_SPACES = ("attention_in", "attention_out", "ffn_in", "ffn_out", "layer_out")
 # kd_projection regresses in the spaces that no projection reaches
 _REGRESSIONS = ("ridge", "reduced_rank", "kd_projection")
 _FITS_MEANS = ("procrustes", *_REGRESSIONS)
