@@ -1,4 +1,6 @@
-"""Ends of a command that are no faults of the program."""
+"""Ends of a command that are no faults of the program, and a check that raises one."""
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -23,3 +25,11 @@ class NonFiniteError(UserError):
 
 class Terminated(KeyboardInterrupt):
     """The system asked for the end (SIGTERM), and what was done is saved."""
+
+
+def check_choice(
+    name: str, value: object, known: Iterable[str], error: type[ValueError] = ValueError
+) -> None:
+    """Raise an error that lists the choices unless the value is one of them."""
+    if value not in (known := tuple(known)):
+        raise error(f"{name}: expected one of {', '.join(known)}, got {value!r}")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.errors import check_choice
 from modxfer_fast.kernels.names import IMPLS, INITS, PROJECTIONS
 from modxfer_fast.kernels.projection_loss import projection_loss
 from modxfer_fast.kernels.projection_loss.reference import projection_loss_reference
 from modxfer_fast.kernels.projection_loss.spec import ProjectionSpec
-from modxfer_fast.losses.layer_pairs import HiddenTerms, LayerPairLoss, check_choice, pair_name
+from modxfer_fast.losses.layer_pairs import HiddenTerms, LayerPairLoss, pair_name
 
 
 class HiddenProjection(nn.Module):

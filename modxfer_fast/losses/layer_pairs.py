@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from modxfer_fast.errors import check_choice
 from modxfer_fast.kernels.common import check_workspace
 from modxfer_fast.kernels.dispatch import check_name
 from modxfer_fast.kernels.names import PAIR_REDUCTIONS
@@ -103,12 +104,6 @@ class LayerPairLoss(nn.Module):
     def extra_repr(self) -> str:
         layers = ", ".join(f"{student}: {teacher}" for student, teacher in self.pairs)
         return f"layers={{{layers}}}, weights={self.weights}"
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises ValueError for what is none of the names."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def _resolve(layer: int, count: int | None, first: int, where: str) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modxfer_fast.errors import check_choice
 from modxfer_fast.kernels.names import RELATIONS
 from modxfer_fast.kernels.relation_loss import minilm_loss, minilmv2_loss
-from modxfer_fast.losses.layer_pairs import HiddenTerms, LayerPairLoss, check_choice
+from modxfer_fast.losses.layer_pairs import HiddenTerms, LayerPairLoss
 
 _MIN_HEAD_WIDTH = 16
 

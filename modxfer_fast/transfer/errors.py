@@ -1,15 +1,12 @@
 """Errors of moving a module from one model to another."""
 
-from collections.abc import Iterable
+from functools import partial
 
-from modxfer_fast.errors import UserError
+from modxfer_fast import errors
 
 
-class TransferError(UserError):
+class TransferError(errors.UserError):
     """Texts, models, sites or artefacts between which no module can be moved."""
 
 
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raise a TransferError that lists the choices unless the value is one of them."""
-    if value not in (known := tuple(known)):
-        raise TransferError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+check_choice = partial(errors.check_choice, error=TransferError)

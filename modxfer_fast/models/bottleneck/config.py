@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peft import PeftConfig
 
-from modxfer_fast.errors import ModelError
+from modxfer_fast.errors import ModelError, check_choice
 from modxfer_fast.models.bottleneck.sites import PLACEMENTS
 from modxfer_fast.models.peft import peft_type
 
@@ -76,9 +75,9 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type("BOTTLENECK")
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("non_linearity", self.non_linearity, NON_LINEARITIES)
-        _check_choice("init_weights", self.init_weights, self.INITS)
+        check_choice("placement", self.placement, PLACEMENTS, ModelError)
+        check_choice("non_linearity", self.non_linearity, NON_LINEARITIES, ModelError)
+        check_choice("init_weights", self.init_weights, self.INITS, ModelError)
         self._check_width()
         if self.scaling is None:
             self.scaling = 4.0 if self.placement == "parallel" else 1.0
@@ -136,11 +135,6 @@ class BottleneckConfig(PeftConfig):
 def _check_names(name: str, value) -> None:
     if value is not None and not (_is_list(value) and all(isinstance(n, str) for n in value)):
         raise ModelError(f"{name}: expected a list of module names, got {value!r}")
-
-
-def _check_choice(name: str, value, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ModelError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def is_integer(value) -> bool:
