@@ -141,6 +141,10 @@ here="import pathlib, modxfer_fast, modxfer_fast.kernels as k; \
 assert pathlib.Path(modxfer_fast.__file__).parents[1] == pathlib.Path('$PWD')"
 if ! "$python" -P -c "$here" 2>/dev/null; then
     MODXFER_BUILD=none step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
+    if ! "$python" -P -c "$here"; then
+        echo "modxfer_fast cannot be imported from $PWD"
+        exit 1
+    fi
 fi
 [[ $device == cuda ]] && step nvidia-smi nvidia-smi
 step environment "$python" -P -m modxfer_fast doctor
@@ -154,7 +158,7 @@ sanitizers() {
 }
 
 case "$stage-$device" in
-    first-cuda) tests "gpu and first" && sanitizers ;;
+    first-cuda) tests "gpu and first"; sanitizers ;;
     full-cuda) tests gpu ;;
     first-cpu) tests first ;;
     full-cpu) tests "gpu or not gpu" ;;

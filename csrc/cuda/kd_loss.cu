@@ -37,8 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_cuda(
   Tensor stats = new_floats(student_logits, {M, 6});
   KdRows rows =
       rows_of(student_logits, labels, row_weights, spec, bends, biases, softening, dlogits, extras);
-  rows.teacher = teacher_logits.data_ptr();
-  rows.teacher_stride = teacher_logits.stride(0);
+  set_teacher(rows, teacher_logits);
   rows.kd = at<float>(kd);
   rows.ce = at<float>(ce);
   rows.stats = at<float>(stats);

@@ -48,6 +48,13 @@ inline KdRows rows_of(const Tensor& student_logits, const std::optional<Tensor>&
   return rows;
 }
 
+inline void set_teacher(KdRows& rows, const Tensor& teacher_logits) {
+  STD_TORCH_CHECK(kind_of(teacher_logits) == rows.logits,
+                  "teacher_logits: expected the dtype of student_logits");
+  rows.teacher = teacher_logits.data_ptr();
+  rows.teacher_stride = teacher_logits.stride(0);
+}
+
 // Of a plan's blocks, of so many bytes of shared memory.
 inline device::Grid grid_of(const Plan& plan, int bytes) {
   return {plan.blocks, plan.threads, plan.cluster, bytes};

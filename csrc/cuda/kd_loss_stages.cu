@@ -41,8 +41,7 @@ KdRows step_rows(const Tensor& student_logits, const Tensor& teacher_logits,
                  const std::optional<Tensor>& softening, const std::optional<Tensor>& dlogits) {
   KdRows rows = rows_of(student_logits, labels, row_weights, spec, bends, biases, softening,
                         dlogits, std::nullopt);
-  rows.teacher = teacher_logits.data_ptr();
-  rows.teacher_stride = teacher_logits.stride(0);
+  set_teacher(rows, teacher_logits);
   return rows;
 }
 

@@ -68,6 +68,9 @@ def denominator(
             raise ValueError(
                 f"normalizer: expected a number of at least 0, got {normalizer.item()}"
             )
+        if _is_readable(normalizer) and normalizer.device.type == "cpu":
+            # as an argument of a kernel: a copy to a GPU would wait for it
+            return as_tensor(normalizer.item() or 1.0, dtype, like.device)
         value = normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
         return torch.where(value == 0, 1.0, value)
     check_number("normalizer", normalizer)

@@ -56,6 +56,7 @@ def kd_loss_stats(
     spec: KDSpec,
     has_more: bool,
 ) -> Tensor:
+    student_logits, teacher_logits = _alike(student_logits, teacher_logits)
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_stats_cuda(
             *(student_logits, teacher_logits, _flat(labels), *scalars(spec)),
@@ -66,6 +67,7 @@ def kd_loss_stats(
 def kd_loss_sums(
     student_logits: Tensor, teacher_logits: Tensor, stats: Tensor, spec: KDSpec
 ) -> Tensor:
+    student_logits, teacher_logits = _alike(student_logits, teacher_logits)
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_sums_cuda(
             *(student_logits, teacher_logits, stats.contiguous(), *scalars(spec)),
@@ -83,6 +85,7 @@ def kd_loss_write(
     spec: KDSpec,
     dlogits: Tensor,
 ) -> None:
+    student_logits, teacher_logits = _alike(student_logits, teacher_logits)
     with torch.cuda.device_of(student_logits):
         compiled.ops().kd_loss_write_cuda(
             *(student_logits, teacher_logits, _flat(labels), classes, row_weights),
@@ -166,7 +169,14 @@ def check_listed(finds: bool, count: int, classes: int, device: torch.device) ->
         raise dispatch.BackendError(str(error).splitlines()[0]) from error
 
 
+def _alike(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype of the two: the kernels read one."""
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    return student_logits.to(dtype), teacher_logits.to(dtype)
+
+
 def _rows(student_logits, teacher_logits, labels, row_weights, spec, dlogits, extras):
+    student_logits, teacher_logits = _alike(student_logits, teacher_logits)
     with torch.cuda.device_of(student_logits):
         return compiled.ops().kd_loss_cuda(
             *(student_logits, teacher_logits, _flat(labels), row_weights, *scalars(spec)),

@@ -177,8 +177,8 @@ class Row:
             return torch.zeros_like(self.lse)
         ce = self.lse - self._part["z_label"].sum(0)
         if spec.label_smoothing:
-            sizes = ce.new_tensor(self._shard.sizes)[:, None]
-            mean = ((self._part["max_s"] + self._part["mean_x"]) * sizes).sum(0)
+            means = (self._part["max_s"] + self._part["mean_x"]).unbind()
+            mean = sum(size * own for size, own in zip(self._shard.sizes, means, strict=True))
             ce = ce + spec.label_smoothing * (self.lse - mean / self._shard.classes - ce)
         return torch.where(labels >= 0, ce, 0.0)
 

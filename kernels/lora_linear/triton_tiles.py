@@ -27,7 +27,7 @@ def draw_bytes(
 ):  # fmt: skip
     """Mask bytes [BLOCK_M, BLOCK_B] of `dropout.py`, one Philox draw each: 16 bits an element."""
     packed = tl.zeros([BLOCK_M, BLOCK_B], tl.uint32)
-    least = threshold.to(tl.uint32)
+    least = tl.cast(threshold, tl.uint32)  # of a number 1 Triton makes a constant
     outputs = tl.philox(seed, offs_b[None, :], rows[:, None], 0, target, n_rounds=PHILOX_ROUNDS)
     for i in tl.static_range(4):
         packed |= ((outputs[i] & 0xFFFF) >= least).to(tl.uint32) << (2 * i)

@@ -11,12 +11,12 @@ from modxfer_fast.measure.roofline import Roof
 from modxfer_fast.measure.timing import CudaClock, Effort, graphed, interleave
 from tests.gpu import DEVICES, NEEDS_GPU, backend_on
 
-pytestmark = pytest.mark.first
 EFFORT = Effort(warmup_s=0.0, min_rounds=2, max_rounds=2, budget_s=0.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("table", gpu_tables.smoke(), ids=lambda table: table.name)
+@pytest.mark.first
 def test_ours_pass_and_are_timed(table, device, tmp_path):
     if table.room == "lora_block":
         pytest.importorskip("peft", reason="PEFT is not installed")
@@ -52,6 +52,7 @@ def test_times_are_without_pythons(device):
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.first
 def test_a_graph_gives_what_its_step_gives(device):
     x = torch.arange(8.0, device=device)
     replay = graphed(lambda: x.square())

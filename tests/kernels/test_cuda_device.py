@@ -7,8 +7,9 @@ import torch
 
 from modxfer_fast import TeacherTopK, linear_kd_loss, teacher_topk
 from modxfer_fast.kernels import dispatch
-from modxfer_fast.kernels.common import compiled, cuda_device, gemm
+from modxfer_fast.kernels.common import KDSpec, compiled, cuda_device, gemm
 from modxfer_fast.kernels.kd_loss import cpp_impl
+from modxfer_fast.kernels.kd_loss import cuda_impl as cuda_rows
 from modxfer_fast.kernels.lora_linear import cuda_impl as lora
 from modxfer_fast.kernels.lora_linear.config import CUDA_SHARED_BYTES
 from tests.emulated import library
@@ -38,6 +39,44 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
 
     return see
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "read"),
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_rows_are_given_sides_of_one_dtype(monkeypatch, student, teacher, read):
+    """The kernels read both by the dtype of the student's."""
+    given = []
+
+    def op(name):
+        def record(*args):
+            given.append((name, args[0].dtype, args[1].dtype))
+            return args[:3]
+
+        return record
+
+    names = [f"kd_loss{step}_cuda" for step in ("", "_stats", "_sums", "_write")]
+    monkeypatch.setattr(
+        compiled, "ops", lambda: SimpleNamespace(**{name: op(name) for name in names})
+    )
+    monkeypatch.setattr(cuda_rows, "stream", lambda: 0)
+    z_s, z_t = torch.zeros(2, 8, dtype=student), torch.zeros(2, 8, dtype=teacher)
+    weights, spec = torch.ones(2), KDSpec().checked()
+    cuda_rows.kd_loss_fwd(z_s, z_t, None, spec)
+    cuda_rows.kd_loss_bwd(z_s, z_t, None, weights, weights, spec, z_s)
+    cuda_rows.kd_loss_fwd_bwd(z_s, z_t, None, weights, spec, z_s)
+    cuda_rows.kd_loss_stats(z_s, z_t, None, spec, False)
+    cuda_rows.kd_loss_sums(z_s, z_t, weights, spec)
+    cuda_rows.kd_loss_write(z_s, z_t, None, 8, weights, weights, spec, z_s)
+    assert {name for name, _, _ in given} == set(names)
+    assert all(one == other == read for _, one, other in given)
 
 
 @pytest.mark.parametrize("gpu", [A100, L40, H200, B200])

@@ -38,6 +38,22 @@ def test_every_cluster(classes, divergence, rows_of_cuda):
     check_row_kernels(rows_of_cuda, rows, KDSpec(divergence, 0.3, 2.0, 0.7, 0.4))
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_sides_of_other_dtypes(dtypes, rows_of_cuda):
+    rows = close_rows(37, 4099, torch.bfloat16, device="cuda")
+    sides = rows.student.to(dtypes[0]), rows.teacher.to(dtypes[1])
+    spec = KDSpec("jsd", 0.3, 1.5, 0.7, 0.4).checked()
+    losses = rows_of_cuda.kd_loss_fwd(rows.student, rows.teacher, rows.labels, spec)
+    stats = rows_of_cuda.kd_loss_stats(rows.student, rows.teacher, rows.labels, spec, True)
+    for got, expected in zip(
+        rows_of_cuda.kd_loss_fwd(*sides, rows.labels, spec), losses, strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(rows_of_cuda.kd_loss_stats(*sides, rows.labels, spec, True), stats)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_rows(dtype, rows_of_cuda):
     rows = close_rows(300, 701, dtype, device="cuda")
