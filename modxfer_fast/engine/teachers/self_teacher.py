@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -193,6 +193,25 @@ class SelfTeacher:
         self._stand_ins.renew()
 
 
+class _Kept(NamedTuple):
+    """A parameter of the teacher: what stands in the student's place, of what value, and there."""
+
+    stand_in: nn.Parameter
+    value: Tensor
+    parameters: dict[str, nn.Parameter | None]  # of the module in which the student has its own
+    key: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the student's."""
+        param = self.parameters[self.key]
+        assert param is not None
+        return param.dtype
+
+    def renew(self) -> None:
+        self.stand_in.data = self.value.to(self.dtype)  # the same memory in the same dtype
+
+
 class _StandIns:
     """Modules that stand in the place of those whose own parameters are given other values.
 
@@ -201,12 +220,12 @@ class _StandIns:
     """
 
     def __init__(self, student: nn.Module, values: dict[str, Tensor]):
-        self._params = []  # each with what is kept, and where the student has its own
+        self._kept = []
         others = {}
         for name, value in values.items():
             path, _, key = name.rpartition(".")
             stand_in = nn.Parameter(value, requires_grad=False)
-            self._params.append((stand_in, value, student.get_submodule(path)._parameters, key))
+            self._kept.append(_Kept(stand_in, value, student.get_submodule(path)._parameters, key))
             others[id(student.get_parameter(name))] = stand_in
         made: dict[int, nn.Module] = {}
         for module in student.modules():
@@ -227,15 +246,14 @@ class _StandIns:
 
     def renew(self) -> None:
         """Parameters have the values that are kept, in the dtype of the student's."""
-        for stand_in, value, params, key in self._params:
-            stand_in.data = value.to(params[key].dtype)  # the same memory in the same dtype
+        for kept in self._kept:
+            kept.renew()
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        for stand_in, value, params, key in self._params:
-            if stand_in.dtype != params[key].dtype or stand_in.device != value.device:
-                self.renew()
-                break
+        for kept in self._kept:
+            if kept.stand_in.dtype != kept.dtype or kept.stand_in.device != kept.value.device:
+                kept.renew()
         for modules, key, _, stand_in in self._places:
             modules[key] = stand_in
         try:
