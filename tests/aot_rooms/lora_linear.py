@@ -22,6 +22,7 @@ DTYPES = {
     "fp16": (torch.float16, torch.float16),
     "fp32": (torch.float32, torch.float32),
 }
+ONE_STEP = 2.0**-16  # of dropout: a threshold of 1, which Triton makes a constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ def all_cases() -> list[Case]:
         cases += [dataclasses.replace(case, rows=rows) for rows in (100, 2048)]
         cases += [
             dataclasses.replace(case, dropout=0.0),
+            dataclasses.replace(case, dropout=ONE_STEP),
             dataclasses.replace(case, width=1001),
             dataclasses.replace(case, has_weight=False),
         ]
@@ -105,9 +107,11 @@ def all_cases() -> list[Case]:
 
 
 def core_cases() -> list[Case]:
-    """Every kernel, masks of several targets where they meet, and fp32 adapters of rank 64."""
+    """Every kernel, masks of several targets where they meet, fp32 adapters of rank 64, and the
+    least dropout."""
     cases = [Case(function, "qkv", "bf16") for function in ("shrink", "dx", "da", "reduce")]
     cases += [Case(function, "gate-up", "bf16") for function in ("expand", "ds_db")]
     cases += [Case(function, "one", "bf16-fp32", rank=64) for function in ("expand", "dx")]
+    cases.append(Case("shrink", "one", "bf16", dropout=ONE_STEP))
     cases.append(Case("expand", "one", "bf16", has_residual=True, projected=32))
     return cases
