@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modxfer_fast import (
     BackendError,
@@ -14,6 +15,7 @@ from modxfer_fast import (
     use_backend,
 )
 from modxfer_fast.kernels import dispatch
+from modxfer_fast.kernels.common.reduction import denominator
 from modxfer_fast.kernels.names import BACKENDS
 from modxfer_fast.losses import AttentionRelationLoss, HiddenStateLoss
 
@@ -318,6 +320,27 @@ def test_the_good_calls_are_good():
 def test_a_normalizer_tensor_of_0_divides_by_1():
     apart = {"student_weight": torch.eye(V, D_S)}
     assert linear(**apart, normalizer=torch.tensor(0)) == linear(**apart, reduction="sum") != 0
+
+
+class Calls(TorchDispatchMode):
+    """Notes what torch does."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalizer", [3.0, torch.tensor(3.0), torch.tensor([3])], ids=str)
+def test_a_normalizer_of_the_host_is_not_copied_to_the_device(normalizer):
+    like = torch.empty(5, device="meta")  # stands for a GPU, where a copy from the host waits
+    with Calls() as calls:
+        divisor = denominator("mean", normalizer, None, like, torch.float32)
+    assert (divisor.device, divisor.dtype, divisor.shape) == (like.device, torch.float32, ())
+    assert not [name for name in calls.names if "copy" in name]
 
 
 MODULES = {
