@@ -142,7 +142,8 @@ assert pathlib.Path(modxfer_fast.__file__).parents[1] == pathlib.Path('$PWD')"
 if ! "$python" -P -c "$here" 2>/dev/null; then
     MODXFER_BUILD=none step install "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
     if ! "$python" -P -c "$here"; then
-        echo "modxfer_fast cannot be imported from $PWD"
+        echo "== modxfer_fast cannot be imported from $PWD" | tee -a "$work/steps.txt"
+        archive
         exit 1
     fi
 fi

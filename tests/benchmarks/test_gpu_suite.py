@@ -33,21 +33,21 @@ while true; do sleep 0.1; done
 
 @pytest.fixture
 def suite(tmp_path):
-    """Starts a dry run of a stage; its archive will be out/<stage>.tgz."""
+    """Starts a stage; its archive will be out/<stage>.tgz."""
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
     started = []
 
-    def start(stage: str, limit: int) -> subprocess.Popen:
+    def start(stage: str, limit: int, *, dry: bool = True) -> subprocess.Popen:
         environment = {
-            "PATH": os.environ["PATH"],
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "PYTHON": str(python),
             "OUT": str(tmp_path / "out"),
             "LIMIT": str(limit),
             "STARTED": str(tmp_path / "started"),
         }
-        command = [SUITE, stage, "--dry-run"]
+        command = [SUITE, stage, "--dry-run"] if dry else [SUITE, stage]
         run = subprocess.Popen(
             command,
             env=environment,
@@ -108,6 +108,37 @@ def test_a_stage_that_is_killed_keeps_its_results(suite, tmp_path):
     for group in (run.pid, step):
         os.killpg(group, signal.SIGKILL)
     assert "test_a" in members(archive)["tests.jsonl"]
+
+
+def write_program(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines]) + "\n")
+    path.chmod(0o755)
+
+
+def test_sanitizers_run_behind_tests_that_fail(suite, tmp_path):
+    for name in ("nvidia-smi", "compute-sanitizer"):
+        write_program(tmp_path / name, "exit 0")
+    write_program(tmp_path / "python", "[[ $* != *tests.outcomes* ]]")
+    run = suite("first", limit=60, dry=False)
+    run.communicate(timeout=120)
+    assert run.returncode == 1
+    steps = members(tmp_path / "out" / "first.tgz")["steps.txt"]
+    assert "tests: exit 1" in steps
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert f"{tool}: exit 0" in steps
+
+
+@pytest.mark.parametrize("install", [0, 1])
+def test_nothing_is_tested_where_the_package_cannot_be_imported(install, suite, tmp_path):
+    lines = ("[[ $* == *'-m pip install'* ]] && exit", "[[ $* != *'import pathlib'* ]]")
+    write_program(tmp_path / "python", f"{lines[0]} {install}", lines[1])
+    run = suite("first", limit=60)
+    run.communicate(timeout=120)
+    assert run.returncode == 1
+    files = members(tmp_path / "out" / "first.tgz")
+    assert f"install: exit {install}" in files["steps.txt"]
+    assert f"cannot be imported from {SUITE.parents[1]}" in files["steps.txt"]
+    assert "tests.log" not in files
 
 
 @pytest.mark.parametrize("arguments", [[], ["all"], ["first", "--quick"]], ids=" ".join)
