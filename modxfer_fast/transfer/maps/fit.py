@@ -113,8 +113,8 @@ def reference_options(peft_type: str) -> MapOptions:
     """The paper's choices, for the method "lsa": one Z for all tensors of a layer, nothing else.
 
     Args:
-        peft_type: "LORA": Z from the input of the query projection, for inputs and outputs of every
-            target; "BOTTLENECK": Z from the output of the FFN.
+        peft_type: "LORA": Z from the input of the query projection, for inputs and outputs of
+            query, key and value; "BOTTLENECK": Z from the output of the FFN.
     """
     measured = {
         "LORA": dict.fromkeys(("query", "key", "value"), "attention_in"),
