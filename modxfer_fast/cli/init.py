@@ -3,7 +3,6 @@
 import argparse
 import importlib.resources
 from importlib.resources.abc import Traversable
-from itertools import takewhile
 from pathlib import Path
 
 from modxfer_fast.errors import UserError
@@ -19,7 +18,8 @@ def run(args: argparse.Namespace) -> int:
     if args.example is None:
         width = max(map(len, examples))
         for name, text in examples.items():
-            print(f"{name:<{width}}  {_first_sentence(text)}")
+            about = text.removeprefix("# ").replace("\n# ", " ").replace("\n", " ").partition(". ")[0]
+            print(f"{name:<{width}}  {about}")
         return 0
     if args.example not in examples:
         raise UserError(f"example: expected one of {', '.join(examples)}, got {args.example!r}")
@@ -31,13 +31,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output: {output} exists; name another file") from None
     print(f"{output} written; `modxfer schema` describes its keys")
     return 0
-
-
-def _first_sentence(job: str) -> str:
-    """Of the comment that a job begins with."""
-    comment = takewhile(lambda line: line.startswith("#"), job.splitlines())
-    text = " ".join(line.removeprefix("#").strip() for line in comment)
-    return text.partition(". ")[0].removesuffix(".")
 
 
 def _examples(folder: Traversable, prefix: str = ""):
