@@ -18,7 +18,8 @@ def run(args: argparse.Namespace) -> int:
     if args.example is None:
         width = max(map(len, examples))
         for name, text in examples.items():
-            about = text.removeprefix("# ").replace("\n# ", " ").replace("\n", " ").partition(". ")[0]
+            first_sentence = text.partition(".\n")[0].partition(". ")[0]
+            about = first_sentence.removeprefix("# ").replace("\n# ", " ")
             print(f"{name:<{width}}  {about}")
         return 0
     if args.example not in examples:
