@@ -157,11 +157,10 @@ class SelfTeacher:
         the student."""
         if self.options.source != "ema":
             return
-        weight = 1.0 - self.options.ema_decay
-        trained = {name: self.student.get_parameter(name) for name in self._values}
-        with gathered(trained.values()):
-            for name, value in self._values.items():
-                value.lerp_(full_tensor(trained[name].detach()).to(value), weight)
+        weight, kept = 1.0 - self.options.ema_decay, self._stand_ins.kept
+        with gathered(each.trained for each in kept):
+            for each in kept:
+                each.value.lerp_(full_tensor(each.trained.detach()).to(each.value), weight)
         self._stand_ins.renew()
 
     def save(self, folder: str | Path, file: str = FILE) -> None:
@@ -194,7 +193,7 @@ class SelfTeacher:
 
 
 class _Kept(NamedTuple):
-    """A parameter of the teacher: what stands in the student's place, of what value, and there."""
+    """A parameter of the teacher: its stand-in, its value, and where the student has its own."""
 
     stand_in: nn.Parameter
     value: Tensor
@@ -202,14 +201,14 @@ class _Kept(NamedTuple):
     key: str
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the student's."""
+    def trained(self) -> nn.Parameter:
+        """The student's."""
         param = self.parameters[self.key]
         assert param is not None
-        return param.dtype
+        return param
 
     def renew(self) -> None:
-        self.stand_in.data = self.value.to(self.dtype)  # the same memory in the same dtype
+        self.stand_in.data = self.value.to(self.trained.dtype)  # the same memory in the same dtype
 
 
 class _StandIns:
@@ -220,13 +219,14 @@ class _StandIns:
     """
 
     def __init__(self, student: nn.Module, values: dict[str, Tensor]):
-        self._kept = []
+        self.kept: list[_Kept] = []
         others = {}
         for name, value in values.items():
             path, _, key = name.rpartition(".")
             stand_in = nn.Parameter(value, requires_grad=False)
-            self._kept.append(_Kept(stand_in, value, student.get_submodule(path)._parameters, key))
-            others[id(student.get_parameter(name))] = stand_in
+            kept = _Kept(stand_in, value, student.get_submodule(path)._parameters, key)
+            self.kept.append(kept)
+            others[id(kept.trained)] = stand_in
         made: dict[int, nn.Module] = {}
         for module in student.modules():
             own = {
@@ -246,13 +246,14 @@ class _StandIns:
 
     def renew(self) -> None:
         """Parameters have the values that are kept, in the dtype of the student's."""
-        for kept in self._kept:
+        for kept in self.kept:
             kept.renew()
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        for kept in self._kept:
-            if kept.stand_in.dtype != kept.dtype or kept.stand_in.device != kept.value.device:
+        for kept in self.kept:
+            own = kept.stand_in
+            if own.dtype != kept.trained.dtype or own.device != kept.value.device:
                 kept.renew()
         for modules, key, _, stand_in in self._places:
             modules[key] = stand_in
