@@ -28,9 +28,10 @@ def true_shape(param: Any) -> tuple[int, ...]:
     return tuple(param.ds_shape if is_partitioned(param) else param.shape)
 
 
-def num_elements(model: nn.Module) -> int:
+def num_elements(model: nn.Module, *, only_trainable: bool = False) -> int:
     """Of all parameters, each once, whole."""
-    return sum(math.prod(true_shape(param)) for param in model.parameters())
+    counted = [p for p in model.parameters() if p.requires_grad or not only_trainable]
+    return sum(math.prod(true_shape(param)) for param in counted)
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modxfer_fast.cli.main import main
 from modxfer_fast.config import load_config
 from modxfer_fast.jobs.distill.job import DistillJob
+from modxfer_fast.jobs.distill.material import Evaluation
 from modxfer_fast.models import load_adapter
+from modxfer_fast.models.checks import is_partitioned
 from modxfer_fast.report import ConsoleCallback
 from tests.cli.command import run_command
 
@@ -249,26 +251,50 @@ def test_a_teacher_with_another_tokenizer(finished, tmp_path, write_job, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
 
 
+def run_and_look(arguments: list[str]) -> tuple[int, str, list[bool]]:
+    """`run_command`, and of each student that was measured whether this rank had but a part."""
+    divided = []
+
+    def figures(self, model, teacher, **options):
+        if teacher is not None:
+            divided.append(all(map(is_partitioned, model.parameters())))
+        return measure(self, model, teacher, **options)
+
+    measure = Evaluation.figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluation, "figures", figures)
+        return *run_command(arguments), divided
+
+
 @pytest.mark.parametrize(
-    ("zero_stage", "plan"), [(2, "replica"), (3, "zero3"), (2, "zero3_offload")]
+    ("sharding", "plan"),
+    [
+        ({"zero_stage": 2}, "replica"),
+        ({"zero_stage": 3}, "zero3"),
+        ({"fsdp": True}, "zero3_offload"),
+    ],
+    ids=str,
 )
-def test_distributed(ranks, tmp_path, write_job, monkeypatch, zero_stage, plan):
+def test_distributed(ranks, finished, tmp_path, write_job, monkeypatch, sharding, plan):
+    teacher = finished[1]["teacher"]["path"]
     path, out = write_job(
         tmp_path,
-        teacher={"plan": plan},
-        training={
-            "zero_stage": zero_stage,
-            "per_device_train_batch_size": 4,
-            "save_strategy": "no",
-        },
+        teacher={"path": teacher, "config": None, "pretrain": None, "plan": plan},
+        training={**sharding, "per_device_train_batch_size": 4, "save_strategy": "no"},
         compare={"loss_rows": None},
     )
     monkeypatch.setenv("MODXFER_CACHE", str(tmp_path / "cache"))
-    (code, printed), (other_code, _) = ranks.run(run_command, ["distill", str(path)], timeout=900)
+    (code, printed, divided), (other_code, _, _) = ranks.run(
+        run_and_look, ["distill", str(path)], timeout=900
+    )
     assert (code, other_code) == (0, 0), printed
     assert printed.count("Student, distilled") == 1
     report = json.loads((out / "report.json").read_text())
     assert report["environment"]["processes"] == 2
-    run = report["runs"][0]
+    run, alone = report["runs"][0], finished[1]["runs"][0]
     assert run["student"]["eval_kd"] < run["start"]["eval_kd"]
+    # a student that fits no rank whole is measured as it trains
+    assert set(divided) == {sharding != {"zero_stage": 2}}
+    for name in ("parameters", "trainable_parameters", "eval_kd", "eval_perplexity"):
+        assert run["start"][name] == pytest.approx(alone["start"][name], rel=1e-5)
     AutoModelForCausalLM.from_pretrained(out / "seed-0" / "student")

@@ -16,9 +16,10 @@ from modxfer_fast.engine.on_policy.generation import complete
 from modxfer_fast.engine.on_policy.rollouts import Sampling
 from modxfer_fast.jobs.plan.generation import planned_generation
 from modxfer_fast.jobs.plan.job import alternatives, make_plan
-from modxfer_fast.jobs.plan.memory import Sharding, parts_of_student
+from modxfer_fast.jobs.plan.memory import parts_of_student
 from modxfer_fast.jobs.plan.models import model_without_values, without_values
 from modxfer_fast.jobs.plan.step import Answered, Listing, planned_step
+from modxfer_fast.jobs.sharding import Sharding
 from modxfer_fast.measure.memory import peak_mib
 from tests.support.models import tiny_llama
 

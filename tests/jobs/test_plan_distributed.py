@@ -8,9 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modxfer_fast.config import LossSection, ModelSection
 from modxfer_fast.data.collator import CausalCollator
 from modxfer_fast.engine import DistillConfig, DistillTrainer, Teacher
-from modxfer_fast.jobs.plan.memory import Sharding, bytes_of, parts_of_student, step_beside
+from modxfer_fast.jobs.plan.memory import bytes_of, parts_of_student, step_beside
 from modxfer_fast.jobs.plan.models import model_without_values, without_values
 from modxfer_fast.jobs.plan.step import planned_step
+from modxfer_fast.jobs.sharding import Sharding
 from modxfer_fast.measure.memory import peak_mib
 
 STUDENT, TEACHER, CLASSES = (192, 4), (256, 4), 3000

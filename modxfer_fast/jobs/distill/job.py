@@ -425,7 +425,8 @@ class DistillJob(Job):
             base = self.folder.output / f"seed-{seed}" / "student_base"
             self._keep_base(source.path, seed)
         student = Student(config.student, config.kind, seed, source, base)
-        model = student.load(tell=self.console.say)
+        with self.evaluation.loading():
+            model = student.load(tell=self.console.say)
         self._check_model(model, "student")
         if source.from_teacher is not None:
             self.console.say(_taken(source.from_teacher))
@@ -435,8 +436,8 @@ class DistillJob(Job):
             "from_cache": source.cached,
             "pretrain": source.pretrain,
             "from_teacher": source.from_teacher,
-            "parameters": model.num_parameters(),
-            "trainable_parameters": model.num_parameters(only_trainable=True),
+            "parameters": num_elements(model),
+            "trainable_parameters": num_elements(model, only_trainable=True),
             **self.evaluation.figures(model, teacher, seed=seed),
         }
 

@@ -1,5 +1,6 @@
 """What every phase of a job shares, the trainer it makes from it, and how it measures models."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from modxfer_fast.data import Rows
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.jobs.distill.arguments import evaluation_args
 from modxfer_fast.jobs.distill.loggers import run_of_its_own
-from modxfer_fast.jobs.ranks import on_main
+from modxfer_fast.jobs.ranks import on_main, world_size
+from modxfer_fast.jobs.sharding import Sharding
 from modxfer_fast.jobs.termination import checkpoint_on_sigterm
 from modxfer_fast.report import ConsoleCallback, JobConsole
 
@@ -102,6 +104,14 @@ class Evaluation:
         meant = loss or (_MEASURED if self.has_logits else self.loss)
         material = self.material
         return evaluation_args(self.training, material.work, meant, seed=seed, kind=material.kind)
+
+    def loading(self) -> AbstractContextManager:
+        """Inside, a student is loaded to be measured: divided over the ranks where training divides
+        it, so that one that fits no rank whole is measured too. Collective."""
+        sharding = Sharding.of(self.training, world_size())
+        if sharding.over("parameters") == 1:
+            return nullcontext()
+        return engine.deepspeed.loading_in_parts(offload="parameters" in sharding.offloads)
 
     def figures(
         self,

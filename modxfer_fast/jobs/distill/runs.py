@@ -145,6 +145,8 @@ def _train(context: StageContext) -> None:
     accelerator = trainer.accelerator
     del trainer
     accelerator.free_memory()  # weights and moments, before the student is loaded once more
+    with evaluation.loading():
+        trained = student.load_trained(model)
     last = {key: value for entry in history for key, value in entry.items()}
     result = {
         "seconds": seconds,
@@ -152,7 +154,7 @@ def _train(context: StageContext) -> None:
         "peak_mib_by_phase": peaks,
         # the last held-out losses inside the networks: the saved student has no projections
         **{key: last[key] for key in ("eval_hidden_loss", "eval_relation_loss") if key in last},
-        **evaluation.figures(student.load_trained(model), teacher, projections=model),
+        **evaluation.figures(trained, teacher, projections=model),
         "history": history,
     }
     if is_main():

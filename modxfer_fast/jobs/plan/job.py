@@ -20,7 +20,6 @@ from modxfer_fast.jobs.plan.generation import PlannedGeneration, planned_generat
 from modxfer_fast.jobs.plan.machines import MACHINES, PRODUCTS, Machine
 from modxfer_fast.jobs.plan.memory import (
     Part,
-    Sharding,
     bytes_of,
     half_dtype,
     parts_of_student,
@@ -33,6 +32,7 @@ from modxfer_fast.jobs.plan.models import (
     without_values,
 )
 from modxfer_fast.jobs.plan.step import Answered, Listing, planned_step
+from modxfer_fast.jobs.sharding import Sharding
 from modxfer_fast.report import JobConsole
 
 GIB = 2**30
