@@ -6,6 +6,7 @@ own there are `{"teacher_input_ids", "teacher_is_target", "teacher_lengths"}` of
 bound.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import chain
 
@@ -17,18 +18,26 @@ Columns = dict[str, list]  # a batch of `Dataset.map(batched=True)`
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     """Indices of pieces per row: longest first, each into the fullest row that still has room."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by free tokens
+    with_room: dict[int, list[int]] = {}  # rows by free tokens
+    rooms: list[int] = []  # the keys, ascending
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
-        room = next((r for r in range(length, capacity + 1) if with_room[r]), None)
-        if room is None:
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
             rows.append([index])
             row, room = len(rows) - 1, capacity
         else:
+            room = rooms[place]
             row = with_room[room].pop()
             rows[row].append(index)
-        if room > length:
-            with_room[room - length].append(row)
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+        free = room - length
+        if free and free not in with_room:
+            insort(rooms, free)
+            with_room[free] = []
+        if free:
+            with_room[free].append(row)
     return rows
 
 

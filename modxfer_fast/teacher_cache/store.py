@@ -18,6 +18,7 @@ from modxfer_fast.teacher_cache.documents import KEY_BYTES, Document
 
 FORMAT = 1
 ANSWERS, HEAD = "answers.safetensors", "head.safetensors"
+_AGAIN = "remove the shard's folder and capture it again"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -96,7 +97,7 @@ class TeacherCache:
         self.teacher: dict[str, Any] = facts["teacher"]
         self._shards: list[_Shard] = []
         self._places: dict[bytes, tuple[int, int]] = {}
-        for path in sorted((self.folder / "shards").glob("*")):
+        for path in sorted((self.folder / "shards").glob("[!.]*")):  # others are being written
             self._add(path)
 
     @classmethod
@@ -188,6 +189,9 @@ class TeacherCache:
 
         Args:
             answers: documents and what `Payload.tensors` names of each, [n, width].
+
+        Raises:
+            CacheError: numbers that are none, or too large for the dtype that is kept.
         """
         kept = self.payload.tensors()
         tensors: dict[str, Tensor] = {
@@ -204,6 +208,7 @@ class TeacherCache:
                         f"got {tuple(part.shape)}"
                     )
             tensors[name] = torch.cat([part.to(dtype).cpu() for part in parts])
+            self._check_numbers(name, tensors[name])
         tensors["sums"] = torch.tensor(
             [
                 _sum_of(tensors, names=("ids", *kept), span=span)
@@ -212,14 +217,25 @@ class TeacherCache:
         )
         name = hashlib.sha256(tensors["keys"].numpy().tobytes()).hexdigest()[:20]
         path = self.folder / "shards" / name
-        with new_folder(path, keep_existing=True) as scratch:
+        is_whole = not path.exists() or sealed_facts(path) is not None
+        with new_folder(path, keep_existing=is_whole) as scratch:
             save_file(tensors, scratch / ANSWERS)
             seal(scratch, {"documents": len(answers), "tokens": len(tensors["ids"])})
         self._add(path)
         return path
 
+    def _check_numbers(self, name: str, tensor: Tensor) -> None:
+        # minus infinity is the logarithm of a class without a chance
+        good = tensor.isfinite() if name == "hidden" else ~(tensor.isnan() | tensor.isposinf())
+        if not good.all():
+            raise CacheError(
+                f"teacher cache {self.folder}: expected answers that are numbers, got {name} with "
+                f"{tensor[~good][0].item()} in {str(tensor.dtype).removeprefix('torch.')}; the "
+                "teacher gives none, or larger ones than this dtype has"
+            )
+
     def _add(self, path: Path) -> None:
-        if sealed_facts(path) is None:  # of a process that was killed, or is at work
+        if sealed_facts(path) is None:  # its marker is damaged: what it holds counts as not there
             return
         shard = _Shard(path, tuple(self.payload.tensors()))
         for index, key in enumerate(shard.keys):
@@ -239,9 +255,13 @@ class _Shard:
                 self._sums = file.get_tensor("sums")
                 num_ids = file.get_slice("ids").get_shape()[0]
         except (OSError, SafetensorError) as error:
-            raise CacheError(f"teacher cache, shard {path}: cannot be read ({error})") from error
+            raise CacheError(
+                f"teacher cache, shard {path}: cannot be read ({error}); {_AGAIN}"
+            ) from error
         if int(lengths.sum()) != num_ids or (lengths < 0).any():
-            raise CacheError(f"teacher cache, shard {path}: is damaged; its lengths are others")
+            raise CacheError(
+                f"teacher cache, shard {path}: is damaged, its lengths are others; {_AGAIN}"
+            )
         data = keys.numpy().tobytes()
         self.keys = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
         self._spans = list(_spans(lengths))
@@ -254,18 +274,18 @@ class _Shard:
         return self._spans[-1].stop if self._spans else 0
 
     def read(self, index: int, document: Document) -> dict[str, Tensor]:
-        if self._file is None:
-            self._file = safe_open(self.path / ANSWERS, framework="pt")
         span = self._spans[index]
         names = ("ids", *self._names)
         try:
+            if self._file is None:
+                self._file = safe_open(self.path / ANSWERS, framework="pt")
             found = {name: self._file.get_slice(name)[span] for name in names}
         except (OSError, SafetensorError, IndexError) as error:
-            raise CacheError(f"{self._place(index)}: cannot be read ({error})") from error
+            raise CacheError(f"{self._place(index)}: cannot be read ({error}); {_AGAIN}") from error
         if _sum_of(found, names=names, span=slice(None)) != int(self._sums[index]):
             raise CacheError(
                 f"{self._place(index)}: expected the checksum it was written with, got another; "
-                "remove the shard's folder and capture it again"
+                f"{_AGAIN}"
             )
         if not torch.equal(found.pop("ids"), document.ids):
             raise CacheError(f"{self._place(index)}: is of other tokens")

@@ -22,6 +22,26 @@ def test_a_row_is_filled_before_another_is_begun():
     assert best_fit([3, 4, 1], 4) == [[1], [0, 2]]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_each_piece_goes_where_it_leaves_least_room(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 40) for _ in range(200)]
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(free) if room >= length]
+        if fitting:
+            free[min(fitting, key=free.__getitem__)] -= length
+        else:
+            free.append(64 - length)
+    rows = best_fit(lengths, 64)
+    assert sorted(64 - sum(lengths[i] for i in row) for row in rows) == sorted(free)
+
+
+def test_long_rows_cost_no_more_than_short_ones():
+    # nothing is laid out, or looked through, for each token that a row could have
+    assert best_fit([5] * 100, 10**12) == [[*range(100)]]
+
+
 def test_nothing_to_pack():
     assert best_fit([], 8) == []
 

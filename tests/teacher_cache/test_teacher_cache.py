@@ -137,6 +137,57 @@ def test_a_shard_without_its_marker_is_none(tmp_path):
         TeacherCache(tmp_path / "cache").read(DOCUMENTS[0])
 
 
+def test_a_shard_whose_marker_is_damaged_is_written_again(tmp_path):
+    cache = filled(tmp_path / "cache")
+    marker = cache._shards[0].path / "complete.json"
+    marker.write_bytes(b"\0" + marker.read_bytes()[1:])
+    rest = TeacherCache(tmp_path / "cache")
+    lost = [d for d in DOCUMENTS if d.key not in rest]
+    assert len(lost) in (1, 2)
+    rest.write([(d, answer(d)) for d in lost])
+    assert len(rest) == len(DOCUMENTS)
+    assert_whole(TeacherCache(tmp_path / "cache"))
+
+
+def test_shards_that_others_are_writing_are_left_alone(tmp_path):
+    cache = filled(tmp_path / "cache")
+    shard = cache._shards[0].path
+    shutil.copytree(shard, shard.with_name(f".{shard.name}-0123abcd.scratch"))
+    assert len(TeacherCache(tmp_path / "cache")._shards) == 2
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_a_shard_that_is_damaged_before_its_first_read_is_told(tmp_path, damage):
+    cache = filled(tmp_path / "cache")
+    shard = cache._shards[0].path / "answers.safetensors"
+    shard.unlink()
+    if damage != "gone":
+        shard.write_bytes(b"cut off")
+    with pytest.raises(CacheError, match=f"shard {shard.parent}, row 0: cannot be read .*again"):
+        [cache.read(d) for d in DOCUMENTS]
+
+
+@pytest.mark.parametrize(
+    ("payload", "name", "value"),
+    [
+        (Payload("float32", WIDTH), "hidden", float("nan")),
+        (Payload("float16", WIDTH), "hidden", 1e5),  # above what the dtype has
+        (Payload(top_k=K), "topk_log_probs", float("nan")),
+        (Payload(top_k=K), "topk_log_tail", float("inf")),
+    ],
+)
+def test_answers_that_are_no_numbers_are_refused(tmp_path, payload, name, value):
+    cache = TeacherCache.create(tmp_path / "cache", payload, TEACHER, {})
+    answers = {
+        name: torch.zeros(3, width, dtype=torch.int32 if name == "topk_ids" else torch.float32)
+        for name, (width, _) in payload.tensors().items()
+    }
+    answers[name][1, -1] = value
+    with pytest.raises(CacheError, match=rf"expected answers that are numbers, got {name} with"):
+        cache.write([(DOCUMENTS[0], answers)])
+    assert len(TeacherCache(cache.folder)) == 0
+
+
 def test_another_teacher_or_payload_is_refused(tmp_path):
     filled(tmp_path / "cache")
     with pytest.raises(CacheError, match="another teacher; tokenizer: expected xyz, found def"):
