@@ -44,6 +44,11 @@ class CheckpointInfo:
     rows_per_step: int = 0
     fsdp: bool = False
 
+    @classmethod
+    def of_beginning(cls, world_size: int, zero_stage: int | None) -> "CheckpointInfo":
+        """What a run that begins has behind it: nothing."""
+        return cls(0, world_size, zero_stage, num_tokens=0, loss_sum=0.0, seconds=0.0)
+
 
 def mark_complete(folder: str | Path, info: CheckpointInfo) -> None:
     """Declares a checkpoint whole: its files are on the disk, and their checksums in the marker."""

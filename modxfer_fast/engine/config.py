@@ -254,6 +254,11 @@ class DistillConfig(TrainingArguments):
             if value := getattr(self, name):
                 raise ValueError(f"{name}: expected it off, got {value!r}; {reason}")
 
+    @property
+    def rows_per_step(self) -> int:
+        """Of an update, over all ranks and micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def _settle_batches(self) -> None:
         batches: Any = self.accelerator_config
         if batches.dispatch_batches is None:

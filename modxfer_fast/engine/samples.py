@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from modxfer_fast.engine import deepspeed
+from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.on_policy.generation import complete, in_eval_mode, stop_tokens
 from modxfer_fast.engine.on_policy.mixing import prompt_of
@@ -43,35 +45,48 @@ class SampleWriter(TrainerCallback):
 
     Args:
         module: whose student and teacher write.
-        batches: the batches that hold the prompts; rows may hold several documents, of which the
-            first is taken.
+        eval_dataset: its first rows hold the prompts, or those of the first of several; of a row of
+            several documents the first is taken.
+        collator: makes batches of its rows.
         tokenizer: of both models.
-        max_new_tokens: of a sample. prompt_length: of plain text.
+        args: say how many samples, and how long they are.
         callbacks: gives those of the trainer. outside: opens a context of time that is no training.
         autocast: opens the context that the student computes in.
+
+    Raises:
+        ValueError: no tokenizer, or no dataset with a length.
     """
 
     def __init__(
         self,
         module: DistillModule,
-        batches: list[dict[str, Any]],
+        eval_dataset: Any,
+        collator: Callable[[list], dict[str, Any]],
         tokenizer: Any,
-        max_new_tokens: int,
-        prompt_length: int | None,
+        args: DistillConfig,
         callbacks: Callable[[], list[TrainerCallback]],
         outside: Callable[[], AbstractContextManager],
         autocast: Callable[[], AbstractContextManager],
     ):
+        if not hasattr(tokenizer, "decode"):
+            raise ValueError("processing_class: expected a tokenizer, with eval_samples, got none")
+        rows = eval_dataset
+        if isinstance(rows, dict):
+            rows = next(iter(rows.values()), None)
+        if rows is None or not has_length(rows):
+            raise ValueError("eval_dataset: expected one with a length, with eval_samples")
+        batches = [collator([rows[i]]) for i in range(min(args.eval_samples, len(rows)))]
         documents = [each for batch in batches for each in _first_documents(batch)]
-        length = prompt_length or PROMPT_LENGTH
+        on_policy = args.on_policy_options()
+        length = (on_policy and on_policy.prompt_length) or PROMPT_LENGTH
         self._prompts = [prompt_of(*document, length) for document in documents]
         self._references = [
             ids[len(prompt) :] for (ids, _), prompt in zip(documents, self._prompts, strict=True)
         ]
         base = without_peft(module.student)
-        room = max(map(len, self._prompts)) + max_new_tokens
+        room = max(map(len, self._prompts)) + args.eval_sample_tokens
         self._sampling = Sampling(
-            max_new_tokens,
+            args.eval_sample_tokens,
             min(room, max_tokens(base.config.get_text_config()) or room),
             temperature=0.0,
             stop=stop_tokens(base, tokenizer),

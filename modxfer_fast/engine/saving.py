@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ from transformers.trainer import SCHEDULER_NAME
 
 from modxfer_fast.engine import checkpoint, checksums, deepspeed, universal
 from modxfer_fast.engine.features.projections import save_projections
+from modxfer_fast.engine.main_rank import on_main
 from modxfer_fast.engine.module import DistillModule
 from modxfer_fast.engine.teachers.several import self_teachers
 from modxfer_fast.files import scratch_folder
-from modxfer_fast.models.checks import listed
 
 State = dict[str, Tensor] | None
 
@@ -84,32 +84,6 @@ def whole_checkpoint(
         raise
 
 
-def check_resumable(
-    info: checkpoint.CheckpointInfo,
-    world_size: int,
-    zero_stage: int | None,
-    student: nn.Module,
-    *,
-    fsdp: bool = False,
-) -> None:
-    """Raise a ValueError unless a run of these ranks and stage can go on from a checkpoint."""
-    here = f"this run has {world_size} ranks with zero_stage={zero_stage}"
-    wrote = f"written by {info.world_size} ranks with zero_stage={info.zero_stage}"
-    if fsdp or info.fsdp:
-        here, wrote = f"{here}, fsdp={fsdp}", f"{wrote}, fsdp={info.fsdp}"
-        if (info.fsdp, info.world_size) != (fsdp, world_size):
-            raise ValueError(f"resume_from_checkpoint: {wrote}, {here}")
-    if info.zero_stage != zero_stage:
-        raise ValueError(f"resume_from_checkpoint: {wrote}, {here}")
-    if info.world_size != world_size and zero_stage:
-        kept = student.state_dict().keys() & {name for name, _ in student.named_buffers()}
-        if kept:  # a universal checkpoint has parameters alone
-            raise ValueError(
-                f"resume_from_checkpoint: {wrote}, {here}, and buffers of the student "
-                f"({listed(sorted(kept))}) are in no checkpoint that another number can read"
-            )
-
-
 def save_engine(engine: nn.Module, scheduler, folder: str, is_writer: bool) -> None:
     """Writes what DeepSpeed trains of a PEFT student, whose frozen base model stays out of it."""
     engine.save_checkpoint(folder, exclude_frozen_parameters=True)
@@ -133,16 +107,12 @@ def load_engine(engine: nn.Module, folder: str, student: nn.Module) -> None:
     deepspeed_load_checkpoint(engine, folder, load_module_strict=not is_peft)
 
 
-def load_engine_of_other_ranks(
-    engine: nn.Module, folder: str, scratch: Path, on_main: Callable[..., str]
-) -> None:
+def load_engine_of_other_ranks(engine: nn.Module, folder: str, scratch: Path) -> None:
     """Reads what another number of ranks wrote under ZeRO. Collective.
 
     Args:
         scratch: a path in a folder that all ranks see; beside it the checkpoint is for the time
             being once more, in the form that any number can read.
-        on_main: what a function returns on the main rank, on every rank, which wait for the file
-            `ended` where it is given.
     """
     with contextlib.ExitStack() as stack:
 

@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import torch
 from accelerate.utils import (
     DistributedType,
-    broadcast_object_list,
     gather_object,
     send_to_device,
 )
@@ -21,8 +19,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, has_length, rotate_checkpoints
 from transformers.utils import logging
 
-from modxfer_fast.config import OnPolicySection
-from modxfer_fast.data.collator import CausalCollator
 from modxfer_fast.data.row_stream import RowStream
 from modxfer_fast.engine import (
     checkpoint,
@@ -33,31 +29,31 @@ from modxfer_fast.engine import (
     saving,
     watchdog,
 )
+from modxfer_fast.engine.checkpoint import CheckpointInfo
 from modxfer_fast.engine.config import DistillConfig
 from modxfer_fast.engine.early_stopping import EarlyStopping
 from modxfer_fast.engine.features.projections import group_projections, load_projections
 from modxfer_fast.engine.guard import StepGuard
+from modxfer_fast.engine.main_rank import on_main
 from modxfer_fast.engine.memory import CHECKPOINT, EVALUATION, PHASES, PeakMemory
 from modxfer_fast.engine.metrics import TrainingClock, means
 from modxfer_fast.engine.module import DistillModule
-from modxfer_fast.engine.on_policy.generation import StudentRollouts, sampling_of
-from modxfer_fast.engine.on_policy.mixing import OnPolicy
+from modxfer_fast.engine.on_policy.of_trainer import on_policy_of
 from modxfer_fast.engine.on_policy.rollouts import Rollouts
-from modxfer_fast.engine.on_policy.vllm import VLLMRollouts
 from modxfer_fast.engine.progress import here
+from modxfer_fast.engine.resumption import goes_on_from
 from modxfer_fast.engine.samples import SampleWriter
 from modxfer_fast.engine.streaming import StreamLoader, StreamProgress
-from modxfer_fast.engine.teachers.cached import ANSWERS, Answering, CachedTeacher
+from modxfer_fast.engine.teachers.cached import ANSWERS, Answering
 from modxfer_fast.engine.teachers.protocol import TeacherProtocol
 from modxfer_fast.engine.teachers.replica import Teacher
 from modxfer_fast.engine.teachers.self_teacher import SelfDistillation
-from modxfer_fast.engine.teachers.several import SeveralTeachers, self_teachers
+from modxfer_fast.engine.teachers.several import self_teachers
 from modxfer_fast.engine.unreported import Unreported
 from modxfer_fast.models.checks import check_finite, refuse_nonfinite
 
 logger = logging.get_logger(__name__)
 
-_POLL_S = 1.0  # between two looks at whether the main process has done
 READING = f"{CHECKPOINT}, reading it"  # a phase in which, as while it is written, bytes count
 
 
@@ -164,7 +160,15 @@ class DistillTrainer(Trainer):
         self.add_callback(self.memory)
         self.add_callback(self.guard)
         self.add_callback(_AtBegin(self._resume_report))
-        self.on_policy = self._on_policy(tokenizer, num_tokens, rollouts)
+        self.on_policy = on_policy_of(
+            args,
+            module,
+            tokenizer,
+            num_tokens,
+            rollouts,
+            self.accelerator.autocast,
+            self._whole_student,
+        )
         self._stream: StreamLoader | None = None
         if isinstance(train_dataset, RowStream):
             args.ignore_data_skip = True  # a stream is resumed by its place
@@ -175,82 +179,32 @@ class DistillTrainer(Trainer):
                 EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
             )
         if args.eval_samples:
-            self.add_callback(self._sample_writer(tokenizer))
+            self.add_callback(
+                SampleWriter(
+                    module,
+                    eval_dataset,
+                    self.data_collator,
+                    tokenizer,
+                    args,
+                    lambda: self.callback_handler.callbacks,
+                    self.clock.paused,
+                    self.accelerator.autocast,
+                )
+            )
         self.nonfinite_folder = Path(args.output_dir) / nonfinite.FOLDER
         self._num_tokens = 0
         self._in_batch: dict[str, Tensor] = {}
         self._batches: list[dict[str, Any]] = []  # of the step at hand
         self._random: dict[str, Tensor] = {}  # before it
-        self._resumed: checkpoint.CheckpointInfo | None = None
-        self._checkpoint = ""  # that it is of
+        self._checkpoint: str | None = None  # that this run goes on from
+        self._before = CheckpointInfo.of_beginning(args.world_size, self.zero_stage)
         self._teacher_is_checked = False
-
-    def _on_policy(self, tokenizer, num_tokens: int | None, rollouts) -> OnPolicy | None:
-        section = self.args.on_policy_options()
-        if section is None:
-            return None
-        teacher = self.model.teacher
-        is_several = isinstance(teacher, SeveralTeachers)
-        if isinstance(teacher, CachedTeacher) or (is_several and teacher.is_cached):
-            raise ValueError(
-                "teacher: expected one that answers now, with on_policy: what the student will "
-                "write is in no cache"
-            )
-        sampling = sampling_of(
-            section, self.student, tokenizer, self.model.common_classes(num_tokens)
-        )
-        pad = getattr(tokenizer, "pad_token_id", None)
-        collator = self.model.collator(CausalCollator(0 if pad is None else pad, packed=False))
-        asks = isinstance(collator, Answering)
-        return OnPolicy(
-            section,
-            sampling,
-            rollouts or self._rollouts(section),
-            collator.collator if asks else collator,
-            self.args.seed,
-            self.args.process_index,
-            collator.answered if asks else lambda batch: batch,
-        )
-
-    def _rollouts(self, section: OnPolicySection) -> Rollouts:
-        autocast = self.accelerator.autocast
-        if section.vllm is None:
-            return StudentRollouts(self.student, autocast, section.batch_size, self._whole_student)
-        return VLLMRollouts(
-            self.student,
-            section.vllm,
-            self.args.output_dir,
-            is_main=self.args.process_index == 0,
-            on_main=self._on_main,
-            autocast=autocast,
-            whole=self._whole_student,
-        )
 
     def _whole_student(self) -> AbstractContextManager:
         """Inside, each rank has the student whole, and may call it as often as it likes."""
         if fsdp.is_sharded(self.model):  # the head is of the whole module's group
             return fsdp.whole(self.model)
         return deepspeed.whole(self.student)
-
-    def _sample_writer(self, tokenizer) -> SampleWriter:
-        if not hasattr(tokenizer, "decode"):
-            raise ValueError("processing_class: expected a tokenizer, with eval_samples, got none")
-        rows = self.eval_dataset
-        if isinstance(rows, dict):
-            rows = next(iter(rows.values()), None)
-        if rows is None or not has_length(rows):
-            raise ValueError("eval_dataset: expected one with a length, with eval_samples")
-        section = self.args.on_policy_options()
-        return SampleWriter(
-            self.model,
-            [self.data_collator([rows[i]]) for i in range(min(self.args.eval_samples, len(rows)))],
-            tokenizer,
-            self.args.eval_sample_tokens,
-            None if section is None else section.prompt_length,
-            lambda: self.callback_handler.callbacks,
-            self.clock.paused,
-            self.accelerator.autocast,
-        )
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -287,39 +241,19 @@ class DistillTrainer(Trainer):
             ModelError: a weight of the teacher is not finite.
             NonFiniteError: too many updates in a row were not.
         """
-        self._resumed = None
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._on_main(
-                lambda: checkpoint.last_complete_checkpoint(self.args.output_dir)
-            )
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}"
-                )
-        if resume_from_checkpoint:
-            self._checkpoint = resume_from_checkpoint
-            self._resumed = checkpoint.read_marker(resume_from_checkpoint)
-            if not isinstance(resume_from_checkpoint, checkpoint.WholeCheckpoint):
-                self._on_main(lambda: checkpoint.check_files(resume_from_checkpoint))
-            saving.check_resumable(
-                self._resumed,
-                self.args.world_size,
-                self.zero_stage,
-                self.student,
-                fsdp=self.is_fsdp_enabled,
-            )
-            if self._is_of_other_ranks and isinstance(self.train_dataset, RowStream):
-                raise ValueError(
-                    f"resume_from_checkpoint: expected {self._resumed.world_size} ranks, each of "
-                    f"which has a place of its own in the stream, got {self.args.world_size}"
-                )
-            self._tell_other_ranks(self._resumed)
-            self._num_tokens = self._resumed.num_tokens
-        self.guard.restart(0 if self._resumed is None else self._resumed.skipped_steps)
+        self._checkpoint, self._before = goes_on_from(
+            resume_from_checkpoint,
+            self.args,
+            self.zero_stage,
+            self.student,
+            streams=isinstance(self.train_dataset, RowStream),
+        )
+        self._num_tokens = self._before.num_tokens
+        self.guard.restart(self._before.skipped_steps)
         self._check_teacher()
         check_finite(self.student, "student")
         with watchdog.watched(self.args):
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(self._checkpoint, trial, ignore_keys_for_eval)
             if self.on_policy is not None:
                 self.on_policy.end()
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -339,61 +273,13 @@ class DistillTrainer(Trainer):
     @property
     def _is_of_other_ranks(self) -> bool:
         """Whether another number of ranks wrote the checkpoint that this run goes on from."""
-        return self._resumed is not None and self._resumed.world_size != self.args.world_size
-
-    @property
-    def _rows_per_step(self) -> int:
-        args = self.args
-        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    def _tell_other_ranks(self, info: checkpoint.CheckpointInfo) -> None:
-        if self._is_of_other_ranks:
-            logger.warning(
-                f"the checkpoint of {info.world_size} ranks goes on with {self.args.world_size}: "
-                "equal within rounding where nothing is drawn, as dropout is"
-            )
-        if info.rows_per_step not in (0, self._rows_per_step):
-            logger.warning(
-                f"a step had {info.rows_per_step} rows and now has {self._rows_per_step}: other "
-                "rows come than in an uninterrupted run (gradient_accumulation_steps)"
-            )
+        return self._before.world_size != self.args.world_size
 
     def _check_teacher(self) -> None:
         """Looks once, when it is on its device, at whether a frozen teacher is finite."""
         if self.model.teacher is not None and not self._teacher_is_checked:
             refuse_nonfinite(self.model.teacher.nonfinite_parameters(), "teacher")
             self._teacher_is_checked = True
-
-    def _on_main(self, compute: Callable[[], Any], ended: Path | None = None) -> Any:
-        """What `compute` returns on the main process, on every process; its ValueError, or one of
-        the disk, too.
-
-        Args:
-            ended: a path that all ranks see, of what may take longer than a collective waits: they
-                then wait for the file that the main process makes there, and not in a collective.
-        """
-        outcome: list[Any] = [None, None]
-        is_main = self.args.process_index == 0
-        if ended is not None:
-            if is_main:  # of an interrupted run
-                ended.unlink(missing_ok=True)
-            self.accelerator.wait_for_everyone()
-        if is_main:
-            try:
-                outcome[0] = compute()
-            except (ValueError, OSError) as error:
-                outcome[1] = error
-            finally:  # whatever the error: nobody waits for what will not come
-                if ended is not None:
-                    ended.touch()
-        while ended is not None and not ended.exists():
-            sleep(_POLL_S)
-        value, refusal = broadcast_object_list(outcome)
-        if is_main and ended is not None:
-            ended.unlink()
-        if refusal is not None:
-            raise refusal
-        return value
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Trainer looks at both after an update, and so does one more than asked for
@@ -405,22 +291,21 @@ class DistillTrainer(Trainer):
     def _loss_sum(self) -> float:
         """Sum of the losses of all updates of the run, also of those before it was resumed."""
         pending = self._sum_over_ranks(self._tr_loss) / self.args.world_size
-        before = 0.0 if self._resumed is None else self._resumed.loss_sum
-        return before + self._total_loss_scalar + pending.item()
+        return self._before.loss_sum + self._total_loss_scalar + pending.item()
 
     def _resume_report(self) -> None:
         """The next report also tells of the steps behind the last one before the interruption."""
-        if self._resumed is None:
+        if self._checkpoint is None:
             return
         args = self.args
         kept = Unreported.load(
-            self._checkpoint, args.process_index, args.world_size, self._resumed.world_size
+            self._checkpoint, args.process_index, args.world_size, self._before.world_size
         )
         if kept is None:
             return
         self._globalstep_last_logged, self._num_tokens = kept.step, kept.num_tokens
         self._tr_loss += kept.loss.to(args.device)
-        self._resumed = replace(self._resumed, loss_sum=kept.loss_sum)
+        self._before = replace(self._before, loss_sum=kept.loss_sum)
         self.model.meter.restart(None if kept.sums is None else kept.sums.to(args.device))
         self.guard.unreported = kept.steps, kept.taken
         self.clock.resume_lap(kept.seconds)
@@ -428,23 +313,22 @@ class DistillTrainer(Trainer):
             self.on_policy.restart(kept.written)
 
     def _unreported(self) -> Unreported:
-        before = 0.0 if self._resumed is None else self._resumed.loss_sum
         return Unreported(
             self._globalstep_last_logged,
             self._tr_loss.detach(),
             self.model.meter.state,
             *self.guard.unreported,
             self._num_tokens,
-            before + self._total_loss_scalar,
+            self._before.loss_sum + self._total_loss_scalar,
             self.clock.since_lap(),
             () if self.on_policy is None else self.on_policy.counted,
         )
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        if self._resumed is not None:  # means and times of the whole run
-            self._total_loss_scalar += self._resumed.loss_sum
-            self._initial_global_step = 0
-            start_time -= self._resumed.seconds
+        # means and times are of the whole run
+        self._total_loss_scalar += self._before.loss_sum
+        self._initial_global_step = 0
+        start_time -= self._before.seconds
         # with a limit of 1 Trainer would delete the last checkpoint, from which a longer run goes
         # on, where another one is the best
         with self._without_save_limit():
@@ -524,7 +408,7 @@ class DistillTrainer(Trainer):
         engine, world_size = self.model_wrapped, checkpoint.read_marker(folder).world_size
         if self.zero_stage and world_size != self.args.world_size:
             beside = Path(self.args.output_dir) / "universal"
-            saving.load_engine_of_other_ranks(engine, folder, beside, self._on_main)
+            saving.load_engine_of_other_ranks(engine, folder, beside)
         else:
             saving.load_engine(engine, folder, self.student)
 
@@ -564,7 +448,7 @@ class DistillTrainer(Trainer):
     def _explain_skipped(self, step: int) -> str:
         """The first tensors that were not finite, and where the step is kept. Collective."""
         folder = self.nonfinite_folder
-        kept_already = self._on_main(lambda: len(list(folder.glob("step-*"))))
+        kept_already = on_main(lambda: len(list(folder.glob("step-*"))))
         if kept_already >= self.args.keep_nonfinite_steps:
             return ""
         batches = [_of_module(self._prepare_inputs(dict(batch))) for batch in self._batches]
@@ -704,15 +588,15 @@ class DistillTrainer(Trainer):
     def _save_whole_checkpoint(self, model, trial) -> None:
         run_dir = self._get_output_dir(trial)
         pending = self.model.meter.totals(self._sum_over_ranks, self.args.device)
-        info = checkpoint.CheckpointInfo(
+        info = CheckpointInfo(
             self.state.global_step,
             self.args.world_size,
             self.zero_stage,
             self._num_tokens + int(pending["num_tokens"]),
             self._loss_sum(),
-            self.clock.since_begin() + (self._resumed.seconds if self._resumed else 0.0),
+            self.clock.since_begin() + self._before.seconds,
             self.guard.skipped,
-            self._rows_per_step,
+            self.args.rows_per_step,
             self.is_fsdp_enabled,
         )
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modxfer_fast.engine import DistillConfig, DistillTrainer, universal
-from modxfer_fast.engine import trainer as engine_trainer
+from modxfer_fast.engine import DistillConfig, DistillTrainer, main_rank, universal
 from modxfer_fast.engine.checkpoint import marked_checkpoints
 from modxfer_fast.engine.progress import here
 from modxfer_fast.testing import run_distributed
@@ -78,7 +77,7 @@ def conversion_outlasts_collectives(folder: Path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(universal, "convert", late)
-        patch.setattr(engine_trainer, "sleep", poll)
+        patch.setattr(main_rank, "sleep", poll)
         yield
 
 
