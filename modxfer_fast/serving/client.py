@@ -1,7 +1,9 @@
 """JSON over HTTP to a server of models: so many requests at a time, tried again, never for ever."""
 
+import errno
 import http.client
 import json
+import logging
 import os
 import queue
 import random
@@ -11,13 +13,17 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from modxfer_fast.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
-# too many requests, and what a server or a proxy says that may be up again soon
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+# how a server is missed that starts again: nobody there, or a proxy that says so
+_AWAY = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
+_AWAY_STATUSES = (502, 503, 504)
+_PASSING = (408, 425, 429, 500, *_AWAY_STATUSES)  # statuses that may pass
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SHOWN = 400  # characters of a reply in a message
 
@@ -54,15 +60,18 @@ class Server:
     Args:
         url: http or https; an ending /v1 is left out, because paths say it.
         timeout_s: of one try, from the connection to the last byte of the reply.
-        retries: tries beside the first of a request that met a passing fault: no connection, one
-            that broke, a timeout, a reply cut short, or a status that may pass. Pauses between
-            them double, from half a second to half a minute, or are what the server asks for, at
-            most `timeout_s`.
+        retries: tries beside the first of a request that met a passing fault: a connection that
+            broke, a timeout, a reply cut short, or a status that may pass. Pauses between them
+            double, from half a second to half a minute, or are what the server asks for, at most
+            `timeout_s`. Tries that find nobody there, as while a server starts, are not counted,
+            unless there is none.
+        retry_s: no try of a request begins later than so many seconds after its first one, so that
+            it has an answer, or fails, within `retry_s` and `timeout_s`.
         max_in_flight: requests at a time of this process; others wait here.
         api_key: sent as a bearer token.
 
     Raises:
-        ServerError: no such url.
+        ServerError: no such url, or a key that no header can hold.
     """
 
     def __init__(
@@ -71,19 +80,24 @@ class Server:
         *,
         timeout_s: float = 120.0,
         retries: int = 5,
+        retry_s: float = 300.0,
         max_in_flight: int = 8,
         api_key: str | None = None,
     ):
         self.url = url.rstrip("/").removesuffix("/v1")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = _parts_of(self.url)
+        if parts is None:
             raise ServerError(f"url: expected http://HOST:PORT or https://HOST, got {url}")
-        self.timeout_s, self.retries, self.max_in_flight = timeout_s, retries, max_in_flight
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ServerError("api_key: expected printable characters of ASCII, got others")
+        self.timeout_s, self.retries, self.retry_s = timeout_s, retries, retry_s
+        self.max_in_flight = max_in_flight
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.processes = 1  # that share max_in_flight, as workers of a loader do
         self._parts = parts
+        self._is_missed = False
         self._threads: _Threads | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # threads and connections stay where they are
@@ -127,18 +141,23 @@ class Server:
         data = None if request.body is None else json.dumps(request.body).encode()
         method = "GET" if data is None else "POST"
         jitter = random.Random()  # not the one that training draws from
-        pause, status = _FIRST_PAUSE_S, None
-        for left in range(self.retries, -1, -1):
+        pause, begin = _FIRST_PAUSE_S, time.monotonic()
+        tries, left = 0, self.retries
+        while True:
+            tries += 1
+            status = wait = None
+            is_away = False
             try:
                 status, wait, reply = connection.exchange(
                     method, request.path, data, self._headers, self.timeout_s
                 )
             except (OSError, http.client.HTTPException) as error:
-                status, wait = None, None
                 came = f"{type(error).__name__}: {error}".rstrip(": ")
+                is_away = isinstance(error, OSError) and error.errno in _AWAY
             else:
                 text = reply.decode(errors="replace")
                 if status == 200:
+                    self._is_missed = False
                     try:
                         return request.decode(text)
                     except ValueError as error:
@@ -147,14 +166,32 @@ class Server:
                     came = f"status {status}: {_short(text)}"
                     if status not in _PASSING:
                         raise self.fault(request, f"it refused with {came}", status)
-            if left:
-                drawn = pause * jitter.uniform(0.5, 1.0)
-                time.sleep(drawn if wait is None else min(wait, self.timeout_s))
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-        tries = self.retries + 1
-        raise self.fault(
-            request, f"no answer in {tries} {'try' if tries == 1 else 'tries'}: {came}", status
-        )
+                    is_away = status in _AWAY_STATUSES
+            drawn = pause * jitter.uniform(0.5, 1.0) if wait is None else min(wait, self.timeout_s)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            if is_away and self.retries:
+                is_told, self._is_missed = self._is_missed, True
+                if not is_told:
+                    logger.warning(f"{self.url}: {came}; tried again for {self.retry_s:g} s")
+            elif left:
+                left -= 1
+            else:
+                break
+            if time.monotonic() - begin + drawn > self.retry_s:
+                break
+            time.sleep(drawn)
+        times = f"{tries} {'try' if tries == 1 else 'tries'}"
+        raise self.fault(request, f"no answer in {times}: {came}", status)
+
+
+def _parts_of(url: str) -> SplitResult | None:
+    """The parts of an address, None of what is none."""
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        return None
+    return parts if is_one else None
 
 
 def _short(text: str) -> str:

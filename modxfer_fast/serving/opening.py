@@ -26,6 +26,7 @@ def open_server(section: ServerSection, where: str) -> Server:
         section.url,
         timeout_s=section.timeout_s,
         retries=section.retries,
+        retry_s=section.retry_s,
         max_in_flight=section.max_in_flight,
         api_key=key,
     )

@@ -136,6 +136,12 @@ def test_other_weights_under_the_same_name_fill_no_cache(
         ({}, {"loss": {"temperature": 2.0}}, "set teacher.served.tail: renormalise"),
         ({}, {"loss": {"impl": "dense"}}, "loss.impl: expected fused with listed classes"),
         ({"api_key_env": "NO_SUCH_KEY"}, {}, "expected the key in NO_SUCH_KEY"),
+        (
+            {"timeout_s": 1300.0},
+            {},
+            "teacher.served: expected timeout_s and retry_s of less than 1500 s together, "
+            "training.stall_timeout_s, got 1600 s",
+        ),
     ],
 )
 def test_a_wrong_server_ends_a_job_before_it_begins(write, url, capsys, options, fields, told):

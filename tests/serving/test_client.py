@@ -1,6 +1,9 @@
 """Requests to a server: tried again where a fault may pass, told where not, bounded, in order."""
 
+import errno
 import gc
+import http.client
+import itertools
 import pickle
 import socket
 import threading
@@ -100,15 +103,80 @@ def test_a_pause_that_the_server_asks_for_is_kept(monkeypatch, own, url):
     assert paused == [7.0, 9.0]
 
 
+class Clock:
+    """Time that passes while one sleeps."""
+
+    def __init__(self, patch):
+        self.now, self.paused = 0.0, []
+        patch.setattr(module.time, "sleep", self.sleep)
+        patch.setattr(module.time, "monotonic", lambda: self.now)
+
+    def sleep(self, seconds):
+        self.paused.append(seconds)
+        self.now += seconds
+
+
+def answers_of(monkeypatch, answers):
+    """Each next try gets the next one: raised, or returned."""
+
+    def exchange(*_):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module._Connection, "exchange", exchange)
+
+
 def test_pauses_grow_and_end(monkeypatch):
-    paused = []
-    monkeypatch.setattr(module.time, "sleep", paused.append)
-    refused = Server("http://127.0.0.1:1", retries=9, timeout_s=0.2)
-    with pytest.raises(ServerError, match="10 tries"):
-        refused.ask(request())
+    clock = Clock(monkeypatch)
+    answers_of(monkeypatch, itertools.repeat(TimeoutError("timed out")))
+    with pytest.raises(ServerError, match="10 tries: TimeoutError: timed out"):
+        Server("http://127.0.0.1:1", retries=9).ask(request())
     tops = [min(0.5 * 2**n, 30.0) for n in range(9)]
-    assert len(paused) == 9
-    assert all(top / 2 <= pause <= top for pause, top in zip(paused, tops, strict=True))
+    assert len(clock.paused) == 9
+    assert all(top / 2 <= pause <= top for pause, top in zip(clock.paused, tops, strict=True))
+
+
+REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+
+@pytest.mark.parametrize("away", [REFUSED, (503, None, b"loading"), (502, 20.0, b"bad gateway")])
+def test_a_server_that_starts_again_is_waited_for(monkeypatch, caplog, away):
+    clock = Clock(monkeypatch)
+
+    def answers():
+        yield http.client.RemoteDisconnected("gone")
+        while clock.now < 120:
+            yield away
+        yield 200, None, b"[]"
+
+    answers_of(monkeypatch, answers())
+    server = Server("http://127.0.0.1:1", retries=2)
+    assert server.ask(request()) == []
+    assert clock.now < 120 + 30
+    assert len([line for line in caplog.messages if "tried again for 300 s" in line]) == 1
+
+
+def test_one_that_stays_away_is_told(monkeypatch):
+    clock = Clock(monkeypatch)
+    answers_of(monkeypatch, itertools.repeat(REFUSED))
+    with pytest.raises(ServerError, match=r"no answer in \d+ tries: ConnectionRefusedError"):
+        Server("http://127.0.0.1:1", retries=1, retry_s=60.0).ask(request())
+    assert 30 < clock.now <= 60
+
+
+def test_no_try_begins_too_late(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def hang(*_):
+        clock.now += 120.0
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(module._Connection, "exchange", hang)
+    with pytest.raises(ServerError, match="no answer in 3 tries: TimeoutError"):
+        Server("http://127.0.0.1:1", retries=9, timeout_s=120.0, retry_s=300.0).ask(request())
+    assert clock.now <= 300 + 120
 
 
 def test_no_more_than_allowed_are_in_flight(own, url):
@@ -147,12 +215,20 @@ def test_the_key_is_sent(own, url):
     assert Server(url, api_key="secret").ask(request())["choices"]
 
 
+@pytest.mark.parametrize("key", ["of a file\n", "ключ"])
+def test_a_key_that_cannot_be_sent(key):
+    with pytest.raises(ServerError, match="api_key: expected printable characters of ASCII"):
+        Server("http://host", api_key=key)
+
+
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
 def test_addresses_with_and_without_v1(url, ending):
     assert Server(url + ending).url == url
 
 
-@pytest.mark.parametrize("bad", ["localhost:8000", "ftp://host", "http://"])
+@pytest.mark.parametrize(
+    "bad", ["localhost:8000", "ftp://host", "http://", "http://host:80a", "http://host:99999"]
+)
 def test_what_is_no_address(bad):
     with pytest.raises(ServerError, match="url: expected http://HOST:PORT"):
         Server(bad)

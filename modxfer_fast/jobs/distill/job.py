@@ -44,7 +44,7 @@ from modxfer_fast.jobs.distill.models import (
     prepare_tokenizer,
 )
 from modxfer_fast.jobs.distill.runs import MODEL, Student, read_result, roles, run_stage
-from modxfer_fast.jobs.distill.served import open_served
+from modxfer_fast.jobs.distill.served import check_waits, open_served
 from modxfer_fast.jobs.distill.summary import print_summary, summarise
 from modxfer_fast.jobs.distill.timing import Timer, time_losses, time_parts
 from modxfer_fast.jobs.job import Job, quieten_libraries
@@ -79,6 +79,7 @@ class DistillJob(Job):
     def check(self) -> None:
         config = self.config
         check_training(config.training, "training")
+        check_waits(config)
         losses = [loss for _, _, loss in roles(config)]
         metric = config.training.get("metric_for_best_model")
         check_best_metric(metric, losses, has_logits=config.kind == "causal_lm")

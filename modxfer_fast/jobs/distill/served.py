@@ -1,8 +1,8 @@
 """A teacher of a job with `plan: served`: looked at before anything long begins."""
 
-from modxfer_fast.config import JobConfig
+from modxfer_fast.config import ConfigError, JobConfig, ServerSection
 from modxfer_fast.config.model import TeacherModelSection
-from modxfer_fast.engine import ServedTeacher
+from modxfer_fast.engine import DistillConfig, ServedTeacher
 from modxfer_fast.jobs.distill.material import Material
 from modxfer_fast.jobs.ranks import on_main
 from modxfer_fast.models import load_model_config
@@ -10,6 +10,26 @@ from modxfer_fast.serving import FORMATS, ListedAnswers, open_server
 
 # what tokenizers cut differently: case, code, digits, accents, other scripts, white space
 _PROBE = "def Area(r):  return 3.14159 * r**2\n\tNaïve Größe, 東京, Привет: 1,024 tokens' worth."
+
+
+def check_waits(config: JobConfig) -> None:
+    """Raise a ConfigError where training would end, as one that hangs, before a request that gets
+    no answer has failed and said whose."""
+    stall_s = config.training.get("stall_timeout_s", DistillConfig.stall_timeout_s)
+    sections: dict[str, ServerSection | None] = {
+        f"{role}.served": section.served if section.plan == "served" else None
+        for role, section in config.teacher_sections.items()
+    }
+    if config.on_policy is not None:
+        sections["on_policy.vllm"] = config.on_policy.vllm
+    for where, section in sections.items():
+        if section is not None and stall_s is not None:
+            longest = section.timeout_s + section.retry_s
+            if longest >= stall_s:
+                raise ConfigError(
+                    f"{where}: expected timeout_s and retry_s of less than {stall_s:g} s together, "
+                    f"training.stall_timeout_s, got {longest:g} s"
+                )
 
 
 def open_served(config: JobConfig, material: Material, role: str = "teacher") -> ServedTeacher:
