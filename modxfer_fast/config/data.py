@@ -53,9 +53,10 @@ class SourceSection(SourceKeys):
 class DataSection(SourceKeys):
     """What to learn from: one `source`, or several `sources`.
 
-    source: `python-docs`, a file (.txt .md .json .jsonl .csv .parquet), a pattern of such files
-        (`chats/*.jsonl`, `**` for folders of any depth; in the order of their names), a folder of
-        them or of a dataset saved by `datasets`, or the id of a dataset on the hub.
+    source: `python-docs`, a file (.txt .md .json .jsonl .csv .parquet, but the last one also
+        compressed, as .jsonl.gz, .bz2, .xz or .zst), a pattern of such files (`chats/*.jsonl`, `**`
+        for folders of any depth; in the order of their names), a folder of them or of a dataset
+        saved by `datasets`, or the id of a dataset on the hub.
     sources: several, mixed by their `weight` into exact shares of the documents, as
         `datasets.interleave_datasets` has them by chance; without weights each document comes once.
     stopping_strategy: with weights, how many documents there are: `first_exhausted`, as many as

@@ -406,7 +406,9 @@ def rows_from_documents(
                     f"in row {row}"
                 )
         documents = (
-            Dataset.from_dict({"text": documents}) if is_text else Dataset.from_list(documents)
+            Dataset.from_dict({"text": documents})
+            if is_text
+            else Dataset.from_list(documents, on_mixed_types="use_json")  # arguments of tools
         )
     if tokenizer.eos_token_id is None:
         raise DataError("tokenizer: expected an end-of-text token (eos_token), got none")

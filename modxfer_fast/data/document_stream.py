@@ -61,13 +61,15 @@ class DocumentStream:
         """
         needed = max(num_held_out, 1)
         with naming(source.source):
-            head = list(islice(_opened(source), needed + 1))
+            opened = _opened(source)
+            head = list(islice(opened, needed + 1))
         if len(head) < num_held_out + 1:
             raise DataError(
                 f"data source {source.source}: expected more than the {num_held_out} documents at "
                 f"its head that are held out (data.eval_documents), got {len(head)}"
             )
-        documents = Dataset.from_list(head[:needed])
+        # of the types that are known: calls of tools may have arguments of any
+        documents = Dataset.from_list(head[:needed], features=opened.features)
         if teachers is not None:
             teachers.check(documents.column_names, source.source)
         columns = columns_of(source)

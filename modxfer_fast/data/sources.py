@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from fsspec.compression import available_compressions
 
 from modxfer_fast.config import SourceSection
 from modxfer_fast.data.facts import FACTS, TEACHER_PROMPT
@@ -32,6 +33,7 @@ _READERS = {
     ".txt": "text",
     ".md": "text",
 }
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # behind the others, but that of Parquet
 
 
 def files_of(source: str) -> list[str]:
@@ -94,7 +96,8 @@ def stream_source(
             )
         [reader] = readers
         options = {"sample_by": "line" if lines else "document"} if reader == "text" else {}
-        dataset = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+        names = [glob.escape(file) for file in files]  # which to `datasets` are patterns
+        dataset = load_dataset(reader, data_files=names, split="train", streaming=True, **options)
         return dataset.filter(_has_text) if lines else dataset
 
 
@@ -103,13 +106,13 @@ def _has_text(row: dict) -> bool:
 
 
 def _check_lines(source: str, lines: bool) -> None:
-    if lines and _READERS.get(Path(source).suffix) != "text":
+    if lines and _READERS.get(_ending_of(source)) != "text":
         raise DataError(f"data source {source}: lines: true is for a .txt or .md file")
 
 
 def _refuse_path(source: str) -> None:
     """Raises a DataError of what is no id of the hub, where no file or folder has that name."""
-    if Path(source).suffix in _READERS or source.startswith((".", "/", "~")):
+    if _ending_of(source) in _READERS or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source}: no such file or folder")
 
 
@@ -126,13 +129,21 @@ def naming(source: str) -> Iterator[None]:
         raise DataError(f"data source {source}: cannot be loaded ({reason})") from error
 
 
+def _ending_of(path: str | Path) -> str:
+    """Of a file's name; of a compressed one that before it."""
+    path = Path(path)
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
 def _reader_of(path: str | Path, source: str) -> str:
-    reader = _READERS.get(Path(path).suffix)
+    reader = _READERS.get(_ending_of(path))
     if reader is None:
         raise DataError(
-            f"data source {source}: expected a file ending in {', '.join(_READERS)}, "
-            f"got {Path(path).suffix or 'no ending'}"
+            f"data source {source}: expected a file ending in {', '.join(_READERS)}, or in such a "
+            f"one and {', '.join(_COMPRESSED)}, got {Path(path).suffix or 'no ending'}"
         )
+    if Path(path).suffix == ".zst" and "zstd" not in available_compressions():
+        raise DataError(f"data source {source}: needs zstandard; pip install zstandard")
     return reader
 
 
@@ -142,9 +153,11 @@ def _load_file(path: Path, source: str, lines: bool) -> Dataset:
         raise DataError(f"data source {source}: expected rows, got an empty file")
     options = {"sample_by": "line" if lines else "document"} if reader == "text" else {}
     try:
-        dataset = load_dataset(reader, data_files=str(path), split="train", **options)
+        # to `datasets` a name is a pattern
+        name = glob.escape(str(path))
+        dataset = load_dataset(reader, data_files=name, split="train", **options)
     except Exception:
-        if reader == "json":
+        if reader == "json" and path.suffix not in _COMPRESSED:
             _check_json(path, source)
         raise
     if lines:
@@ -163,9 +176,9 @@ def _check_json(path: Path, source: str) -> None:
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("["):
             raise DataError(f"data source {source}, line {error.lineno}: {error.msg}") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other ends stand inside of texts
         try:
-            json.loads(line or "null")
+            json.loads(line if line.strip() else "null")
         except json.JSONDecodeError as error:
             raise DataError(
                 f"data source {source}, line {number}: expected a JSON object, got "

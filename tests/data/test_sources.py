@@ -1,6 +1,9 @@
 """Sources: the built-in corpus, files, folders, and errors that name them."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -13,10 +16,11 @@ from modxfer_fast.data import (
     load_source,
     python_docs,
     rows_from_documents,
+    sources,
     train_tokenizer,
 )
 from modxfer_fast.data.encoding import ROW
-from modxfer_fast.data.sources import detect_format
+from modxfer_fast.data.sources import detect_format, stream_source
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,30 @@ def test_files(tmp_path, ending):
     else:
         path.write_text("\n".join(json.dumps(row) for row in rows))
     assert load_source(str(path))["text"][0] == "one\ntwo"
+
+
+@pytest.mark.parametrize("packed", [gzip, bz2, lzma], ids=["gz", "bz2", "xz"])
+def test_compressed_files(tmp_path, packed, request):
+    path = tmp_path / f"data.jsonl.{request.node.callspec.id}"
+    rows = [{"text": f"({i})"} for i in range(3)]
+    path.write_bytes(packed.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert list(load_source(str(path))) == rows
+    assert list(stream_source(str(path))) == rows
+
+
+def test_what_unpacks_zstandard_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "available_compressions", lambda: ["gzip"])
+    (tmp_path / "data.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"data\.jsonl\.zst: needs zstandard; pip install"):
+        load_source(str(tmp_path / "data.jsonl.zst"))
+
+
+def test_names_that_would_be_patterns(tmp_path):
+    (tmp_path / "run[1]").mkdir()
+    path = tmp_path / "run[1]" / "data[a-z].jsonl"
+    path.write_text('{"text": "a"}\n')
+    assert load_source(str(path))["text"] == ["a"]
+    assert [row["text"] for row in stream_source(str(path))] == ["a"]
 
 
 def test_folders(tmp_path):
@@ -288,12 +316,13 @@ def test_a_source_without_a_usable_row_names_one(tmp_path, rows, problem):
     [
         ("d.jsonl", '{"text": "a"}\n{"text": "b"\n', r"d\.jsonl, line 2: expected a JSON object"),
         ("d.json", '[{"text": "a"},\n {"text" "b"}]', r"d\.json, line 2: Expecting ':' delimiter"),
+        ("d.jsonl", '{"text": "a\u2028b"}\n{"text": "b"\n', r"d\.jsonl, line 2: expected a JSON"),
         ("d.jsonl", "", r"d\.jsonl: expected rows, got an empty file"),
         ("d.txt", "", r"d\.txt: expected rows, got an empty file"),
     ],
 )
 def test_files_that_cannot_be_read_say_where(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         load_source(str(tmp_path / name))
 
@@ -338,6 +367,16 @@ def test_rows_from_documents():
     for mixed, got in ((["one", {"text": "two"}], "dict"), ([{"text": "one"}, "two"], "str")):
         with pytest.raises(DataError, match=f"expected texts or records alone, got {got} in row 2"):
             rows_from_documents(mixed, tokenizer)
+
+
+def test_records_of_mixed_types_are_left_out_each_by_itself(caplog):
+    tokenizer = train_tokenizer(["one two three"], 300)
+    rows = rows_from_documents([{"text": "one"}, {"text": 3}, {"text": {"a": "b"}}], tokenizer)
+    assert tokenizer.decode(rows[0]["input_ids"]) == "one<|endoftext|>"
+    assert (
+        "left out 1 of 3 documents (first: row 2): column text: expected text, got int"
+        in "".join(caplog.messages)
+    )
 
 
 def test_a_document_stays_to_learn_from(tmp_path):

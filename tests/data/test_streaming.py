@@ -12,6 +12,7 @@ from modxfer_fast.config import ConfigError, DataSection, JobConfig
 from modxfer_fast.config.loading import validate
 from modxfer_fast.data import CausalCollator, DataError, build_rows, load_corpus, train_tokenizer
 from modxfer_fast.data.facts import LOSS_WEIGHT
+from modxfer_fast.data.records import normalise
 from modxfer_fast.engine import DistillConfig
 from modxfer_fast.engine.streaming import StreamLoader
 
@@ -148,6 +149,20 @@ def test_blank_lines_are_no_documents(tmp_path):
         resumed = rows.train.rows(0, 0, 1, place)
         expected = seen[index + 1 : index + 50]
         assert [documents(next(resumed)[0]) for _ in expected] == [[d] for d, _, _ in expected]
+
+
+def test_calls_of_tools_may_have_any_arguments(tmp_path):
+    def called(arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        told = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+        return {"messages": told}
+
+    path = write(tmp_path / "d.jsonl", [called({"a": 1}), called({"a": "b", "c": [2]})] * 5)
+    section = DataSection(source=path, streaming=True, eval_documents=2)
+    (part,) = load_corpus(section).parts
+    assert normalise(part.held_out[1], "messages").messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": "b", "c": [2]}}}
+    ]
 
 
 @pytest.mark.parametrize("names", [("body", "text"), ("text", "body")])
