@@ -21,7 +21,7 @@ class Gate:
         column: of our row; with a `peer`, the peer's value is divided by ours.
         limit: the largest value allowed, or the smallest where there is a `peer`.
         impl: name of our row.
-        peer: how the name of the peer's row begins and ends.
+        peer: how the name of the peer's row, which has its version in it, begins and ends.
     """
 
     room: str
@@ -41,27 +41,26 @@ class Gate:
             for row in rows
             if row.room == self.room and self.problem.items() <= row.problem.items()
         ]
+        ours = next((row for row in here if row.impl == self.impl), None)
+        found = {self.impl: ours}
+        if self.peer:
+            start, end = self.peer
+            names = (row for row in here if row.impl.startswith(start) and row.impl.endswith(end))
+            found[" ".join(self.peer).strip()] = next(names, None)
         values = []
-        for start, end in filter(None, ((self.impl, ""), self.peer)):
-            row = _find(here, start, end)
+        for name, row in found.items():
             if row is None:
-                return f"open    {gate}; no row of {f'{start} {end}'.strip()}"
+                return f"open    {gate}; no row of {name}"
             value = getattr(row, self.column)
             if value is None:
                 return f"open    {gate}; {row.impl}: {row.check}"
             values.append(value)
-        ours = _find(here, self.impl, "")
+        assert ours is not None
         value = values[1] / values[0] if self.peer else values[0]
         met = value >= self.limit if self.peer else value <= self.limit
         mark = "met   " if met and not ours.is_over_budget else "MISSED"
         note = f", {ours.check}" if ours.is_over_budget else ""
         return f"{mark}  {gate}; measured {value:.4g}{note}"
-
-
-def _find(rows: Iterable[Row], start: str, end: str) -> Row | None:
-    exact = [row for row in rows if not end and row.impl == start]
-    near = (row for row in rows if row.impl.startswith(start) and row.impl.endswith(end))
-    return exact[0] if exact else next(near, None)
 
 
 _HEAD = {"D_s": 4096, "D_t": 4096, "V": 128256}

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
@@ -39,19 +38,20 @@ class JobConsole:
     """
 
     def __init__(self, *, is_main: bool) -> None:
-        self._console = Console(quiet=not is_main, highlight=False)
+        # names of sources and texts of models are printed too: [b] is no markup in them
+        self._console = Console(quiet=not is_main, highlight=False, markup=False, emoji=False)
         self.phase_seconds: dict[str, float] = {}
         self._inside = 0.0  # seconds of the phases inside the one at hand
 
     def say(self, message: str) -> None:
         """Indented lines about the current phase."""
         for line in message.splitlines():
-            self._console.print(f"  {escape(line)}")
+            self._console.print(f"  {line}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase and say how long it took."""
-        self._console.print(f"[bold]{name}[/bold]")
+        self._console.print(name, style="bold")
         start = time.perf_counter()
         outer, self._inside = self._inside, 0.0
         try:
@@ -62,7 +62,7 @@ class JobConsole:
         finally:
             self._inside = outer
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + own
-        self._console.print(f"  [dim]{seconds:.1f} s[/dim]")
+        self._console.print(f"  {seconds:.1f} s", style="dim")
 
     def bar(self, *columns: str, transient: bool = False) -> Progress:
         """Of work done and to do, with further columns; only a terminal shows it."""
@@ -92,7 +92,7 @@ class JobConsole:
         Args:
             columns: heading, and format of the values, which may also be text, or None for nothing.
         """
-        self._console.print(f"[bold]{title}[/bold]")
+        self._console.print(title, style="bold")
         table = Table()
         for index, (heading, _) in enumerate(columns):
             table.add_column(heading, justify="right" if index else "left", no_wrap=True)
@@ -151,7 +151,7 @@ class ConsoleCallback(TrainerCallback):
 
 def _words(text: str | None, *, end: bool = False, width: int = 36) -> str:
     """The first characters of a text, or the last, on one line."""
-    line = escape(" ".join((text or "").split()))
+    line = " ".join((text or "").split())
     if len(line) <= width:
         return line
     return f"…{line[1 - width :]}" if end else f"{line[: width - 1]}…"

@@ -124,6 +124,13 @@ def test_a_gate_says_what_was_measured():
     assert line(dataclasses.replace(ratio, impl=FROZEN.impl)).startswith("met")
 
 
+def test_no_gate_is_judged_by_another_row_of_ours():
+    ratio = Gate("linear_kd_loss", {"N": 8192}, "ratio_to_floor", 1.08)
+    text = ratio.line([FROZEN])
+    assert text.startswith("open")
+    assert text.endswith("no row of ours triton")
+
+
 def test_a_gate_is_missed_where_the_result_is_over_its_error_budget():
     off = dataclasses.replace(OURS, check="over dweight 5.0e-03 of 3e-03")
     text = Gate("linear_kd_loss", {"N": 8192}, "time_ms", 49.0).line([off])

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from modxfer_fast.engine.samples import Sample
 from modxfer_fast.report import ConsoleCallback, JobConsole, curves, plot_curves
 from modxfer_fast.report import console as console_module
 
@@ -32,6 +33,18 @@ def test_phases_and_numbers_without_a_terminal(capsys):
     assert "epoch" not in out
     assert "12.3" in out
     assert console.phase_seconds["Teacher"] > 0
+
+
+def test_brackets_and_colons_of_names_are_no_markup(capsys):
+    console = JobConsole(is_main=True)
+    name = "run[/1]/part-[a-z]*.jsonl :smile: [bold]"
+    with console.phase(name):
+        console.say(name)
+    console.table(name, [(name, "")], [[name]])
+    ConsoleCallback(console).on_samples(1, [Sample("[b]", "", "[/b]", "x" * 33 + "[bold]")])
+    out = capsys.readouterr().out
+    assert out.count(name) == 5
+    assert all(text in out for text in ("[b]", "[/b]", "x" * 33 + "[b…"))
 
 
 def test_other_processes_are_silent(capsys):
