@@ -53,10 +53,14 @@ class Documents:
     def usable(self) -> Iterator[Text | Completion | Conversation]:
         """The training documents that can be learnt from; not of a stream."""
         assert isinstance(self.train, Dataset)
-        for record in self.train:
-            # `build_rows` leaves the others out and says so
-            with contextlib.suppress(RecordError):
-                yield normalise(record, self.train_format)
+        return _usable(self.train, self.train_format)
+
+
+def _usable(documents: Dataset, fmt: str) -> Iterator[Text | Completion | Conversation]:
+    for record in documents:
+        # `build_rows` leaves the others out and says so
+        with contextlib.suppress(RecordError):
+            yield normalise(record, fmt)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Corpus:
                 yield from document.texts()
 
     def digest(self) -> str:
-        """Short hash of the training documents; of streams of what their files are."""
+        """Short hash of all documents; of those that are streamed of what their files are."""
         digest = hashlib.sha256()
         streams = [part.train for part in self.parts if isinstance(part.train, DocumentStream)]
         if streams:
@@ -90,15 +94,17 @@ class Corpus:
             heads = [part.held_out.to_list() for part in self.parts]
             digest.update(repr((identities, heads)).encode("utf-8", "surrogatepass"))
             return digest.hexdigest()[:16]
-        for document in chain.from_iterable(part.usable() for part in self.parts):
+        held_out = (_usable(part.held_out, part.held_out_format) for part in self.parts)
+        for document in chain(*(part.usable() for part in self.parts), *held_out):
             # of a conversation also roles, tools, and which turns are learnt
             is_chat = isinstance(document, Conversation)
             for text in [repr(document)] if is_chat else document.texts():
                 digest.update(text.encode("utf-8", "surrogatepass"))
                 digest.update(b"\0")
         for part in self.parts:
-            if isinstance(part.train, Dataset) and TEACHER in part.train.column_names:
-                digest.update(repr(part.train[TEACHER][:]).encode())
+            for half in (part.train, part.held_out):
+                if isinstance(half, Dataset) and TEACHER in half.column_names:
+                    digest.update(repr(half[TEACHER][:]).encode())
         return digest.hexdigest()[:16]
 
 

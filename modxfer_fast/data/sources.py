@@ -156,6 +156,8 @@ def _load_file(path: Path, source: str, lines: bool) -> Dataset:
         # to `datasets` a name is a pattern
         name = glob.escape(str(path))
         dataset = load_dataset(reader, data_files=name, split="train", **options)
+        if reader == "json":
+            dataset.data.validate(full=True)  # Arrow takes texts of JSON that are no UTF-8
     except Exception:
         if reader == "json" and path.suffix not in _COMPRESSED:
             _check_json(path, source)

@@ -19,7 +19,8 @@ from modxfer_fast.teacher_cache.documents import KEY_BYTES, Document
 FORMAT = 1
 ANSWERS, HEAD = "answers.safetensors", "head.safetensors"
 _AGAIN = "remove the shard's folder and capture it again"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# of hidden states
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CacheError(UserError):
@@ -46,16 +47,16 @@ class Payload:
     def __post_init__(self) -> None:
         if self.hidden is None and not self.top_k:
             raise ValueError("payload: expected hidden, top_k or both, got neither")
-        if self.hidden is not None and self.hidden not in _DTYPES:
+        if self.hidden is not None and self.hidden not in DTYPES:
             raise ValueError(
-                f"hidden: expected one of {', '.join(_DTYPES)} or None, got {self.hidden!r}"
+                f"hidden: expected one of {', '.join(DTYPES)} or None, got {self.hidden!r}"
             )
 
     def tensors(self) -> dict[str, tuple[int, torch.dtype]]:
         """Of each tensor of a token its width and dtype."""
         kept: dict[str, tuple[int, torch.dtype]] = {}
         if self.hidden is not None:
-            kept["hidden"] = self.width, _DTYPES[self.hidden]
+            kept["hidden"] = self.width, DTYPES[self.hidden]
         if self.top_k:
             kept["topk_ids"] = self.top_k, torch.int32
             kept["topk_log_probs"] = self.top_k, torch.float32

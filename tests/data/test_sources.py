@@ -327,6 +327,14 @@ def test_files_that_cannot_be_read_say_where(tmp_path, name, text, message):
         load_source(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".txt"])
+def test_files_that_are_no_utf_8_are_named(tmp_path, ending):
+    path = tmp_path / f"d{ending}"
+    path.write_text('{"text": "é"}\n' * 3, encoding="latin-1")
+    with pytest.raises(DataError, match=rf"d\{ending}: cannot be loaded .*(?i:utf-?8)"):
+        load_source(str(path))
+
+
 def test_columns_of_other_names(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [{"body": f"b {i}", "text": "t"} for i in range(9)])
     documents = load_corpus(DataSection(source=str(path), columns={"text": "body"}))
@@ -397,4 +405,14 @@ def test_the_digest_of_a_conversation_knows_who_speaks(tmp_path):
         messages = [{"role": role, "content": "hi"} for role in roles]
         path = write_rows(tmp_path / f"{roles[0]}.jsonl", [{"messages": messages}] * 3)
         digests.add(load_corpus(DataSection(source=str(path))).digest())
+    assert len(digests) == 2
+
+
+def test_the_digest_knows_what_is_held_out(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"text": f"t {i}"} for i in range(3)])
+    digests = set()
+    for text in ("a", "b"):
+        held_out = write_rows(tmp_path / "held_out.jsonl", [{"text": text}])
+        section = DataSection(source=str(train), eval_source=str(held_out))
+        digests.add(load_corpus(section).digest())
     assert len(digests) == 2

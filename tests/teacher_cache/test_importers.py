@@ -181,6 +181,16 @@ def test_a_file_that_is_being_written_is_left_for_later(tmp_path, model, head):
             {"hidden_states": torch.full((4, 32), torch.nan), "token_ids": torch.arange(4)},
             "expected finite hidden states",
         ),
+        *(
+            (
+                {
+                    "hidden_states": torch.zeros(4, 32).to(dtype),
+                    "token_ids": torch.arange(4),
+                },
+                r"expected hidden_states in float32, bfloat16, float16, got (float|int)\w+",
+            )
+            for dtype in (torch.float64, torch.float8_e4m3fn, torch.int8)
+        ),
     ],
 )
 def test_files_of_another_kind_are_named(tmp_path, head, tensors, told):
@@ -320,6 +330,7 @@ def test_prompts_need_no_lists_and_what_is_learnt_does(tmp_path, model, head):
     ("column", "value", "told"),
     [
         ("target_logprobs", 0.5, "expected log-probabilities of at most 0, got 0.5"),
+        ("target_logprobs", float("nan"), "expected log-probabilities of at most 0, got nan"),
         ("target_logprobs", -0.1, "expected probabilities that sum to at most 1"),
         ("target_token_ids", VOCAB_SIZE, f"expected ids below {VOCAB_SIZE}"),
         ("target_token_ids", 7, "expected each id once, got 7 twice"),

@@ -64,7 +64,8 @@ class AxolotlColumns(TopK):
 
     def answers(self, entry: Entry, reading: str) -> dict[str, Tensor]:
         log_probs = entry.kept[_LOG_PROBS]
-        present = (entry.kept[_MASK] != 0) & (log_probs > _NO_CLASS)
+        absent = log_probs <= _NO_CLASS  # and NaN is not, but a fault
+        present = (entry.kept[_MASK] != 0) & ~absent
         ids = entry.kept[_LISTED].masked_fill(~present, -1)
         if reading == "own":
             ids, log_probs = following_by(1, ids, log_probs, absent=(-1, 0.0))

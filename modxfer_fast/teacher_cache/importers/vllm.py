@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modxfer_fast.teacher_cache.importers.entries import Entry, Foreign, ImportRefused, TeacherHead
-from modxfer_fast.teacher_cache.store import Payload
+from modxfer_fast.teacher_cache.store import DTYPES, Payload
 
 _HIDDEN, _IDS = "hidden_states", "token_ids"
 NORM = "+norm"
@@ -73,6 +73,9 @@ class HiddenStatesFiles(Foreign):
                 f"{file}: expected {_HIDDEN} of shape [{n}, {layers}, {width}], "
                 f"got {list(kept[_HIDDEN].shape)}"
             )
+        dtype = str(hidden.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ImportRefused(f"{file}: expected {_HIDDEN} in {', '.join(DTYPES)}, got {dtype}")
         if not hidden.isfinite().all():
             raise ImportRefused(f"{file}: expected finite hidden states, got NaN or infinity")
         if not self._layers:
