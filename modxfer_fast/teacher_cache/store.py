@@ -265,17 +265,17 @@ class _Shard:
             )
         data = keys.numpy().tobytes()
         self.keys = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
-        self._spans = list(_spans(lengths))
+        self._starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
     def __getstate__(self) -> dict[str, Any]:  # a worker of a loader maps the file itself
         return {**self.__dict__, "_file": None}
 
     @property
     def num_tokens(self) -> int:
-        return self._spans[-1].stop if self._spans else 0
+        return int(self._starts[-1])
 
     def read(self, index: int, document: Document) -> dict[str, Tensor]:
-        span = self._spans[index]
+        span = slice(*self._starts[index : index + 2].tolist())
         names = ("ids", *self._names)
         try:
             if self._file is None:
