@@ -30,7 +30,7 @@ class Material:
     """Console, folder of the unfinished output, tokenizer and rows.
 
     kind: of the models, "causal_lm" or "encoder".
-    digest: identifies the training documents and how they became rows.
+    digest: identifies the documents and how they became rows.
     processes: that the job began with.
     """
 
