@@ -1,6 +1,7 @@
 """Ends of a command that are no faults of the program, and a check that raises one."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -25,6 +26,21 @@ class NonFiniteError(UserError):
 
 class Terminated(KeyboardInterrupt):
     """The system asked for the end (SIGTERM), and what was done is saved."""
+
+
+def not_loaded(what: str, source: str, error: object) -> str:
+    """The message about something that a library could not load.
+
+    Args:
+        source: file, folder or id of the hub.
+        error: the library's; of many lines the first and the last are told.
+    """
+    reason = f"{error}"
+    if len(lines := reason.splitlines()) > 4:
+        reason = f"{lines[0]} ... {lines[-1]}"
+    if not Path(source).expanduser().exists():
+        reason = f"no such file or folder is here, and from the hub: {reason}"
+    return f"{what} {source}: cannot be loaded ({reason})"
 
 
 def check_choice(

@@ -7,8 +7,8 @@ from modxfer_fast.cli.main import add_job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "examples/", "training.zero_stage=3")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the job")
-    parser.add_argument("--gpu", default="h200", metavar="KIND", help="such as h100, h200 or b200")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the job (1)")
+    parser.add_argument("--gpu", default="h200", metavar="KIND", help="such as h100 or b200 (h200)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from modxfer_fast.config.section import NotNegative, PositiveInt, Section
+from modxfer_fast.config.section import NotNegative, PositiveInt, Section, Seed
 
 
 class SourceKeys(Section):
@@ -89,7 +89,7 @@ class DataSection(SourceKeys):
     packing: bool = True
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     max_eval_rows: PositiveInt | None = None
-    split_seed: int = 0
+    split_seed: Seed = 0
     streaming: bool = False
     shuffle_buffer: PositiveInt | None = None
     eval_documents: PositiveInt | None = None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from modxfer_fast.config.data import DataSection
-from modxfer_fast.config.loss import LossSection, check_encoder_loss
+from modxfer_fast.config.loss import LossSection, check_encoder_loss, check_learns
 from modxfer_fast.config.model import (
     MIXTURES,
     OneOfTeachersSection,
@@ -99,6 +99,7 @@ class JobConfig(Section):
         self._check_teachers()
         if self.kind == "encoder":
             self._check_encoder()
+        check_learns(self.loss.weights, self.loss.has_features, "loss.")
         if "self" in self._plans:
             self._check_self()
         elif self.tokenizer is None and all(t.path is None for t in self.teacher_sections.values()):

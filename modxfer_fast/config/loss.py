@@ -1,6 +1,7 @@
 """The loss section: of the logits, of hidden states and of attention relations."""
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -191,9 +192,31 @@ class LossSection(LogitsSection):
         return record is not None and record.row_sums == "of_logits"
 
     @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of the terms of the loss of the logits."""
+        return self.kd_weight, self.ce_weight, self.z_loss_weight
+
+    @property
     def has_features(self) -> bool:
         """Whether there is a loss inside the networks."""
         return self.hidden_states is not None or self.relations is not None
+
+
+def check_learns(weights: Iterable[float], has_features: bool, where: str = "") -> None:
+    """Check that something is learnt.
+
+    Args:
+        weights: of the loss of the logits: kd_weight, ce_weight and z_loss_weight.
+        has_features: whether there is a loss inside the networks.
+        where: dotted path of the loss with its last dot, for messages.
+    Raises:
+        ValueError: nothing is.
+    """
+    if not any(weights) and not has_features:
+        raise ValueError(
+            f"{where}kd_weight: expected more than 0 where ce_weight and z_loss_weight are 0 and "
+            "there are no hidden_states or relations, got 0; nothing would be learnt"
+        )
 
 
 def check_encoder_loss(

@@ -11,6 +11,7 @@ from modxfer_fast.kernels.divergences import nearest
 PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Training = dict[str, Any]  # fields of `transformers.TrainingArguments`
 
 
@@ -20,7 +21,7 @@ def _different(seeds: list[int]) -> list[int]:
     return seeds
 
 
-Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_different)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_different)]
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from modxfer_fast.config.section import PositiveInt, Section
+from modxfer_fast.config.section import PositiveInt, Section, Seed
 
 TaskKind = Literal["ner", "nli", "paraphrase"]
 Split = Literal["train", "validation", "test"]
@@ -57,7 +57,7 @@ class TaskSection(Section):
     format: Literal["auto", "conll", "tsv", "csv", "json"] = "auto"
     columns: dict[str, str | int] = {}
     labels: Annotated[list[str], Field(min_length=2)] | None = None
-    split_seed: Annotated[int, Field(ge=0)] = 0
+    split_seed: Seed = 0
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_train_examples: PositiveInt | None = None
     max_validation_examples: PositiveInt | None = None

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from modxfer_fast.config import transfer_names as names
 from modxfer_fast.config.loss import DivergenceSection
 from modxfer_fast.config.model import PretrainedSection
-from modxfer_fast.config.section import NotNegative, OneOf, PositiveInt, Section, Training
+from modxfer_fast.config.section import NotNegative, OneOf, PositiveInt, Section, Seed, Training
 from modxfer_fast.config.task import TaskSection
 
 FRESH = "fresh"  # the method that moves nothing
@@ -29,7 +29,7 @@ class TeacherSection(PretrainedSection):
     peft: dict[str, Any] | None = None
     adapter: str | None = None
     training: Training = {}
-    seed: int = 0
+    seed: Seed = 0
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
@@ -201,7 +201,7 @@ class TransferConfig(Section):
 
     output_dir: str
     overwrite: bool = False
-    seed: int = 0
+    seed: Seed = 0
     task: TaskSection
     teacher: TeacherSection
     student: TransferStudentSection

@@ -12,7 +12,7 @@ from fsspec.compression import available_compressions
 from modxfer_fast.config import SourceSection
 from modxfer_fast.data.facts import FACTS, TEACHER_PROMPT
 from modxfer_fast.data.python_docs import python_docs
-from modxfer_fast.errors import DataError
+from modxfer_fast.errors import DataError, not_loaded
 
 COLUMNS = {
     "messages": ("messages",),
@@ -126,7 +126,7 @@ def naming(source: str) -> Iterator[None]:
     except Exception as error:
         # `datasets` raises several unrelated types here; all of them are about what was named
         reason = f"{error}" if error.__cause__ is None else f"{error}: {error.__cause__}"
-        raise DataError(f"data source {source}: cannot be loaded ({reason})") from error
+        raise DataError(not_loaded("data source", source, reason)) from error
 
 
 def _ending_of(path: str | Path) -> str:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modxfer_fast.config.task import TaskKind
-from modxfer_fast.errors import DataError
+from modxfer_fast.errors import DataError, not_loaded
 
 END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 _FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
@@ -60,7 +60,7 @@ def read_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(path if place is None else str(place), **options)
     except Exception as error:  # transformers raises several types, `tokenizers` a bare Exception
-        raise DataError(f"tokenizer {path}: cannot be loaded ({error})") from error
+        raise DataError(not_loaded("tokenizer", path, error)) from error
 
 
 def load_tokenizer(

@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from modxfer_fast.config import HiddenStatesSection, OnPolicySection, RelationsSection
 from modxfer_fast.config.loading import validate
-from modxfer_fast.config.loss import FeaturesSection
+from modxfer_fast.config.loss import FeaturesSection, check_learns
 from modxfer_fast.config.section import Section
 from modxfer_fast.engine import deepspeed, fsdp
 from modxfer_fast.engine.objective import Objective
+from modxfer_fast.engine.ranges import check_at_least, check_ranges
 from modxfer_fast.engine.students import student_of_kind
 from modxfer_fast.kernels.common.spec import MADE, OF_MODELS
 from modxfer_fast.kernels.divergences import ALPHAS, BETAS, FORMULAS
@@ -33,6 +34,14 @@ _UNSUPPORTED = {
     "fp16_full_eval": "it would cast the weights that train",
     "bf16_full_eval": "it would cast the weights that train",
     "remove_unused_columns": "it removes columns of the collator",
+}
+
+
+_LEAST = {
+    "max_skipped_steps": 0,
+    "keep_nonfinite_steps": 0,
+    "eval_samples": 0,
+    "eval_sample_tokens": 1,
 }
 
 
@@ -157,6 +166,9 @@ class DistillConfig(TrainingArguments):
         student = student_of_kind(self.kind)
         self._features()
         student.settle(self)
+        if student.has_logits:
+            weights = (self.kd_weight, self.ce_weight, self.z_loss_weight)
+            check_learns(weights, self._has_features)
         self.objective()
         self.on_policy_options()
         self._refuse_unsupported()
@@ -208,30 +220,24 @@ class DistillConfig(TrainingArguments):
         options = validate({"on_policy": self.on_policy}, _OnPolicy, "").on_policy
         if self.kind != "causal_lm":
             raise ValueError(f"on_policy: expected kind causal_lm, which writes, got {self.kind}")
-        if not self.kd_weight and self.hidden_states is None and self.relations is None:
+        if not self.kd_weight and not self._has_features:
             raise ValueError(
                 "on_policy: expected a kd_weight above 0, because the teacher alone says what is "
                 f"right in a text of the student, got {self.kd_weight}"
             )
         return options
 
+    @property
+    def _has_features(self) -> bool:
+        return self.hidden_states is not None or self.relations is not None
+
     def _features(self) -> FeaturesSection:
         given = {"hidden_states": self.hidden_states, "relations": self.relations}
         return validate(given, FeaturesSection, "")
 
     def _refuse_unsupported(self) -> None:
-        for name, least in (
-            ("max_skipped_steps", 0),
-            ("keep_nonfinite_steps", 0),
-            ("eval_samples", 0),
-            ("eval_sample_tokens", 1),
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("learning_rate", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+        check_ranges(self)
+        check_at_least(self, _LEAST)
         if self.eval_samples and self.kind != "causal_lm":
             raise ValueError(
                 f"eval_samples: expected 0 with kind {self.kind}, which writes no text, got "

@@ -17,7 +17,12 @@ from modxfer_fast.models.checks import (
     check_same_tokenizer,
 )
 from modxfer_fast.models.compacter import CompacterConfig
-from modxfer_fast.models.from_teacher import TakenWeights, take_from_teacher, weights_digest
+from modxfer_fast.models.from_teacher import (
+    TakenWeights,
+    check_taken,
+    take_from_teacher,
+    weights_digest,
+)
 from modxfer_fast.models.fused_lora.layer import FusedLoraLinear
 from modxfer_fast.models.fused_lora.patch import (
     patch_peft_model,
@@ -54,6 +59,7 @@ __all__ = [
     "check_peft",
     "check_rows_fit",
     "check_same_tokenizer",
+    "check_taken",
     "check_targets",
     "find_site",
     "load_adapter",

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modxfer_fast.config.model import EMBEDDINGS
 from modxfer_fast.errors import ModelError
 from modxfer_fast.models.architecture import Architecture
+from modxfer_fast.models.load import KINDS
 
 
 class TakenWeights(NamedTuple):
@@ -90,6 +91,28 @@ def take_from_teacher(
         projected, energy = _project_embeddings(student, teacher, where)
     fresh = [name for name in state if name not in copied and name not in projected]
     return TakenWeights(len(copied), len(projected), fresh, energy)
+
+
+def check_taken(
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    *,
+    layers: list[int],
+    embeddings: str,
+    where: str,
+    kind: str = "causal_lm",
+) -> None:
+    """`take_from_teacher` between models of these configurations without weights, for what it
+    raises, that of projected embeddings aside."""
+    auto = KINDS[kind][0]
+    with torch.device("meta"):
+        take_from_teacher(
+            auto.from_config(student),
+            auto.from_config(teacher),
+            layers=layers,
+            embeddings="none" if embeddings == "pca" else embeddings,
+            where=where,
+        )
 
 
 def _fitting(source: Tensor | None, target: Tensor, name: str, where: str) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from modxfer_fast.config.model import CheckpointSection, ModelSection, PretrainedSection
 from modxfer_fast.config.task import TaskKind
-from modxfer_fast.errors import ModelError
+from modxfer_fast.errors import ModelError, not_loaded
 from modxfer_fast.models.families import POOLER
 from modxfer_fast.models.task import check_head
 
@@ -166,7 +166,7 @@ def _errors(path: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise ModelError(f"model {path}: cannot be loaded ({error})") from error
+        raise ModelError(not_loaded("model", path, error)) from error
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class JobConsole:
     def say(self, message: str) -> None:
         """Indented lines about the current phase."""
         for line in message.splitlines():
-            self._console.print(f"  {line}")
+            self._console.print(f"  {line}", soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import pytest
 
 from modxfer_fast.cli.main import main
 from modxfer_fast.data import train_tokenizer
+from modxfer_fast.kernels import dispatch
 from tests.support.models import tiny_llama
 
 QUICK = {
@@ -86,6 +87,22 @@ def test_rows_longer_than_the_positions(write_pair, tokenizer, capsys, role):
 def test_a_vocabulary_too_small(write_pair, capsys):
     path, _ = write_pair(student=tiny_llama(vocab_size=97))
     assert "student: expected a vocabulary of at least" in error_of(path, capsys)
+
+
+def test_weights_that_the_teacher_does_not_have(write_pair, capsys):
+    path, _ = write_pair()
+    take = ("--set", "student={from_teacher: {layers: [0, 7]}}")
+    assert "student.from_teacher.layers: expected blocks 0 to 1 of the teacher, got 7" in error_of(
+        path, capsys, *take
+    )
+
+
+def test_kernels_that_cannot_run_here(write_pair, capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "availability", lambda room, backend: (False, f"no {backend}"))
+    path, _ = write_pair()
+    error = error_of(path, capsys, "--set", "loss.backend=cuda")
+    assert "loss.backend: linear_kd_loss: no usable backend on" in error
+    assert "cuda: no cuda" in error
 
 
 def test_vocabularies_padded_to_different_sizes(write_pair, tokenizer):

@@ -117,6 +117,23 @@ def test_no_rows(tmp_path):
         load_source(str(path))
 
 
+def test_a_folder_of_other_files_is_told_in_a_line(tmp_path):
+    for name, columns in (("a.json", "xy"), ("b.json", "z")):
+        (tmp_path / name).write_text(json.dumps(dict.fromkeys(columns, 1)))
+    with pytest.raises(DataError, match=r"cannot be loaded .*column names don't match") as caught:
+        load_source(str(tmp_path))
+    assert len(str(caught.value)) < 300
+
+
+def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
+    def load(*arguments, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    with pytest.raises(DataError, match=r"no such file or folder is here, .* hub: no route"):
+        load_source("python-doc")
+
+
 def test_formats():
     rows = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "text": ["c"]})
     assert detect_format(rows, "auto", "s") == "prompt_completion"

@@ -228,6 +228,8 @@ def test_examples_longer_than_the_model(folder, encoder, tokenizer, tmp_path):
         ({"seed": 1}, r"student\.training\.seed: set by the job"),
         ({"eval_strategy": "no"}, r"student\.training\.eval_strategy: set by the job"),
         ({"max_steps": "many"}, r"student\.training\.max_steps: expected int"),
+        ({"max_steps": 0}, r"student\.training: max_steps: expected >= 1, or -1 .*, got 0"),
+        ({"learning_rate": -1.0}, r"student\.training: learning_rate: expected >= 0, got -1\.0"),
         ({"lr_scheduler_type": "steep"}, r"student\.training: .*steep"),
     ],
 )

@@ -33,6 +33,7 @@ from modxfer_fast.data.tasks import (
     task_scores,
 )
 from modxfer_fast.engine.guard import NonFiniteError
+from modxfer_fast.engine.ranges import check_ranges
 from modxfer_fast.engine.tasks.result import TaskResult
 from modxfer_fast.models.task import check_length, set_pad_token
 
@@ -179,7 +180,13 @@ def task_arguments(args: dict[str, Any], where: str, **fields: Any) -> TrainingA
         ConfigError: values that TrainingArguments refuses.
     """
     defaults = with_defaults(args)
-    return built(TrainingArguments, where, **defaults, label_names=["labels"], **fields)
+    return built(_TaskArguments, where, **defaults, label_names=["labels"], **fields)
+
+
+class _TaskArguments(TrainingArguments):
+    def __post_init__(self):
+        check_ranges(self)
+        super().__post_init__()
 
 
 def with_defaults(args: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.integrations import integration_utils
 
 from modxfer_fast.config import ConfigError, LossSection, OnPolicySection, check_fields
@@ -13,6 +14,7 @@ from modxfer_fast.engine import DistillConfig, deepspeed
 from modxfer_fast.engine.tasks.trainer import FOR_EVALUATION
 from modxfer_fast.jobs.distill.hub import check_hub
 from modxfer_fast.jobs.ranks import is_main
+from modxfer_fast.kernels import dispatch
 
 _OWNED = {
     "output_dir": "output_dir",
@@ -65,6 +67,22 @@ def check_best_metric(name: str | None, losses: Iterable[LossSection], has_logit
                 f"training.metric_for_best_model: expected what each run measures, "
                 f"{', '.join(known)}, got {name}"
             )
+
+
+def check_backends(loss: LossSection, device: torch.device, has_logits: bool) -> None:
+    """Raise a ConfigError unless the kernels of a loss have a backend on `device`."""
+    hidden = loss.hidden_states
+    used = {
+        "loss": ("linear_kd_loss", has_logits and loss.impl == "fused" and loss),
+        "loss.hidden_states": ("projection_loss", hidden and hidden.impl == "fused" and hidden),
+        "loss.relations": ("relation_loss", loss.relations),
+    }
+    for where, (room, section) in used.items():
+        try:
+            if section:
+                dispatch.resolve(room, torch.empty(0, device=device), backend=section.backend)
+        except dispatch.BackendError as error:
+            raise ConfigError(f"{where}.backend: {error}") from error
 
 
 def _check_deepspeed(section: dict[str, Any], where: str) -> None:

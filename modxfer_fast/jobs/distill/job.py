@@ -29,6 +29,7 @@ from modxfer_fast.engine.teachers.quantized import quantizer_of, stored_bytes
 from modxfer_fast.files import new_folder, write_json
 from modxfer_fast.jobs.cache.identity import check_listed_loss, open_cached, teacher_facts
 from modxfer_fast.jobs.distill.arguments import (
+    check_backends,
     check_best_metric,
     check_training,
     evaluation_args,
@@ -117,7 +118,8 @@ class DistillJob(Job):
         if report is not None:
             self.console.say(f"finished already: {folder.output}")
             return report
-        self.open_process_group()
+        device = self.open_process_group()
+        check_backends(config.loss, device, has_logits=config.kind == "causal_lm")
         on_main(lambda: folder.open(resume=resume))
         try:
             report = self.whole_report()

@@ -103,8 +103,9 @@ def check_configs(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> None
 
     Raises:
         ConfigError: unknown field. ModelError: nothing there, values that the architecture refuses,
-            fewer rows than tokens, fewer positions than `data.max_length`, or target modules of
-            `student.peft` that the student does not have.
+            fewer rows than tokens, fewer positions than `data.max_length`, target modules of
+            `student.peft` that the student does not have, or weights of `student.from_teacher` that
+            the teacher does not have.
     """
     planned: dict[str, PreTrainedConfig] = {}
     for role, section in (*config.teacher_sections.items(), ("student", config.student)):
@@ -116,6 +117,15 @@ def check_configs(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> None
             above = planned.get("teacher")
             planned[role] = _config_of(section, role, tokenizer, config.kind, above)
         models.check_config_fits(planned[role], tokenizer, config.data.max_length, role)
+    taken = config.student.from_teacher
+    if taken is not None and not config.teacher.trust_remote_code:
+        models.check_taken(
+            planned["student"],
+            planned["teacher"],
+            **taken.model_dump(),
+            where="student.from_teacher",
+            kind=config.kind,
+        )
     peft, student = config.student.peft, planned["student"]
     if peft is not None and not config.student.trust_remote_code:
         models.check_targets(student, peft, "student.peft", kind=config.kind)
