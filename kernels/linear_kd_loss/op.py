@@ -195,13 +195,13 @@ def linear_kd_loss(
         scale_by_temperature_squared: multiplies the divergence by temperature squared
             (Hinton et al. 2015), of each token its own. Off by default, as in TRL and Liger.
         workspace_mb: MiB for the logits in flight; the peak above inputs and gradients. None is
-            512, and on a GPU at least what 1024 rows take, 8 bytes a class each: 1002 MiB for
-            128,256 classes. Larger is faster until a chunk holds a thousand rows or so. A trainable
-            half-precision head needs more, and an fp16 one keeps 4 V D_s bytes of it until the
-            backward: on a CPU 4 V D_s bytes for the fp32 sum of its gradient; on a GPU 2 V bytes a
-            row for dlogits, up to 8 V D_s in all, with the sum where there is one. A frozen one
-            needs 2 V bytes for each of 2^22 / D_s rows of dlogits on a GPU, if a chunk is half as
-            large or less. What exceeds half of the workspace comes on top of it.
+            256, on a GPU 512 and at least what 1024 rows take, 8 bytes a class each: 1002 MiB for
+            128,256 classes. Larger is faster until a chunk holds a thousand rows or so, on a CPU a
+            few hundred. A trainable half-precision head needs more, and an fp16 one keeps 4 V D_s
+            bytes of it until the backward: on a CPU 4 V D_s bytes for the fp32 sum of its gradient;
+            on a GPU 2 V bytes a row for dlogits, up to 8 V D_s in all, with the sum where there is
+            one. A frozen one needs 2 V bytes for each of 2^22 / D_s rows of dlogits on a GPU, if a
+            chunk is half as large or less. What exceeds half of the workspace comes on top of it.
         gradients: when they are made. "forward": in the forward, which leaves those of hidden
             states and head to the backward. "recompute": in the backward, which makes the logits
             again, chunk by chunk; no gradient exists before it, and the time between the two is

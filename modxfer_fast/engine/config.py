@@ -101,8 +101,8 @@ class DistillConfig(TrainingArguments):
     )
     workspace_mb: int | None = _option(
         Objective.workspace_mb,
-        "Memory of the fused loss for logits in flight, in MiB; 512 when not given, on a GPU at "
-        "least what 1024 tokens take.",
+        "Memory of the fused loss for logits in flight, in MiB; 256 when not given, on a GPU 512 "
+        "and at least what 1024 tokens take.",
     )
     backend: str | None = _option(
         Objective.backend, "Kernel backend of the fused loss; chosen when not given."

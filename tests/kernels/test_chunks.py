@@ -28,7 +28,7 @@ def test_chunks_fit_the_budget_and_are_of_equal_size(rows, row_bytes, budget):
 
 def test_a_gpu_is_given_a_thousand_rows_at_once():
     mib = 2**20
-    assert budget_for(None, 8 * 128256, on_gpu=False) == 512 * mib
+    assert budget_for(None, 8 * 128256, on_gpu=False) == 256 * mib
     assert budget_for(None, 8 * 128256, on_gpu=True) == 1002 * mib
     assert budget_for(None, 8 * 32000, on_gpu=True) == 512 * mib
     for on_gpu in (False, True):
