@@ -87,7 +87,9 @@ class TeacherCache:
         self.folder = Path(folder)
         facts = sealed_facts(self.folder / "teacher")
         if facts is None:
-            raise CacheError(f"teacher cache {self.folder}: no whole cache is there")
+            raise CacheError(
+                f"teacher cache {self.folder}: no whole cache is there; `modxfer cache` fills one"
+            )
         if facts.get("format") != FORMAT:
             raise CacheError(
                 f"teacher cache {self.folder}: expected format {FORMAT}, got {facts.get('format')}"
