@@ -14,7 +14,7 @@ from modxfer_fast.config import ConfigError, JobConfig, dump_config
 from modxfer_fast.config.model import SERVED_WAYS
 from modxfer_fast.config.on_policy import VLLM_WAYS
 from modxfer_fast.jobs.ranks import on_main, world_size
-from modxfer_fast.jobs.stage import IMMATERIAL, Stage
+from modxfer_fast.jobs.stage import HOUSEKEEPING, Stage
 from modxfer_fast.jobs.store import Store
 
 CONFIG_FILE = "config.yaml"
@@ -28,7 +28,7 @@ _IMMATERIAL = (
     *("output_dir", "overwrite"),
     *(f"teacher.served.{key}" for key in SERVED_WAYS),
     *(f"on_policy.vllm.{key}" for key in VLLM_WAYS),
-    *(f"training.{key}" for key in IMMATERIAL),
+    *(f"training.{key}" for key in HOUSEKEEPING),
 )
 _LENGTHS = ("training.max_steps", "training.num_train_epochs")
 _ABSENT = "nothing"

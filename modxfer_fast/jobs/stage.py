@@ -29,7 +29,7 @@ _FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
 # fields of TrainingArguments that may be the path of a JSON file
 _JSON_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 # fields of a training section on which no result depends
-IMMATERIAL = ("stall_timeout_s", "ddp_timeout", "save_total_limit")
+HOUSEKEEPING = ("stall_timeout_s", "ddp_timeout", "save_total_limit")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def facts_of(value: Any) -> Any:
 
     An object with an `identity`, as models and examples have, is that; sections and dataclasses are
     their fields. Of the JSON files of a training section their contents count. Secrets, which are
-    written nowhere, and IMMATERIAL change no result.
+    written nowhere, and HOUSEKEEPING change no result.
 
     Raises:
         TypeError: any other object. A path above all, which does not say what is there.
@@ -134,7 +134,7 @@ def facts_of(value: Any) -> Any:
     if hasattr(value, "identity"):
         return facts_of(value.identity)
     if isinstance(value, Mapping):
-        told = {k: v for k, v in value.items() if k not in (*SECRETS, *IMMATERIAL)}
+        told = {k: v for k, v in value.items() if k not in (*SECRETS, *HOUSEKEEPING)}
         told |= {k: _contents(told[k]) for k in _JSON_FILES if isinstance(told.get(k), str)}
         return {_key(k): facts_of(v) for k, v in told.items()}
     if isinstance(value, list | tuple):
